@@ -1,0 +1,63 @@
+"""What the configuration dataclasses share: free fields, flat views, closest names. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def free(default: Any) -> Any:
+    """A field that is not part of a run's identity: a run may be resumed with another value."""
+    return dataclasses.field(default=default, metadata={"free": True})
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` when a known name is near, else the empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def plain(value: Any) -> Any:
+    """A configuration value as JSON types; dataclasses carry their class under `class`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        shown = [f for f in dataclasses.fields(value) if f.repr]
+        return {"class": type(value).__name__} | {
+            f.name: plain(getattr(value, f.name)) for f in shown
+        }
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if callable(value):  # a module class or a function from the experiment file
+        return f"{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return str(value)
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The identity fields of a (nested) dataclass, flat: `{'optimizer.learning_rate': 0.1}`."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            flat[f"{prefix}class" if prefix else "class"] = type(value).__name__
+            for f in dataclasses.fields(value):
+                if f.repr and not f.metadata.get("free"):
+                    walk(f"{prefix}{f.name}.", getattr(value, f.name))
+        elif isinstance(value, list | tuple) and any(map(dataclasses.is_dataclass, value)):
+            for i, item in enumerate(value):
+                walk(f"{prefix}{i}.", item)
+        else:
+            flat[prefix[:-1]] = plain(value)
+
+    walk("", config)
+    return flat
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError(message) for a user's mistake."""
+    if not condition:
+        raise ValueError(message)

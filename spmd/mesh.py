@@ -1,0 +1,116 @@
+"""Mesh sizes from the command line to a jax Mesh, on real, simulated or ahead-of-time devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from spmd.fields import check
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+# Outermost first: `replica` crosses the slow network, `tensor` needs the fastest links.
+AXES = ("replica", "data", "fsdp", "stage", "context", "expert", "tensor")
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are cut. One size may be -1: whatever is left. All default: all data parallel."""
+
+    replica: int = 1
+    """Copies over the slow network (slices, pods, clouds)."""
+    data: int = -1
+    """Data parallel: batch split, parameters copied."""
+    fsdp: int = 1
+    """Batch split, parameters and optimizer state split too (FSDP, ZeRO)."""
+    stage: int = 1
+    """Pipeline stages."""
+    context: int = 1
+    """Sequence split."""
+    expert: int = 1
+    """Experts split."""
+    tensor: int = 1
+    """Matrices split (tensor parallel)."""
+
+    def __post_init__(self) -> None:
+        for axis, size in self.sizes().items():
+            check(
+                size >= 1 or size == -1,
+                f"mesh.{axis}={size} must be at least 1, or -1 for the rest",
+            )
+        rest = [axis for axis, size in self.sizes().items() if size == -1]
+        check(
+            len(rest) <= 1,
+            f"only one mesh axis may be -1, given: {', '.join(rest)}"
+            f" (mesh.data is -1 by default: give it a size too)",
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """`{axis: size}`, -1 unresolved."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def resolve(self, num_devices: int) -> dict[str, int]:
+        """`{axis: size}` whose product is num_devices; ValueError when there is none."""
+        sizes = self.sizes()
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        given = " * ".join(f"{a}={s}" for a, s in sizes.items() if s not in (1, -1)) or "all axes 1"
+        rest = next((axis for axis, size in sizes.items() if size == -1), None)
+        check(
+            num_devices % fixed == 0 and (rest is not None or fixed == num_devices),
+            f"mesh sizes ({given}) multiply to {fixed}, but there are {num_devices} devices; "
+            + (
+                f"use a product that divides {num_devices}"
+                if rest
+                else f"set one axis to -1, or use sizes that multiply to {num_devices}"
+            )
+            + f" ({_divisors_text(num_devices)})",
+        )
+        return sizes | ({rest: num_devices // fixed} if rest else {})
+
+
+def _divisors_text(n: int) -> str:
+    return "divisors: " + ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A Mesh with every axis of AXES (size 1 included, so that rules never change with the mesh)."""
+    import jax
+    from jax.sharding import AxisType
+
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = config.resolve(len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many ways the batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def describe(mesh: Mesh) -> str:
+    """`data=4 fsdp=2`: the axes larger than 1."""
+    return " ".join(f"{a}={s}" for a, s in mesh.shape.items() if s > 1) or "one device"
+
+
+def simulate(num_devices: int) -> None:
+    """Makes jax run on `num_devices` simulated CPU devices; must come before the backend starts."""
+    import jax
+
+    check(num_devices >= 1, f"simulate={num_devices} must be at least 1")
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError:
+        pass  # the backend runs already: fine when it has what is asked, see below
+    have = jax.devices()
+    check(
+        len(have) >= num_devices and have[0].platform == "cpu",
+        f"simulate={num_devices} came after jax had started with {len(have)} "
+        f"{have[0].platform} device(s); restart Python, or set it before jax is used",
+    )

@@ -1,0 +1,109 @@
+"""What a layer may ask of the step it runs in: mesh axes, example keys, weights, placement.
+
+The strategy opens a scope around the forward pass while it is traced; layers only read it. So one module
+runs under jit, shard_map, vmap or on its own, and no model ever names a mesh axis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass
+class Scope:
+    """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples."""
+
+    axes: tuple[str, ...] = ()
+    keys: jax.Array | None = None
+    weight: jax.Array | None = None
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None = None
+    calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
+
+
+_SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("spmd_scope")
+
+
+def current() -> Scope:
+    """The innermost scope, or an empty one."""
+    return _SCOPE.get(None) or Scope()
+
+
+@contextlib.contextmanager
+def bind(**changes: Any) -> Iterator[Scope]:
+    """Opens a scope: the current one with `changes` (fields of Scope)."""
+    scope = dataclasses.replace(current(), **changes)
+    token = _SCOPE.set(scope)
+    try:
+        yield scope
+    finally:
+        _SCOPE.reset(token)
+
+
+def example_keys(step_key: jax.Array, example_id_B: jax.Array) -> jax.Array:
+    """[B] keys from the step's key and the global example ids: never from the device."""
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(example_id_B)
+
+
+@contextlib.contextmanager
+def layer(index: jax.Array | int) -> Iterator[Scope]:
+    """Folds a layer's index into the example keys, so that scanned equals unrolled."""
+    keys = current().keys
+    if keys is not None:
+        keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+    with bind(keys=keys, calls=0) as scope:
+        yield scope
+
+
+def next_keys() -> jax.Array:
+    """[B] fresh keys for one random layer; ValueError outside a training scope."""
+    scope = current()
+    if scope.keys is None:
+        raise ValueError(
+            "a random layer (dropout) ran outside a training step: no example keys bound"
+        )
+    scope.calls += 1
+    call = scope.calls
+    return jax.vmap(lambda k: jax.random.fold_in(k, call))(scope.keys)
+
+
+def batch_sum(x: jax.Array) -> jax.Array:
+    """Sum over the devices that share the batch; `x` is this trace's partial sum. {U_batch} -> A."""
+    axes = current().axes
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
+    """Mean over `reduce_dims` (dim 0, the batch, among them) of the global batch, by example weight."""
+    weight_B = current().weight
+    if weight_B is None:
+        weight_B = jnp.ones(x_BD.shape[:1], x_BD.dtype)
+    weight = weight_B.astype(x_BD.dtype).reshape((-1,) + (1,) * (x_BD.ndim - 1))
+    inner = 1
+    for dim in reduce_dims:
+        inner *= 1 if dim == 0 else x_BD.shape[dim]
+    total = batch_sum(jnp.sum(x_BD * weight, axis=reduce_dims))
+    count = batch_sum(jnp.sum(weight_B.astype(x_BD.dtype))) * inner
+    return total / jnp.maximum(count, jnp.ones((), x_BD.dtype))
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """Asks for a placement by logical dims; without a scope, and on one device, nothing happens."""
+    rule = current().constrain
+    return x if rule is None else rule(x, dims)
+
+
+def varying(tree: Any) -> Any:
+    """Types a replicated value as different per device, so that a gradient stays local until reduced.
+
+    Under shard_map's check_vma the gradient with respect to an unvarying parameter would already hold the
+    psum, and an explicit one would count it N times.
+    """
+    axes = current().axes
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree

@@ -1,0 +1,150 @@
+"""Logical dims -> mesh axes -> NamedShardings, for any abstract pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd import tree
+from spmd.fields import check, closest
+from spmd.mesh import BATCH_AXES
+
+PyTree = Any
+Dims = tuple[str | None, ...]
+
+# Which axis cuts which logical dim. `fsdp` is absent on purpose: it goes to the largest dim that is
+# left and divides, since for a parameter that is gathered before use it does not matter which.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "time": ("context",),
+    "layers": (),
+    "embed": (),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+    "conv": (),
+    "input": (),
+    "channels": (),
+    "classes": (),
+}
+
+# Below this, one all-gather costs more than the memory it saves.
+MIN_FSDP_ELEMENTS = 1024
+
+
+def spec_of(
+    name: str,
+    shape: Sequence[int],
+    dims: Dims | None,
+    mesh: Mesh,
+    *,
+    fsdp: bool,
+    rules: Mapping[str, tuple[str, ...]] = RULES,
+) -> P:
+    """The PartitionSpec of one array; ValueError when rules fight or a dim does not divide."""
+    if dims is None:
+        dims = (None,) * len(shape)
+    check(
+        len(dims) == len(shape), f"{name}: {len(dims)} logical dims {dims} for shape {tuple(shape)}"
+    )
+    taken: dict[str, str] = {}
+    spec: list[Any] = []
+    for dim, size in zip(dims, shape, strict=True):
+        check(
+            dim is None or dim in rules,
+            f"{name}: unknown logical dim {dim!r}.{closest(str(dim), rules)} Known: {', '.join(rules)}",
+        )
+        axes = tuple(a for a in (rules[dim] if dim else ()) if mesh.shape[a] > 1)
+        for axis in axes:
+            check(
+                axis not in taken,
+                f"{name}: dims {taken.get(axis)!r} and {dim!r} both want mesh axis {axis!r}",
+            )
+            taken[axis] = str(dim)
+        ways = int(np.prod([mesh.shape[a] for a in axes]))
+        check(
+            size % ways == 0,
+            f"{name}: dim {dim!r} of size {size} does not divide by"
+            f" {' * '.join(f'mesh.{a}={mesh.shape[a]}' for a in axes)}",
+        )
+        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    if fsdp and mesh.shape["fsdp"] > 1 and np.prod(shape) >= MIN_FSDP_ELEMENTS:
+        _add_fsdp(spec, shape, dims, mesh)
+    return P(*spec)
+
+
+def _add_fsdp(spec: list[Any], shape: Sequence[int], dims: Dims, mesh: Mesh) -> None:
+    """Puts `fsdp` on the largest free dim that it divides, the scanned `layers` dim last."""
+    order = sorted(range(len(shape)), key=lambda i: (dims[i] == "layers", -shape[i]))
+    for i in order:
+        if spec[i] is None and shape[i] % mesh.shape["fsdp"] == 0:
+            spec[i] = "fsdp"
+            return
+
+
+def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> PyTree:
+    """NamedShardings of a parameter tree; `dims` has a tuple or None in the place of each array."""
+    dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
+    return tree.map_named(
+        lambda name, x: NamedSharding(
+            mesh, spec_of(name, x.shape, dims_of.get(name), mesh, fsdp=fsdp)
+        ),
+        params,
+    )
+
+
+def opt_shardings(
+    tx: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    shardings: PyTree,
+    mesh: Mesh,
+) -> PyTree:
+    """Shardings of an optimizer state: a leaf shaped as its parameter takes the parameter's spec, a
+    factored one drops the reduced dim, everything else is replicated.
+
+    jit's default would silently replicate the moments.
+    """
+    whole = NamedSharding(mesh, P())
+
+    def place(leaf: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
+        if leaf.shape == param.shape:
+            return sharding
+        spec = list(sharding.spec) + [None] * (len(param.shape) - len(sharding.spec))
+        for drop in range(len(param.shape)):
+            if leaf.shape == param.shape[:drop] + param.shape[drop + 1 :]:
+                return NamedSharding(mesh, P(*spec[:drop], *spec[drop + 1 :]))
+        return whole
+
+    return optax.tree.map_params(
+        tx, place, opt_state, params, shardings, transform_non_params=lambda _: whole
+    )
+
+
+def batch_spec(leading: int = 0) -> P:
+    """The batch dim over every axis that splits it, after `leading` unsplit dims."""
+    return P(*(None,) * leading, BATCH_AXES)
+
+
+def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
+    """A copy on every device, for each leaf."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
+
+
+def constrainer(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
+    """The `scope.constrain` of a jitted program: logical dims of an activation to a constraint."""
+
+    def constrain(x: jax.Array, dims: Dims) -> jax.Array:
+        spec = spec_of("activation", x.shape, dims, mesh, fsdp=False, rules=rules)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return constrain

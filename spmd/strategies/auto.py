@@ -1,0 +1,32 @@
+"""jit over the mesh: rules decide DP, FSDP, ZeRO and tensor parallelism; XLA inserts the collectives."""
+
+from __future__ import annotations
+
+import jax
+
+from spmd import grad, scope, sharding
+from spmd.strategies import base
+
+
+def build(parts: base.Parts, *, zero: int) -> base.Strategy:
+    """zero 3: mesh.fsdp cuts parameters and optimizer state. zero 1: the optimizer state only, the update
+    runs on shards, and the new parameters are gathered (Rajbhandari et al. 2020, section 5).
+    """
+    params, _ = base.abstract_params(parts)
+    place = lambda fsdp: sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=fsdp)
+    cut = place(True)
+    shardings = base.shardings_of(parts, params=cut if zero == 3 else place(False), moments=cut)
+    grads_of = grad.accumulated(grad.plain(parts.task.loss), parts.accumulate)
+    constrain = sharding.constrainer(parts.mesh)
+
+    def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
+        with scope.bind(constrain=constrain):
+            scale = parts.task.scale(parts.task.weigh(batch))
+            grads, sums, model_state = grads_of(
+                state.params, state.model_state, batch, base.step_key(state), scale
+            )
+        # Says where the sum of the gradients is wanted: a shard, so reduce-scatter instead of all-reduce.
+        grads = jax.lax.with_sharding_constraint(grads, cut)
+        return base.update(parts, state, grads, sums, model_state)
+
+    return base.finish(parts, shardings, step)

@@ -1,0 +1,167 @@
+"""TrainState, Strategy, and the update that every strategy shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd import sharding, tree
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a step reads and writes, and all that a checkpoint holds of it."""
+
+    step: Any  # int32 []: updates done
+    params: Any
+    model_state: Any  # batch statistics
+    opt_state: Any
+    key: Any  # uint32 [2]: key data of the run's seed, folded with step, never advanced
+    strategy_state: Any  # residuals, queues, outer parameters
+
+
+class Strategy(NamedTuple):
+    """How the devices agree: pure functions, in the way optax's GradientTransformation is."""
+
+    init: Callable[[jax.Array], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    with_params: Callable[[TrainState, PyTree], TrainState]
+    eval_variables: Callable[[TrainState], tuple[PyTree, PyTree]]
+    state_shardings: TrainState
+    batch_shardings: Any
+
+
+class Parts(NamedTuple):
+    """What a strategy is built from; nothing in it knows of models or data.
+
+    task: spmd.tasks.Task. batch: abstract global batch. rate: learning rate by step.
+    """
+
+    task: Any
+    tx: optax.GradientTransformation
+    rate: optax.Schedule
+    mesh: Mesh
+    batch: Any
+    accumulate: int = 1
+
+
+def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
+    """Shapes of (params, model_state)."""
+    return jax.eval_shape(parts.task.init, jax.random.key(0))
+
+
+def initial(parts: Parts, shardings: TrainState) -> Callable[[jax.Array], TrainState]:
+    """Strategy.init: jitted, every leaf born with its sharding."""
+
+    def init(key: jax.Array) -> TrainState:
+        params, model_state = parts.task.init(jax.random.fold_in(key, 0))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            model_state=model_state,
+            opt_state=parts.tx.init(params),
+            key=jax.random.key_data(key),
+            strategy_state={},
+        )
+
+    return jax.jit(init, out_shardings=shardings)
+
+
+def shardings_of(parts: Parts, params: PyTree, moments: PyTree) -> TrainState:
+    """State shardings from those of the parameters and of parameter-shaped optimizer leaves."""
+    mesh = parts.mesh
+    shapes, model_state = abstract_params(parts)
+    opt_state = jax.eval_shape(parts.tx.init, shapes)
+    whole = NamedSharding(mesh, P())
+    return TrainState(
+        step=whole,
+        params=params,
+        model_state=sharding.replicated(mesh, model_state),
+        opt_state=sharding.opt_shardings(parts.tx, opt_state, shapes, moments, mesh),
+        key=whole,
+        strategy_state={},
+    )
+
+
+def batch_shardings(parts: Parts) -> Any:
+    """Every leaf of the batch split along its first dim."""
+    placed = NamedSharding(parts.mesh, sharding.batch_spec())
+    return jax.tree.map(lambda _: placed, parts.batch)
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """The key of this step: fold_in(seed, step)."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+
+def update(
+    parts: Parts, state: TrainState, grads: PyTree, sums: PyTree, model_state: PyTree
+) -> tuple[TrainState, Metrics]:
+    """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
+    on shards. A step with a non-finite loss or gradient changes nothing but the step count.
+    """
+    metrics = {
+        name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
+        for name, (total, weight) in sums.items()
+    }
+    metrics["grad_norm"] = tree.global_norm(grads)
+    metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics["finite"] = finite.astype(jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
+        updates, opt_state = parts.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = dataclasses.replace(state, params=params, model_state=model_state, opt_state=opt_state)
+    # Donation makes a host-side skip impossible: the choice is made here.
+    kept = tree.select(finite, new, state)
+    return dataclasses.replace(kept, step=state.step + 1), metrics
+
+
+def finish(parts: Parts, shardings: TrainState, step: Callable[..., Any]) -> Strategy:
+    """A Strategy around an unjitted step function."""
+    batches = batch_shardings(parts)
+
+    def with_params(state: TrainState, params: PyTree) -> TrainState:
+        return dataclasses.replace(state, params=jax.device_put(params, shardings.params))
+
+    return Strategy(
+        init=initial(parts, shardings),
+        step=jax.jit(
+            step,
+            in_shardings=(shardings, batches),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        ),
+        with_params=with_params,
+        eval_variables=lambda state: (state.params, state.model_state),
+        state_shardings=shardings,
+        batch_shardings=batches,
+    )
+
+
+def scanned(strategy: Strategy) -> Strategy:
+    """Several steps per dispatch: step takes batches [S, B, ...], metrics come back as [S].
+
+    Small models are bound by dispatch; the arithmetic is that of single steps.
+    """
+    lead = lambda s: NamedSharding(s.mesh, P(None, *s.spec))
+    batches = jax.tree.map(lead, strategy.batch_shardings)
+    many = jax.jit(
+        lambda state, batch: jax.lax.scan(strategy.step, state, batch),
+        in_shardings=(strategy.state_shardings, batches),
+        out_shardings=(strategy.state_shardings, None),
+        donate_argnums=0,
+    )
+    return strategy._replace(step=many, batch_shardings=batches)

@@ -1,0 +1,166 @@
+"""What is learned: a model, its loss as sums with global weights, its metrics."""
+
+# B batch, C classes
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spmd import losses, scope
+from spmd.fields import check, closest
+
+Batch = Mapping[str, jax.Array]
+PyTree = Any
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+
+
+class Task(NamedTuple):
+    """Pure functions over plain dicts; what a strategy is handed.
+
+    init: key -> (params, model_state). dims: logical dims by parameter name, None where there are none.
+    coefficients: the factor of each loss term.
+    weigh: batch -> the weight of each loss term; depends on the batch only, is summed over the devices.
+    loss: (params, model_state, batch, step_key, scale) -> (scaled sum, (Sums, model_state)),
+      scale = coefficient / global weight for each term, known before the backward pass.
+    evaluate: (params, model_state, batch) -> Sums.
+    predict: (params, model_state, batch) -> logits.
+    whole_batch: layers that take statistics over the batch they see; only a jitted whole batch is right.
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    dims: dict[str, tuple[str, ...] | None]
+    coefficients: dict[str, float]
+    weigh: Callable[[Batch], dict[str, jax.Array]]
+    loss: Callable[..., tuple[jax.Array, tuple[Sums, PyTree]]]
+    evaluate: Callable[[PyTree, PyTree, Batch], Sums]
+    predict: Callable[[PyTree, PyTree, Batch], jax.Array]
+    whole_batch: tuple[str, ...] = ()
+
+    def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """coefficient / global weight; 0 where a term has no weight in this batch."""
+        return {
+            term: jnp.where(w > 0, self.coefficients[term] / jnp.where(w > 0, w, 1), 0)
+            for term, w in weights.items()
+        }
+
+
+class Network(NamedTuple):
+    """An NNX model split once into static graphs and plain dicts (NNX itself is slow in the loop)."""
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[jax.Array, PyTree]]
+    dims: dict[str, tuple[str, ...] | None]
+    whole_batch: tuple[str, ...]
+
+
+def network(model: Any, param_dtype: str = "float32") -> Network:
+    """model: a config with `build(rngs)`, or an NNX module class that takes `rngs`.
+
+    apply(params, model_state, x, train=...) -> (output, new model_state). ValueError for modules that
+    hold random state: their masks would depend on the mesh.
+    """
+    build = model.build if hasattr(model, "build") else lambda rngs: model(rngs=rngs)
+    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    stateful = nnx.to_flat_state(nnx.state(abstract, nnx.RngState))
+    check(
+        not len(stateful),
+        "the model holds random state (nnx.Dropout with rngs?), whose masks would"
+        " depend on the mesh; use spmd.models.layers.Dropout, which draws per example",
+    )
+    whole_batch = tuple(
+        "/".join(map(str, path))
+        for path, module in nnx.iter_modules(abstract)
+        if isinstance(module, nnx.BatchNorm | nnx.SpectralNorm)
+    )
+    graphs = {}
+    for train in (True, False):
+        abstract.train() if train else abstract.eval()
+        graphs[train] = nnx.split(abstract, nnx.Param, ...)[0]
+    dims = {
+        "/".join(map(str, path)): variable.get_metadata().get("dims")
+        for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param))
+    }
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        _, params, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
+        cast = lambda x: x.astype(param_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return jax.tree.map(cast, nnx.as_pure(params)), jax.tree.map(cast, nnx.as_pure(rest))
+
+    def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
+        module = nnx.merge(graphs[train], params, model_state)
+        out = module(*args)
+        return out, nnx.as_pure(nnx.state(module, nnx.Not(nnx.Param)))
+
+    return Network(init, apply, dims, whole_batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Classes from images or vectors: softmax cross-entropy, accuracy."""
+
+    input: str = "image"
+    """Name of the input feature; uint8 is scaled to [0, 1]."""
+    label: str = "label"
+    """Name of the class-index feature."""
+    label_smoothing: float = 0.0
+    """Mass spread evenly over the classes."""
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.label_smoothing < 1,
+            f"task.label_smoothing={self.label_smoothing} must be in [0, 1)",
+        )
+
+    def build(self, model: Any, param_dtype: str = "float32") -> Task:
+        """The task of a model that maps [B, ...] to logits [B, C]."""
+        net = network(model, param_dtype)
+
+        def sums(logits_BC: jax.Array, batch: Batch, smoothing: float) -> Sums:
+            label_B = batch[self.label]
+            loss_B = losses.cross_entropy(logits_BC, label_B, smoothing)
+            weight_B = batch["weight"].astype(loss_B.dtype)
+            right_B = (logits_BC.argmax(-1).astype(label_B.dtype) == label_B).astype(loss_B.dtype)
+            weight = weight_B.sum()
+            return {
+                "loss": (jnp.sum(loss_B * weight_B), weight),
+                "accuracy": (jnp.sum(right_B * weight_B), weight),
+            }
+
+        def loss(params, model_state, batch, step_key, scale):
+            keys_B = scope.example_keys(step_key, batch["example_id"])
+            with scope.bind(keys=keys_B, weight=batch["weight"], calls=0):
+                logits_BC, model_state = net.apply(
+                    params, model_state, self._input(batch), train=True
+                )
+            metrics = sums(logits_BC, batch, self.label_smoothing)
+            total = metrics["loss"][0]
+            return total * scale["loss"].astype(total.dtype), (metrics, model_state)
+
+        def predict(params, model_state, batch):
+            return net.apply(params, model_state, self._input(batch), train=False)[0]
+
+        return Task(
+            init=net.init,
+            dims=net.dims,
+            coefficients={"loss": 1.0},
+            weigh=lambda batch: {"loss": jnp.sum(batch["weight"])},
+            loss=loss,
+            predict=predict,
+            whole_batch=net.whole_batch,
+            evaluate=lambda p, s, batch: sums(predict(p, s, batch), batch, 0.0),
+        )
+
+    def _input(self, batch: Batch) -> jax.Array:
+        check(
+            self.input in batch,
+            f"the batch has no feature {self.input!r}."
+            f"{closest(self.input, batch)} It has: {', '.join(batch)}",
+        )
+        x = batch[self.input]
+        return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
