@@ -1,0 +1,21 @@
+"""SPMD training of Flax models: one experiment file, any mesh."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spmd.experiment import Experiment, Run, load
+
+__version__ = "0.1.0"
+
+_HOME = {"Experiment": "experiment", "Run": "experiment", "load": "experiment"}
+__all__ = ["Experiment", "Run", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used: `import spmd` stays instant."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"spmd.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'spmd' has no attribute {name!r}")

@@ -1,0 +1,92 @@
+"""The command line: finds the command, prints a user's mistake as one message, exits with 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from spmd.fields import closest
+
+COMMANDS = {
+    "train": "train, or resume what is in the run directory (the default)",
+    "eval": "evaluate a checkpoint of a run",
+    "data": "prepare | show the input data",
+}
+
+USAGE = """usage: run.py [COMMAND] --experiment NAME [--field value ...]
+       run.py --list
+
+"""
+
+
+def usage() -> str:
+    """Commands, and every field that all experiments share; import-free of jax."""
+    from spmd.commands.help import shared_fields
+
+    commands = "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+    return (f"{USAGE}commands:\n{commands}\n\noptions:\n"
+            "  --experiment NAME   a name of --list, or a path to a .py file with config()\n"
+            "  --list              the experiments, a line each\n"
+            "  --help              this; with --experiment NAME every field of that experiment\n\n"
+            f"fields of every experiment (type, default):\n{shared_fields()}\n")
+
+
+def _take(words: list[str], flag: str) -> str | None:
+    """Removes `flag VALUE` or `flag=VALUE` from words; returns the value."""
+    for i, word in enumerate(words):
+        if word == flag:
+            if i + 1 == len(words) or words[i + 1].startswith("--"):
+                raise ValueError(f"{flag} needs a value, for example: {flag} digits")
+            del words[i]
+            return words.pop(i)
+        if word.startswith(f"{flag}="):
+            return words.pop(i).partition("=")[2]
+    return None
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    words = list(argv)
+    command = words.pop(0) if words and not words[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}.{closest(command, COMMANDS)}"
+                         f" Known: {', '.join(COMMANDS)}")
+    if "--list" in words:
+        from spmd import experiment
+
+        for name, path in experiment.available().items():
+            print(f"{name:16}{experiment.summary_line(path)}")
+        return 0
+    name = _take(words, "--experiment")
+    if name is None and (not argv or {"--help", "-h"} & set(words)):
+        print(usage())
+        return 0
+    if name is None:
+        raise ValueError("no experiment given; type --experiment NAME (run.py --list shows the names)")
+    return importlib.import_module(f"spmd.commands.{command}").run(name, words)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code (2: the user's mistake, in one message)."""
+    try:
+        return _dispatch(argv)
+    except ValueError as error:
+        if os.environ.get("SPMD_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        if error.__traceback__ is not None and not _ours(error):
+            print("(from a library; SPMD_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing was lost", file=sys.stderr)
+        return 130
+
+
+def _ours(error: BaseException) -> bool:
+    frame = error.__traceback__
+    assert frame is not None
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return frame.tb_frame.f_code.co_filename.startswith(root)

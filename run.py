@@ -1,0 +1,8 @@
+"""python run.py [COMMAND] --experiment NAME [--field value ...]; python run.py --help."""
+
+import sys
+
+from spmd.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,24 @@
+"""run.py eval: evaluates a checkpoint of a run, on any mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from spmd import experiment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which checkpoint."""
+
+    step: int = -1
+    """Step of the checkpoint; -1 is the newest."""
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Prints the metrics as one line of JSON."""
+    exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
+    print(json.dumps(exp.evaluate(None if options.step < 0 else options.step)))
+    return 0

@@ -1,0 +1,109 @@
+"""Input data: configs here; sources read whole batches, because Python per example is the bottleneck."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import tyro
+
+from spmd.fields import check, free
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Split = Literal["train", "eval"]
+Features = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+class Source(Protocol):
+    """Random access to a data set, by whole batches."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Examples at `indices` int64 [N] -> {feature: [N, ...]}."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Base of the data configs; an experiment file may subclass it and override `open`."""
+
+    batch_size: int = 128
+    """Global batch: examples per optimizer step, over all devices."""
+    eval_batch_size: int = free(1024)
+    """Examples per evaluation batch, over all devices."""
+    threads: int = free(2)
+    """Reader threads; the order of examples does not depend on it."""
+    buffer: int = free(4)
+    """Batches read ahead."""
+    features: tyro.conf.Suppress[Features] = dataclasses.field(default_factory=dict)
+    """Feature name -> (shape, dtype) of one example; the features kept, and what a planner needs."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eval_batch_size", "threads", "buffer"):
+            check(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1")
+
+    def open(self, split: Split) -> Source:
+        """The source of a split."""
+        raise NotImplementedError
+
+    def abstract_batch(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> (shape, dtype) of a batch, without touching data."""
+        batch = {name: ((batch_size, *shape), dtype) for name, (shape, dtype) in self.features.items()}
+        return batch | {"example_id": ((batch_size,), "int32"), "weight": ((batch_size,), "float32")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TFDS(DataConfig):
+    """A TensorFlow Datasets set, prepared as array_record; reading needs no TensorFlow."""
+
+    name: str
+    """TFDS name: `mnist`, `mnist:3.0.1`, `name/config:version`."""
+    dir: str = free("")
+    """Data directory; empty is $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    train_split: str = "train"
+    """Split to train on; slices as in TFDS: train[:90%%]."""
+    eval_split: str = "test"
+    """Split to evaluate on."""
+    cache_dir: str = free("")
+    """Where decoded arrays go; empty is $SPMD_CACHE_DIR, else ~/.cache/spmd."""
+
+    def open(self, split: Split) -> Source:
+        """Memory-mapped decoded arrays; decoded once. ValueError says what to type when not prepared."""
+        from spmd.data import tfds
+
+        return tfds.open_split(self, self.train_split if split == "train" else self.eval_split)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrays(DataConfig):
+    """Arrays that the experiment brings."""
+
+    train: tyro.conf.Suppress[Callable[[], Mapping[str, Any]]]
+    """() -> {feature: [N, ...]}."""
+    eval: tyro.conf.Suppress[Callable[[], Mapping[str, Any]]]
+    """() -> {feature: [N, ...]}."""
+
+    def open(self, split: Split) -> Source:
+        """The arrays in memory, checked against `features`."""
+        from spmd.data.sources import ArraySource
+
+        return ArraySource((self.train if split == "train" else self.eval)(), self.features)
+
+
+def cache_root(given: str = "") -> str:
+    """The cache directory: given, $SPMD_CACHE_DIR, $XDG_CACHE_HOME/spmd or ~/.cache/spmd."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return os.path.expanduser(given or os.environ.get("SPMD_CACHE_DIR") or os.path.join(base, "spmd"))
+
+
+def data_root(given: str = "") -> str:
+    """The TFDS data directory: given, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    return os.path.expanduser(
+        given or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))

@@ -1,0 +1,127 @@
+"""Batches in an order that is a pure function of (seed, epoch, index): no state but the step.
+
+Position p of the endless stream is example `permutation(seed, p // n)[p % n]`: epochs follow one another
+without a gap, nothing is dropped or repeated, and any step can be had without those before it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from spmd.data import Source
+
+
+class Order:
+    """Stream position -> example index; one shuffle for each epoch, the last two kept."""
+
+    def __init__(self, seed: int, num_examples: int):
+        self._seed, self._n = seed, num_examples
+        self._epochs: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._epochs:
+                for old in [e for e in self._epochs if abs(e - epoch) > 1]:
+                    del self._epochs[old]
+                bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+                self._epochs[epoch] = np.random.Generator(bits).permutation(self._n)
+            return self._epochs[epoch]
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        epochs, offsets = np.divmod(positions, self._n)
+        first, last = int(epochs.min()), int(epochs.max())
+        if first == last:
+            return self._epoch(first)[offsets]
+        out = np.empty_like(positions)
+        for epoch in range(first, last + 1):
+            here = epochs == epoch
+            out[here] = self._epoch(epoch)[offsets[here]]
+        return out
+
+
+class _Dispatches:
+    """Random access to dispatches: what grain's threads call."""
+
+    def __init__(self, source: Source, order: Order, batch_size: int, rows: np.ndarray,
+                 start: int, stop: int, steps: int):
+        self._source, self._order, self._batch_size, self._rows = source, order, batch_size, rows
+        self._start, self._stop, self._steps = start, stop, steps
+
+    def __len__(self) -> int:
+        return -(-(self._stop - self._start) // self._steps)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        first = self._start + int(i) * self._steps
+        num = min(self._steps, self._stop - first)
+        steps_S1 = np.arange(first, first + num, dtype=np.int64)[:, None]
+        index = self._order[(steps_S1 * self._batch_size + self._rows).ravel()]
+        batch = self._source.take(index)
+        batch["example_id"] = index.astype(np.int32)
+        batch["weight"] = np.ones(len(index), np.float32)
+        if self._steps == 1:
+            return batch
+        return {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.items()}
+
+
+def train_batches(source: Source, *, batch_size: int, seed: int, start: int = 0, stop: int,
+                  steps_per_dispatch: int = 1, rows: np.ndarray | None = None, threads: int = 2,
+                  buffer: int = 4) -> Iterator[dict[str, np.ndarray]]:
+    """Host batches for steps [start, stop): {feature: [b, ...]} plus example_id [b], weight [b].
+
+    rows: which rows of the global batch this process loads (default all; b of them).
+    steps_per_dispatch S > 1: leaves are [S, b, ...]; the last may hold fewer steps.
+    """
+    import grain
+
+    rows = np.arange(batch_size) if rows is None else rows
+    dispatches = _Dispatches(source, Order(seed, len(source)), batch_size, rows, start, stop,
+                             steps_per_dispatch)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+    yield from grain.MapDataset.source(dispatches).to_iter_dataset(options)
+
+
+def position(step: int, batch_size: int, num_examples: int) -> dict[str, int]:
+    """The iterator's whole state, for the checkpoint."""
+    return {"step": step, "examples": step * batch_size, "epoch": step * batch_size // num_examples}
+
+
+def eval_batches(source: Source, *, batch_size: int, rows: np.ndarray | None = None
+                 ) -> Iterator[dict[str, np.ndarray]]:
+    """Every example once, in order; the last batch is padded with weight 0."""
+    rows = np.arange(batch_size) if rows is None else rows
+    for first in range(0, len(source), batch_size):
+        index = first + rows
+        real = index < len(source)
+        index = np.where(real, index, 0)
+        yield source.take(index) | {"example_id": index.astype(np.int32),
+                                    "weight": real.astype(np.float32)}
+
+
+def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Rows of the global batch that this process's devices hold, ascending."""
+    held = {
+        (s[0].start or 0, batch_size if s[0].stop is None else s[0].stop)
+        for s in sharding.addressable_devices_indices_map((batch_size,)).values() if s is not None
+    }
+    return np.concatenate([np.arange(*interval) for interval in sorted(held)])
+
+
+def put(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int
+        ) -> dict[str, jax.Array]:
+    """Host rows of this process -> global arrays; dim 0 (or 1, after steps) is the batch."""
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)
+    dim = len(sharding.spec) - 1
+
+    def whole(x: np.ndarray) -> Any:
+        shape = (*x.shape[:dim], batch_size, *x.shape[dim + 1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return {name: whole(x) for name, x in batch.items()}

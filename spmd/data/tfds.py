@@ -1,0 +1,239 @@
+"""TFDS sets decoded once into memory-mapped arrays; TFDS itself is not imported when they exist."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spmd.data import TFDS, Features, cache_root, data_root
+from spmd.data.builders import EMBEDDED, builder
+from spmd.data.sources import ArraySource
+from spmd.fields import check, closest
+
+_NAME = re.compile(r"^(?P<name>[a-z]\w*)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?$")
+_SPLIT = re.compile(r"^(?P<split>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?$")
+_CHUNK = 256
+
+
+def parse_name(name: str) -> tuple[str, str | None, str | None]:
+    """`name[/config][:version]`; ValueError for anything else (names become paths)."""
+    match = _NAME.match(name)
+    if not match:
+        raise ValueError(f"data.name={name!r} is not a TFDS name; write name, name/config or name:1.0.0")
+    return match["name"], match["config"], match["version"]
+
+
+def prepared_dir(config: TFDS) -> Path | None:
+    """Where the prepared set lies (the newest version unless one is named), or None."""
+    name, sub, version = parse_name(config.name)
+    roots = [Path(data_root(config.dir))]
+    if name in EMBEDDED:
+        roots.append(Path(cache_root(config.cache_dir)) / "tfds")
+    for root in roots:
+        base = root / name / sub if sub else root / name
+        found = [info.parent for info in base.glob("*/dataset_info.json")] or [
+            info.parent for info in base.glob("*/*/dataset_info.json") if not sub]
+        versions = [p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name)
+                    and version in (None, p.name)]
+        if versions:
+            return max(versions, key=lambda p: tuple(map(int, p.name.split("."))))
+    return None
+
+
+def find(config: TFDS) -> Path:
+    """The prepared directory; embedded sets are prepared in the cache on first use."""
+    root = data_root(config.dir)
+    name, _, _ = parse_name(config.name)
+    check(not config.dir or os.path.isdir(root),
+          f"data.dir={config.dir!r} is no directory; give one that holds prepared TFDS sets,"
+          " or leave it out for $TFDS_DATA_DIR or ~/tensorflow_datasets")
+    found = prepared_dir(config)
+    if found is None and name in EMBEDDED:
+        prepare(config, str(Path(cache_root(config.cache_dir)) / "tfds"))
+        found = prepared_dir(config)
+    if found is None:
+        there = sorted(p.name for p in Path(root).iterdir() if p.is_dir()) if os.path.isdir(root) else []
+        raise ValueError(
+            f"data set {config.name!r} is not prepared in {root}"
+            f" (there: {', '.join(there) or 'nothing'}).{closest(name, [*there, *EMBEDDED])}\n"
+            "Point --data.dir (or TFDS_DATA_DIR) at a directory that has it, or prepare it once:\n"
+            "  pip install tensorflow    # only to prepare; training never imports it\n"
+            "  python run.py data prepare --experiment NAME")
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """TFDS without its progress bars and log lines."""
+    import logging
+
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def prepare(config: TFDS, root: str) -> None:
+    """Runs the set's builder into `root` as array_record; stock builders need TensorFlow for it."""
+    import importlib.util
+
+    import tensorflow_datasets as tfds
+
+    name, _, _ = parse_name(config.name)
+    with quiet():
+        if name in EMBEDDED:
+            builder(name, root).download_and_prepare()
+            return
+        check(importlib.util.find_spec("tensorflow") is not None,
+              f"preparing the stock set {config.name!r} needs TensorFlow once (reading never does):"
+              " pip install tensorflow, then the same command again")
+        try:
+            stock = tfds.builder(config.name, data_dir=root, file_format="array_record")
+        except tfds.core.DatasetNotFoundError:
+            raise ValueError(f"TFDS knows no data set {config.name!r}."
+                             f"{closest(name, tfds.list_builders())}") from None
+        stock.download_and_prepare()
+
+
+def open_split(config: TFDS, split: str) -> ArraySource:
+    """The decoded arrays of `split` (`train`, `train[:90%]`), mapped from the cache."""
+    match = _SPLIT.match(split)
+    if not match:
+        raise ValueError(f"split {split!r} is not NAME or NAME[start:stop] (numbers or percent)")
+    directory = find(config)
+    info = json.loads((directory / "dataset_info.json").read_text())
+    sizes = {s["name"]: sum(map(int, s["shardLengths"])) for s in info["splits"]}
+    name = match["split"]
+    check(name in sizes, f"data set {config.name!r} has no split {name!r}.{closest(name, sizes)}"
+          f" It has: {', '.join(f'{k} ({v} examples)' for k, v in sizes.items())}")
+    check(info.get("fileFormat") == "array_record",
+          f"{directory} is stored as {info.get('fileFormat')}, which needs TensorFlow to read; prepare"
+          " it anew as array_record: python run.py data prepare --experiment NAME --data.dir DIR")
+    cache = _cache(config, directory, name)
+    if not _complete(cache, sizes[name]):
+        _build(config, directory, name, sizes[name], cache)
+    arrays = {f: np.load(cache / f"{f}.npy", mmap_mode="r", allow_pickle=False)
+              for f in config.features}
+    bound = lambda text, default: default if text is None else _bound(text, sizes[name])
+    return ArraySource(arrays, config.features, bound(match["start"], 0),
+                       bound(match["stop"], sizes[name]))
+
+
+def _bound(text: str, total: int) -> int:
+    value = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text)
+    return min(max(value + total if value < 0 else value, 0), total)
+
+
+def _cache(config: TFDS, directory: Path, split: str) -> Path:
+    """The cache directory of a split, keyed by its content and by the features kept."""
+    key = hashlib.sha256()
+    for name in ("dataset_info.json", "features.json"):
+        key.update((directory / name).read_bytes())
+    for shard in sorted(directory.glob(f"*-{split}.*")):
+        stat = shard.stat()
+        key.update(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    key.update(repr((split, sorted((k, tuple(s), d) for k, (s, d) in config.features.items()))).encode())
+    base = Path(cache_root(config.cache_dir)) / "decoded"
+    return base / f"{parse_name(config.name)[0]}-{split}-{key.hexdigest()[:16]}"
+
+
+def _complete(cache: Path, num: int) -> bool:
+    """Whether a cache was written to its end and still has its sizes."""
+    try:
+        sizes = json.loads((cache / "complete.json").read_text())
+        return sizes["examples"] == num and all(
+            (cache / name).stat().st_size == size for name, size in sizes["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> None:
+    """Decodes a split into .npy files beside and renames: a half-written cache is never read."""
+    import tensorflow_datasets as tfds
+
+    with quiet():
+        reader = tfds.builder_from_directory(str(directory)).as_data_source(split)
+    known = list(reader.dataset_info.features)
+    for feature in config.features:
+        check(feature in known, f"data set {config.name!r} has no feature {feature!r}."
+              f"{closest(feature, known)} It has: {', '.join(known)}")
+    first = reader[0]
+    for feature, (shape, dtype) in config.features.items():
+        value = np.asarray(first[feature])
+        fits = value.dtype == dtype or (value.dtype == np.int64 and dtype == "int32")
+        check(value.shape == tuple(shape) and fits,
+              f"feature {feature!r} of {config.name!r} is {value.dtype}{list(value.shape)}, the"
+              f" experiment declares {dtype}{list(shape)}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write the cache {cache.parent}: {error.strerror};"
+                         " choose another with --data.cache-dir or SPMD_CACHE_DIR") from None
+    try:
+        with quiet():
+            show = _progress(f"decoding {config.name} {split}", num)
+            _decode(config.features, reader, num, part, show)
+        if cache.exists():
+            shutil.rmtree(cache)
+        with contextlib.suppress(FileExistsError, OSError):  # another process was faster
+            part.rename(cache)
+        check(_complete(cache, num), f"the cache {cache} could not be written")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _decode(features: Features, reader: Any, num: int, part: Path, progress: Callable[[int], None]) -> None:
+    out = {name: np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype=dtype, shape=(num, *shape))
+           for name, (shape, dtype) in features.items()}
+
+    def chunk(start: int) -> int:
+        at = range(start, min(start + _CHUNK, num))
+        examples = reader.__getitems__(list(at))
+        for name, array in out.items():
+            values = np.stack([np.asarray(e[name]) for e in examples])
+            cast = values.astype(array.dtype)
+            check(bool((cast == values).all()), f"feature {name!r} does not fit {array.dtype}")
+            array[at.start:at.stop] = cast
+        return at.stop
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for done in pool.map(chunk, range(0, num, _CHUNK)):
+            progress(done)
+    for array in out.values():
+        array.flush()
+    files = {f"{name}.npy": (part / f"{name}.npy").stat().st_size for name in out}
+    (part / "complete.json").write_text(json.dumps({"examples": num, "files": files}))
+
+
+def _progress(label: str, num: int) -> Callable[[int], None]:
+    """Says so when a large set is decoded, on one line of standard error."""
+    shown = {"tenth": -1}
+
+    def show(done: int) -> None:
+        tenth = done * 10 // num
+        if num >= 10_000 and tenth > shown["tenth"]:
+            shown["tenth"] = tenth
+            print(f"{label}: {tenth * 10} %", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,317 @@
+"""The Experiment: what to train and how the mesh is cut; loaded, overridden, resolved, built, run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from spmd import fields, mesh, optim, strategies
+from spmd.data import DataConfig
+from spmd.fields import check, closest, free
+from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from spmd.train.loop import Program
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One experiment; unchanged on one CPU, eight simulated devices, a GPU node or a TPU pod."""
+
+    model: Any
+    """What is trained: a model config, or an NNX module class that takes `rngs`."""
+    task: Any
+    """Loss and metrics."""
+    data: DataConfig
+    """Input data."""
+    optimizer: optim.Optimizer
+    """Optimizer, schedule, clipping, decay; --optimizer NAME changes the class."""
+    strategy: strategies.StrategyConfig = dataclasses.field(default_factory=strategies.Auto)
+    """How the devices agree; --strategy NAME changes the class."""
+    mesh: mesh.MeshConfig = free(mesh.MeshConfig())
+    """How the devices are cut."""
+    train: TrainConfig = free(TrainConfig())
+    """How long, and how steps are dispatched."""
+    eval: EvalConfig = free(EvalConfig())
+    """When it is evaluated."""
+    checkpoint: CheckpointConfig = free(CheckpointConfig())
+    """When the state is saved."""
+    log: LogConfig = free(LogConfig())
+    """What is written."""
+    run: RunConfig = free(RunConfig())
+    """Where the run lives."""
+    seed: int = 0
+    """Seed of parameters, data order and dropout."""
+    param_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Type of parameters and optimizer state."""
+    simulate: int = free(0)
+    """Run on this many simulated CPU devices; 0 uses the real ones."""
+    name: str = free("")
+    """Name of the experiment; set when it is loaded."""
+
+    def __post_init__(self) -> None:
+        check(self.seed >= 0, f"seed={self.seed} must not be negative")
+        check(self.simulate >= 0, f"simulate={self.simulate} must not be negative")
+
+    # ---- what it is
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration as JSON types."""
+        return fields.plain(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that one run directory holds fixed."""
+        return fields.identity(self)
+
+    # ---- what it builds
+
+    def setup(self) -> None:
+        """Prepares jax: simulated devices, x64, the compilation cache. Before the backend starts."""
+        import jax
+
+        if self.simulate:
+            mesh.simulate(self.simulate)
+        if self.param_dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+
+    def build(self, devices: Sequence[Any] | None = None, *, source: Any = None) -> Program:
+        """Mesh, task, strategy and data, on `devices` (default: all, or the first `simulate`)."""
+        import jax
+
+        from spmd.strategies.base import Parts
+        from spmd.train.loop import Program
+
+        self.setup()
+        if devices is None and self.simulate:
+            devices = jax.devices()[: self.simulate]
+        cut = mesh.make(self.mesh, devices)
+        ways, batch_size = mesh.batch_shards(cut), self.data.batch_size
+        rows = ways * self.train.accumulate
+        check(batch_size % rows == 0,
+              f"data.batch_size={batch_size} does not divide over {ways} batch shards"
+              f" ({mesh.describe(cut)}) x train.accumulate={self.train.accumulate}; use"
+              f" {max(batch_size // rows, 1) * rows} or {(batch_size // rows + 1) * rows}")
+        source = source if source is not None else self.data.open("train")
+        num_steps = self.train.num_steps(batch_size, len(source))
+        task = self.task.build(self.model, self.param_dtype)
+        abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
+        tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims))
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype)
+                 for name, (shape, dtype) in self.data.abstract_batch(batch_size).items()}
+        strategy = self.strategy.build(Parts(
+            task=task, tx=tx, rate=self.optimizer.rate(num_steps), mesh=cut, batch=batch,
+            accumulate=self.train.accumulate))
+        return Program(name=self.name, seed=self.seed, mesh=cut, task=task, strategy=strategy,
+                       num_steps=num_steps, data=self.data, source=source)
+
+    # ---- what it does
+
+    def train_run(self) -> Run:
+        """Trains, or resumes what is in the run directory; returns the finished run."""
+        from spmd.train import loop, rundir
+
+        program = self.build()
+        path = rundir.claim(self.run.dir, self.name, self.config(), self.identity(),
+                            fresh=self.run.fresh)
+        done = rundir.summary(path)
+        if done and done["steps"] >= program.num_steps:
+            print(f"{path} is finished: {done['steps']} steps. Train on with a larger --train.steps,"
+                  " or anew with --run.fresh or another --run.dir")
+            return Run(self, str(path), done["steps"], done["metrics"], done["seconds"])
+        if done:
+            print(f"continuing to {program.num_steps} steps (was {done['steps']}): the learning-rate"
+                  " schedule now spans the longer run")
+        summary = loop.fit(program, path, train=self.train, evals=self.eval, log=self.log,
+                           checkpoint=self.checkpoint, config=self.config())
+        return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
+
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
+        """Metrics of a checkpoint of the run directory (default: the newest) on the eval split."""
+        from etils import epath
+
+        from spmd.train import rundir
+        from spmd.train.checkpoint import Checkpoints
+        from spmd.train.evaluate import evaluator
+
+        path = epath.Path(self.run.dir or f"runs/{self.name}").expanduser()
+        check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
+        rundir.same_identity(path, self.identity())
+        program = self.build()
+        checkpoints = Checkpoints(path / "checkpoints", self.checkpoint)
+        try:
+            state = checkpoints.restore(
+                program.abstract_state(), program.strategy.state_shardings, step)
+        finally:
+            checkpoints.close()
+        evaluate = evaluator(program.task, program.mesh, self.data.open("eval"),
+                             self.data.eval_batch_size)
+        return evaluate(*program.strategy.eval_variables(state))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run. metrics: `{'eval/accuracy': ...}`; seconds: by phase."""
+
+    experiment: Experiment
+    dir: str
+    steps: int
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+
+
+# ---- loading
+
+
+def available() -> dict[str, Path]:
+    """The experiments of the folder by name."""
+    return {p.stem: p for p in sorted(EXPERIMENTS.glob("*.py")) if not p.stem.startswith("_")}
+
+
+def summary_line(path: Path) -> str:
+    """The first line of an experiment file's docstring, without running it."""
+    import ast
+
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    return doc.splitlines()[0] if doc else ""
+
+
+def find(name: str) -> Path:
+    """The file of an experiment: a name in experiments/, or a path to a .py file."""
+    if name.endswith(".py"):
+        path = Path(name)
+        check(path.is_file(), f"no experiment file {name!r}; give a .py file with config(), or a name of:"
+              f" {', '.join(available())}")
+        return path
+    known = available()
+    check(name in known, f"unknown experiment {name!r}.{closest(name, known)} Known: {', '.join(known)};"
+          " or give the path of a .py file with config()")
+    return known[name]
+
+
+def from_file(path: Path) -> Experiment:
+    """Runs config() of an experiment file."""
+    check(re.fullmatch(r"[\w.\-]+", path.stem) is not None, f"{path.name!r}: use letters, digits, _ and -")
+    spec = importlib.util.spec_from_file_location(f"spmd_experiment_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        line = next((f" (line {e.lineno})" for e in _frames(error, path)), "")
+        raise ValueError(f"experiment file {path}{line} fails to import: {type(error).__name__}: {error}"
+                         ) from error
+    check(callable(getattr(module, "config", None)), f"experiment file {path} has no config() function")
+    experiment = module.config()
+    check(isinstance(experiment, Experiment),
+          f"config() of {path} returned {type(experiment).__name__}, not an spmd.Experiment")
+    return dataclasses.replace(experiment, name=path.stem)
+
+
+def _frames(error: BaseException, path: Path) -> list[Any]:
+    import traceback
+
+    return [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)][-1:]
+
+
+# ---- overriding
+
+
+def _swap_classes(experiment: Experiment, args: list[str]) -> tuple[Experiment, list[str]]:
+    """Applies `--strategy NAME` and `--optimizer NAME`: the class changes, shared fields stay default."""
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--strategy", "--optimizer"):
+            value = value or next(words, "")
+            field = flag[2:]
+            cls = (strategies if field == "strategy" else optim).named(value)
+            if type(getattr(experiment, field)) is not cls:
+                experiment = dataclasses.replace(experiment, **{field: cls()})
+        else:
+            rest.append(word)
+    return experiment, rest
+
+
+def override(experiment: Experiment, args: Sequence[str], extra: type | None = None,
+             prog: str = "run.py") -> tuple[Experiment, Any]:
+    """Applies command-line words to an experiment; `extra` is a dataclass of a command's own options.
+
+    tyro exits with 2 and one message for an unknown field or a wrong type.
+    """
+    import tyro
+
+    experiment, words = _swap_classes(experiment, list(args))
+    shown: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(Experiment):
+        value = getattr(experiment, f.name)
+        if f.name == "name" or (not dataclasses.is_dataclass(value) and f.name in ("model", "task")):
+            continue
+        kind = type(value) if dataclasses.is_dataclass(value) else _TYPES[f.name]
+        shown.append((f.name, Annotated[kind, tyro.conf.arg(help=_HELP[f.name])],
+                      dataclasses.field(default=value)))
+    if extra is not None:
+        shown.append(("options", Annotated[extra, tyro.conf.arg(name="")], dataclasses.field(
+            default_factory=extra)))
+    made = dataclasses.make_dataclass("Fields", shown, frozen=True, kw_only=True)
+    parsed = tyro.cli(made, args=words, prog=prog, description=_description(experiment),
+                      config=(tyro.conf.FlagConversionOff,))
+    values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
+    return dataclasses.replace(experiment, **values), getattr(parsed, "options", None)
+
+
+_TYPES: dict[str, Any] = {"seed": int, "simulate": int,
+                          "param_dtype": Literal["float32", "float64", "bfloat16"]}
+_HELP = {
+    "model": "What is trained.", "task": "Loss and metrics.", "data": "Input data.",
+    "optimizer": "Optimizer, schedule, clipping, decay; --optimizer NAME changes the class"
+                 f" ({', '.join(optim.OPTIMIZERS)}).",
+    "strategy": "How the devices agree; --strategy NAME changes the class"
+                f" ({', '.join(strategies.STRATEGIES)}).",
+    "mesh": "How the devices are cut; sizes multiply to the device count.",
+    "train": "How long, and how steps are dispatched.", "eval": "When it is evaluated.",
+    "checkpoint": "When the state is saved.", "log": "What is written.", "run": "Where the run lives.",
+    "seed": "Seed of parameters, data order and dropout.",
+    "param_dtype": "Type of parameters and optimizer state.",
+    "simulate": "Run on this many simulated CPU devices; 0 uses the real ones.",
+}
+
+
+def _description(experiment: Experiment) -> str:
+    return f"Experiment {experiment.name}. Fields and their values:"
+
+
+def load(name: str, args: Sequence[str] = ()) -> Any:
+    """The experiment `name` (or a path) with command-line words applied.
+
+    The result has `.train()`, `.build()` and every field: `load("digits", ["--train.steps", "50"])`.
+    """
+    experiment, _ = override(from_file(find(name)), args)
+    return Handle(experiment)
+
+
+class Handle:
+    """An experiment for Python and notebooks: its fields under `.experiment`, `.train()` to run it."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+
+    def train(self) -> Run:
+        """Trains or resumes; see Experiment.train_run."""
+        return self.experiment.train_run()
+
+    def build(self, devices: Sequence[Any] | None = None) -> Program:
+        """The built program, without training it."""
+        return self.experiment.build(devices)
+
+    def __repr__(self) -> str:
+        return json.dumps(self.experiment.config(), indent=1)

@@ -1,0 +1,91 @@
+"""The training loop and what surrounds it: evaluation, checkpoints, metrics, progress. Configs here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from spmd.fields import check, free
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and how steps are dispatched. All free: a run resumes with other values."""
+
+    steps: int | None = free(None)
+    """Optimizer steps of the whole run; overrides epochs."""
+    epochs: float = free(1.0)
+    """Passes over the training split, when steps is not given."""
+    accumulate: int = free(1)
+    """Microbatches that one step sums its gradient over (saves memory)."""
+    steps_per_dispatch: int = free(1)
+    """Steps scanned in one dispatch; small models are bound by dispatch."""
+    steps_in_flight: int = free(2)
+    """Dispatches under way before the host waits for the oldest (at most 8)."""
+    nonfinite: Literal["stop", "skip"] = free("stop")
+    """On a non-finite loss or gradient: stop and name the step, or skip that update."""
+
+    def __post_init__(self) -> None:
+        check(self.steps is None or self.steps >= 1, f"train.steps={self.steps} must be at least 1")
+        check(self.epochs > 0, f"train.epochs={self.epochs} must be more than 0")
+        for name in ("accumulate", "steps_per_dispatch", "steps_in_flight"):
+            value = getattr(self, name)
+            check(value >= 1, f"train.{name}={value} must be at least 1")
+        check(self.steps_in_flight <= 8, f"train.steps_in_flight={self.steps_in_flight} must be at most 8:"
+              " more can deadlock simulated devices and gains nothing")
+
+    def num_steps(self, batch_size: int, num_examples: int) -> int:
+        """Steps of the whole run."""
+        return self.steps or max(1, round(self.epochs * num_examples / batch_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """When the evaluation split is measured."""
+
+    every: int = free(0)
+    """Steps between evaluations; 0 is once per epoch; always at the end."""
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, f"eval.every={self.every} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved and what is kept."""
+
+    every: int = free(0)
+    """Steps between checkpoints; 0 is once per epoch; always at the end and when stopped."""
+    keep: int = free(1)
+    """Newest checkpoints kept."""
+    best: str = free("eval/accuracy")
+    """Also keep the best by this metric."""
+    best_is: Literal["highest", "lowest"] = free("highest")
+    """Which value of that metric is best."""
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, f"checkpoint.every={self.every} must not be negative")
+        check(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = free(50)
+    """Steps between lines of metrics (means over those steps)."""
+    tensorboard: bool = free(True)
+    """Write TensorBoard events too."""
+
+    def __post_init__(self) -> None:
+        check(self.every >= 1, f"log.every={self.every} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives."""
+
+    dir: str = free("")
+    """Run directory; empty is runs/NAME."""
+    fresh: bool = free(False)
+    """Move an existing run aside and start anew."""

@@ -1,0 +1,250 @@
+"""The training loop: resume, step, log one step late, evaluate, save, stop cleanly."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from spmd.data import DataConfig, loader
+from spmd.strategies import base
+from spmd.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig, progress, rundir
+from spmd.train.checkpoint import Checkpoints
+from spmd.train.evaluate import evaluator
+from spmd.train.metrics import Writer
+
+
+class Program(NamedTuple):
+    """A built experiment: what the loop, verify, plan and compare are handed."""
+
+    name: str
+    seed: int
+    mesh: jax.sharding.Mesh
+    task: Any
+    strategy: base.Strategy
+    num_steps: int
+    data: DataConfig
+    source: Any  # training source
+
+    def abstract_state(self) -> base.TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(self.strategy.init, jax.random.key(0))
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved; `signal` says by what."""
+
+    def __init__(self, signum: int, step: int, directory: epath.Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}, state saved in"
+                         f" {directory}; the same command resumes it")
+        self.signum = signum
+
+
+class NonFinite(ArithmeticError):
+    """Loss or gradient became NaN or infinite."""
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Catches SIGINT and SIGTERM: the yielded function tells which came (0: none). A second SIGINT
+    leaves at once.
+    """
+    got = {"signum": 0}
+
+    def handler(signum: int, frame: Any) -> None:
+        del frame
+        if got["signum"] and signum == signal.SIGINT:
+            os.write(2, b"\nleft at once; the last checkpoint stands\n")
+            os._exit(130)
+        got["signum"] = signum
+        os.write(2, b"\nstopping: saving the state (Ctrl-C again leaves at once)\n")
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.signal(signum, handler)
+    try:
+        yield lambda: got["signum"]
+    finally:
+        for signum, old in previous.items():
+            signal.signal(signum, old)
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("compile", "input", "step", "evaluation", "checkpoint"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+
+class _Log:
+    """Metrics of dispatches under way; fetched late, so that the host never waits for the newest."""
+
+    def __init__(self, writer: Writer, bar: progress.Bar, config: LogConfig, nonfinite: str, step: int):
+        self._writer, self._bar, self._every = writer, bar, config.every
+        self._stop_on_nonfinite = nonfinite == "stop"
+        self._pending: collections.deque[tuple[int, base.Metrics]] = collections.deque()
+        self._window: list[dict[str, np.ndarray]] = []
+        self._reported = step
+        self.last: dict[str, float] = {}
+
+    def add(self, step: int, metrics: base.Metrics, in_flight: int) -> None:
+        """Metrics of the dispatch that ends at `step`; waits for the oldest when too many are out."""
+        self._pending.append((step, metrics))
+        while len(self._pending) > in_flight:
+            self._fetch()
+
+    def drain(self) -> None:
+        """Waits for all; what was dispatched is then known to be finite."""
+        while self._pending:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        step, device = self._pending.popleft()
+        host = {k: np.atleast_1d(v) for k, v in jax.device_get(device).items()}
+        bad = np.flatnonzero(host["finite"] == 0)
+        if len(bad) and self._stop_on_nonfinite:
+            at = step - len(host["finite"]) + int(bad[0]) + 1
+            raise NonFinite(
+                f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
+                f" {host['grad_norm'][bad[0]]}); nothing of that step was saved. Lower"
+                " --optimizer.learning-rate, set --optimizer.clip-norm, or skip such steps with"
+                " --train.nonfinite skip")
+        self._window.append(host)
+        if step // self._every > self._reported // self._every:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Reports the mean of the window."""
+        if not self._window:
+            return
+        columns = {k: np.concatenate([h[k] for h in self._window]) for k in self._window[0]}
+        self._window = []
+        values = {f"train/{k}": float(v[-1] if k == "learning_rate" else v.mean())
+                  for k, v in columns.items() if k != "finite"}
+        values["train/skipped_steps"] = float((columns["finite"] == 0).sum())
+        self.last = values
+        self._reported = step
+        self._writer.write(step, values | self._bar.report(step, values))
+
+
+def fit(program: Program, directory: epath.Path, *, train: TrainConfig, evals: EvalConfig,
+        checkpoint: CheckpointConfig, log: LogConfig, config: dict[str, Any]) -> dict[str, Any]:
+    """Trains to program.num_steps from the newest checkpoint in `directory`; returns the summary.
+
+    Raises Stopped after a signal, NonFinite when the loss diverges.
+    """
+    began = time.perf_counter()
+    clock, strategy, data = Clock(), program.strategy, program.data
+    with stop_signals() as stopped, contextlib.ExitStack() as closing:
+        # ---- state: born sharded, or the newest checkpoint, on whatever mesh this is
+        abstract = program.abstract_state()
+        checkpoints = Checkpoints(directory / "checkpoints", checkpoint)
+        closing.callback(checkpoints.close)
+        progress.start(program.name, program.mesh, abstract, strategy.state_shardings,
+                       program.num_steps, data.batch_size)
+        with clock("checkpoint" if checkpoints.steps() else "compile"):
+            if checkpoints.steps():
+                state = checkpoints.restore(abstract, strategy.state_shardings)
+            else:
+                state = strategy.init(jax.random.key(program.seed))
+            step = first = int(state.step)
+        if first:
+            print(f"resuming at step {first} of {program.num_steps}")
+        # ---- input
+        per_dispatch = train.steps_per_dispatch
+        if per_dispatch > 1:
+            strategy = base.scanned(strategy)
+        placed = next(iter(jax.tree.leaves(strategy.batch_shardings)))
+        rows = loader.process_rows(jax.tree.leaves(program.strategy.batch_shardings)[0], data.batch_size)
+        batches = loader.train_batches(
+            program.source, batch_size=data.batch_size, seed=program.seed, start=step,
+            stop=program.num_steps, steps_per_dispatch=per_dispatch, rows=rows, threads=data.threads,
+            buffer=data.buffer)
+        # ---- output
+        writer = Writer(directory, step, tensorboard=log.tensorboard)
+        closing.callback(writer.close)
+        bar = progress.Bar(program.num_steps, step, data.batch_size)
+        closing.callback(bar.close)
+        logs = _Log(writer, bar, log, train.nonfinite, step)
+        evaluate = evaluator(program.task, program.mesh, data.open("eval"), data.eval_batch_size)
+        epoch = max(1, round(len(program.source) / data.batch_size))
+        eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
+        measured: dict[str, float] = {}
+
+        def save() -> None:
+            logs.drain()  # a step is saved only once its metrics are known to be finite
+            with clock("checkpoint"):
+                extra = {"data": loader.position(step, data.batch_size, len(program.source)),
+                         "config": config}
+                checkpoints.save(state, step, measured, extra)
+
+        def measure() -> None:
+            nonlocal measured
+            logs.drain()
+            logs.flush(step)
+            with clock("evaluation"):
+                measured = evaluate(*strategy.eval_variables(state))
+            writer.write(step, measured)
+            bar.evaluated(step, measured)
+
+        # ---- the loop
+        shapes: set[Any] = set()
+        while step < program.num_steps:
+            with clock("input"):
+                batch = loader.put(next(batches), placed, data.batch_size)
+            num = batch["weight"].shape[0] if per_dispatch > 1 else 1
+            with clock("step" if num in shapes else "compile"):  # jit returns once it has compiled
+                shapes.add(num)
+                state, metrics = strategy.step(state, batch)
+            before, step = step, step + num
+            with clock("step"):
+                logs.add(step, metrics, train.steps_in_flight)
+            if stopped():
+                break
+            due = lambda every: step // every > before // every  # noqa: B023
+            busy = due(eval_every) or due(save_every)
+            if due(eval_every) and step < program.num_steps:
+                measure()
+            if due(save_every) and step < program.num_steps:
+                save()
+            measured = {} if not due(eval_every) else measured
+            if busy:
+                bar.restart_clock()
+        with clock("step"):
+            logs.drain()
+        # ---- the end
+        if stopped() and step < program.num_steps:
+            save()
+            with clock("checkpoint"):
+                checkpoints.wait()
+            raise Stopped(stopped(), step, directory)
+        measure()
+        save()
+        with clock("checkpoint"):
+            checkpoints.wait()
+        total = time.perf_counter() - began
+        seconds = clock.seconds | {"other": total - sum(clock.seconds.values()), "total": total}
+        summary = {"experiment": program.name, "steps": step, "metrics": logs.last | measured,
+                   "seconds": {k: round(v, 3) for k, v in seconds.items()}}
+        rundir.write_summary(directory, summary)
+    progress.end(summary, directory)
+    sys.stdout.flush()
+    return summary

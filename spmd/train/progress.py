@@ -1,0 +1,110 @@
+"""What the user sees: the plan of the run, a progress bar or plain lines, the summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from spmd import mesh as meshes
+from spmd import tree
+
+SHOWN = 8  # arrays in the table of the largest
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def start(name: str, mesh: jax.sharding.Mesh, state: Any, shardings: Any, num_steps: int,
+          batch_size: int) -> None:
+    """Devices, mesh, parameters, bytes per device, and the largest arrays with their shardings."""
+    console = _console()
+    device = mesh.devices.flat[0]
+    console.print(f"{name}: {mesh.size} x {device.device_kind} ({device.platform}),"
+                  f" mesh {meshes.describe(mesh)}")
+    console.print(
+        f"{tree.num_elements(state.params):,} parameters; per device"
+        f" {tree.human_bytes(tree.bytes_per_device(state.params, shardings.params))} of parameters,"
+        f" {tree.human_bytes(tree.bytes_per_device(state.opt_state, shardings.opt_state))} of optimizer"
+        f" state; {num_steps} steps of {batch_size} examples")
+    placed = tree.named_leaves(shardings)
+    largest = sorted(tree.named_leaves(state).items(), key=lambda item: -tree.num_bytes(item[1]))
+    table = Table(box=None, pad_edge=False)
+    for column in ("array", "shape", "dtype", "sharding", "per device"):
+        table.add_column(column)
+    for path, leaf in largest[:SHOWN]:
+        spec = [" ".join(s) if isinstance(s, tuple) else s or "-" for s in placed[path].spec]
+        table.add_row(path, str(list(leaf.shape)), str(leaf.dtype),
+                      ", ".join(spec) if any(s != "-" for s in spec) else "replicated",
+                      tree.human_bytes(tree.bytes_per_device(leaf, placed[path])))
+    console.print(table)
+
+
+class Bar:
+    """A rich progress bar on a terminal, one plain line for each report elsewhere."""
+
+    def __init__(self, num_steps: int, step: int, batch_size: int):
+        self._num_steps, self._batch_size = num_steps, batch_size
+        self._at, self._time = step, time.perf_counter()
+        self._eval = ""
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+                                 TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+            self._task = self._bar.add_task("train", total=num_steps, completed=step, text="compiling")
+            self._bar.start()
+
+    def report(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Shows the metrics of the steps since the last report; returns speed metrics."""
+        now = time.perf_counter()
+        seconds = max(now - self._time, 1e-9) / max(step - self._at, 1)
+        self._at, self._time = step, now
+        speed = {"train/examples_per_second": self._batch_size / seconds, "train/step_seconds": seconds}
+        left = (self._num_steps - step) * seconds
+        text = (f"loss {metrics['train/loss']:.4f}  {speed['train/examples_per_second']:,.0f} examples/s"
+                f"  {seconds * 1e3:.2f} ms/step{self._eval}")
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        else:
+            print(f"step {step}/{self._num_steps}  {text}  ETA {left:.0f} s", flush=True)
+        return speed
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows an evaluation."""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._eval = f"  {shown}"
+        self.say(f"step {step}  {shown}")
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last report (evaluation, saving) out of the speed."""
+        self._time = time.perf_counter()
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar:
+            self._bar.stop()
+
+
+def end(summary: dict[str, Any], directory: Any) -> None:
+    """Metrics, where the time went, where the files are."""
+    console = _console()
+    metrics = "  ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items()
+                        if name.split("/")[-1] in ("loss", "accuracy"))
+    seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
+    console.print(f"done: {summary['steps']} steps  {metrics}")
+    console.print(f"seconds: {seconds}")
+    console.print(f"files: {directory}/ (config.json, metrics.jsonl, tensorboard/, checkpoints/,"
+                  " summary.json)")

@@ -1,0 +1,80 @@
+"""The run directory: one identity, its configuration, its summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from etils import epath
+
+
+def _write(path: epath.Path, value: Any) -> None:
+    """JSON written beside and renamed, so that a killed process leaves the old file or the new one."""
+    part = path.parent / (path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+class Refused(ValueError):
+    """The directory holds something that this run must not touch."""
+
+
+def claim(directory: str, name: str, config: dict[str, Any], identity: dict[str, Any], *,
+          fresh: bool) -> epath.Path:
+    """Opens or creates the run directory and writes config.json; ValueError when it is another run's.
+
+    config: resolved configuration as JSON types. identity: flat identity fields.
+    """
+    path = epath.Path(directory or f"runs/{name}").expanduser()
+    if path.exists() and not path.is_dir():
+        raise Refused(f"run directory {path} is a file; choose another with --run.dir")
+    entries = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    known = path / "config.json"
+    if entries and not known.exists():
+        raise Refused(f"{path} is not empty and holds no run (no config.json; it has"
+                      f" {', '.join(entries[:3])}); choose another with --run.dir")
+    if entries and fresh:
+        aside = path.parent / f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+        if aside.exists():
+            raise Refused(f"{aside} exists already; try again in a second")
+        path.rename(aside)
+        print(f"moved the old run to {aside}")
+    elif entries:
+        same_identity(path, identity)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write(known, {"experiment": name, "identity": identity, "config": config})
+    except OSError as error:
+        raise Refused(f"cannot write run directory {path}: {error.strerror or error};"
+                      " choose another with --run.dir") from None
+    return path
+
+
+def same_identity(path: epath.Path, identity: dict[str, Any]) -> None:
+    """ValueError with the differing fields when the directory's run is another one."""
+    known = path / "config.json"
+    try:
+        before = json.loads(known.read_text())["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise Refused(f"{known} is not a run's configuration; choose another directory with"
+                      " --run.dir, or move this one aside with --run.fresh") from None
+    missing = "(absent)"
+    now = json.loads(json.dumps(identity))
+    diff = [f"  {k}: {before.get(k, missing)} -> {now.get(k, missing)}"
+            for k in sorted({*before, *now}) if before.get(k, missing) != now.get(k, missing)]
+    if diff:
+        raise Refused("\n".join([
+            f"{path} holds a run of another identity (there -> now):", *diff,
+            "use --run.dir DIR for a second run, or --run.fresh to move that one aside"]))
+
+
+def summary(path: epath.Path) -> dict[str, Any] | None:
+    """The summary of a finished run, or None."""
+    file = path / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def write_summary(path: epath.Path, value: dict[str, Any]) -> None:
+    """Writes summary.json."""
+    _write(path / "summary.json", value)

@@ -1,0 +1,97 @@
+"""Eight simulated CPU devices, strict promotion, caches in a temporary directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+HARDWARE = bool(os.environ.get("SPMD_TEST_HARDWARE"))  # leave the accelerator visible
+ROOT = "SPMD_TEST_ROOT"  # inherited by xdist's workers, which share the caches
+
+STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update", action="store_true", help="write the golden files anew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        os.environ[ROOT] = tempfile.mkdtemp(prefix="spmd-tests-")
+        os.environ["SPMD_CACHE_DIR"] = f"{os.environ[ROOT]}/cache"
+        os.environ["TFDS_DATA_DIR"] = f"{os.environ[ROOT]}/tfds"
+
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    if not HARDWARE:
+        jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and ROOT in os.environ:
+        shutil.rmtree(os.environ.pop(ROOT), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HARDWARE:
+        return
+    for item in items:
+        if item.get_closest_marker("hardware"):
+            item.add_marker(
+                pytest.mark.skip(reason="needs an accelerator: set SPMD_TEST_HARDWARE=1")
+            )
+
+
+@pytest.fixture
+def update(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be written instead of compared."""
+    return request.config.getoption("--update")
+
+
+@pytest.fixture(scope="session")
+def devices() -> list:
+    """The eight simulated devices."""
+    import jax
+
+    found = jax.devices("cpu")
+    assert len(found) == 8, "another module started JAX's backend before conftest.py"
+    return found
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_cli("plan", "--experiment", "digits")`: run.py in its own process, in tmp_path."""
+
+    def run(
+        *args: str | Path, timeout: float = 300, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        ambient = ("JAX_", "XLA_", "TF_", "PYTHONWARNINGS", "PYTEST_")
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(ambient)}
+        environ |= STRICT
+        environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[ROOT]}/compiled"
+        if not HARDWARE:
+            environ["JAX_PLATFORMS"] = "cpu"
+        command: Sequence[str] = [sys.executable, str(REPOSITORY / "run.py"), *map(str, args)]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environ | (env or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,222 @@
+"""Imports point down only: read from the source of spmd/ and experiments/, lazy ones included."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# From the bottom up. A module or package imports from the rows below its own, and from itself;
+# names of one row do not import each other. A new module of spmd/ gets its place here.
+LAYERS = (
+    ("fields",),
+    ("tree", "mesh"),
+    ("sharding", "scope"),
+    ("collectives", "hlo"),
+    ("optim", "losses", "data"),
+    ("models",),
+    ("tasks",),
+    ("grad",),
+    ("strategies",),
+    ("train",),
+    ("plan", "verify", "convert"),
+    ("experiment",),
+    ("commands",),
+)
+RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+
+# Beside the rows: these import no more than is said here, and every row may import them.
+ASIDE = {"runtime": {"fields", "tree", "mesh"}, "launch": set()}
+NEVER = {"strategies": {"models", "data"}}  # though they lie below
+STANDARD_LIBRARY_ONLY = {"fields", "launch"}
+# models/ name logical dims: nothing that says where an array lies
+NO_PLACEMENT = {"PartitionSpec", "NamedSharding", "jax.P", "spmd.mesh", "spmd.sharding"}
+FOR_EXPERIMENTS = {"models", "data", "optim", "tasks", "strategies"}
+
+
+def imported(path: str, source: str) -> Iterator[tuple[int, str, str]]:
+    """(line, module, name) of each import, wherever it stands; name is "" for a whole module."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, module, alias.name
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            target = node.args[0] if node.args else None
+            if isinstance(target, ast.Constant) and isinstance(target.value, str):
+                yield node.lineno, target.value, ""
+
+
+def unit(module: str, name: str) -> str:
+    """The top-level name inside spmd that an import reaches; "" for spmd itself."""
+    return [*module.split("."), name, ""][1]
+
+
+def dotted(source: str) -> Iterator[tuple[int, str]]:
+    """(line, `a.b.c`) of each attribute access."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node)
+
+
+def arrow(owner: str, target: str) -> str:
+    """Why `owner` must not import `target`; "" where it may."""
+    if owner == target:
+        return ""
+    if target not in RANK and target not in ASIDE:
+        if not target or target[0].isupper():
+            return "import the module that defines it, not the package's root"
+        return f"spmd.{target} is not registered: give it a row in LAYERS of tests/test_layering.py"
+    if owner in ASIDE:
+        allowed = ASIDE[owner]
+        return "" if target in allowed else f"{owner} may import only {sorted(allowed) or 'itself'}"
+    if target in NEVER.get(owner, ()):
+        return f"{owner} never imports {target}"
+    if target not in ASIDE and RANK[target] >= RANK[owner]:
+        return f"{target} is not below {owner}"
+    return ""
+
+
+def inside(path: str, source: str) -> Iterator[tuple[int, str]]:
+    """What a file of spmd/ imports against the order."""
+    owner = path.split("/")[1].removesuffix(".py")
+    if owner not in RANK and owner not in ASIDE:
+        yield (
+            1,
+            f"spmd.{owner} is not registered: give it a row in LAYERS of tests/test_layering.py",
+        )
+        return
+    for line, module, name in imported(path, source):
+        top = module.split(".")[0]
+        if top == "spmd":
+            if why := arrow(owner, unit(module, name)):
+                yield line, why
+        elif top in ("run", "experiments"):
+            yield line, f"{top} is above spmd"
+        elif owner in STANDARD_LIBRARY_ONLY and top not in sys.stdlib_module_names:
+            yield line, f"{owner} imports the standard library only, not {top}"
+        if owner == "models" and {f"{module}.{name}", module, name} & NO_PLACEMENT:
+            yield line, f"models name logical dims only, not {name or module}"
+    if owner == "models":
+        for line, text in dotted(source):
+            if text in NO_PLACEMENT or text.split(".")[-1] in NO_PLACEMENT:
+                yield line, f"models name logical dims only, not {text}"
+
+
+def experiment(path: str, source: str, public: set[str]) -> Iterator[tuple[int, str]]:
+    """What an experiment imports beyond the public names."""
+    for line, module, name in imported(path, source):
+        if module.split(".")[0] != "spmd" or (module == "spmd" and name in public | {""}):
+            continue
+        parts = [*module.split(".")[1:], *([name] if name else [])]
+        if parts[0] not in FOR_EXPERIMENTS or any(part.startswith("_") for part in parts):
+            yield (
+                line,
+                f"{'.'.join(parts)} is not public: import from spmd or {sorted(FOR_EXPERIMENTS)}",
+            )
+
+
+def violations(sources: Mapping[str, str], public: set[str] = frozenset()) -> list[str]:
+    """`path:line: reason` for each import in {path: source} that breaks the order."""
+    found = []
+    for path, source in sources.items():
+        if path == "spmd/__init__.py":  # lazy exports of everything
+            continue
+        if path.startswith("experiments/"):
+            wrong = experiment(path, source, public)
+        else:
+            wrong = inside(path, source)
+        found += [f"{path}:{line}: {why}" for line, why in wrong]
+    return found
+
+
+def read(folder: str) -> dict[str, str]:
+    files = sorted((REPOSITORY / folder).rglob("*.py"))
+    return {str(f.relative_to(REPOSITORY).as_posix()): f.read_text("utf-8") for f in files}
+
+
+def test_imports_of_the_package_point_down():
+    sources = read("spmd")
+    assert sources
+    assert violations(sources) == []
+
+
+def test_experiments_import_public_names_only():
+    import spmd
+
+    sources = read("experiments")
+    assert sources
+    assert violations(sources, set(spmd.__all__)) == []
+
+
+CAUGHT = {
+    "upward": ("spmd/tree.py", "from spmd.train import loop"),
+    "upward, module by name": ("spmd/mesh.py", "import spmd.experiment"),
+    "upward, from the root": ("spmd/grad.py", "from spmd import strategies"),
+    "upward, relative": ("spmd/models/mlp.py", "from ..tasks import Task"),
+    "lazy": ("spmd/optim.py", "def build():\n    from spmd import train"),
+    "lazy, by string": ("spmd/data/__init__.py", "importlib.import_module('spmd.models.mlp')"),
+    "for types": ("spmd/tasks.py", "if TYPE_CHECKING:\n    from spmd.grad import Grads"),
+    "sideways": ("spmd/plan/cost.py", "from spmd import verify"),
+    "above the package": ("spmd/commands/train.py", "import run"),
+    "through the root": ("spmd/grad.py", "from spmd import Experiment"),
+    "root alone": ("spmd/grad.py", "import spmd"),
+    "runtime above mesh": ("spmd/runtime/start.py", "from spmd import sharding"),
+    "launch beyond itself": ("spmd/launch/slurm.py", "from spmd import fields"),
+    "launch beyond the library": ("spmd/launch/slurm.py", "import numpy as np"),
+    "fields beyond the library": ("spmd/fields.py", "import jax"),
+    "strategies and models": ("spmd/strategies/auto.py", "from spmd.models import mlp"),
+    "strategies and data": ("spmd/strategies/base.py", "def f():\n    import spmd.data.loader"),
+    "spec in a model": ("spmd/models/mlp.py", "from jax.sharding import PartitionSpec as P"),
+    "spec by attribute": ("spmd/models/mlp.py", "x = jax.sharding.NamedSharding"),
+    "jax.P": ("spmd/models/mlp.py", "import jax\nspec = jax.P('data')"),
+    "mesh axes in a model": ("spmd/models/mlp.py", "from spmd.mesh import BATCH_AXES"),
+    "unregistered file": ("spmd/gizmo.py", "import jax"),
+    "unregistered target": ("spmd/commands/train.py", "from spmd import gizmo"),
+    "inner name": ("experiments/digits.py", "from spmd.train import loop"),
+    "private module": ("experiments/digits.py", "from spmd.models import _mlp"),
+    "name not exported": ("experiments/digits.py", "from spmd import Hidden"),
+}
+
+
+@pytest.mark.parametrize("case", CAUGHT)
+def test_the_checker_catches(case: str):
+    path, source = CAUGHT[case]
+    assert len(violations({path: source}, {"Experiment"})) == 1
+
+
+ALLOWED = {
+    "downward": ("spmd/train/loop.py", "from spmd import grad, tree\nfrom spmd.mesh import make"),
+    "lazy downward": ("spmd/experiment.py", "def f():\n    from spmd.train import loop"),
+    "own package": ("spmd/train/loop.py", "from spmd.train import metrics\nfrom . import evaluate"),
+    "runtime on mesh": ("spmd/runtime/start.py", "from spmd import mesh\nimport jax"),
+    "launch on itself": ("spmd/launch/slurm.py", "import shlex\nfrom spmd.launch import base"),
+    "specs in a strategy": (
+        "spmd/strategies/auto.py",
+        "from jax.sharding import PartitionSpec as P",
+    ),
+    "lazy root": ("spmd/__init__.py", "from spmd.commands import train"),
+    "public names": ("experiments/digits.py", "import spmd\nfrom spmd import Experiment, models"),
+    "public modules": ("experiments/digits.py", "import optax\nfrom spmd.models.mlp import MLP"),
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_the_checker_allows(case: str):
+    path, source = ALLOWED[case]
+    assert violations({path: source}, {"Experiment"}) == []
+
+
+def test_an_unregistered_module_is_told_where_to_go():
+    (message,) = violations({"spmd/gizmo.py": ""})
+    assert "LAYERS of tests/test_layering.py" in message
