@@ -16,8 +16,11 @@ def config() -> Experiment:
     return Experiment(
         model=MLP(inputs=784, hidden=(256,), classes=10),
         task=Classification(),
-        data=TFDS(name="mnist", batch_size=128,
-                  features={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")}),
+        data=TFDS(
+            name="mnist",
+            batch_size=128,
+            features={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")},
+        ),
         optimizer=SGD(learning_rate=0.2, momentum=0.9, nesterov=True, schedule="cosine"),
         train=TrainConfig(epochs=5),
     )

@@ -95,22 +95,41 @@ class Experiment:
         cut = mesh.make(self.mesh, devices)
         ways, batch_size = mesh.batch_shards(cut), self.data.batch_size
         rows = ways * self.train.accumulate
-        check(batch_size % rows == 0,
-              f"data.batch_size={batch_size} does not divide over {ways} batch shards"
-              f" ({mesh.describe(cut)}) x train.accumulate={self.train.accumulate}; use"
-              f" {max(batch_size // rows, 1) * rows} or {(batch_size // rows + 1) * rows}")
+        check(
+            batch_size % rows == 0,
+            f"data.batch_size={batch_size} does not divide over {ways} batch shards"
+            f" ({mesh.describe(cut)}) x train.accumulate={self.train.accumulate}; use"
+            f" {max(batch_size // rows, 1) * rows} or {(batch_size // rows + 1) * rows}",
+        )
         source = source if source is not None else self.data.open("train")
         num_steps = self.train.num_steps(batch_size, len(source))
         task = self.task.build(self.model, self.param_dtype)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
         tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims))
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype)
-                 for name, (shape, dtype) in self.data.abstract_batch(batch_size).items()}
-        strategy = self.strategy.build(Parts(
-            task=task, tx=tx, rate=self.optimizer.rate(num_steps), mesh=cut, batch=batch,
-            accumulate=self.train.accumulate))
-        return Program(name=self.name, seed=self.seed, mesh=cut, task=task, strategy=strategy,
-                       num_steps=num_steps, data=self.data, source=source)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype)
+            for name, (shape, dtype) in self.data.abstract_batch(batch_size).items()
+        }
+        strategy = self.strategy.build(
+            Parts(
+                task=task,
+                tx=tx,
+                rate=self.optimizer.rate(num_steps),
+                mesh=cut,
+                batch=batch,
+                accumulate=self.train.accumulate,
+            )
+        )
+        return Program(
+            name=self.name,
+            seed=self.seed,
+            mesh=cut,
+            task=task,
+            strategy=strategy,
+            num_steps=num_steps,
+            data=self.data,
+            source=source,
+        )
 
     # ---- what it does
 
@@ -119,18 +138,30 @@ class Experiment:
         from spmd.train import loop, rundir
 
         program = self.build()
-        path = rundir.claim(self.run.dir, self.name, self.config(), self.identity(),
-                            fresh=self.run.fresh)
+        path = rundir.claim(
+            self.run.dir, self.name, self.config(), self.identity(), fresh=self.run.fresh
+        )
         done = rundir.summary(path)
         if done and done["steps"] >= program.num_steps:
-            print(f"{path} is finished: {done['steps']} steps. Train on with a larger --train.steps,"
-                  " or anew with --run.fresh or another --run.dir")
+            print(
+                f"{path} is finished: {done['steps']} steps. Train on with a larger --train.steps,"
+                " or anew with --run.fresh or another --run.dir"
+            )
             return Run(self, str(path), done["steps"], done["metrics"], done["seconds"])
         if done:
-            print(f"continuing to {program.num_steps} steps (was {done['steps']}): the learning-rate"
-                  " schedule now spans the longer run")
-        summary = loop.fit(program, path, train=self.train, evals=self.eval, log=self.log,
-                           checkpoint=self.checkpoint, config=self.config())
+            print(
+                f"continuing to {program.num_steps} steps (was {done['steps']}): the learning-rate"
+                " schedule now spans the longer run"
+            )
+        summary = loop.fit(
+            program,
+            path,
+            train=self.train,
+            evals=self.eval,
+            log=self.log,
+            checkpoint=self.checkpoint,
+            config=self.config(),
+        )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
 
     def evaluate(self, step: int | None = None) -> dict[str, float]:
@@ -148,11 +179,13 @@ class Experiment:
         checkpoints = Checkpoints(path / "checkpoints", self.checkpoint)
         try:
             state = checkpoints.restore(
-                program.abstract_state(), program.strategy.state_shardings, step)
+                program.abstract_state(), program.strategy.state_shardings, step
+            )
         finally:
             checkpoints.close()
-        evaluate = evaluator(program.task, program.mesh, self.data.open("eval"),
-                             self.data.eval_batch_size)
+        evaluate = evaluator(
+            program.task, program.mesh, self.data.open("eval"), self.data.eval_batch_size
+        )
         return evaluate(*program.strategy.eval_variables(state))
 
 
@@ -187,18 +220,27 @@ def find(name: str) -> Path:
     """The file of an experiment: a name in experiments/, or a path to a .py file."""
     if name.endswith(".py"):
         path = Path(name)
-        check(path.is_file(), f"no experiment file {name!r}; give a .py file with config(), or a name of:"
-              f" {', '.join(available())}")
+        check(
+            path.is_file(),
+            f"no experiment file {name!r}; give a .py file with config(), or a name of:"
+            f" {', '.join(available())}",
+        )
         return path
     known = available()
-    check(name in known, f"unknown experiment {name!r}.{closest(name, known)} Known: {', '.join(known)};"
-          " or give the path of a .py file with config()")
+    check(
+        name in known,
+        f"unknown experiment {name!r}.{closest(name, known)} Known: {', '.join(known)};"
+        " or give the path of a .py file with config()",
+    )
     return known[name]
 
 
 def from_file(path: Path) -> Experiment:
     """Runs config() of an experiment file."""
-    check(re.fullmatch(r"[\w.\-]+", path.stem) is not None, f"{path.name!r}: use letters, digits, _ and -")
+    check(
+        re.fullmatch(r"[\w.\-]+", path.stem) is not None,
+        f"{path.name!r}: use letters, digits, _ and -",
+    )
     spec = importlib.util.spec_from_file_location(f"spmd_experiment_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -207,12 +249,18 @@ def from_file(path: Path) -> Experiment:
         spec.loader.exec_module(module)
     except Exception as error:
         line = next((f" (line {e.lineno})" for e in _frames(error, path)), "")
-        raise ValueError(f"experiment file {path}{line} fails to import: {type(error).__name__}: {error}"
-                         ) from error
-    check(callable(getattr(module, "config", None)), f"experiment file {path} has no config() function")
+        raise ValueError(
+            f"experiment file {path}{line} fails to import: {type(error).__name__}: {error}"
+        ) from error
+    check(
+        callable(getattr(module, "config", None)),
+        f"experiment file {path} has no config() function",
+    )
     experiment = module.config()
-    check(isinstance(experiment, Experiment),
-          f"config() of {path} returned {type(experiment).__name__}, not an spmd.Experiment")
+    check(
+        isinstance(experiment, Experiment),
+        f"config() of {path} returned {type(experiment).__name__}, not an spmd.Experiment",
+    )
     return dataclasses.replace(experiment, name=path.stem)
 
 
@@ -242,8 +290,9 @@ def _swap_classes(experiment: Experiment, args: list[str]) -> tuple[Experiment, 
     return experiment, rest
 
 
-def override(experiment: Experiment, args: Sequence[str], extra: type | None = None,
-             prog: str = "run.py") -> tuple[Experiment, Any]:
+def override(
+    experiment: Experiment, args: Sequence[str], extra: type | None = None, prog: str = "run.py"
+) -> tuple[Experiment, Any]:
     """Applies command-line words to an experiment; `extra` is a dataclass of a command's own options.
 
     tyro exits with 2 and one message for an unknown field or a wrong type.
@@ -254,32 +303,57 @@ def override(experiment: Experiment, args: Sequence[str], extra: type | None = N
     shown: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(Experiment):
         value = getattr(experiment, f.name)
-        if f.name == "name" or (not dataclasses.is_dataclass(value) and f.name in ("model", "task")):
+        if f.name == "name" or (
+            not dataclasses.is_dataclass(value) and f.name in ("model", "task")
+        ):
             continue
         kind = type(value) if dataclasses.is_dataclass(value) else _TYPES[f.name]
-        shown.append((f.name, Annotated[kind, tyro.conf.arg(help=_HELP[f.name])],
-                      dataclasses.field(default=value)))
+        shown.append(
+            (
+                f.name,
+                Annotated[kind, tyro.conf.arg(help=_HELP[f.name])],
+                dataclasses.field(default=value),
+            )
+        )
     if extra is not None:
-        shown.append(("options", Annotated[extra, tyro.conf.arg(name="")], dataclasses.field(
-            default_factory=extra)))
+        shown.append(
+            (
+                "options",
+                Annotated[extra, tyro.conf.arg(name="")],
+                dataclasses.field(default_factory=extra),
+            )
+        )
     made = dataclasses.make_dataclass("Fields", shown, frozen=True, kw_only=True)
-    parsed = tyro.cli(made, args=words, prog=prog, description=_description(experiment),
-                      config=(tyro.conf.FlagConversionOff,))
+    parsed = tyro.cli(
+        made,
+        args=words,
+        prog=prog,
+        description=_description(experiment),
+        config=(tyro.conf.FlagConversionOff,),
+    )
     values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
     return dataclasses.replace(experiment, **values), getattr(parsed, "options", None)
 
 
-_TYPES: dict[str, Any] = {"seed": int, "simulate": int,
-                          "param_dtype": Literal["float32", "float64", "bfloat16"]}
+_TYPES: dict[str, Any] = {
+    "seed": int,
+    "simulate": int,
+    "param_dtype": Literal["float32", "float64", "bfloat16"],
+}
 _HELP = {
-    "model": "What is trained.", "task": "Loss and metrics.", "data": "Input data.",
+    "model": "What is trained.",
+    "task": "Loss and metrics.",
+    "data": "Input data.",
     "optimizer": "Optimizer, schedule, clipping, decay; --optimizer NAME changes the class"
-                 f" ({', '.join(optim.OPTIMIZERS)}).",
+    f" ({', '.join(optim.OPTIMIZERS)}).",
     "strategy": "How the devices agree; --strategy NAME changes the class"
-                f" ({', '.join(strategies.STRATEGIES)}).",
+    f" ({', '.join(strategies.STRATEGIES)}).",
     "mesh": "How the devices are cut; sizes multiply to the device count.",
-    "train": "How long, and how steps are dispatched.", "eval": "When it is evaluated.",
-    "checkpoint": "When the state is saved.", "log": "What is written.", "run": "Where the run lives.",
+    "train": "How long, and how steps are dispatched.",
+    "eval": "When it is evaluated.",
+    "checkpoint": "When the state is saved.",
+    "log": "What is written.",
+    "run": "Where the run lives.",
     "seed": "Seed of parameters, data order and dropout.",
     "param_dtype": "Type of parameters and optimizer state.",
     "simulate": "Run on this many simulated CPU devices; 0 uses the real ones.",

@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def update(request: pytest.FixtureRequest) -> bool:
     """Whether golden files are to be written instead of compared."""
-    return request.config.getoption("--update")
+    return bool(request.config.getoption("--update"))
 
 
 @pytest.fixture(scope="session")

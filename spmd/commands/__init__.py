@@ -26,11 +26,13 @@ def usage() -> str:
     from spmd.commands.help import shared_fields
 
     commands = "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
-    return (f"{USAGE}commands:\n{commands}\n\noptions:\n"
-            "  --experiment NAME   a name of --list, or a path to a .py file with config()\n"
-            "  --list              the experiments, a line each\n"
-            "  --help              this; with --experiment NAME every field of that experiment\n\n"
-            f"fields of every experiment (type, default):\n{shared_fields()}\n")
+    return (
+        f"{USAGE}commands:\n{commands}\n\noptions:\n"
+        "  --experiment NAME   a name of --list, or a path to a .py file with config()\n"
+        "  --list              the experiments, a line each\n"
+        "  --help              this; with --experiment NAME every field of that experiment\n\n"
+        f"fields of every experiment (type, default):\n{shared_fields()}\n"
+    )
 
 
 def _take(words: list[str], flag: str) -> str | None:
@@ -50,8 +52,9 @@ def _dispatch(argv: Sequence[str]) -> int:
     words = list(argv)
     command = words.pop(0) if words and not words[0].startswith("-") else "train"
     if command not in COMMANDS:
-        raise ValueError(f"unknown command {command!r}.{closest(command, COMMANDS)}"
-                         f" Known: {', '.join(COMMANDS)}")
+        raise ValueError(
+            f"unknown command {command!r}.{closest(command, COMMANDS)} Known: {', '.join(COMMANDS)}"
+        )
     if "--list" in words:
         from spmd import experiment
 
@@ -63,7 +66,9 @@ def _dispatch(argv: Sequence[str]) -> int:
         print(usage())
         return 0
     if name is None:
-        raise ValueError("no experiment given; type --experiment NAME (run.py --list shows the names)")
+        raise ValueError(
+            "no experiment given; type --experiment NAME (run.py --list shows the names)"
+        )
     return importlib.import_module(f"spmd.commands.{command}").run(name, words)
 
 

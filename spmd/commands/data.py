@@ -16,8 +16,11 @@ def run(name: str, words: Sequence[str]) -> int:
     """`prepare` runs the TFDS builder; `show` prints splits, features and an example."""
     words = list(words)
     action = words.pop(0) if words and not words[0].startswith("-") else ""
-    check(action in ACTIONS, f"run.py data {action or '(nothing)'}: unknown action."
-          f"{closest(action, ACTIONS)} Type: run.py data prepare|show --experiment NAME")
+    check(
+        action in ACTIONS,
+        f"run.py data {action or '(nothing)'}: unknown action."
+        f"{closest(action, ACTIONS)} Type: run.py data prepare|show --experiment NAME",
+    )
     exp, _ = experiment.override(experiment.from_file(experiment.find(name)), words)
     if action == "prepare":
         _prepare(exp.data)
@@ -42,8 +45,10 @@ def _show(data: Any) -> None:
         first = source.take(np.arange(1))
         print(f"{split}: {len(source)} examples")
         for feature, value in first.items():
-            print(f"  {feature}: {value.dtype}{list(value.shape[1:])}"
-                  + (f", first {value[0]}" if value[0].size == 1 else ""))
+            print(
+                f"  {feature}: {value.dtype}{list(value.shape[1:])}"
+                + (f", first {value[0]}" if value[0].size == 1 else "")
+            )
         if split == "train":
             _draw(first)
 

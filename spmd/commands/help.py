@@ -13,9 +13,14 @@ from spmd.data import TFDS
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
 SHARED: dict[str, tuple[type, ...]] = {
-    "mesh": (mesh.MeshConfig,), "train": (TrainConfig,), "eval": (EvalConfig,),
-    "checkpoint": (CheckpointConfig,), "log": (LogConfig,), "run": (RunConfig,),
-    "data": (TFDS,), "optimizer": tuple(optim.OPTIMIZERS.values()),
+    "mesh": (mesh.MeshConfig,),
+    "train": (TrainConfig,),
+    "eval": (EvalConfig,),
+    "checkpoint": (CheckpointConfig,),
+    "log": (LogConfig,),
+    "run": (RunConfig,),
+    "data": (TFDS,),
+    "optimizer": tuple(optim.OPTIMIZERS.values()),
     "strategy": tuple(strategies.STRATEGIES.values()),
 }
 
@@ -35,10 +40,16 @@ def field_help(cls: type) -> dict[str, str]:
 
 def shared_fields() -> str:
     """One line for each field: flag, type, default, help."""
-    lines = [("--seed", "int", "0", "Seed of parameters, data order and dropout."),
-             ("--simulate", "int", "0", "Run on this many simulated CPU devices; 0 uses the real ones."),
-             ("--param-dtype", "float32|float64|bfloat16", "float32",
-              "Type of parameters and optimizer state.")]
+    lines = [
+        ("--seed", "int", "0", "Seed of parameters, data order and dropout."),
+        ("--simulate", "int", "0", "Run on this many simulated CPU devices; 0 uses the real ones."),
+        (
+            "--param-dtype",
+            "float32|float64|bfloat16",
+            "float32",
+            "Type of parameters and optimizer state.",
+        ),
+    ]
     for prefix, classes in SHARED.items():
         if len(classes) > 1:
             names = "|".join(cls.name for cls in classes)  # type: ignore[attr-defined]
@@ -51,10 +62,25 @@ def shared_fields() -> str:
                     continue
                 seen.add(f.name)
                 default = "" if f.default is dataclasses.MISSING else repr(f.default)
-                kind = str(f.type).replace("Literal[", "").replace("]", "").replace('"', "").replace(
-                    ", ", "|")
-                lines.append((f"--{prefix}.{f.name.replace('_', '-')}", kind, default,
-                              texts.get(f.name, "").replace("%%", "%")))
+                kind = (
+                    str(f.type)
+                    .replace("Literal[", "")
+                    .replace("]", "")
+                    .replace('"', "")
+                    .replace(", ", "|")
+                )
+                lines.append(
+                    (
+                        f"--{prefix}.{f.name.replace('_', '-')}",
+                        kind,
+                        default,
+                        texts.get(f.name, "").replace("%%", "%"),
+                    )
+                )
     width = max(len(flag) for flag, *_ in lines)
-    return "\n".join(f"  {flag:{width}}  {kind}  ({default})\n      {text}" if default else
-                     f"  {flag:{width}}  {kind}\n      {text}" for flag, kind, default, text in lines)
+    return "\n".join(
+        f"  {flag:{width}}  {kind}  ({default})\n      {text}"
+        if default
+        else f"  {flag:{width}}  {kind}\n      {text}"
+        for flag, kind, default, text in lines
+    )

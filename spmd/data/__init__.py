@@ -55,8 +55,13 @@ class DataConfig:
 
     def abstract_batch(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype) of a batch, without touching data."""
-        batch = {name: ((batch_size, *shape), dtype) for name, (shape, dtype) in self.features.items()}
-        return batch | {"example_id": ((batch_size,), "int32"), "weight": ((batch_size,), "float32")}
+        batch = {
+            name: ((batch_size, *shape), dtype) for name, (shape, dtype) in self.features.items()
+        }
+        return batch | {
+            "example_id": ((batch_size,), "int32"),
+            "weight": ((batch_size,), "float32"),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,10 +105,13 @@ class Arrays(DataConfig):
 def cache_root(given: str = "") -> str:
     """The cache directory: given, $SPMD_CACHE_DIR, $XDG_CACHE_HOME/spmd or ~/.cache/spmd."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return os.path.expanduser(given or os.environ.get("SPMD_CACHE_DIR") or os.path.join(base, "spmd"))
+    return os.path.expanduser(
+        given or os.environ.get("SPMD_CACHE_DIR") or os.path.join(base, "spmd")
+    )
 
 
 def data_root(given: str = "") -> str:
     """The TFDS data directory: given, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     return os.path.expanduser(
-        given or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
+        given or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+    )

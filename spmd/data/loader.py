@@ -49,8 +49,16 @@ class Order:
 class _Dispatches:
     """Random access to dispatches: what grain's threads call."""
 
-    def __init__(self, source: Source, order: Order, batch_size: int, rows: np.ndarray,
-                 start: int, stop: int, steps: int):
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        batch_size: int,
+        rows: np.ndarray,
+        start: int,
+        stop: int,
+        steps: int,
+    ):
         self._source, self._order, self._batch_size, self._rows = source, order, batch_size, rows
         self._start, self._stop, self._steps = start, stop, steps
 
@@ -70,9 +78,18 @@ class _Dispatches:
         return {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
-def train_batches(source: Source, *, batch_size: int, seed: int, start: int = 0, stop: int,
-                  steps_per_dispatch: int = 1, rows: np.ndarray | None = None, threads: int = 2,
-                  buffer: int = 4) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    stop: int,
+    steps_per_dispatch: int = 1,
+    rows: np.ndarray | None = None,
+    threads: int = 2,
+    buffer: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
     """Host batches for steps [start, stop): {feature: [b, ...]} plus example_id [b], weight [b].
 
     rows: which rows of the global batch this process loads (default all; b of them).
@@ -81,8 +98,9 @@ def train_batches(source: Source, *, batch_size: int, seed: int, start: int = 0,
     import grain
 
     rows = np.arange(batch_size) if rows is None else rows
-    dispatches = _Dispatches(source, Order(seed, len(source)), batch_size, rows, start, stop,
-                             steps_per_dispatch)
+    dispatches = _Dispatches(
+        source, Order(seed, len(source)), batch_size, rows, start, stop, steps_per_dispatch
+    )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     yield from grain.MapDataset.source(dispatches).to_iter_dataset(options)
 
@@ -92,36 +110,41 @@ def position(step: int, batch_size: int, num_examples: int) -> dict[str, int]:
     return {"step": step, "examples": step * batch_size, "epoch": step * batch_size // num_examples}
 
 
-def eval_batches(source: Source, *, batch_size: int, rows: np.ndarray | None = None
-                 ) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(
+    source: Source, *, batch_size: int, rows: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is padded with weight 0."""
     rows = np.arange(batch_size) if rows is None else rows
     for first in range(0, len(source), batch_size):
         index = first + rows
         real = index < len(source)
         index = np.where(real, index, 0)
-        yield source.take(index) | {"example_id": index.astype(np.int32),
-                                    "weight": real.astype(np.float32)}
+        yield source.take(index) | {
+            "example_id": index.astype(np.int32),
+            "weight": real.astype(np.float32),
+        }
 
 
 def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """Rows of the global batch that this process's devices hold, ascending."""
     held = {
         (s[0].start or 0, batch_size if s[0].stop is None else s[0].stop)
-        for s in sharding.addressable_devices_indices_map((batch_size,)).values() if s is not None
+        for s in sharding.addressable_devices_indices_map((batch_size,)).values()
+        if s is not None
     }
     return np.concatenate([np.arange(*interval) for interval in sorted(held)])
 
 
-def put(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int
-        ) -> dict[str, jax.Array]:
+def put(
+    batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int
+) -> dict[str, jax.Array]:
     """Host rows of this process -> global arrays; dim 0 (or 1, after steps) is the batch."""
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)
     dim = len(sharding.spec) - 1
 
     def whole(x: np.ndarray) -> Any:
-        shape = (*x.shape[:dim], batch_size, *x.shape[dim + 1:])
+        shape = (*x.shape[:dim], batch_size, *x.shape[dim + 1 :])
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return {name: whole(x) for name, x in batch.items()}

@@ -14,16 +14,25 @@ from spmd.fields import check, closest
 class ArraySource:
     """Examples `start` to `stop` of arrays with a common first dim; `take` is one fancy index each."""
 
-    def __init__(self, arrays: Mapping[str, Any], features: Features | None = None,
-                 start: int = 0, stop: int | None = None):
+    def __init__(
+        self,
+        arrays: Mapping[str, Any],
+        features: Features | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ):
         arrays = {name: np.asanyarray(a) for name, a in arrays.items()}
         for name, (shape, dtype) in (features or {}).items():
-            check(name in arrays, f"data has no feature {name!r}.{closest(name, arrays)}"
-                  f" It has: {', '.join(arrays)}")
+            check(
+                name in arrays,
+                f"data has no feature {name!r}.{closest(name, arrays)} It has: {', '.join(arrays)}",
+            )
             a = arrays[name]
-            check(a.shape[1:] == tuple(shape) and a.dtype == dtype,
-                  f"feature {name!r} is {a.dtype}{list(a.shape[1:])}, the experiment declares"
-                  f" {dtype}{list(shape)}")
+            check(
+                a.shape[1:] == tuple(shape) and a.dtype == dtype,
+                f"feature {name!r} is {a.dtype}{list(a.shape[1:])}, the experiment declares"
+                f" {dtype}{list(shape)}",
+            )
         self._arrays = {name: arrays[name] for name in (features or arrays)}
         sizes = {name: len(a) for name, a in self._arrays.items()}
         check(len(set(sizes.values())) == 1, f"features differ in length: {sizes}")

@@ -32,7 +32,9 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
     """`name[/config][:version]`; ValueError for anything else (names become paths)."""
     match = _NAME.match(name)
     if not match:
-        raise ValueError(f"data.name={name!r} is not a TFDS name; write name, name/config or name:1.0.0")
+        raise ValueError(
+            f"data.name={name!r} is not a TFDS name; write name, name/config or name:1.0.0"
+        )
     return match["name"], match["config"], match["version"]
 
 
@@ -45,9 +47,11 @@ def prepared_dir(config: TFDS) -> Path | None:
     for root in roots:
         base = root / name / sub if sub else root / name
         found = [info.parent for info in base.glob("*/dataset_info.json")] or [
-            info.parent for info in base.glob("*/*/dataset_info.json") if not sub]
-        versions = [p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name)
-                    and version in (None, p.name)]
+            info.parent for info in base.glob("*/*/dataset_info.json") if not sub
+        ]
+        versions = [
+            p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name) and version in (None, p.name)
+        ]
         if versions:
             return max(versions, key=lambda p: tuple(map(int, p.name.split("."))))
     return None
@@ -57,21 +61,28 @@ def find(config: TFDS) -> Path:
     """The prepared directory; embedded sets are prepared in the cache on first use."""
     root = data_root(config.dir)
     name, _, _ = parse_name(config.name)
-    check(not config.dir or os.path.isdir(root),
-          f"data.dir={config.dir!r} is no directory; give one that holds prepared TFDS sets,"
-          " or leave it out for $TFDS_DATA_DIR or ~/tensorflow_datasets")
+    check(
+        not config.dir or os.path.isdir(root),
+        f"data.dir={config.dir!r} is no directory; give one that holds prepared TFDS sets,"
+        " or leave it out for $TFDS_DATA_DIR or ~/tensorflow_datasets",
+    )
     found = prepared_dir(config)
     if found is None and name in EMBEDDED:
         prepare(config, str(Path(cache_root(config.cache_dir)) / "tfds"))
         found = prepared_dir(config)
     if found is None:
-        there = sorted(p.name for p in Path(root).iterdir() if p.is_dir()) if os.path.isdir(root) else []
+        there = (
+            sorted(p.name for p in Path(root).iterdir() if p.is_dir())
+            if os.path.isdir(root)
+            else []
+        )
         raise ValueError(
             f"data set {config.name!r} is not prepared in {root}"
             f" (there: {', '.join(there) or 'nothing'}).{closest(name, [*there, *EMBEDDED])}\n"
             "Point --data.dir (or TFDS_DATA_DIR) at a directory that has it, or prepare it once:\n"
             "  pip install tensorflow    # only to prepare; training never imports it\n"
-            "  python run.py data prepare --experiment NAME")
+            "  python run.py data prepare --experiment NAME"
+        )
     return found
 
 
@@ -104,14 +115,17 @@ def prepare(config: TFDS, root: str) -> None:
         if name in EMBEDDED:
             builder(name, root).download_and_prepare()
             return
-        check(importlib.util.find_spec("tensorflow") is not None,
-              f"preparing the stock set {config.name!r} needs TensorFlow once (reading never does):"
-              " pip install tensorflow, then the same command again")
+        check(
+            importlib.util.find_spec("tensorflow") is not None,
+            f"preparing the stock set {config.name!r} needs TensorFlow once (reading never does):"
+            " pip install tensorflow, then the same command again",
+        )
         try:
             stock = tfds.builder(config.name, data_dir=root, file_format="array_record")
         except tfds.core.DatasetNotFoundError:
-            raise ValueError(f"TFDS knows no data set {config.name!r}."
-                             f"{closest(name, tfds.list_builders())}") from None
+            raise ValueError(
+                f"TFDS knows no data set {config.name!r}.{closest(name, tfds.list_builders())}"
+            ) from None
         stock.download_and_prepare()
 
 
@@ -124,19 +138,26 @@ def open_split(config: TFDS, split: str) -> ArraySource:
     info = json.loads((directory / "dataset_info.json").read_text())
     sizes = {s["name"]: sum(map(int, s["shardLengths"])) for s in info["splits"]}
     name = match["split"]
-    check(name in sizes, f"data set {config.name!r} has no split {name!r}.{closest(name, sizes)}"
-          f" It has: {', '.join(f'{k} ({v} examples)' for k, v in sizes.items())}")
-    check(info.get("fileFormat") == "array_record",
-          f"{directory} is stored as {info.get('fileFormat')}, which needs TensorFlow to read; prepare"
-          " it anew as array_record: python run.py data prepare --experiment NAME --data.dir DIR")
+    check(
+        name in sizes,
+        f"data set {config.name!r} has no split {name!r}.{closest(name, sizes)}"
+        f" It has: {', '.join(f'{k} ({v} examples)' for k, v in sizes.items())}",
+    )
+    check(
+        info.get("fileFormat") == "array_record",
+        f"{directory} is stored as {info.get('fileFormat')}, which needs TensorFlow to read; prepare"
+        " it anew as array_record: python run.py data prepare --experiment NAME --data.dir DIR",
+    )
     cache = _cache(config, directory, name)
     if not _complete(cache, sizes[name]):
         _build(config, directory, name, sizes[name], cache)
-    arrays = {f: np.load(cache / f"{f}.npy", mmap_mode="r", allow_pickle=False)
-              for f in config.features}
+    arrays = {
+        f: np.load(cache / f"{f}.npy", mmap_mode="r", allow_pickle=False) for f in config.features
+    }
     bound = lambda text, default: default if text is None else _bound(text, sizes[name])
-    return ArraySource(arrays, config.features, bound(match["start"], 0),
-                       bound(match["stop"], sizes[name]))
+    return ArraySource(
+        arrays, config.features, bound(match["start"], 0), bound(match["stop"], sizes[name])
+    )
 
 
 def _bound(text: str, total: int) -> int:
@@ -152,7 +173,9 @@ def _cache(config: TFDS, directory: Path, split: str) -> Path:
     for shard in sorted(directory.glob(f"*-{split}.*")):
         stat = shard.stat()
         key.update(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    key.update(repr((split, sorted((k, tuple(s), d) for k, (s, d) in config.features.items()))).encode())
+    key.update(
+        repr((split, sorted((k, tuple(s), d) for k, (s, d) in config.features.items()))).encode()
+    )
     base = Path(cache_root(config.cache_dir)) / "decoded"
     return base / f"{parse_name(config.name)[0]}-{split}-{key.hexdigest()[:16]}"
 
@@ -162,7 +185,8 @@ def _complete(cache: Path, num: int) -> bool:
     try:
         sizes = json.loads((cache / "complete.json").read_text())
         return sizes["examples"] == num and all(
-            (cache / name).stat().st_size == size for name, size in sizes["files"].items())
+            (cache / name).stat().st_size == size for name, size in sizes["files"].items()
+        )
     except (OSError, ValueError, KeyError):
         return False
 
@@ -175,21 +199,28 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
         reader = tfds.builder_from_directory(str(directory)).as_data_source(split)
     known = list(reader.dataset_info.features)
     for feature in config.features:
-        check(feature in known, f"data set {config.name!r} has no feature {feature!r}."
-              f"{closest(feature, known)} It has: {', '.join(known)}")
+        check(
+            feature in known,
+            f"data set {config.name!r} has no feature {feature!r}."
+            f"{closest(feature, known)} It has: {', '.join(known)}",
+        )
     first = reader[0]
     for feature, (shape, dtype) in config.features.items():
         value = np.asarray(first[feature])
         fits = value.dtype == dtype or (value.dtype == np.int64 and dtype == "int32")
-        check(value.shape == tuple(shape) and fits,
-              f"feature {feature!r} of {config.name!r} is {value.dtype}{list(value.shape)}, the"
-              f" experiment declares {dtype}{list(shape)}")
+        check(
+            value.shape == tuple(shape) and fits,
+            f"feature {feature!r} of {config.name!r} is {value.dtype}{list(value.shape)}, the"
+            f" experiment declares {dtype}{list(shape)}",
+        )
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
     except OSError as error:
-        raise ValueError(f"cannot write the cache {cache.parent}: {error.strerror};"
-                         " choose another with --data.cache-dir or SPMD_CACHE_DIR") from None
+        raise ValueError(
+            f"cannot write the cache {cache.parent}: {error.strerror};"
+            " choose another with --data.cache-dir or SPMD_CACHE_DIR"
+        ) from None
     try:
         with quiet():
             show = _progress(f"decoding {config.name} {split}", num)
@@ -203,9 +234,15 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _decode(features: Features, reader: Any, num: int, part: Path, progress: Callable[[int], None]) -> None:
-    out = {name: np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype=dtype, shape=(num, *shape))
-           for name, (shape, dtype) in features.items()}
+def _decode(
+    features: Features, reader: Any, num: int, part: Path, progress: Callable[[int], None]
+) -> None:
+    out = {
+        name: np.lib.format.open_memmap(
+            part / f"{name}.npy", "w+", dtype=dtype, shape=(num, *shape)
+        )
+        for name, (shape, dtype) in features.items()
+    }
 
     def chunk(start: int) -> int:
         at = range(start, min(start + _CHUNK, num))
@@ -214,7 +251,7 @@ def _decode(features: Features, reader: Any, num: int, part: Path, progress: Cal
             values = np.stack([np.asarray(e[name]) for e in examples])
             cast = values.astype(array.dtype)
             check(bool((cast == values).all()), f"feature {name!r} does not fit {array.dtype}")
-            array[at.start:at.stop] = cast
+            array[at.start : at.stop] = cast
         return at.stop
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import scope
+from spmd import scope, tree
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 he_normal: Init = jax.nn.initializers.he_normal()
@@ -88,7 +88,7 @@ class BatchNorm(nnx.Module):
         self.use_running_average = False  # nnx's name: model.eval() sets it
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(x.dtype, jnp.float32)  # statistics in bf16 lose the variance
+        wide = tree.wide(x.dtype)  # statistics in bf16 lose the variance
         x_wide = x.astype(wide)
         last = (1,) * (x.ndim - 1) + (-1,)
         if self.use_running_average:

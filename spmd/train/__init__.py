@@ -31,8 +31,11 @@ class TrainConfig:
         for name in ("accumulate", "steps_per_dispatch", "steps_in_flight"):
             value = getattr(self, name)
             check(value >= 1, f"train.{name}={value} must be at least 1")
-        check(self.steps_in_flight <= 8, f"train.steps_in_flight={self.steps_in_flight} must be at most 8:"
-              " more can deadlock simulated devices and gains nothing")
+        check(
+            self.steps_in_flight <= 8,
+            f"train.steps_in_flight={self.steps_in_flight} must be at most 8:"
+            " more can deadlock simulated devices and gains nothing",
+        )
 
     def num_steps(self, batch_size: int, num_examples: int) -> int:
         """Steps of the whole run."""

@@ -36,26 +36,35 @@ class Checkpoints:
         self._directory = directory
         self._checkpointer = ocp.training.Checkpointer(
             directory,
-            preservation_policy=keep.AnyPreservationPolicy([
-                keep.LatestN(config.keep),
-                keep.BestN(n=1, keep_checkpoints_without_metrics=False,
-                           get_metric_fn=lambda m: sign * m.get(config.best, -sign * float("inf"))),
-            ]),
+            preservation_policy=keep.AnyPreservationPolicy(
+                [
+                    keep.LatestN(config.keep),
+                    keep.BestN(
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                        get_metric_fn=lambda m: sign * m.get(config.best, -sign * float("inf")),
+                    ),
+                ]
+            ),
             # Whether to save is the loop's decision; the default policy drops saves while one runs.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True)
+            cleanup_tmp_directories=True,
+        )
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
         return [c.step for c in self._checkpointer.checkpoints]
 
-    def save(self, state: PyTree, step: int, metrics: dict[str, float], extra: dict[str, Any]) -> None:
+    def save(
+        self, state: PyTree, step: int, metrics: dict[str, float], extra: dict[str, Any]
+    ) -> None:
         """Starts saving `state`; waits only for the save before it."""
         if step in self.steps():
             return
         self._checkpointer.wait()
-        self._checkpointer.save_async(step, _flat(state), force=True, metrics=metrics or None,
-                                      custom_metadata=extra)
+        self._checkpointer.save_async(
+            step, _flat(state), force=True, metrics=metrics or None, custom_metadata=extra
+        )
 
     def restore(self, like: PyTree, shardings: PyTree, step: int | None = None) -> PyTree:
         """The state at `step` (default: the newest), each leaf placed by `shardings`.
@@ -68,25 +77,37 @@ class Checkpoints:
             raise ValueError(f"no checkpoint in {self._directory}; train first")
         step = steps[-1] if step is None else step
         if step not in steps:
-            raise ValueError(f"no checkpoint of step {step} in {self._directory};"
-                             f" there are: {', '.join(map(str, steps))}")
+            raise ValueError(
+                f"no checkpoint of step {step} in {self._directory};"
+                f" there are: {', '.join(map(str, steps))}"
+            )
         wanted = _flat(like)
         stored = self._checkpointer.metadata(step).metadata
-        self._compare(step, {k: (tuple(v.shape), str(v.dtype)) for k, v in stored.items()},
-                      {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()})
+        self._compare(
+            step,
+            {k: (tuple(v.shape), str(v.dtype)) for k, v in stored.items()},
+            {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()},
+        )
         placed = _flat(shardings)
-        abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed[k])
-                    for k, v in wanted.items()}
+        abstract = {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed[k]) for k, v in wanted.items()
+        }
         return _unflat(self._checkpointer.load(step, abstract), like)
 
     def _compare(self, step: int, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
         show = lambda leaf: f"{leaf[1]}{list(leaf[0])}" if leaf else "(absent)"
-        diff = [f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} here"
-                for k in sorted({*stored, *wanted}) if stored.get(k) != wanted.get(k)]
+        diff = [
+            f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} here"
+            for k in sorted({*stored, *wanted})
+            if stored.get(k) != wanted.get(k)
+        ]
         if diff:
             more = f"\n  ... and {len(diff) - 10} more" if len(diff) > 10 else ""
-            raise ValueError(f"checkpoint {self._directory / str(step)} is of another model:\n"
-                             + "\n".join(diff[:10]) + more)
+            raise ValueError(
+                f"checkpoint {self._directory / str(step)} is of another model:\n"
+                + "\n".join(diff[:10])
+                + more
+            )
 
     def wait(self) -> None:
         """Waits until what was started is on disk."""

@@ -14,8 +14,9 @@ from spmd import scope, sharding
 from spmd.data import loader
 
 
-def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int
-              ) -> Callable[[Any, Any], dict[str, float]]:
+def evaluator(
+    task: Any, mesh: Mesh, source: Any, batch_size: int
+) -> Callable[[Any, Any], dict[str, float]]:
     """(params, model_state) -> {metric: value}; sums stay on the devices until the end.
 
     batch_size is rounded up to what the mesh divides; padding carries weight 0.

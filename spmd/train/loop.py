@@ -44,8 +44,10 @@ class Stopped(Exception):
     """The run was asked to stop and has saved; `signal` says by what."""
 
     def __init__(self, signum: int, step: int, directory: epath.Path):
-        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}, state saved in"
-                         f" {directory}; the same command resumes it")
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} at step {step}, state saved in"
+            f" {directory}; the same command resumes it"
+        )
         self.signum = signum
 
 
@@ -97,7 +99,9 @@ class Clock:
 class _Log:
     """Metrics of dispatches under way; fetched late, so that the host never waits for the newest."""
 
-    def __init__(self, writer: Writer, bar: progress.Bar, config: LogConfig, nonfinite: str, step: int):
+    def __init__(
+        self, writer: Writer, bar: progress.Bar, config: LogConfig, nonfinite: str, step: int
+    ):
         self._writer, self._bar, self._every = writer, bar, config.every
         self._stop_on_nonfinite = nonfinite == "stop"
         self._pending: collections.deque[tuple[int, base.Metrics]] = collections.deque()
@@ -126,7 +130,8 @@ class _Log:
                 f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
                 f" {host['grad_norm'][bad[0]]}); nothing of that step was saved. Lower"
                 " --optimizer.learning-rate, set --optimizer.clip-norm, or skip such steps with"
-                " --train.nonfinite skip")
+                " --train.nonfinite skip"
+            )
         self._window.append(host)
         if step // self._every > self._reported // self._every:
             self.flush(step)
@@ -137,16 +142,27 @@ class _Log:
             return
         columns = {k: np.concatenate([h[k] for h in self._window]) for k in self._window[0]}
         self._window = []
-        values = {f"train/{k}": float(v[-1] if k == "learning_rate" else v.mean())
-                  for k, v in columns.items() if k != "finite"}
+        values = {
+            f"train/{k}": float(v[-1] if k == "learning_rate" else v.mean())
+            for k, v in columns.items()
+            if k != "finite"
+        }
         values["train/skipped_steps"] = float((columns["finite"] == 0).sum())
         self.last = values
         self._reported = step
         self._writer.write(step, values | self._bar.report(step, values))
 
 
-def fit(program: Program, directory: epath.Path, *, train: TrainConfig, evals: EvalConfig,
-        checkpoint: CheckpointConfig, log: LogConfig, config: dict[str, Any]) -> dict[str, Any]:
+def fit(
+    program: Program,
+    directory: epath.Path,
+    *,
+    train: TrainConfig,
+    evals: EvalConfig,
+    checkpoint: CheckpointConfig,
+    log: LogConfig,
+    config: dict[str, Any],
+) -> dict[str, Any]:
     """Trains to program.num_steps from the newest checkpoint in `directory`; returns the summary.
 
     Raises Stopped after a signal, NonFinite when the loss diverges.
@@ -158,8 +174,14 @@ def fit(program: Program, directory: epath.Path, *, train: TrainConfig, evals: E
         abstract = program.abstract_state()
         checkpoints = Checkpoints(directory / "checkpoints", checkpoint)
         closing.callback(checkpoints.close)
-        progress.start(program.name, program.mesh, abstract, strategy.state_shardings,
-                       program.num_steps, data.batch_size)
+        progress.start(
+            program.name,
+            program.mesh,
+            abstract,
+            strategy.state_shardings,
+            program.num_steps,
+            data.batch_size,
+        )
         with clock("checkpoint" if checkpoints.steps() else "compile"):
             if checkpoints.steps():
                 state = checkpoints.restore(abstract, strategy.state_shardings)
@@ -173,11 +195,20 @@ def fit(program: Program, directory: epath.Path, *, train: TrainConfig, evals: E
         if per_dispatch > 1:
             strategy = base.scanned(strategy)
         placed = next(iter(jax.tree.leaves(strategy.batch_shardings)))
-        rows = loader.process_rows(jax.tree.leaves(program.strategy.batch_shardings)[0], data.batch_size)
+        rows = loader.process_rows(
+            jax.tree.leaves(program.strategy.batch_shardings)[0], data.batch_size
+        )
         batches = loader.train_batches(
-            program.source, batch_size=data.batch_size, seed=program.seed, start=step,
-            stop=program.num_steps, steps_per_dispatch=per_dispatch, rows=rows, threads=data.threads,
-            buffer=data.buffer)
+            program.source,
+            batch_size=data.batch_size,
+            seed=program.seed,
+            start=step,
+            stop=program.num_steps,
+            steps_per_dispatch=per_dispatch,
+            rows=rows,
+            threads=data.threads,
+            buffer=data.buffer,
+        )
         # ---- output
         writer = Writer(directory, step, tensorboard=log.tensorboard)
         closing.callback(writer.close)
@@ -192,8 +223,10 @@ def fit(program: Program, directory: epath.Path, *, train: TrainConfig, evals: E
         def save() -> None:
             logs.drain()  # a step is saved only once its metrics are known to be finite
             with clock("checkpoint"):
-                extra = {"data": loader.position(step, data.batch_size, len(program.source)),
-                         "config": config}
+                extra = {
+                    "data": loader.position(step, data.batch_size, len(program.source)),
+                    "config": config,
+                }
                 checkpoints.save(state, step, measured, extra)
 
         def measure() -> None:
@@ -242,8 +275,12 @@ def fit(program: Program, directory: epath.Path, *, train: TrainConfig, evals: E
             checkpoints.wait()
         total = time.perf_counter() - began
         seconds = clock.seconds | {"other": total - sum(clock.seconds.values()), "total": total}
-        summary = {"experiment": program.name, "steps": step, "metrics": logs.last | measured,
-                   "seconds": {k: round(v, 3) for k, v in seconds.items()}}
+        summary = {
+            "experiment": program.name,
+            "steps": step,
+            "metrics": logs.last | measured,
+            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+        }
         rundir.write_summary(directory, summary)
     progress.end(summary, directory)
     sys.stdout.flush()

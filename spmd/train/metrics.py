@@ -30,8 +30,9 @@ class Writer:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1,
-                                         flush_secs=10)
+            self._events = SummaryWriter(
+                str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10
+            )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One line, one set of events."""

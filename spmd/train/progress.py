@@ -21,18 +21,22 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def start(name: str, mesh: jax.sharding.Mesh, state: Any, shardings: Any, num_steps: int,
-          batch_size: int) -> None:
+def start(
+    name: str, mesh: jax.sharding.Mesh, state: Any, shardings: Any, num_steps: int, batch_size: int
+) -> None:
     """Devices, mesh, parameters, bytes per device, and the largest arrays with their shardings."""
     console = _console()
     device = mesh.devices.flat[0]
-    console.print(f"{name}: {mesh.size} x {device.device_kind} ({device.platform}),"
-                  f" mesh {meshes.describe(mesh)}")
+    console.print(
+        f"{name}: {mesh.size} x {device.device_kind} ({device.platform}),"
+        f" mesh {meshes.describe(mesh)}"
+    )
     console.print(
         f"{tree.num_elements(state.params):,} parameters; per device"
         f" {tree.human_bytes(tree.bytes_per_device(state.params, shardings.params))} of parameters,"
         f" {tree.human_bytes(tree.bytes_per_device(state.opt_state, shardings.opt_state))} of optimizer"
-        f" state; {num_steps} steps of {batch_size} examples")
+        f" state; {num_steps} steps of {batch_size} examples"
+    )
     placed = tree.named_leaves(shardings)
     largest = sorted(tree.named_leaves(state).items(), key=lambda item: -tree.num_bytes(item[1]))
     table = Table(box=None, pad_edge=False)
@@ -40,9 +44,13 @@ def start(name: str, mesh: jax.sharding.Mesh, state: Any, shardings: Any, num_st
         table.add_column(column)
     for path, leaf in largest[:SHOWN]:
         spec = [" ".join(s) if isinstance(s, tuple) else s or "-" for s in placed[path].spec]
-        table.add_row(path, str(list(leaf.shape)), str(leaf.dtype),
-                      ", ".join(spec) if any(s != "-" for s in spec) else "replicated",
-                      tree.human_bytes(tree.bytes_per_device(leaf, placed[path])))
+        table.add_row(
+            path,
+            str(list(leaf.shape)),
+            str(leaf.dtype),
+            ", ".join(spec) if any(s != "-" for s in spec) else "replicated",
+            tree.human_bytes(tree.bytes_per_device(leaf, placed[path])),
+        )
     console.print(table)
 
 
@@ -55,9 +63,16 @@ class Bar:
         self._eval = ""
         self._bar: Progress | None = None
         if sys.stdout.isatty():
-            self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(),
-                                 TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-            self._task = self._bar.add_task("train", total=num_steps, completed=step, text="compiling")
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task(
+                "train", total=num_steps, completed=step, text="compiling"
+            )
             self._bar.start()
 
     def report(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -65,10 +80,15 @@ class Bar:
         now = time.perf_counter()
         seconds = max(now - self._time, 1e-9) / max(step - self._at, 1)
         self._at, self._time = step, now
-        speed = {"train/examples_per_second": self._batch_size / seconds, "train/step_seconds": seconds}
+        speed = {
+            "train/examples_per_second": self._batch_size / seconds,
+            "train/step_seconds": seconds,
+        }
         left = (self._num_steps - step) * seconds
-        text = (f"loss {metrics['train/loss']:.4f}  {speed['train/examples_per_second']:,.0f} examples/s"
-                f"  {seconds * 1e3:.2f} ms/step{self._eval}")
+        text = (
+            f"loss {metrics['train/loss']:.4f}  {speed['train/examples_per_second']:,.0f} examples/s"
+            f"  {seconds * 1e3:.2f} ms/step{self._eval}"
+        )
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         else:
@@ -101,10 +121,15 @@ class Bar:
 def end(summary: dict[str, Any], directory: Any) -> None:
     """Metrics, where the time went, where the files are."""
     console = _console()
-    metrics = "  ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items()
-                        if name.split("/")[-1] in ("loss", "accuracy"))
+    metrics = "  ".join(
+        f"{name} {value:.4g}"
+        for name, value in summary["metrics"].items()
+        if name.split("/")[-1] in ("loss", "accuracy")
+    )
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
     console.print(f"done: {summary['steps']} steps  {metrics}")
     console.print(f"seconds: {seconds}")
-    console.print(f"files: {directory}/ (config.json, metrics.jsonl, tensorboard/, checkpoints/,"
-                  " summary.json)")
+    console.print(
+        f"files: {directory}/ (config.json, metrics.jsonl, tensorboard/, checkpoints/,"
+        " summary.json)"
+    )

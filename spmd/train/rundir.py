@@ -20,8 +20,9 @@ class Refused(ValueError):
     """The directory holds something that this run must not touch."""
 
 
-def claim(directory: str, name: str, config: dict[str, Any], identity: dict[str, Any], *,
-          fresh: bool) -> epath.Path:
+def claim(
+    directory: str, name: str, config: dict[str, Any], identity: dict[str, Any], *, fresh: bool
+) -> epath.Path:
     """Opens or creates the run directory and writes config.json; ValueError when it is another run's.
 
     config: resolved configuration as JSON types. identity: flat identity fields.
@@ -32,8 +33,10 @@ def claim(directory: str, name: str, config: dict[str, Any], identity: dict[str,
     entries = sorted(p.name for p in path.iterdir()) if path.exists() else []
     known = path / "config.json"
     if entries and not known.exists():
-        raise Refused(f"{path} is not empty and holds no run (no config.json; it has"
-                      f" {', '.join(entries[:3])}); choose another with --run.dir")
+        raise Refused(
+            f"{path} is not empty and holds no run (no config.json; it has"
+            f" {', '.join(entries[:3])}); choose another with --run.dir"
+        )
     if entries and fresh:
         aside = path.parent / f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
         if aside.exists():
@@ -46,8 +49,10 @@ def claim(directory: str, name: str, config: dict[str, Any], identity: dict[str,
         path.mkdir(parents=True, exist_ok=True)
         _write(known, {"experiment": name, "identity": identity, "config": config})
     except OSError as error:
-        raise Refused(f"cannot write run directory {path}: {error.strerror or error};"
-                      " choose another with --run.dir") from None
+        raise Refused(
+            f"cannot write run directory {path}: {error.strerror or error};"
+            " choose another with --run.dir"
+        ) from None
     return path
 
 
@@ -57,16 +62,27 @@ def same_identity(path: epath.Path, identity: dict[str, Any]) -> None:
     try:
         before = json.loads(known.read_text())["identity"]
     except (ValueError, KeyError, TypeError):
-        raise Refused(f"{known} is not a run's configuration; choose another directory with"
-                      " --run.dir, or move this one aside with --run.fresh") from None
+        raise Refused(
+            f"{known} is not a run's configuration; choose another directory with"
+            " --run.dir, or move this one aside with --run.fresh"
+        ) from None
     missing = "(absent)"
     now = json.loads(json.dumps(identity))
-    diff = [f"  {k}: {before.get(k, missing)} -> {now.get(k, missing)}"
-            for k in sorted({*before, *now}) if before.get(k, missing) != now.get(k, missing)]
+    diff = [
+        f"  {k}: {before.get(k, missing)} -> {now.get(k, missing)}"
+        for k in sorted({*before, *now})
+        if before.get(k, missing) != now.get(k, missing)
+    ]
     if diff:
-        raise Refused("\n".join([
-            f"{path} holds a run of another identity (there -> now):", *diff,
-            "use --run.dir DIR for a second run, or --run.fresh to move that one aside"]))
+        raise Refused(
+            "\n".join(
+                [
+                    f"{path} holds a run of another identity (there -> now):",
+                    *diff,
+                    "use --run.dir DIR for a second run, or --run.fresh to move that one aside",
+                ]
+            )
+        )
 
 
 def summary(path: epath.Path) -> dict[str, Any] | None:

@@ -11,4 +11,6 @@ def builder(name: str, data_dir: str) -> Any:
     """The TFDS builder of an embedded set."""
     import importlib
 
-    return importlib.import_module(EMBEDDED[name]).Digits(data_dir=data_dir, file_format="array_record")
+    return importlib.import_module(EMBEDDED[name]).Digits(
+        data_dir=data_dir, file_format="array_record"
+    )

@@ -28,23 +28,31 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> Any:
-        features = tfds.features.FeaturesDict({
-            "image": tfds.features.Image(shape=(8, 8, 1)),
-            "label": tfds.features.ClassLabel(num_classes=10),
-        })
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(8, 8, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+        )
         return tfds.core.DatasetInfo(
-            builder=self, features=features, supervised_keys=("image", "label"), citation=CITATION,
+            builder=self,
+            features=features,
+            supervised_keys=("image", "label"),
+            citation=CITATION,
             description="Handwritten digits, 8 x 8 (UCI, the set that scikit-learn ships).",
             homepage="https://archive.ics.uci.edu/dataset/80",
-            license="CC BY 4.0")
+            license="CC BY 4.0",
+        )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
         with np.load(pathlib.Path(__file__).with_name("digits.npz"), allow_pickle=False) as data:
             images, labels = data["images"], data["labels"]
         test = np.arange(len(labels)) % 5 == 4
-        return {"train": self._generate_examples(images[~test], labels[~test]),
-                "test": self._generate_examples(images[test], labels[test])}
+        return {
+            "train": self._generate_examples(images[~test], labels[~test]),
+            "test": self._generate_examples(images[test], labels[test]),
+        }
 
     def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator[Any]:
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):

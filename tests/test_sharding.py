@@ -1,0 +1,120 @@
+"""Where every array lies: parameters by rules and size, optimizer state leaf by leaf."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from spmd import mesh, optim, sharding, tasks, tree
+from spmd.mesh import MeshConfig
+from spmd.models.mlp import MLP
+from spmd.strategies import Auto, base
+
+
+def cut(**sizes):
+    return mesh.make(
+        MeshConfig(**{"data": 1} | sizes), jax.devices()[: int(np.prod(list(sizes.values())))]
+    )
+
+
+def spec(shape, dims, **sizes):
+    return sharding.spec_of("w", shape, dims, cut(**sizes), fsdp=True)
+
+
+def test_fsdp_takes_the_largest_free_dim_that_divides():
+    assert spec((64, 256), None, fsdp=4) == P(None, "fsdp")
+    assert spec((256, 62), ("embed", "mlp"), fsdp=4) == P("fsdp", None)
+    assert spec((63, 61), None, fsdp=4) == P(None, None)
+    assert spec((64, 256), ("embed", "mlp"), fsdp=2, tensor=2) == P("fsdp", "tensor")
+    assert spec((8, 64, 32), ("layers", "embed", "embed"), fsdp=2) == P(None, "fsdp", None)
+    assert spec((16,), ("embed",), fsdp=4) == P(None)  # too small to be worth a gather
+
+
+@pytest.mark.parametrize(
+    "shape,dims,message",
+    [
+        ((64, 64), ("mlp", "heads"), "both want mesh axis 'tensor'"),
+        ((63, 64), ("mlp", "embed"), "does not divide by mesh.tensor=2"),
+        ((64, 64), ("mpl", "embed"), "Did you mean 'mlp'"),
+        ((64, 64), ("mlp",), "1 logical dims"),
+    ],
+)
+def test_rules_that_cannot_be_met_are_errors(shape, dims, message):
+    with pytest.raises(ValueError, match=message):
+        spec(shape, dims, tensor=2)
+
+
+OPTIMIZERS = {
+    "sgd": optim.SGD(),
+    "plain_sgd": optim.SGD(momentum=0.0),
+    "adamw": optim.AdamW(clip_norm=1.0),
+}
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_leaf_by_leaf(name, zero):
+    config = OPTIMIZERS[name]
+    task = tasks.Classification().build(MLP(inputs=64, hidden=(64,)))
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    batch = {"image": jax.ShapeDtypeStruct((8, 64), jnp.float32)}
+    parts = base.Parts(
+        task=task,
+        tx=config.build(10, optim.decay_mask(params, task.dims)),
+        rate=config.rate(10),
+        mesh=cut(fsdp=4),
+        batch=batch,
+    )
+    built = Auto(zero=zero).build(parts)
+    state = built.init(jax.random.key(0))
+    cut_kernel, whole = P("fsdp", None), P()
+    want_params = cut_kernel if zero == 3 else P(None, None)
+    assert state.params["layers"][0]["kernel"].sharding.spec == want_params
+    moments = 0
+    for path, leaf in tree.named_leaves(state.opt_state).items():
+        assert leaf.sharding == tree.named_leaves(built.state_shardings.opt_state)[path]
+        if path.endswith("layers/0/kernel"):
+            moments += 1
+            assert leaf.sharding.spec == cut_kernel, path
+            assert leaf.addressable_shards[0].data.size == leaf.size // 4
+        elif leaf.ndim == 0:
+            assert leaf.sharding.spec == whole, path
+    assert moments == {"sgd": 1, "plain_sgd": 0, "adamw": 2}[name]
+
+
+def test_factored_moments_drop_the_reduced_dim():
+    params = {"w": jax.ShapeDtypeStruct((128, 256), jnp.float32)}
+    tx = optax.scale_by_factored_rms(min_dim_size_to_factor=64)
+    mesh_ = cut(fsdp=2, tensor=2)
+    placed = sharding.param_shardings(params, {"w": ("embed", "mlp")}, mesh_, fsdp=True)
+    state = jax.eval_shape(tx.init, params)
+    specs = {
+        k: s.spec
+        for k, s in tree.named_leaves(
+            sharding.opt_shardings(tx, state, params, placed, mesh_)
+        ).items()
+    }
+    shapes = {k: v.shape for k, v in tree.named_leaves(state).items()}
+    for name, shape in shapes.items():
+        want = {(128,): P("fsdp"), (256,): P("tensor")}.get(shape, P())
+        assert specs[name] == want, (name, shape)
+
+
+def test_a_model_without_dims_is_cut_by_size():
+    class Plain(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.a = nnx.Linear(64, 128, rngs=rngs)
+
+        def __call__(self, x):
+            return self.a(x)
+
+    task = tasks.Classification().build(Plain)
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    placed = sharding.param_shardings(params, task.dims, cut(fsdp=8), fsdp=True)
+    assert placed["a"]["kernel"].spec == P(None, "fsdp")
+    assert placed["a"]["bias"].spec == P(None)
