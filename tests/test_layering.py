@@ -132,10 +132,8 @@ def violations(sources: Mapping[str, str], public: Set[str] = frozenset()) -> li
     for path, source in sources.items():
         if path == "spmd/__init__.py":  # lazy exports of everything
             continue
-        if path.startswith("experiments/"):
-            wrong = experiment(path, source, public)
-        else:
-            wrong = inside(path, source)
+        outside = path.startswith("experiments/")
+        wrong = experiment(path, source, public) if outside else inside(path, source)
         found += [f"{path}:{line}: {why}" for line, why in wrong]
     return found
 

@@ -65,8 +65,8 @@ class _Dispatches:
     def __len__(self) -> int:
         return -(-(self._stop - self._start) // self._steps)
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        first = self._start + int(i) * self._steps
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        first = self._start + int(index) * self._steps
         num = min(self._steps, self._stop - first)
         steps_S1 = np.arange(first, first + num, dtype=np.int64)[:, None]
         index = self._order[(steps_S1 * self._batch_size + self._rows).ravel()]

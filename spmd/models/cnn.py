@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal
 
 import jax
@@ -39,7 +40,7 @@ class CNN:
 class _Net(nnx.Module):
     def __init__(self, config: CNN, rngs: nnx.Rngs):
         widths = (config.channels, *config.features)
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.convs = nnx.List([Conv(rngs, 3, i, o, config.dtype) for i, o in pairs])
         self.norms = nnx.List([BatchNorm(o) for _, o in pairs])
         self.dropout = Dropout(config.dropout)

@@ -31,7 +31,8 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         logging.getLogger("absl").setLevel(logging.ERROR)
-        keep = ocp.training.preservation_policies
+        keep: Any = ocp.training.preservation_policies  # its types disagree with its own protocol
+        decide: Any = ocp.training.save_decision_policies
         sign = 1.0 if config.best_is == "highest" else -1.0
         self._directory = directory
         self._checkpointer = ocp.training.Checkpointer(
@@ -47,7 +48,7 @@ class Checkpoints:
                 ]
             ),
             # Whether to save is the loop's decision; the default policy drops saves while one runs.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            save_decision_policy=decide.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
 
@@ -56,7 +57,7 @@ class Checkpoints:
         return [c.step for c in self._checkpointer.checkpoints]
 
     def save(
-        self, state: PyTree, step: int, metrics: dict[str, float], extra: dict[str, Any]
+        self, state: PyTree, step: int, metrics: dict[str, Any], extra: dict[str, Any]
     ) -> None:
         """Starts saving `state`; waits only for the save before it."""
         if step in self.steps():

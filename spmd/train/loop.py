@@ -85,7 +85,9 @@ class Clock:
     """Seconds by phase."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("compile", "input", "step", "evaluation", "checkpoint"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ("compile", "input", "step", "evaluation", "checkpoint"), 0.0
+        )
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from spmd import mesh, optim, strategies, tasks, tree
+from spmd import mesh, optim, tasks, tree
 from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP

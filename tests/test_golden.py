@@ -1,0 +1,49 @@
+"""Every experiment's resolved configuration, parameter shapes and specs, as files that a diff shows.
+
+`make golden` writes them anew.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from spmd import experiment, tree
+from spmd.data.sources import ArraySource
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+EXAMPLES = 1000  # the data is not read: a golden file must not depend on what is prepared
+
+
+def described(name: str) -> dict:
+    exp, _ = experiment.override(
+        experiment.from_file(experiment.find(name)), ["--mesh.data", "2", "--mesh.fsdp", "4"]
+    )
+    source = ArraySource(
+        {k: np.zeros((EXAMPLES, *shape), dtype) for k, (shape, dtype) in exp.data.features.items()}
+    )
+    program = exp.build(jax.devices()[:8], source=source)
+    placed = tree.named_leaves(program.strategy.state_shardings)
+    return {
+        "config": exp.config(),
+        "identity": exp.identity(),
+        "state": {
+            path: f"{leaf.dtype}{list(leaf.shape)} {list(placed[path].spec)}"
+            for path, leaf in tree.named_leaves(program.abstract_state()).items()
+        },
+    }
+
+
+@pytest.mark.parametrize("name", experiment.available())
+def test_golden(name, request):
+    text = json.dumps(described(name), indent=1) + "\n"
+    file = GOLDEN / f"{name}.json"
+    if request.config.getoption("--update"):
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert file.exists(), f"no golden file for {name}; run: make golden"
+    assert text == file.read_text(), f"{name} resolves to something else; if meant: make golden"
