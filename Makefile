@@ -1,9 +1,9 @@
-# make run | test | lint | slow | golden | bench | lock | clean      PYTHON=python3.12 VENV=dir ARGS="..."
+# make run | test | lint | format | slow | golden | bench | lock | clean      PYTHON=python3.12 VENV=dir ARGS="..."
 PYTHON ?= python3
 VENV ?= .venv
 UV ?= uv
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
-.PHONY: run test lint slow golden bench lock clean install install-dev FORCE
+.PHONY: run test lint format slow golden bench lock clean install install-dev FORCE
 
 run: $(VENV)/.run
 	$(VENV)/bin/python run.py --experiment digits $(ARGS)
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.dev
 	@set -e; for file in benchmarks/*.py; do \
@@ -59,7 +63,8 @@ $(VENV)/.python: FORCE
 	test "$$(cat $@ 2>/dev/null)" = "$$had" || echo "$$had" > $@
 
 # Pins that pyproject.toml still allows are kept; make lock UPGRADE=--upgrade takes the newest.
-COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-header $(UPGRADE) pyproject.toml
+COMPILE = $(UV) pip compile -q --no-config --universal --fork-strategy requires-python --python-version 3.11 \
+  --no-emit-index-url --no-emit-find-links --no-annotate --no-header $(UPGRADE) pyproject.toml
 lock:
 	@$(UV) --version >/dev/null 2>&1 || { echo "make lock needs uv: pip install uv"; exit 1; }
 	@$(COMPILE) -o requirements.txt >/dev/null
@@ -68,7 +73,7 @@ lock:
 	  echo "# Refresh: make lock; with the newest versions: make lock UPGRADE=--upgrade"; \
 	  cat requirements.txt; } > requirements.txt.new && mv requirements.txt.new requirements.txt
 	@cp requirements/dev.txt requirements/dev.txt.new 2>/dev/null || true
-	@$(COMPILE) --extra dev --constraint requirements.txt --no-annotate -o requirements/dev.txt.new >/dev/null
+	@$(COMPILE) --extra dev --constraint requirements.txt -o requirements/dev.txt.new >/dev/null
 	@{ echo "# Tests, lint and types beside the default run. Written by make lock; do not edit."; \
 	  echo "-r ../requirements.txt"; grep -vxFf requirements.txt requirements/dev.txt.new; } > requirements/dev.txt
 	@rm requirements/dev.txt.new

@@ -166,13 +166,11 @@ class Experiment:
 
     def evaluate(self, step: int | None = None) -> dict[str, float]:
         """Metrics of a checkpoint of the run directory (default: the newest) on the eval split."""
-        from etils import epath
-
         from spmd.train import rundir
         from spmd.train.checkpoint import Checkpoints
         from spmd.train.evaluate import evaluator
 
-        path = epath.Path(self.run.dir or f"runs/{self.name}").expanduser()
+        path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
         rundir.same_identity(path, self.identity())
         program = self.build()
@@ -267,7 +265,11 @@ def from_file(path: Path) -> Experiment:
 def _frames(error: BaseException, path: Path) -> list[Any]:
     import traceback
 
-    return [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)][-1:]
+    return [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if Path(f.filename).resolve() == path.resolve()
+    ][-1:]
 
 
 # ---- overriding

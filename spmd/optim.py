@@ -50,10 +50,6 @@ class Optimizer:
         import jax.numpy as jnp
         import optax
 
-        check(
-            self.warmup_steps <= num_steps,
-            f"optimizer.warmup_steps={self.warmup_steps} is longer than the run of {num_steps} steps",
-        )
         peak, final = self.learning_rate, self.learning_rate * self.final_fraction
         rest = max(num_steps - self.warmup_steps, 1)
         if self.schedule == "constant":

@@ -69,6 +69,32 @@ def devices() -> list:
     return found
 
 
+def start(*args: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Starts run.py in its own process, in `cwd`."""
+    ambient = ("JAX_", "XLA_", "TF_", "PYTHONWARNINGS", "PYTEST_")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(ambient)}
+    environ |= STRICT
+    environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[ROOT]}/compiled"
+    if not HARDWARE:
+        environ["JAX_PLATFORMS"] = "cpu"
+    command: Sequence[str] = [sys.executable, str(REPOSITORY / "run.py"), *map(str, args)]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environ | (env or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def start_cli(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Like run_cli, but returns the running process."""
+    return lambda *args: start(*args, cwd=tmp_path)
+
+
 @pytest.fixture
 def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_cli("plan", "--experiment", "digits")`: run.py in its own process, in tmp_path."""
@@ -76,22 +102,11 @@ def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(
         *args: str | Path, timeout: float = 300, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        ambient = ("JAX_", "XLA_", "TF_", "PYTHONWARNINGS", "PYTEST_")
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(ambient)}
-        environ |= STRICT
-        environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[ROOT]}/compiled"
-        if not HARDWARE:
-            environ["JAX_PLATFORMS"] = "cpu"
-        command: Sequence[str] = [sys.executable, str(REPOSITORY / "run.py"), *map(str, args)]
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environ | (env or {}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        process = start(*args, cwd=tmp_path, env=env)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run

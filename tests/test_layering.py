@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # From the bottom up. A module or package imports from the rows below its own, and from itself;
-# names of one row do not import each other. A new module of spmd/ gets its place here.
+# names of one row may import each other. A new module of spmd/ gets its place here.
 LAYERS = (
     ("fields",),
     ("tree", "mesh"),
@@ -36,8 +36,7 @@ NEVER = {"strategies": {"models", "data"}}  # though they lie below
 STANDARD_LIBRARY_ONLY = {"fields", "launch"}
 # models/ name logical dims: nothing that says where an array lies
 NO_PLACEMENT = {"PartitionSpec", "NamedSharding", "jax.P", "spmd.mesh", "spmd.sharding"}
-FOR_EXPERIMENTS = {"models", "data", "optim", "tasks", "strategies"}
-CONFIGS_FOR_EXPERIMENTS = {"spmd.train", "spmd.mesh"}  # their config classes, nothing else in there
+FOR_EXPERIMENTS = {"models", "data", "optim", "tasks", "strategies", "train", "mesh", "experiment"}
 
 
 def imported(path: str, source: str) -> Iterator[tuple[int, str, str]]:
@@ -83,8 +82,8 @@ def arrow(owner: str, target: str) -> str:
         return "" if target in allowed else f"{owner} may import only {sorted(allowed) or 'itself'}"
     if target in NEVER.get(owner, ()):
         return f"{owner} never imports {target}"
-    if target not in ASIDE and RANK[target] >= RANK[owner]:
-        return f"{target} is not below {owner}"
+    if target not in ASIDE and RANK[target] > RANK[owner]:
+        return f"{target} is above {owner}"
     return ""
 
 
@@ -118,8 +117,6 @@ def experiment(path: str, source: str, public: Set[str]) -> Iterator[tuple[int, 
     """What an experiment imports beyond the public names."""
     for line, module, name in imported(path, source):
         if module.split(".")[0] != "spmd" or (module == "spmd" and name in public | {""}):
-            continue
-        if module in CONFIGS_FOR_EXPERIMENTS and name.endswith("Config"):
             continue
         parts = [*module.split(".")[1:], *([name] if name else [])]
         if parts[0] not in FOR_EXPERIMENTS or any(part.startswith("_") for part in parts):
@@ -165,7 +162,6 @@ CAUGHT = {
     "lazy": ("spmd/optim.py", "def build():\n    from spmd import train"),
     "lazy, by string": ("spmd/data/__init__.py", "importlib.import_module('spmd.models.mlp')"),
     "for types": ("spmd/tasks.py", "if TYPE_CHECKING:\n    from spmd.grad import Grads"),
-    "sideways": ("spmd/plan/cost.py", "from spmd import verify"),
     "above the package": ("spmd/commands/train.py", "import run"),
     "through the root": ("spmd/grad.py", "from spmd import Experiment"),
     "root alone": ("spmd/grad.py", "import spmd"),
@@ -181,8 +177,8 @@ CAUGHT = {
     "mesh axes in a model": ("spmd/models/mlp.py", "from spmd.mesh import BATCH_AXES"),
     "unregistered file": ("spmd/gizmo.py", "import jax"),
     "unregistered target": ("spmd/commands/train.py", "from spmd import gizmo"),
-    "inner name": ("experiments/digits.py", "from spmd.train import loop"),
-    "inner module": ("experiments/digits.py", "from spmd.train.loop import TrainConfig"),
+    "inner name": ("experiments/digits.py", "from spmd.tree import digest"),
+    "inner module": ("experiments/digits.py", "import spmd.grad"),
     "private module": ("experiments/digits.py", "from spmd.models import _mlp"),
     "name not exported": ("experiments/digits.py", "from spmd import Hidden"),
 }
@@ -197,6 +193,7 @@ def test_the_checker_catches(case: str):
 ALLOWED = {
     "downward": ("spmd/train/loop.py", "from spmd import grad, tree\nfrom spmd.mesh import make"),
     "lazy downward": ("spmd/experiment.py", "def f():\n    from spmd.train import loop"),
+    "sideways": ("spmd/losses.py", "from spmd import optim"),
     "own package": ("spmd/train/loop.py", "from spmd.train import metrics\nfrom . import evaluate"),
     "runtime on mesh": ("spmd/runtime/start.py", "from spmd import mesh\nimport jax"),
     "launch on itself": ("spmd/launch/slurm.py", "import shlex\nfrom spmd.launch import base"),

@@ -66,13 +66,13 @@ class _Dispatches:
         return -(-(self._stop - self._start) // self._steps)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        first = self._start + int(index) * self._steps
+        first = self._start + index * self._steps
         num = min(self._steps, self._stop - first)
         steps_S1 = np.arange(first, first + num, dtype=np.int64)[:, None]
-        index = self._order[(steps_S1 * self._batch_size + self._rows).ravel()]
-        batch = self._source.take(index)
-        batch["example_id"] = index.astype(np.int32)
-        batch["weight"] = np.ones(len(index), np.float32)
+        examples = self._order[(steps_S1 * self._batch_size + self._rows).ravel()]
+        batch = self._source.take(examples)
+        batch["example_id"] = examples.astype(np.int32)
+        batch["weight"] = np.ones(len(examples), np.float32)
         if self._steps == 1:
             return batch
         return {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.items()}

@@ -196,7 +196,8 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
     import tensorflow_datasets as tfds
 
     with quiet():
-        reader = tfds.builder_from_directory(str(directory)).as_data_source(split=split)
+        built: Any = tfds.builder_from_directory(str(directory))
+        reader = built.as_data_source(split=split)
     known = list(reader.dataset_info.features)
     for feature in config.features:
         check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -16,6 +17,12 @@ def _write(path: epath.Path, value: Any) -> None:
     part.replace(path)
 
 
+def locate(directory: str, name: str) -> epath.Path:
+    """The run directory; a local path is made absolute (Orbax wants it), a bucket's stays as it is."""
+    given = directory or f"runs/{name}"
+    return epath.Path(given if "://" in given else os.path.abspath(os.path.expanduser(given)))
+
+
 class Refused(ValueError):
     """The directory holds something that this run must not touch."""
 
@@ -27,7 +34,7 @@ def claim(
 
     config: resolved configuration as JSON types. identity: flat identity fields.
     """
-    path = epath.Path(directory or f"runs/{name}").expanduser()
+    path = locate(directory, name)
     if path.exists() and not path.is_dir():
         raise Refused(f"run directory {path} is a file; choose another with --run.dir")
     entries = sorted(p.name for p in path.iterdir()) if path.exists() else []

@@ -110,7 +110,7 @@ def test_missing_checkpoints_say_what_there_is(checkpoints):
         checkpoints.restore(shapes(state), shardings)
     checkpoints.save(state, 4, {}, {})
     checkpoints.wait()
-    with pytest.raises(ValueError, match="no checkpoint of step 7.*there are: 4"):
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7.*there are: 4"):
         checkpoints.restore(shapes(state), shardings, 7)
 
 

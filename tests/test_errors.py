@@ -1,0 +1,117 @@
+"""Every mistake of a user: one clear message, exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from spmd.commands import main
+
+D = "--experiment digits --run.dir out "
+
+TABLE = {
+    "experiment": ("--experiment digitz", "Did you mean 'digits'"),
+    "experiment_path": ("--experiment gone.py", "no experiment file 'gone.py'"),
+    "experiment_missing": ("--train.steps 5", "no experiment given"),
+    "command": ("trian --experiment digits", "Did you mean 'train'"),
+    "field": (D + "--train.stepz 5", "--train.steps"),
+    "type": (D + "--train.steps abc", "invalid literal"),
+    "choice": (D + "--optimizer.schedule linear", "cosine"),
+    "zero_steps": (D + "--train.steps 0", "train.steps=0 must be at least 1"),
+    "rate": (
+        D + "--optimizer.learning-rate -1",
+        "optimizer.learning_rate=-1.0 must not be negative",
+    ),
+    "in_flight": (D + "--train.steps-in-flight 9", "must be at most 8"),
+    "simulate": (D + "--simulate -1", "simulate=-1"),
+    "mesh_product": (D + "--simulate 8 --mesh.data 3", "multiply to 3, but there are 8 devices"),
+    "mesh_rest": (D + "--simulate 8 --mesh.fsdp -1", "only one mesh axis may be -1"),
+    "mesh_zero": (D + "--mesh.tensor 0", "mesh.tensor=0"),
+    "batch": (D + "--simulate 8 --data.batch-size 20", "data.batch_size=20 does not divide"),
+    "accumulate": (D + "--simulate 8 --train.accumulate 3", "train.accumulate=3"),
+    "batch_zero": (D + "--data.batch-size 0", "data.batch_size=0"),
+    "tensor": (
+        D + "--simulate 8 --mesh.tensor 8 --mesh.data 1 --model.hidden 36",
+        "of size 36 does not divide by mesh.tensor=8",
+    ),
+    "strategy": (D + "--strategy autoo", "Did you mean 'auto'"),
+    "optimizer": (D + "--optimizer adam", "Did you mean 'adamw'"),
+    "allreduce": (D + "--simulate 8 --mesh.fsdp 2 --strategy allreduce", "mesh.fsdp=2 must be 1"),
+    "not_prepared": ("--experiment mnist --run.dir out", "run.py data prepare"),
+    "data_dir": (D + "--data.dir nowhere", "data.dir='nowhere' is no directory"),
+    "data_name": (D + "--data.name ../evil", "is not a TFDS name"),
+    "split": (D + "--data.train-split trian", "Did you mean 'train'"),
+    "run_dir": ("--experiment digits --run.dir file/out", "cannot write run directory"),
+    "run_file": ("--experiment digits --run.dir file", "is a file"),
+    "run_foreign": ("--experiment digits --run.dir foreign", "holds no run"),
+    "run_corrupt": ("--experiment digits --run.dir corrupt", "not a run's configuration"),
+    "eval_no_run": ("eval --experiment digits --run.dir gone", "no run in"),
+    "data_action": ("data prepar --experiment digits", "Did you mean 'prepare'"),
+    "syntax": ("--experiment syntax.py", "fails to import"),
+    "import": ("--experiment imports.py", "line 2"),
+    "no_config": ("--experiment empty.py", "no config() function"),
+    "wrong_config": ("--experiment wrong.py", "returned int"),
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with the files that the table names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/thesis.txt").write_text("mine")
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt/config.json").write_text("{")
+    (tmp_path / "syntax.py").write_text("def config(:\n")
+    (tmp_path / "imports.py").write_text("\nimport no_such_module\n")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    (tmp_path / "wrong.py").write_text("def config():\n    return 3\n")
+    return tmp_path
+
+
+def files(root):
+    return {
+        p: p.read_bytes() for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_one_clear_message(case, place, capsys):
+    line, message = TABLE[case]
+    before = files(place)
+    try:
+        code = main(line.split())
+    except SystemExit as stop:  # tyro's own
+        code = stop.code
+    shown = capsys.readouterr()
+    text = " ".join((shown.err + shown.out).replace("│", " ").split())
+    assert code == 2, text
+    assert message in text
+    assert "Traceback" not in text
+    assert files(place) == before
+
+
+@pytest.mark.smoke
+def test_through_the_process(run_cli):
+    done = run_cli("--experiment", "digitz")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown experiment 'digitz'")
+
+
+def test_a_checkpoint_of_other_shapes_shows_the_difference(run_cli, tmp_path):
+    args = ("--experiment", "digits", "--run.dir", "out", "--train.steps")
+    assert run_cli(*args, 5).returncode == 0
+    config = tmp_path / "out/config.json"
+    known = json.loads(config.read_text())
+    known["identity"]["model.hidden"] = [64, 32]  # as if the directory were that model's
+    config.write_text(json.dumps(known))
+    done = run_cli(*args, 9, "--model.hidden", 64, 32)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (
+        "params.layers.0.kernel: float32[64, 256] in the checkpoint, float32[64, 64] here"
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert run_cli("eval", *args[:4]).returncode == 2

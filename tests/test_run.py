@@ -1,0 +1,176 @@
+"""The command itself: train, stop, resume, compare."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+import spmd
+from spmd.train import CheckpointConfig
+from spmd.train.checkpoint import Checkpoints
+
+DIGITS = ("--experiment", "digits")
+
+
+def final_state(directory):
+    """The leaves of the newest checkpoint, on one device."""
+    exp = spmd.load("digits", ["--simulate", "1"])
+    program = exp.build()
+    checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", CheckpointConfig())
+    try:
+        state = checkpoints.restore(program.abstract_state(), program.strategy.state_shardings)
+    finally:
+        checkpoints.close()
+    import jax
+
+    return [np.array(leaf) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.smoke
+def test_trains_and_writes_the_run_directory(run_cli, tmp_path):
+    args = ("--simulate", 8, "--mesh.data", 4, "--mesh.fsdp", 2, "--train.steps", 60)
+    done = run_cli(*DIGITS, *args, "--run.dir", "out")
+    assert done.returncode == 0, done.stderr
+    assert "8 x cpu (cpu), mesh data=4 fsdp=2" in done.stdout
+    assert re.search(r"params/layers/1/kernel +\[256, 128\] +float32 +fsdp", done.stdout)
+    assert "done: 60 steps" in done.stdout
+    assert "\x1b" not in done.stdout  # plain lines where there is no terminal
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["experiment"], summary["steps"]) == ("digits", 60)
+    assert summary["metrics"]["eval/accuracy"] > 0.8
+    assert summary["metrics"]["train/loss"] > 0
+    assert {"compile", "input", "step", "evaluation", "checkpoint"} <= set(summary["seconds"])
+    lines = [json.loads(x) for x in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "train/loss" in x] == [50, 60]
+    assert list((tmp_path / "out/tensorboard").glob("events*"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["config"]["mesh"]["fsdp"] == 2
+
+    again = run_cli(*DIGITS, *args, "--run.dir", "out")
+    assert "is finished: 60 steps" in again.stdout and again.returncode == 0
+
+    other_mesh = run_cli("eval", *DIGITS, "--run.dir", "out")
+    assert other_mesh.returncode == 0, other_mesh.stderr
+    measured = json.loads(other_mesh.stdout.splitlines()[-1])
+    assert measured["eval/accuracy"] == pytest.approx(summary["metrics"]["eval/accuracy"], abs=1e-6)
+
+    longer = run_cli(*DIGITS, "--simulate", 2, "--train.steps", 90, "--run.dir", "out")
+    assert "schedule now spans the longer run" in longer.stdout, longer.stderr
+    assert "resuming at step 60 of 90" in longer.stdout
+    assert json.loads((tmp_path / "out/summary.json").read_text())["steps"] == 90
+
+
+@pytest.mark.parametrize(
+    ("signum", "dispatch"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 4)]
+)
+def test_stopped_and_resumed_equals_undisturbed_bit_by_bit(
+    run_cli, start_cli, tmp_path, signum, dispatch
+):
+    steps = 600
+    args = (
+        *DIGITS,
+        "--train.steps",
+        steps,
+        "--train.steps-per-dispatch",
+        dispatch,
+        "--log.every",
+        20,
+    )
+    process = start_cli(*args, "--run.dir", "stopped")
+    for line in process.stdout:
+        if line.startswith("step 60"):
+            process.send_signal(signum)
+            break
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, stderr
+    stopped_at = int(re.search(r"at step (\d+), state saved", stderr)[1])
+    assert 60 <= stopped_at < steps and "the same command resumes it" in stderr
+    assert not (tmp_path / "stopped/summary.json").exists()
+
+    resumed = run_cli(*args, "--run.dir", "stopped")
+    assert f"resuming at step {stopped_at} of {steps}" in resumed.stdout, resumed.stderr
+    assert run_cli(*args, "--run.dir", "undisturbed").returncode == 0
+    for a, b in zip(
+        final_state(tmp_path / "stopped"), final_state(tmp_path / "undisturbed"), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    steps_logged = [
+        json.loads(x)["step"] for x in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps_logged == sorted(steps_logged)
+
+
+def test_another_identity_is_refused_and_the_run_kept(run_cli, tmp_path):
+    short = (*DIGITS, "--train.steps", 5, "--run.dir", "out")
+    assert run_cli(*short).returncode == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    refused = run_cli(*short, "--optimizer.momentum", 0.5, "--data.batch-size", 32)
+    assert refused.returncode == 2
+    for part in (
+        "optimizer.momentum: 0.9 -> 0.5",
+        "data.batch_size: 64 -> 32",
+        "--run.dir",
+        "--run.fresh",
+    ):
+        assert part in refused.stderr
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    fresh = run_cli(*short, "--optimizer.momentum", 0.5, "--run.fresh", "True")
+    assert fresh.returncode == 0, fresh.stderr
+    (aside,) = [p for p in tmp_path.iterdir() if p.name.startswith("out.")]
+    assert {p.relative_to(aside): p.read_bytes() for p in aside.rglob("*") if p.is_file()} == {
+        p.relative_to(tmp_path / "out"): x for p, x in before.items()
+    }
+
+
+def test_a_diverging_run_stops_and_names_the_step(run_cli, tmp_path):
+    args = (
+        *DIGITS,
+        "--train.steps",
+        30,
+        "--optimizer.learning-rate",
+        1e30,
+        "--optimizer.warmup-steps",
+        0,
+        "--optimizer.momentum",
+        0,
+    )
+    stopped = run_cli(*args, "--run.dir", "a")
+    assert stopped.returncode == 1
+    assert re.search(r"not finite at step \d+", stopped.stderr)
+    assert "Traceback" not in stopped.stderr
+    skipped = run_cli(*args, "--run.dir", "b", "--train.nonfinite", "skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert (
+        json.loads((tmp_path / "b/summary.json").read_text())["metrics"]["train/skipped_steps"] > 0
+    )
+
+
+@pytest.mark.smoke
+def test_from_python(tmp_path):
+    exp = spmd.load("digits", ["--train.steps", "50", "--run.dir", str(tmp_path / "out")])
+    run = exp.train()
+    assert run.steps == 50 and run.metrics["eval/accuracy"] > 0.8
+
+
+def test_list_and_help_import_no_jax():
+    code = (
+        "import sys; from spmd.commands import main; main(['--help']); main(['--list']);"
+        " assert not {'jax', 'flax', 'numpy'} & set(sys.modules), sys.modules.keys()"
+    )
+    root = epath.Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--mesh.fsdp" in done.stdout and "digits" in done.stdout
+
+
+def test_help_of_an_experiment_shows_its_own_fields(run_cli):
+    shown = run_cli(*DIGITS, "--help")
+    assert shown.returncode == 0
+    for part in ("--model.hidden", "--optimizer.nesterov", "Global batch", "--strategy.zero"):
+        assert part in shown.stdout

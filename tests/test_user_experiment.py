@@ -1,0 +1,92 @@
+"""An experiment outside the repository: a plain NNX model, the user's own arrays."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+FILE = '''"""A user's own experiment: two rings, told apart by a plain NNX network."""
+
+import numpy as np
+from flax import nnx
+
+from spmd import Experiment
+from spmd.data import Arrays
+from spmd.optim import AdamW
+from spmd.tasks import Classification
+from spmd.train import TrainConfig
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.inner = nnx.Linear(2, 64, rngs=rngs)
+        self.outer = nnx.Linear(64, 64, rngs=rngs)
+        self.head = nnx.Linear(64, 2, rngs=rngs)
+        EXTRA
+
+    def __call__(self, x):
+        x = nnx.relu(self.outer(nnx.relu(self.inner(x))))
+        return self.head(APPLY)
+
+
+def rings(seed, num):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 2, num).astype(np.int32)
+    angle = rng.uniform(0, 2 * np.pi, num)
+    radius = 1 + label + rng.normal(0, 0.1, num)
+    point = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).astype(np.float32)
+    return {"point": point, "label": label}
+
+
+def config():
+    return Experiment(
+        model=Net,
+        task=Classification(input="point"),
+        data=Arrays(train=lambda: rings(0, 1000), eval=lambda: rings(1, 333), batch_size=64,
+                    features={"point": ((2,), "float32"), "label": ((), "int32")}),
+        optimizer=AdamW(learning_rate=1e-2),
+        train=TrainConfig(steps=200),
+    )
+'''
+
+
+def write(tmp_path, extra="pass", apply="x"):
+    (tmp_path / "rings.py").write_text(FILE.replace("EXTRA", extra).replace("APPLY", apply))
+
+
+def test_trains_sharded_by_size(run_cli, tmp_path):
+    assert len(FILE.splitlines()) <= 60
+    write(tmp_path)
+    done = run_cli("--experiment", "rings.py", "--simulate", 8, "--mesh.fsdp", 4)
+    assert done.returncode == 0, done.stderr
+    (row,) = [x for x in done.stdout.splitlines() if x.startswith("params/outer/kernel")]
+    assert "fsdp" in row and "4.0 KiB" in row
+    summary = json.loads((tmp_path / "runs/rings/summary.json").read_text())
+    assert summary["metrics"]["eval/accuracy"] > 0.97
+
+
+@pytest.mark.parametrize(
+    ("extra", "apply", "args", "message"),
+    [
+        (
+            "self.drop = nnx.Dropout(0.1, rngs=rngs)",
+            "self.drop(x)",
+            (),
+            "spmd.models.layers.Dropout",
+        ),
+        (
+            "self.norm = nnx.BatchNorm(64, rngs=rngs)",
+            "self.norm(x)",
+            ("--strategy", "allreduce"),
+            "spmd.models.layers.BatchNorm",
+        ),
+    ],
+)
+def test_layers_that_would_depend_on_the_mesh_are_refused(
+    run_cli, tmp_path, extra, apply, args, message
+):
+    write(tmp_path, extra, apply)
+    done = run_cli("--experiment", "rings.py", "--simulate", 2, *args)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
