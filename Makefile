@@ -29,7 +29,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@set -e; for file in benchmarks/*.py; do \
 	  test -e "$$file" || { echo "there are no benchmarks yet"; exit 1; }; \
-	  $(VENV)/bin/python "$$file" $(ARGS); done
+	  PYTHONPATH=. $(VENV)/bin/python "$$file" $(ARGS); done
 
 install: $(VENV)/.run
 install-dev: $(VENV)/.dev

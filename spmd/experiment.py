@@ -330,8 +330,7 @@ def override(
         made,
         args=words,
         prog=prog,
-        description=_description(experiment),
-        config=(tyro.conf.FlagConversionOff,),
+        description=f"Experiment {experiment.name}. Fields and their values:",
     )
     values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
     return dataclasses.replace(experiment, **values), getattr(parsed, "options", None)
@@ -360,10 +359,6 @@ _HELP = {
     "param_dtype": "Type of parameters and optimizer state.",
     "simulate": "Run on this many simulated CPU devices; 0 uses the real ones.",
 }
-
-
-def _description(experiment: Experiment) -> str:
-    return f"Experiment {experiment.name}. Fields and their values:"
 
 
 def load(name: str, args: Sequence[str] = ()) -> Any:

@@ -120,7 +120,7 @@ def test_another_identity_is_refused_and_the_run_kept(run_cli, tmp_path):
     ):
         assert part in refused.stderr
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    fresh = run_cli(*short, "--optimizer.momentum", 0.5, "--run.fresh", "True")
+    fresh = run_cli(*short, "--optimizer.momentum", 0.5, "--run.fresh")
     assert fresh.returncode == 0, fresh.stderr
     (aside,) = [p for p in tmp_path.iterdir() if p.name.startswith("out.")]
     assert {p.relative_to(aside): p.read_bytes() for p in aside.rglob("*") if p.is_file()} == {
