@@ -85,6 +85,7 @@ class Clock:
     """Seconds by phase."""
 
     def __init__(self) -> None:
+        self._began = time.perf_counter()
         self.seconds: dict[str, float] = dict.fromkeys(
             ("compile", "input", "step", "evaluation", "checkpoint"), 0.0
         )
@@ -96,6 +97,12 @@ class Clock:
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - start
+
+    def summary(self) -> dict[str, float]:
+        """Seconds by phase, what is left over, and in all."""
+        total = time.perf_counter() - self._began
+        seconds = self.seconds | {"other": total - sum(self.seconds.values()), "total": total}
+        return {phase: round(value, 3) for phase, value in seconds.items()}
 
 
 class _Log:
@@ -155,6 +162,43 @@ class _Log:
         self._writer.write(step, values | self._bar.report(step, values))
 
 
+def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> base.TrainState:
+    """The newest checkpoint on this mesh, or a fresh state; prints what the run consists of."""
+    abstract, strategy = program.abstract_state(), program.strategy
+    progress.start(
+        program.name,
+        program.mesh,
+        abstract,
+        strategy.state_shardings,
+        program.num_steps,
+        program.data.batch_size,
+    )
+    if not checkpoints.steps():
+        with clock("compile"):
+            return strategy.init(jax.random.key(program.seed))
+    with clock("checkpoint"):
+        state = checkpoints.restore(abstract, strategy.state_shardings)
+    print(f"resuming at step {int(state.step)} of {program.num_steps}")
+    return state
+
+
+def _batches(program: Program, train: TrainConfig, start: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of the batches from step `start` on."""
+    data = program.data
+    placed = jax.tree.leaves(program.strategy.batch_shardings)[0]
+    return loader.train_batches(
+        program.source,
+        batch_size=data.batch_size,
+        seed=program.seed,
+        start=start,
+        stop=program.num_steps,
+        steps_per_dispatch=train.steps_per_dispatch,
+        rows=loader.process_rows(placed, data.batch_size),
+        threads=data.threads,
+        buffer=data.buffer,
+    )
+
+
 def fit(
     program: Program,
     directory: epath.Path,
@@ -169,48 +213,18 @@ def fit(
 
     Raises Stopped after a signal, NonFinite when the loss diverges.
     """
-    began = time.perf_counter()
     clock, strategy, data = Clock(), program.strategy, program.data
     with stop_signals() as stopped, contextlib.ExitStack() as closing:
         # ---- state: born sharded, or the newest checkpoint, on whatever mesh this is
-        abstract = program.abstract_state()
         checkpoints = Checkpoints(directory / "checkpoints", checkpoint)
         closing.callback(checkpoints.close)
-        progress.start(
-            program.name,
-            program.mesh,
-            abstract,
-            strategy.state_shardings,
-            program.num_steps,
-            data.batch_size,
-        )
-        with clock("checkpoint" if checkpoints.steps() else "compile"):
-            if checkpoints.steps():
-                state = checkpoints.restore(abstract, strategy.state_shardings)
-            else:
-                state = strategy.init(jax.random.key(program.seed))
-            step = first = int(state.step)
-        if first:
-            print(f"resuming at step {first} of {program.num_steps}")
+        state = _first_state(program, checkpoints, clock)
+        step = int(state.step)
         # ---- input
-        per_dispatch = train.steps_per_dispatch
-        if per_dispatch > 1:
+        if train.steps_per_dispatch > 1:
             strategy = base.scanned(strategy)
-        placed = next(iter(jax.tree.leaves(strategy.batch_shardings)))
-        rows = loader.process_rows(
-            jax.tree.leaves(program.strategy.batch_shardings)[0], data.batch_size
-        )
-        batches = loader.train_batches(
-            program.source,
-            batch_size=data.batch_size,
-            seed=program.seed,
-            start=step,
-            stop=program.num_steps,
-            steps_per_dispatch=per_dispatch,
-            rows=rows,
-            threads=data.threads,
-            buffer=data.buffer,
-        )
+        placed = jax.tree.leaves(strategy.batch_shardings)[0]
+        batches = _batches(program, train, step)
         # ---- output
         writer = Writer(directory, step, tensorboard=log.tensorboard)
         closing.callback(writer.close)
@@ -241,28 +255,31 @@ def fit(
             bar.evaluated(step, measured)
 
         # ---- the loop
-        shapes: set[Any] = set()
+        compiled: set[int] = set()
         while step < program.num_steps:
+            measured = {}
             with clock("input"):
                 batch = loader.put(next(batches), placed, data.batch_size)
-            num = batch["weight"].shape[0] if per_dispatch > 1 else 1
-            with clock("step" if num in shapes else "compile"):  # jit returns once it has compiled
-                shapes.add(num)
+            num = batch["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
+            with clock(
+                "step" if num in compiled else "compile"
+            ):  # jit returns once it has compiled
+                compiled.add(num)
                 state, metrics = strategy.step(state, batch)
             before, step = step, step + num
             with clock("step"):
                 logs.add(step, metrics, train.steps_in_flight)
             if stopped():
                 break
-            due = lambda every: step // every > before // every  # noqa: B023
-            busy = due(eval_every) or due(save_every)
-            if due(eval_every) and step < program.num_steps:
-                measure()
-            if due(save_every) and step < program.num_steps:
-                save()
-            measured = {} if not due(eval_every) else measured
-            if busy:
-                bar.restart_clock()
+            if step < program.num_steps:
+                eval_due = step // eval_every > before // eval_every
+                save_due = step // save_every > before // save_every
+                if eval_due:
+                    measure()
+                if save_due:
+                    save()
+                if eval_due or save_due:
+                    bar.restart_clock()
         with clock("step"):
             logs.drain()
         # ---- the end
@@ -275,13 +292,11 @@ def fit(
         save()
         with clock("checkpoint"):
             checkpoints.wait()
-        total = time.perf_counter() - began
-        seconds = clock.seconds | {"other": total - sum(clock.seconds.values()), "total": total}
         summary = {
             "experiment": program.name,
             "steps": step,
             "metrics": logs.last | measured,
-            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "seconds": clock.summary(),
         }
         rundir.write_summary(directory, summary)
     progress.end(summary, directory)
