@@ -138,9 +138,7 @@ class Experiment:
         from spmd.train import loop, rundir
 
         program = self.build()
-        path = rundir.claim(
-            self.run.dir, self.name, self.config(), self.identity(), fresh=self.run.fresh
-        )
+        path = rundir.claim(self.run.dir, self.name, self.identity(), fresh=self.run.fresh)
         done = rundir.summary(path)
         if done and done["steps"] >= program.num_steps:
             print(
@@ -153,6 +151,7 @@ class Experiment:
                 f"continuing to {program.num_steps} steps (was {done['steps']}): the learning-rate"
                 " schedule now spans the longer run"
             )
+        rundir.record(path, self.name, self.config(), self.identity())
         summary = loop.fit(
             program,
             path,

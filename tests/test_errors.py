@@ -7,6 +7,7 @@ import json
 import pytest
 
 from spmd.commands import main
+from spmd.experiment import find, from_file
 
 D = "--experiment digits --run.dir out "
 
@@ -46,6 +47,11 @@ TABLE = {
     "run_file": ("--experiment digits --run.dir file", "is a file"),
     "run_foreign": ("--experiment digits --run.dir foreign", "holds no run"),
     "run_corrupt": ("--experiment digits --run.dir corrupt", "not a run's configuration"),
+    "run_other": (
+        "--experiment digits --run.dir other",
+        "optimizer.momentum: 0.5 -> 0.9 use --run.dir DIR for a second run, or --run.fresh",
+    ),
+    "run_identity": ("--experiment digits --run.dir listed", "not a run's configuration"),
     "eval_no_run": ("eval --experiment digits --run.dir gone", "no run in"),
     "data_action": ("data prepar --experiment digits", "Did you mean 'prepare'"),
     "syntax": ("--experiment syntax.py", "fails to import"),
@@ -64,6 +70,11 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "foreign/thesis.txt").write_text("mine")
     (tmp_path / "corrupt").mkdir()
     (tmp_path / "corrupt/config.json").write_text("{")
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed/config.json").write_text('{"identity": []}')
+    same = from_file(find("digits")).identity() | {"optimizer.momentum": 0.5}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps({"identity": same}))
     (tmp_path / "syntax.py").write_text("def config(:\n")
     (tmp_path / "imports.py").write_text("\nimport no_such_module\n")
     (tmp_path / "empty.py").write_text("x = 1\n")
@@ -107,11 +118,14 @@ def test_a_checkpoint_of_other_shapes_shows_the_difference(run_cli, tmp_path):
     known = json.loads(config.read_text())
     known["identity"]["model.hidden"] = [64, 32]  # as if the directory were that model's
     config.write_text(json.dumps(known))
+    saved = files(tmp_path / "out/checkpoints")
     done = run_cli(*args, 9, "--model.hidden", 64, 32)
+    assert files(tmp_path / "out/checkpoints") == saved
+    assert not (tmp_path / "out/checkpoints/9").exists()
     assert done.returncode == 2, done.stdout + done.stderr
     assert (
         "params.layers.0.kernel: float32[64, 256] in the checkpoint, float32[64, 64] here"
         in done.stderr
     )
     assert "Traceback" not in done.stderr
-    assert run_cli("eval", *args[:4]).returncode == 2
+    assert "holds a run of another identity" in run_cli("eval", *args[:4]).stderr

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -21,19 +22,27 @@ DIGITS = ("--experiment", "digits")
 
 def final_state(directory):
     """The leaves of the newest checkpoint, on one device."""
-    exp = spmd.load("digits", ["--simulate", "1"])
-    program = exp.build()
+    program = spmd.load("digits").build(jax.devices()[:1])
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", CheckpointConfig())
     try:
         state = checkpoints.restore(program.abstract_state(), program.strategy.state_shardings)
     finally:
         checkpoints.close()
-    import jax
-
     return [np.array(leaf) for leaf in jax.tree.leaves(state)]
 
 
+def files(directory):
+    """Path -> content of every file below `directory`."""
+    return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
 @pytest.mark.smoke
+def test_twenty_steps(run_cli, tmp_path):
+    done = run_cli(*DIGITS, "--train.steps", 20)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/digits/summary.json").read_text())["steps"] == 20
+
+
 def test_trains_and_writes_the_run_directory(run_cli, tmp_path):
     args = ("--simulate", 8, "--mesh.data", 4, "--mesh.fsdp", 2, "--train.steps", 60)
     done = run_cli(*DIGITS, *args, "--run.dir", "out")
@@ -50,27 +59,38 @@ def test_trains_and_writes_the_run_directory(run_cli, tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "train/loss" in x] == [50, 60]
     assert list((tmp_path / "out/tensorboard").glob("events*"))
+    assert (tmp_path / "out/checkpoints/60").is_dir()
     assert json.loads((tmp_path / "out/config.json").read_text())["config"]["mesh"]["fsdp"] == 2
 
-    again = run_cli(*DIGITS, *args, "--run.dir", "out")
+    before = files(tmp_path / "out")
+    again = run_cli(*DIGITS, "--train.steps", 60, "--run.dir", "out")  # on another mesh
     assert "is finished: 60 steps" in again.stdout and again.returncode == 0
+    assert files(tmp_path / "out") == before
 
     other_mesh = run_cli("eval", *DIGITS, "--run.dir", "out")
     assert other_mesh.returncode == 0, other_mesh.stderr
     measured = json.loads(other_mesh.stdout.splitlines()[-1])
+    assert files(tmp_path / "out") == before
     assert measured["eval/accuracy"] == pytest.approx(summary["metrics"]["eval/accuracy"], abs=1e-6)
 
-    longer = run_cli(*DIGITS, "--simulate", 2, "--train.steps", 90, "--run.dir", "out")
+    longer = run_cli(*DIGITS, "--train.steps", 90, "--run.dir", "out")  # one device
+    assert "1 x cpu" in longer.stdout
     assert "schedule now spans the longer run" in longer.stdout, longer.stderr
     assert "resuming at step 60 of 90" in longer.stdout
     assert json.loads((tmp_path / "out/summary.json").read_text())["steps"] == 90
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Where the runs without a signal are kept, one for each number of steps per dispatch."""
+    return tmp_path_factory.mktemp("undisturbed")
 
 
 @pytest.mark.parametrize(
     ("signum", "dispatch"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 4)]
 )
 def test_stopped_and_resumed_equals_undisturbed_bit_by_bit(
-    run_cli, start_cli, tmp_path, signum, dispatch
+    run_cli, start_cli, tmp_path, undisturbed, signum, dispatch
 ):
     steps = 600
     args = (
@@ -95,10 +115,10 @@ def test_stopped_and_resumed_equals_undisturbed_bit_by_bit(
 
     resumed = run_cli(*args, "--run.dir", "stopped")
     assert f"resuming at step {stopped_at} of {steps}" in resumed.stdout, resumed.stderr
-    assert run_cli(*args, "--run.dir", "undisturbed").returncode == 0
-    for a, b in zip(
-        final_state(tmp_path / "stopped"), final_state(tmp_path / "undisturbed"), strict=True
-    ):
+    whole = undisturbed / str(dispatch)
+    if not whole.exists():
+        assert run_cli(*args, "--run.dir", whole).returncode == 0
+    for a, b in zip(final_state(tmp_path / "stopped"), final_state(whole), strict=True):
         np.testing.assert_array_equal(a, b)
     steps_logged = [
         json.loads(x)["step"] for x in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()
@@ -109,7 +129,7 @@ def test_stopped_and_resumed_equals_undisturbed_bit_by_bit(
 def test_another_identity_is_refused_and_the_run_kept(run_cli, tmp_path):
     short = (*DIGITS, "--train.steps", 5, "--run.dir", "out")
     assert run_cli(*short).returncode == 0
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    before = files(tmp_path / "out")
     refused = run_cli(*short, "--optimizer.momentum", 0.5, "--data.batch-size", 32)
     assert refused.returncode == 2
     for part in (
@@ -119,13 +139,11 @@ def test_another_identity_is_refused_and_the_run_kept(run_cli, tmp_path):
         "--run.fresh",
     ):
         assert part in refused.stderr
-    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert files(tmp_path / "out") == before
     fresh = run_cli(*short, "--optimizer.momentum", 0.5, "--run.fresh")
     assert fresh.returncode == 0, fresh.stderr
     (aside,) = [p for p in tmp_path.iterdir() if p.name.startswith("out.")]
-    assert {p.relative_to(aside): p.read_bytes() for p in aside.rglob("*") if p.is_file()} == {
-        p.relative_to(tmp_path / "out"): x for p, x in before.items()
-    }
+    assert files(aside) == before
 
 
 def test_a_diverging_run_stops_and_names_the_step(run_cli, tmp_path):
@@ -135,15 +153,22 @@ def test_a_diverging_run_stops_and_names_the_step(run_cli, tmp_path):
         30,
         "--optimizer.learning-rate",
         1e30,
+        "--optimizer.schedule",
+        "constant",
         "--optimizer.warmup-steps",
         0,
         "--optimizer.momentum",
         0,
+        "--checkpoint.every",
+        1,
     )
     stopped = run_cli(*args, "--run.dir", "a")
     assert stopped.returncode == 1
-    assert re.search(r"not finite at step \d+", stopped.stderr)
+    step = int(re.search(r"not finite at step (\d+)", stopped.stderr)[1])
     assert "Traceback" not in stopped.stderr
+    kept = {int(p.name) for p in (tmp_path / "a/checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {step - 1}
+    assert not (tmp_path / "a/summary.json").exists()
     skipped = run_cli(*args, "--run.dir", "b", "--train.nonfinite", "skip")
     assert skipped.returncode == 0, skipped.stderr
     assert (
@@ -156,6 +181,27 @@ def test_from_python(tmp_path):
     exp = spmd.load("digits", ["--train.steps", "50", "--run.dir", str(tmp_path / "out")])
     run = exp.train()
     assert run.steps == 50 and run.metrics["eval/accuracy"] > 0.8
+
+
+def test_the_first_ctrl_c_asks_and_the_second_leaves():
+    code = (
+        "import time; from spmd.train.loop import stop_signals\n"
+        "with stop_signals() as stopped:\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.05)\n"
+    )
+    root = epath.Path(__file__).parent.parent
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert "stopping: saving the state" in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "left at once" in stderr
 
 
 def test_list_and_help_import_no_jax():

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -57,28 +58,49 @@ class NonFinite(ArithmeticError):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Catches SIGINT and SIGTERM: the yielded function tells which came (0: none). A second SIGINT
-    leaves at once.
+    """Catches SIGINT and SIGTERM: the yielded function tells which came first (0: none). A second
+    SIGINT leaves at once.
     """
     got = {"signum": 0}
 
     def handler(signum: int, frame: Any) -> None:
         del frame
-        if got["signum"] and signum == signal.SIGINT:
-            os.write(2, b"\nleft at once; the last checkpoint stands\n")
-            os._exit(130)
-        got["signum"] = signum
-        os.write(2, b"\nstopping: saving the state (Ctrl-C again leaves at once)\n")
+        got["signum"] = got["signum"] or signum
 
-    previous = {}
+    # Python's handlers wait while the main thread compiles; the wake-up pipe and its thread do not.
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    previous: dict[int, Any] = {}
+    woken = -1
     with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's
         for signum in (signal.SIGINT, signal.SIGTERM):
             previous[signum] = signal.signal(signum, handler)
+        woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch_signals, args=(read,), daemon=True)
+    watcher.start()
     try:
         yield lambda: got["signum"]
     finally:
+        if previous:
+            signal.set_wakeup_fd(woken)
         for signum, old in previous.items():
             signal.signal(signum, old)
+        os.write(write, b"\0")
+        watcher.join()
+        os.close(write)
+        os.close(read)
+
+
+def _watch_signals(read: int) -> None:
+    """Reads signal numbers until 0: the first one is announced, a SIGINT after it ends the process."""
+    asked = False
+    while signum := os.read(read, 1)[0]:
+        if asked and signum == signal.SIGINT:
+            os.write(2, b"\nleft at once; the last checkpoint stands\n")
+            os._exit(130)
+        if not asked and signum in (signal.SIGINT, signal.SIGTERM):
+            asked = True
+            os.write(2, b"\nstopping: saving the state (Ctrl-C again leaves at once)\n")
 
 
 class Clock:

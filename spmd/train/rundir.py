@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -27,12 +29,10 @@ class Refused(ValueError):
     """The directory holds something that this run must not touch."""
 
 
-def claim(
-    directory: str, name: str, config: dict[str, Any], identity: dict[str, Any], *, fresh: bool
-) -> epath.Path:
-    """Opens or creates the run directory and writes config.json; ValueError when it is another run's.
+def claim(directory: str, name: str, identity: dict[str, Any], *, fresh: bool) -> epath.Path:
+    """Opens or creates the run directory; ValueError when it is another run's.
 
-    config: resolved configuration as JSON types. identity: flat identity fields.
+    identity: flat identity fields.
     """
     path = locate(directory, name)
     if path.exists() and not path.is_dir():
@@ -52,22 +52,33 @@ def claim(
         print(f"moved the old run to {aside}")
     elif entries:
         same_identity(path, identity)
-    try:
+    with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        _write(known, {"experiment": name, "identity": identity, "config": config})
+    return path
+
+
+def record(path: epath.Path, name: str, config: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Writes config.json: the identity, and the resolved configuration as JSON types."""
+    with _writing(path):
+        _write(path / "config.json", {"experiment": name, "identity": identity, "config": config})
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise Refused(
             f"cannot write run directory {path}: {error.strerror or error};"
             " choose another with --run.dir"
         ) from None
-    return path
 
 
 def same_identity(path: epath.Path, identity: dict[str, Any]) -> None:
     """ValueError with the differing fields when the directory's run is another one."""
     known = path / "config.json"
     try:
-        before = json.loads(known.read_text())["identity"]
+        before = {**json.loads(known.read_text())["identity"]}
     except (ValueError, KeyError, TypeError):
         raise Refused(
             f"{known} is not a run's configuration; choose another directory with"
