@@ -1,14 +1,20 @@
 """Input pipeline alone: examples per second, batch 128, one step and 32 steps per item.
 
-PYTHONPATH=. python benchmarks/input_pipeline.py [--data-dir DIR]     # DIR holds a prepared TFDS mnist; else synthetic
+python benchmarks/input_pipeline.py [--data-dir DIR]
+
+DIR holds a prepared TFDS mnist; without it the data is synthetic, of MNIST's shape.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spmd.data import TFDS, loader
 from spmd.data.sources import ArraySource

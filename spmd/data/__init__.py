@@ -48,6 +48,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "threads", "buffer"):
             check(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1")
+        for name in ("example_id", "weight"):
+            check(name not in self.features, f"the feature name {name!r} is the loader's own")
 
     def open(self, split: Split) -> Source:
         """The source of a split."""

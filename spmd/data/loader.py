@@ -70,9 +70,10 @@ class _Dispatches:
         num = min(self._steps, self._stop - first)
         steps_S1 = np.arange(first, first + num, dtype=np.int64)[:, None]
         examples = self._order[(steps_S1 * self._batch_size + self._rows).ravel()]
-        batch = self._source.take(examples)
-        batch["example_id"] = examples.astype(np.int32)
-        batch["weight"] = np.ones(len(examples), np.float32)
+        batch = self._source.take(examples) | {
+            "example_id": examples.astype(np.int32),
+            "weight": np.ones(len(examples), np.float32),
+        }
         if self._steps == 1:
             return batch
         return {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.items()}

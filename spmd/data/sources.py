@@ -35,6 +35,7 @@ class ArraySource:
             )
         self._arrays = {name: arrays[name] for name in (features or arrays)}
         sizes = {name: len(a) for name, a in self._arrays.items()}
+        check(bool(sizes), "the data has no features")
         check(len(set(sizes.values())) == 1, f"features differ in length: {sizes}")
         total = next(iter(sizes.values()))
         self._start, self._stop = start, total if stop is None else stop

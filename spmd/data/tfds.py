@@ -23,14 +23,14 @@ from spmd.data.builders import EMBEDDED, builder
 from spmd.data.sources import ArraySource
 from spmd.fields import check, closest
 
-_NAME = re.compile(r"^(?P<name>[a-z]\w*)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?$")
-_SPLIT = re.compile(r"^(?P<split>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?$")
+_NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>\w[\w.\-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
+_SPLIT = re.compile(r"(?P<split>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _CHUNK = 256
 
 
 def parse_name(name: str) -> tuple[str, str | None, str | None]:
     """`name[/config][:version]`; ValueError for anything else (names become paths)."""
-    match = _NAME.match(name)
+    match = _NAME.fullmatch(name)
     if not match:
         raise ValueError(
             f"data.name={name!r} is not a TFDS name; write name, name/config or name:1.0.0"
@@ -111,9 +111,13 @@ def prepare(config: TFDS, root: str) -> None:
     import tensorflow_datasets as tfds
 
     name, _, _ = parse_name(config.name)
+    given = root == data_root(config.dir)
+    fields = "--data.dir or TFDS_DATA_DIR" if given else "--data.cache-dir or SPMD_CACHE_DIR"
+    _scratch(Path(root), fields).rmdir()
     with quiet():
         if name in EMBEDDED:
-            builder(name, root).download_and_prepare()
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                builder(name, root).download_and_prepare()
             return
         check(
             importlib.util.find_spec("tensorflow") is not None,
@@ -131,12 +135,13 @@ def prepare(config: TFDS, root: str) -> None:
 
 def open_split(config: TFDS, split: str) -> ArraySource:
     """The decoded arrays of `split` (`train`, `train[:90%]`), mapped from the cache."""
-    match = _SPLIT.match(split)
+    match = _SPLIT.fullmatch(split)
     if not match:
         raise ValueError(f"split {split!r} is not NAME or NAME[start:stop] (numbers or percent)")
+    check(bool(config.features), "data.features is empty; declare {name: (shape, dtype)}")
     directory = find(config)
     info = json.loads((directory / "dataset_info.json").read_text())
-    sizes = {s["name"]: sum(map(int, s["shardLengths"])) for s in info["splits"]}
+    sizes = {s["name"]: sum(map(int, s.get("shardLengths", ()))) for s in info["splits"]}
     name = match["split"]
     check(
         name in sizes,
@@ -187,7 +192,7 @@ def _complete(cache: Path, num: int) -> bool:
         return sizes["examples"] == num and all(
             (cache / name).stat().st_size == size for name, size in sizes["files"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -198,6 +203,7 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
     with quiet():
         built: Any = tfds.builder_from_directory(str(directory))
         reader = built.as_data_source(split=split)
+        first = reader[0]
     known = list(reader.dataset_info.features)
     for feature in config.features:
         check(
@@ -205,7 +211,6 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
             f"data set {config.name!r} has no feature {feature!r}."
             f"{closest(feature, known)} It has: {', '.join(known)}",
         )
-    first = reader[0]
     for feature, (shape, dtype) in config.features.items():
         value = np.asarray(first[feature])
         fits = value.dtype == dtype or (value.dtype == np.int64 and dtype == "int32")
@@ -214,25 +219,29 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
             f"feature {feature!r} of {config.name!r} is {value.dtype}{list(value.shape)}, the"
             f" experiment declares {dtype}{list(shape)}",
         )
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the cache {cache.parent}: {error.strerror};"
-            " choose another with --data.cache-dir or SPMD_CACHE_DIR"
-        ) from None
+    part = _scratch(cache.parent, "--data.cache-dir or SPMD_CACHE_DIR", f".{cache.name}.")
     try:
         with quiet():
             show = _progress(f"decoding {config.name} {split}", num)
             _decode(config.features, reader, num, part, show)
-        if cache.exists():
-            shutil.rmtree(cache)
+        if cache.exists() and not _complete(cache, num):
+            shutil.rmtree(cache, ignore_errors=True)
         with contextlib.suppress(FileExistsError, OSError):  # another process was faster
             part.rename(cache)
         check(_complete(cache, num), f"the cache {cache} could not be written")
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _scratch(parent: Path, fields: str, prefix: str = ".spmd.") -> Path:
+    """A fresh directory in `parent`; ValueError naming `fields` where that cannot be written."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the directory {parent}: {error.strerror}; choose another with {fields}"
+        ) from None
 
 
 def _decode(
@@ -249,9 +258,13 @@ def _decode(
         at = range(start, min(start + _CHUNK, num))
         examples = reader.__getitems__(list(at))
         for name, array in out.items():
-            values = np.stack([np.asarray(e[name]) for e in examples])
+            parts = [np.asarray(e[name]) for e in examples]
+            same = all(x.shape == array.shape[1:] for x in parts)
+            check(same, f"feature {name!r} is not {list(array.shape[1:])} in every example")
+            values = np.stack(parts)
             cast = values.astype(array.dtype)
-            check(bool((cast == values).all()), f"feature {name!r} does not fit {array.dtype}")
+            same = values.dtype == array.dtype or bool((cast == values).all())  # NaN != NaN
+            check(same, f"feature {name!r} does not fit {array.dtype}")
             array[at.start : at.stop] = cast
         return at.stop
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import types
 
-import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from spmd import mesh, sharding
@@ -19,11 +21,15 @@ N = 103
 
 @pytest.fixture
 def source():
-    return ArraySource({"x": np.arange(N, dtype=np.int64) * 10})
+    return numbers(N)
 
 
-def ids(source, **kwargs):
-    return [b["example_id"] for b in loader.train_batches(source, seed=1, **kwargs)]
+def numbers(num):
+    return ArraySource({"x": np.arange(num, dtype=np.int64) * 10})
+
+
+def ids(source, seed=1, **kwargs):
+    return [b["example_id"] for b in loader.train_batches(source, seed=seed, **kwargs)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 103, 250])
@@ -34,13 +40,39 @@ def test_every_example_once_per_epoch(source, batch_size):
     orders = stream.reshape(epochs, N)
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(N))
-    assert any((a != b).any() for a, b in itertools.pairwise(orders))
+    assert all((a != b).any() for a, b in itertools.pairwise(orders))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_any_cut_of_the_stream_is_that_piece_of_it(data):
+    """Batch size, first step, steps per dispatch and rows only say where the one stream is cut."""
+    num, batch_size = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 40))
+    start, count = data.draw(st.integers(0, 6)), data.draw(st.integers(1, 6))
+    steps = data.draw(st.integers(1, 4))
+    rows = np.array(sorted(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1))))
+    stop, source = start + count, numbers(num)
+    epochs = ids(source, batch_size=num, stop=-(-stop * batch_size // num))  # a batch is an epoch
+    assert all(len(np.unique(e)) == num for e in epochs)
+    want = np.concatenate(epochs)[: stop * batch_size].reshape(stop, batch_size)[start:, rows]
+    got = ids(
+        source, batch_size=batch_size, start=start, stop=stop, steps_per_dispatch=steps, rows=rows
+    )
+    shape = (count, len(rows))
+    np.testing.assert_array_equal(np.concatenate(got).reshape(shape), want)
+
+
+def test_seeds_give_different_orders(source):
+    orders = [ids(source, seed=seed, batch_size=N, stop=1)[0] for seed in (0, 1, 2, 0)]
+    assert all((a != b).any() for a, b in itertools.combinations(orders[:3], 2))
+    np.testing.assert_array_equal(orders[0], orders[3])
 
 
 def test_features_belong_to_their_ids(source):
     for batch in loader.train_batches(source, seed=0, batch_size=16, stop=9):
         np.testing.assert_array_equal(batch["x"], batch["example_id"].astype(np.int64) * 10)
         np.testing.assert_array_equal(batch["weight"], 1)
+        assert (batch["example_id"].dtype, batch["weight"].dtype) == (np.int32, np.float32)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -74,6 +106,29 @@ def test_dispatches_hold_the_same_steps(source):
     np.testing.assert_array_equal(np.concatenate(many), np.stack(single))
 
 
+def test_a_finished_run_reads_nothing(source):
+    assert ids(source, batch_size=8, start=5, stop=5) == []
+
+
+def test_a_source_that_fails_says_so():
+    class Broken:
+        def __len__(self):
+            return N
+
+        def take(self, indices):
+            raise ValueError("the disk is gone")
+
+    with pytest.raises(ValueError, match="the disk is gone"):
+        ids(Broken(), batch_size=8, stop=5)
+
+
+def test_an_abandoned_iterator_stops(source):
+    batches = loader.train_batches(source, batch_size=8, seed=0, stop=10**9)
+    next(batches)
+    batches.close()
+    assert next(batches, None) is None
+
+
 @pytest.mark.parametrize("batch_size", [1, 8, 103, 128])
 def test_evaluation_counts_each_example_once(source, batch_size):
     seen = [
@@ -85,13 +140,46 @@ def test_evaluation_counts_each_example_once(source, batch_size):
     assert total % batch_size == 0
 
 
-def test_rows_of_a_process_and_placement():
-    cut = mesh.make(MeshConfig(fsdp=2), jax.devices())
-    placed = NamedSharding(cut, sharding.batch_spec())
+def test_evaluation_is_split_over_processes(source):
+    whole = list(loader.eval_batches(source, batch_size=12))
+    parts = [
+        list(loader.eval_batches(source, batch_size=12, rows=np.arange(i * 6, i * 6 + 6)))
+        for i in range(2)
+    ]
+    for batch, *halves in zip(whole, *parts, strict=True):  # also the same number of batches
+        for name, value in batch.items():
+            np.testing.assert_array_equal(value, np.concatenate([h[name] for h in halves]))
+    assert sum(b["weight"].sum() for b in whole) == N
+
+
+@pytest.mark.parametrize(
+    "axes", [{}, {"fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}]
+)
+def test_rows_of_a_process_and_placement(axes, devices):
+    placed = NamedSharding(mesh.make(MeshConfig(**axes), devices), sharding.batch_spec())
     np.testing.assert_array_equal(loader.process_rows(placed, 32), np.arange(32))
     array = loader.put({"x": np.arange(32)}, placed, 32)["x"]
-    assert {s.data.shape for s in array.addressable_shards} == {(4,)}
+    assert array.sharding == placed
     np.testing.assert_array_equal(array, np.arange(32))
+    size = 32 * axes.get("tensor", 1) // 8
+    assert {s.data.shape for s in array.addressable_shards} == {(size,)}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_two_processes_hold_the_batch_between_them(tensor, devices):
+    placed = NamedSharding(mesh.make(MeshConfig(tensor=tensor), devices), sharding.batch_spec())
+
+    def rows(local):
+        """process_rows as a process with these devices sees it."""
+        held = lambda shape: {
+            d: at for d, at in placed.devices_indices_map(shape).items() if d in local
+        }
+        return loader.process_rows(types.SimpleNamespace(addressable_devices_indices_map=held), 32)
+
+    halves = rows(devices[:4]), rows(devices[4:])
+    assert [len(h) for h in halves] == [16, 16]
+    np.testing.assert_array_equal(np.sort(np.concatenate(halves)), np.arange(32))
+    np.testing.assert_array_equal(halves[0], np.arange(16))
 
 
 def test_position_is_the_whole_state():
