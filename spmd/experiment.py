@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from spmd import fields, mesh, optim, strategies
 from spmd.data import DataConfig
 from spmd.fields import check, closest, free
+from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -48,12 +50,14 @@ class Experiment:
     """What is written."""
     run: RunConfig = free(RunConfig())
     """Where the run lives."""
+    runtime: RuntimeConfig = free(RuntimeConfig())
+    """Processes of the run, and how they stop."""
     seed: int = 0
     """Seed of parameters, data order and dropout."""
     param_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Type of parameters and optimizer state."""
     simulate: int = free(0)
-    """Run on this many simulated CPU devices; 0 uses the real ones."""
+    """Simulated CPU devices of each process; 0 uses the real ones."""
     name: str = free("")
     """Name of the experiment; set when it is loaded."""
 
@@ -73,14 +77,28 @@ class Experiment:
 
     # ---- what it builds
 
-    def setup(self) -> None:
-        """Prepares jax: simulated devices, x64, the compilation cache. Before the backend starts."""
+    def setup(self) -> bool:
+        """Prepares jax before its backend starts: the run's other processes, simulated devices, x64.
+
+        Returns whether the run has several processes.
+        """
         import jax
 
+        from spmd.runtime.join import join
+
+        several = join(self.runtime, self._facts())
         if self.simulate:
             mesh.simulate(self.simulate)
         if self.param_dtype == "float64":
             jax.config.update("jax_enable_x64", True)
+        return several
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same in all processes of a run: versions, and every field but places."""
+        own = ("runtime.", "data.dir", "data.cache_dir")
+        fields_ = {k: v for k, v in fields.flatten(self).items() if not k.startswith(own)}
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+        return versions | fields_
 
     def build(self, devices: Sequence[Any] | None = None, *, source: Any = None) -> Program:
         """Mesh, task, strategy and data, on `devices` (default: all, or the first `simulate`)."""
@@ -89,8 +107,8 @@ class Experiment:
         from spmd.strategies.base import Parts
         from spmd.train.loop import Program
 
-        self.setup()
-        if devices is None and self.simulate:
+        several = self.setup()
+        if devices is None and self.simulate and not several:
             devices = jax.devices()[: self.simulate]
         cut = mesh.make(self.mesh, devices)
         ways, batch_size = mesh.batch_shards(cut), self.data.batch_size
@@ -135,23 +153,27 @@ class Experiment:
 
     def train_run(self) -> Run:
         """Trains, or resumes what is in the run directory; returns the finished run."""
+        from spmd.runtime import agree
         from spmd.train import loop, rundir
 
         program = self.build()
-        path = rundir.claim(self.run.dir, self.name, self.identity(), fresh=self.run.fresh)
-        done = rundir.summary(path)
+        place = (self.run.dir, self.name, self.config(), self.identity())
+        opened = agree.from_first(
+            lambda: str(rundir.claim(*place, fresh=self.run.fresh)), "opening the run directory"
+        )
+        path = rundir.locate(opened, self.name)
+        done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
         if done and done["steps"] >= program.num_steps:
-            print(
+            agree.say(
                 f"{path} is finished: {done['steps']} steps. Train on with a larger --train.steps,"
                 " or anew with --run.fresh or another --run.dir"
             )
             return Run(self, str(path), done["steps"], done["metrics"], done["seconds"])
         if done:
-            print(
+            agree.say(
                 f"continuing to {program.num_steps} steps (was {done['steps']}): the learning-rate"
                 " schedule now spans the longer run"
             )
-        rundir.record(path, self.name, self.config(), self.identity())
         summary = loop.fit(
             program,
             path,
@@ -159,7 +181,9 @@ class Experiment:
             evals=self.eval,
             log=self.log,
             checkpoint=self.checkpoint,
+            runtime=self.runtime,
             config=self.config(),
+            begin=lambda: rundir.record(path, *place[1:]),
         )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
 
@@ -183,7 +207,9 @@ class Experiment:
         evaluate = evaluator(
             program.task, program.mesh, self.data.open("eval"), self.data.eval_batch_size
         )
-        return evaluate(*program.strategy.eval_variables(state))
+        measured = evaluate(*program.strategy.eval_variables(state))
+        assert measured is not None
+        return measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,9 +380,10 @@ _HELP = {
     "checkpoint": "When the state is saved.",
     "log": "What is written.",
     "run": "Where the run lives.",
+    "runtime": "Processes of the run, and how they stop.",
     "seed": "Seed of parameters, data order and dropout.",
     "param_dtype": "Type of parameters and optimizer state.",
-    "simulate": "Run on this many simulated CPU devices; 0 uses the real ones.",
+    "simulate": "Simulated CPU devices of each process; 0 uses the real ones.",
 }
 
 

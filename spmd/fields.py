@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -39,13 +39,20 @@ def plain(value: Any) -> Any:
 
 def identity(config: Any) -> dict[str, Any]:
     """The identity fields of a (nested) dataclass, flat: `{'optimizer.learning_rate': 0.1}`."""
+    return flatten(config, lambda f: not f.metadata.get("free"))
+
+
+def flatten(
+    config: Any, keep: Callable[[dataclasses.Field[Any]], bool] = lambda f: True
+) -> dict[str, Any]:
+    """The fields of a (nested) dataclass as a flat dict of JSON types; `keep` says which."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             flat[f"{prefix}class" if prefix else "class"] = type(value).__name__
             for f in dataclasses.fields(value):
-                if f.repr and not f.metadata.get("free"):
+                if f.repr and keep(f):
                     walk(f"{prefix}{f.name}.", getattr(value, f.name))
         elif isinstance(value, list | tuple) and any(map(dataclasses.is_dataclass, value)):
             for i, item in enumerate(value):

@@ -99,7 +99,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def simulate(num_devices: int) -> None:
-    """Makes jax run on `num_devices` simulated CPU devices; must come before the backend starts."""
+    """Gives this process `num_devices` simulated CPU devices; must come before the backend starts."""
     import jax
 
     check(num_devices >= 1, f"simulate={num_devices} must be at least 1")
@@ -108,7 +108,7 @@ def simulate(num_devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
         pass  # the backend runs already: fine when it has what is asked, see below
-    have = jax.devices()
+    have = jax.local_devices()
     check(
         len(have) >= num_devices and have[0].platform == "cpu",
         f"simulate={num_devices} came after jax had started with {len(have)} "

@@ -185,8 +185,8 @@ def test_from_python(tmp_path):
 
 def test_the_first_ctrl_c_asks_and_the_second_leaves():
     code = (
-        "import time; from spmd.train.loop import stop_signals\n"
-        "with stop_signals() as stopped:\n"
+        "import time; from spmd.runtime.stop import catching\n"
+        "with catching(30) as stop:\n"
         "    print('ready', flush=True)\n"
         "    while True: time.sleep(0.05)\n"
     )

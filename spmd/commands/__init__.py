@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from spmd.fields import closest
+from spmd.runtime import EXIT_FAILED, EXIT_MISTAKE
 
 COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
@@ -73,7 +75,23 @@ def _dispatch(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit code (2: the user's mistake, in one message)."""
+    """Runs the command line; returns the exit code (2: the user's mistake, in one message).
+
+    In a run of several processes, what the others cannot know of ends this process at once: on the usual way
+    out JAX would wait for them, and they for it.
+    """
+    try:
+        return _one(argv)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if not _several():
+            raise
+        traceback.print_exception(error)
+        return _leave(EXIT_FAILED)
+
+
+def _one(argv: Sequence[str]) -> int:
     try:
         return _dispatch(argv)
     except ValueError as error:
@@ -82,10 +100,25 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         if error.__traceback__ is not None and not _ours(error):
             print("(from a library; SPMD_TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+        return _leave(EXIT_MISTAKE)
     except KeyboardInterrupt:
         print("interrupted before training began; nothing was lost", file=sys.stderr)
         return 130
+
+
+def _several() -> bool:
+    """Whether this process has joined others; without importing jax to find out."""
+    agree = sys.modules.get("spmd.runtime.agree")
+    return agree is not None and agree.joined()
+
+
+def _leave(code: int) -> int:
+    """The exit code; in a run of several processes the end, at once."""
+    if _several():
+        from spmd.runtime import agree
+
+        agree.leave(code)
+    return code
 
 
 def _ours(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from spmd import mesh, optim, strategies
 from spmd.data import TFDS
+from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
 SHARED: dict[str, tuple[type, ...]] = {
@@ -19,6 +20,7 @@ SHARED: dict[str, tuple[type, ...]] = {
     "checkpoint": (CheckpointConfig,),
     "log": (LogConfig,),
     "run": (RunConfig,),
+    "runtime": (RuntimeConfig,),
     "data": (TFDS,),
     "optimizer": tuple(optim.OPTIMIZERS.values()),
     "strategy": tuple(strategies.STRATEGIES.values()),
@@ -42,7 +44,7 @@ def shared_fields() -> str:
     """One line for each field: flag, type, default, help."""
     lines = [
         ("--seed", "int", "0", "Seed of parameters, data order and dropout."),
-        ("--simulate", "int", "0", "Run on this many simulated CPU devices; 0 uses the real ones."),
+        ("--simulate", "int", "0", "Simulated CPU devices of each process; 0 uses the real ones."),
         (
             "--param-dtype",
             "float32|float64|bfloat16",

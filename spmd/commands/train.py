@@ -9,16 +9,26 @@ from spmd import experiment
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Exit code 0 when finished, 128 + signal when stopped, 1 when the loss diverged."""
+    """Exit code 0 when finished, 128 + signal when stopped, 1 when the loss diverged; see also
+    spmd.runtime for what a launcher starts again.
+    """
     exp, _ = experiment.override(experiment.from_file(experiment.find(name)), words)
-    from spmd.train.loop import NonFinite, Stopped
+    from spmd.runtime import EXIT_AGAIN, EXIT_FAILED, EXIT_MISTAKE, agree
+    from spmd.runtime.join import Absent
+    from spmd.train.log import NonFinite
+    from spmd.train.loop import Stopped
 
     try:
         exp.train_run()
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        agree.say(str(stop), sys.stderr)
         return 128 + stop.signum
     except NonFinite as error:
+        agree.say(f"error: {error}", sys.stderr)
+        return EXIT_FAILED
+    except agree.SaidByFirst:
+        return EXIT_MISTAKE
+    except (Absent, agree.Lost) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        agree.leave(EXIT_AGAIN)
     return 0

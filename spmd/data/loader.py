@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from spmd.data import Source
 
@@ -139,13 +139,28 @@ def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 def put(
     batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int
 ) -> dict[str, jax.Array]:
-    """Host rows of this process -> global arrays; dim 0 (or 1, after steps) is the batch."""
+    """Rows of this process (as process_rows names them) -> global arrays; dim 0 (or 1, after steps) is the
+    batch.
+    """
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)
     dim = len(sharding.spec) - 1
+    rows = process_rows(batch_only(sharding), batch_size)
 
-    def whole(x: np.ndarray) -> Any:
+    def whole(x: np.ndarray) -> jax.Array:
         shape = (*x.shape[:dim], batch_size, *x.shape[dim + 1 :])
-        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            first = int(np.searchsorted(rows, index[dim].start or 0))
+            size = len(range(batch_size)[index[dim]])
+            return x[(slice(None),) * dim + (slice(first, first + size),)]
+
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: whole(x) for name, x in batch.items()}
+
+
+def batch_only(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of the batch dim alone: without the leading dim of several steps."""
+    return NamedSharding(sharding.mesh, P(sharding.spec[-1]))

@@ -79,6 +79,8 @@ class LogConfig:
     """Steps between lines of metrics (means over those steps)."""
     tensorboard: bool = free(True)
     """Write TensorBoard events too."""
+    examples: bool = free(False)
+    """Write which examples each step was trained on: examples-PROCESS.jsonl."""
 
     def __post_init__(self) -> None:
         check(self.every >= 1, f"log.every={self.every} must be at least 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -14,10 +14,18 @@ from spmd import scope, sharding
 from spmd.data import loader
 
 
-def evaluator(
-    task: Any, mesh: Mesh, source: Any, batch_size: int
-) -> Callable[[Any, Any], dict[str, float]]:
-    """(params, model_state) -> {metric: value}; sums stay on the devices until the end.
+class Evaluator(Protocol):
+    """Measures a split."""
+
+    def __call__(
+        self, params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """{metric: value}; None when `interrupted`, asked every few batches, said so."""
+        ...
+
+
+def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
+    """Measures `source` on `mesh`; sums stay on the devices until the end.
 
     batch_size is rounded up to what the mesh divides; padding carries weight 0.
     """
@@ -34,7 +42,9 @@ def evaluator(
 
     add = jax.jit(lambda a, b: jax.tree.map(operator.add, a, b))
 
-    def evaluate(params: Any, model_state: Any) -> dict[str, float]:
+    def evaluate(
+        params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         total: Any = None
         for i, host in enumerate(loader.eval_batches(source, batch_size=batch_size, rows=rows)):
             batch = loader.put(host, placed, batch_size)
@@ -42,6 +52,8 @@ def evaluator(
             total = sums if total is None else add(total, sums)
             if i % 4 == 3:  # bounds the steps in flight (deadlock on simulated devices)
                 jax.block_until_ready(total)
+                if interrupted():
+                    return None
         return {f"eval/{name}": float(s) / max(float(w), 1e-9) for name, (s, w) in total.items()}
 
     return evaluate

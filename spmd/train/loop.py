@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,10 +13,14 @@ import numpy as np
 from etils import epath
 
 from spmd.data import DataConfig, loader
+from spmd.runtime import RuntimeConfig, agree
+from spmd.runtime.stop import Votes, catching
+from spmd.runtime.watchdog import Watchdog
 from spmd.strategies import base
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig, progress, rundir
 from spmd.train.checkpoint import Checkpoints
 from spmd.train.evaluate import evaluator
+from spmd.train.log import Clock, Log
 from spmd.train.metrics import Writer
 
 
@@ -52,138 +52,6 @@ class Stopped(Exception):
         self.signum = signum
 
 
-class NonFinite(ArithmeticError):
-    """Loss or gradient became NaN or infinite."""
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
-    """Catches SIGINT and SIGTERM: the yielded function tells which came first (0: none). A second
-    SIGINT leaves at once.
-    """
-    got = {"signum": 0}
-
-    def handler(signum: int, frame: Any) -> None:
-        del frame
-        got["signum"] = got["signum"] or signum
-
-    # Python's handlers wait while the main thread compiles; the wake-up pipe and its thread do not.
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    previous: dict[int, Any] = {}
-    woken = -1
-    with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.signal(signum, handler)
-        woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch_signals, args=(read,), daemon=True)
-    watcher.start()
-    try:
-        yield lambda: got["signum"]
-    finally:
-        if previous:
-            signal.set_wakeup_fd(woken)
-        for signum, old in previous.items():
-            signal.signal(signum, old)
-        os.write(write, b"\0")
-        watcher.join()
-        os.close(write)
-        os.close(read)
-
-
-def _watch_signals(read: int) -> None:
-    """Reads signal numbers until 0: the first one is announced, a SIGINT after it ends the process."""
-    asked = False
-    while signum := os.read(read, 1)[0]:
-        if asked and signum == signal.SIGINT:
-            os.write(2, b"\nleft at once; the last checkpoint stands\n")
-            os._exit(130)
-        if not asked and signum in (signal.SIGINT, signal.SIGTERM):
-            asked = True
-            os.write(2, b"\nstopping: saving the state (Ctrl-C again leaves at once)\n")
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self.seconds: dict[str, float] = dict.fromkeys(
-            ("compile", "input", "step", "evaluation", "checkpoint"), 0.0
-        )
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start
-
-    def summary(self) -> dict[str, float]:
-        """Seconds by phase, what is left over, and in all."""
-        total = time.perf_counter() - self._began
-        seconds = self.seconds | {"other": total - sum(self.seconds.values()), "total": total}
-        return {phase: round(value, 3) for phase, value in seconds.items()}
-
-
-class _Log:
-    """Metrics of dispatches under way; fetched late, so that the host never waits for the newest."""
-
-    def __init__(
-        self, writer: Writer, bar: progress.Bar, config: LogConfig, nonfinite: str, step: int
-    ):
-        self._writer, self._bar, self._every = writer, bar, config.every
-        self._stop_on_nonfinite = nonfinite == "stop"
-        self._pending: collections.deque[tuple[int, base.Metrics]] = collections.deque()
-        self._window: list[dict[str, np.ndarray]] = []
-        self._reported = step
-        self.last: dict[str, float] = {}
-
-    def add(self, step: int, metrics: base.Metrics, in_flight: int) -> None:
-        """Metrics of the dispatch that ends at `step`; waits for the oldest when too many are out."""
-        self._pending.append((step, metrics))
-        while len(self._pending) > in_flight:
-            self._fetch()
-
-    def drain(self) -> None:
-        """Waits for all; what was dispatched is then known to be finite."""
-        while self._pending:
-            self._fetch()
-
-    def _fetch(self) -> None:
-        step, device = self._pending.popleft()
-        host = {k: np.atleast_1d(v) for k, v in jax.device_get(device).items()}
-        bad = np.flatnonzero(host["finite"] == 0)
-        if len(bad) and self._stop_on_nonfinite:
-            at = step - len(host["finite"]) + int(bad[0]) + 1
-            raise NonFinite(
-                f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
-                f" {host['grad_norm'][bad[0]]}); nothing of that step was saved. Lower"
-                " --optimizer.learning-rate, set --optimizer.clip-norm, or skip such steps with"
-                " --train.nonfinite skip"
-            )
-        self._window.append(host)
-        if step // self._every > self._reported // self._every:
-            self.flush(step)
-
-    def flush(self, step: int) -> None:
-        """Reports the mean of the window."""
-        if not self._window:
-            return
-        columns = {k: np.concatenate([h[k] for h in self._window]) for k in self._window[0]}
-        self._window = []
-        values = {
-            f"train/{k}": float(v[-1] if k == "learning_rate" else v.mean())
-            for k, v in columns.items()
-            if k != "finite"
-        }
-        values["train/skipped_steps"] = float((columns["finite"] == 0).sum())
-        self.last = values
-        self._reported = step
-        self._writer.write(step, values | self._bar.report(step, values))
-
-
 def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> base.TrainState:
     """The newest checkpoint on this mesh, or a fresh state; prints what the run consists of."""
     abstract, strategy = program.abstract_state(), program.strategy
@@ -200,7 +68,7 @@ def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> ba
             return strategy.init(jax.random.key(program.seed))
     with clock("checkpoint"):
         state = checkpoints.restore(abstract, strategy.state_shardings)
-    print(f"resuming at step {int(state.step)} of {program.num_steps}")
+    agree.say(f"resuming at step {int(state.step)} of {program.num_steps}")
     return state
 
 
@@ -229,34 +97,65 @@ def fit(
     evals: EvalConfig,
     checkpoint: CheckpointConfig,
     log: LogConfig,
+    runtime: RuntimeConfig,
     config: dict[str, Any],
+    begin: Callable[[], None],
 ) -> dict[str, Any]:
     """Trains to program.num_steps from the newest checkpoint in `directory`; returns the summary.
 
-    Raises Stopped after a signal, NonFinite when the loss diverges.
+    begin: called by process 0 when the state stands, before the first step. Raises Stopped after a signal to
+    any process, NonFinite when the loss diverges; both in all processes, at the same step.
     """
-    clock, strategy, data = Clock(), program.strategy, program.data
-    with stop_signals() as stopped, contextlib.ExitStack() as closing:
+    with (
+        catching(runtime.grace) as stop,
+        Watchdog(runtime.hang_timeout) as watchdog,
+        contextlib.ExitStack() as closing,
+        agree.peers(),
+    ):
+        strategy, data, step = program.strategy, program.data, 0
+        votes = Votes(program.mesh) if agree.joined() else None
+
+        def entering(phase: str) -> contextlib.AbstractContextManager[None]:
+            stop.phase = phase
+            watchdog.beat(phase, step)
+            return watchdog.paused() if phase == "compile" else contextlib.nullcontext()
+
+        clock = Clock(entering)
         # ---- state: born sharded, or the newest checkpoint, on whatever mesh this is
         checkpoints = Checkpoints(directory / "checkpoints", checkpoint)
         closing.callback(checkpoints.close)
         state = _first_state(program, checkpoints, clock)
         step = int(state.step)
+        agree.from_first(begin, "writing config.json")
         # ---- input
         if train.steps_per_dispatch > 1:
             strategy = base.scanned(strategy)
         placed = jax.tree.leaves(strategy.batch_shardings)[0]
         batches = _batches(program, train, step)
         # ---- output
-        writer = Writer(directory, step, tensorboard=log.tensorboard)
+        writer = Writer(directory, step, log)
         closing.callback(writer.close)
         bar = progress.Bar(program.num_steps, step, data.batch_size)
         closing.callback(bar.close)
-        logs = _Log(writer, bar, log, train.nonfinite, step)
+        logs = Log(writer, bar, log, train.nonfinite, step)
         evaluate = evaluator(program.task, program.mesh, data.open("eval"), data.eval_batch_size)
         epoch = max(1, round(len(program.source) / data.batch_size))
         eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
         measured: dict[str, float] = {}
+
+        def stopping() -> int:
+            """The signal to stop for, the same in all processes at the same step; 0 for none."""
+            if votes is None:
+                return stop.signum
+            stop.agreed(logs.vote)
+            return logs.vote
+
+        def interrupted() -> bool:
+            """Whether to leave an evaluation: asked between its batches, by all."""
+            watchdog.beat("evaluation", step)
+            if votes is not None:
+                logs.vote = max(logs.vote, int(votes.cast(stop.signum)))
+            return bool(stopping())
 
         def save() -> None:
             logs.drain()  # a step is saved only once its metrics are known to be finite
@@ -272,26 +171,31 @@ def fit(
             logs.drain()
             logs.flush(step)
             with clock("evaluation"):
-                measured = evaluate(*strategy.eval_variables(state))
-            writer.write(step, measured)
-            bar.evaluated(step, measured)
+                found = evaluate(*strategy.eval_variables(state), interrupted)
+            if found is not None:
+                measured = found
+                writer.write(step, measured)
+                bar.evaluated(step, measured)
 
         # ---- the loop
         compiled: set[int] = set()
         while step < program.num_steps:
             measured = {}
             with clock("input"):
-                batch = loader.put(next(batches), placed, data.batch_size)
-            num = batch["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
-            with clock(
-                "step" if num in compiled else "compile"
-            ):  # jit returns once it has compiled
+                host = next(batches)
+                batch = loader.put(host, placed, data.batch_size)
+            num = host["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
+            # jit returns once it has compiled
+            with clock("step" if num in compiled else "compile"):
                 compiled.add(num)
                 state, metrics = strategy.step(state, batch)
+                if votes is not None:
+                    metrics = metrics | {"stop": votes.cast(stop.signum)}
             before, step = step, step + num
+            writer.examples(before, host["example_id"])
             with clock("step"):
                 logs.add(step, metrics, train.steps_in_flight)
-            if stopped():
+            if stopping():
                 break
             if step < program.num_steps:
                 eval_due = step // eval_every > before // eval_every
@@ -302,25 +206,27 @@ def fit(
                     save()
                 if eval_due or save_due:
                     bar.restart_clock()
+                if stopping():
+                    break
         with clock("step"):
             logs.drain()
         # ---- the end
-        if stopped() and step < program.num_steps:
-            save()
-            with clock("checkpoint"):
-                checkpoints.wait()
-            raise Stopped(stopped(), step, directory)
-        measure()
+        if not stopping():
+            measure()
         save()
         with clock("checkpoint"):
             checkpoints.wait()
+        stop.stands = f"the checkpoint of step {step} stands"
+        if stopping() and not (step == program.num_steps and measured):
+            logs.flush(step)
+            raise Stopped(stopping(), step, directory)
         summary = {
             "experiment": program.name,
             "steps": step,
             "metrics": logs.last | measured,
             "seconds": clock.summary(),
         }
-        rundir.write_summary(directory, summary)
+        agree.from_first(lambda: rundir.write_summary(directory, summary), "writing the summary")
     progress.end(summary, directory)
     sys.stdout.flush()
     return summary

@@ -13,12 +13,13 @@ from rich.table import Table
 
 from spmd import mesh as meshes
 from spmd import tree
+from spmd.runtime import agree
 
 SHOWN = 8  # arrays in the table of the largest
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=not agree.is_first())
 
 
 def start(
@@ -28,8 +29,9 @@ def start(
     console = _console()
     device = mesh.devices.flat[0]
     console.print(
-        f"{name}: {mesh.size} x {device.device_kind} ({device.platform}),"
-        f" mesh {meshes.describe(mesh)}"
+        f"{name}: {mesh.size} x {device.device_kind} ({device.platform})"
+        + (f" in {num} processes" if (num := agree.process()[1]) > 1 else "")
+        + f", mesh {meshes.describe(mesh)}"
     )
     console.print(
         f"{tree.num_elements(state.params):,} parameters; per device"
@@ -62,7 +64,7 @@ class Bar:
         self._at, self._time = step, time.perf_counter()
         self._eval = ""
         self._bar: Progress | None = None
-        if sys.stdout.isatty():
+        if agree.is_first() and sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -92,7 +94,7 @@ class Bar:
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         else:
-            print(f"step {step}/{self._num_steps}  {text}  ETA {left:.0f} s", flush=True)
+            agree.say(f"step {step}/{self._num_steps}  {text}  ETA {left:.0f} s")
         return speed
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
@@ -106,7 +108,7 @@ class Bar:
         if self._bar:
             self._bar.console.print(text, highlight=False)
         else:
-            print(text, flush=True)
+            agree.say(text)
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last report (evaluation, saving) out of the speed."""

@@ -29,15 +29,18 @@ class Refused(ValueError):
     """The directory holds something that this run must not touch."""
 
 
-def claim(directory: str, name: str, identity: dict[str, Any], *, fresh: bool) -> epath.Path:
-    """Opens or creates the run directory; ValueError when it is another run's.
+def claim(
+    directory: str, name: str, config: dict[str, Any], identity: dict[str, Any], *, fresh: bool
+) -> epath.Path:
+    """Opens the run directory, or creates it with its config.json; ValueError when it is another run's.
 
-    identity: flat identity fields.
+    config: the resolved configuration as JSON types. identity: flat identity fields.
     """
     path = locate(directory, name)
     if path.exists() and not path.is_dir():
         raise Refused(f"run directory {path} is a file; choose another with --run.dir")
-    entries = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    names = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    entries = [n for n in names if not n.endswith(".part")]  # of a process killed while writing
     known = path / "config.json"
     if entries and not known.exists():
         raise Refused(
@@ -54,6 +57,8 @@ def claim(directory: str, name: str, identity: dict[str, Any], *, fresh: bool) -
         same_identity(path, identity)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
+    if not known.exists():
+        record(path, name, config, identity)
     return path
 
 

@@ -1,0 +1,49 @@
+"""Inside one process of a run: start-up, agreement between processes, stopping, hung hosts. Config here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from spmd.fields import check, free
+
+EXIT_FAILED = 1
+"""The run cannot go on as it is: the loss diverged, the disk is full."""
+EXIT_MISTAKE = 2
+"""The user's mistake; starting again would end the same way."""
+EXIT_AGAIN = 75
+"""A process was lost or hung, or the grace period ran out: the last checkpoint stands, start again
+(EX_TEMPFAIL of sysexits.h). A run that a signal stopped has saved, and exits with 128 + signal."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Processes of one run: who they are, and how long they wait for each other."""
+
+    coordinator: str = free("")
+    """host:port of process 0; empty is $SPMD_COORDINATOR, else what Slurm, OpenMPI, a TPU pod or GKE say."""
+    num_processes: int = free(0)
+    """Processes of the run; 0 is $SPMD_NUM_PROCESSES, else as found."""
+    process_id: int = free(-1)
+    """Number of this process; -1 is $SPMD_PROCESS_ID, else as found."""
+    bind: str = free("")
+    """host:port where process 0 listens; empty is $SPMD_COORDINATOR_BIND, else the coordinator's address."""
+    join_timeout: float = free(300.0)
+    """Seconds in which all processes must have come, or answered when they are asked something."""
+    heartbeat_timeout: int = free(60)
+    """Seconds after which a silent process is taken for dead."""
+    hang_timeout: float = free(900.0)
+    """Seconds without a step, batch or save after which a process ends, to be started again; 0 is off."""
+    grace: float = free(30.0)
+    """Seconds from SIGTERM or Ctrl-C to the end: stopping at a common step, saving, leaving."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.num_processes >= 0,
+            f"runtime.num_processes={self.num_processes} must be at least 1",
+        )
+        for name in ("join_timeout", "heartbeat_timeout", "grace"):
+            value = getattr(self, name)
+            check(value > 0, f"runtime.{name}={value} must be more than 0")
+        check(
+            self.hang_timeout >= 0, f"runtime.hang_timeout={self.hang_timeout} must not be negative"
+        )

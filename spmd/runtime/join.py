@@ -1,0 +1,262 @@
+"""Start-up of a run of several processes: a roll call at the coordinator, then jax.distributed.
+
+JAX aborts the process when a peer does not come in time, and names nobody. So the processes first meet at the
+coordinator's own port: each says its number and its facts (versions, configuration) as one line of JSON, and
+all get one answer, who is missing or what differs. The port is then handed to JAX's service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import os
+import re
+import socket
+import sys
+import time
+from typing import Any
+
+from spmd.fields import check
+from spmd.runtime import RuntimeConfig, agree, detect
+from spmd.runtime.detect import Member
+
+_LINE = 1 << 20  # bytes of the longest hello
+_HELLO = 5.0  # seconds that a caller has to say it
+
+
+class Absent(RuntimeError):
+    """Not every process came in time."""
+
+
+def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
+    """Joins the run's other processes, if there are any; must come before JAX's backend starts.
+
+    facts: what must be equal in all processes, as JSON types; ValueError names what differs and where.
+    Returns whether the run has several processes. Absent when some did not come.
+    """
+    member = detect.member(config)
+    if member is None or agree.joined():
+        return agree.joined()
+    deadline = time.monotonic() + config.join_timeout
+    bind = member.bind or _own_address(member)
+    hello = {
+        "id": member.process_id,
+        "of": member.num_processes,
+        "host": f"{socket.gethostname()} pid {os.getpid()}",
+        "facts": facts,
+    }
+    if member.process_id == 0:
+        _call_roll(member, bind, hello, deadline)
+    else:
+        _answer_roll(member, hello, deadline)
+
+    import jax
+
+    gpus = detect.local_gpus(member.local, _num_gpus())
+    jax.distributed.initialize(
+        member.coordinator,
+        member.num_processes,
+        member.process_id,
+        local_device_ids=gpus,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=bind,
+        initialization_timeout=max(int(config.join_timeout), 1),
+        heartbeat_timeout_seconds=config.heartbeat_timeout,
+        shutdown_timeout_seconds=max(int(config.join_timeout), 1),
+    )
+    agree.started(config.join_timeout)
+    return True
+
+
+def _num_gpus() -> int:
+    """GPUs that this process may see, without starting a driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([x for x in visible.split(",") if x.strip()])
+    with contextlib.suppress(OSError):
+        return len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
+    return 0
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port` -> (host, port)."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _own_address(member: Member) -> str:
+    """Where process 0 listens when nothing is said: the coordinator's own address, not all interfaces.
+
+    Only where the name points at loopback although it was not written so (Debian's 127.0.1.1 for a host's own
+    name) do the others come from elsewhere, and all interfaces are the one choice that works.
+    """
+    host, port = split_address(member.coordinator)
+    if member.process_id != 0:
+        return member.coordinator
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise ValueError(
+            f"the coordinator {member.coordinator} (from {member.found}) cannot be resolved:"
+            f" {error.strerror}; give --runtime.coordinator (SPMD_COORDINATOR) as host:port"
+        ) from None
+    literal = host == "localhost" or host == address
+    if ipaddress.ip_address(str(address)).is_loopback and not literal:
+        print(
+            f"coordinator: {host} is {address} here, so it listens on all interfaces; choose one with"
+            " --runtime.bind (SPMD_COORDINATOR_BIND)",
+            file=sys.stderr,
+        )
+        return f"[::]:{port}" if socket.has_ipv6 else f"0.0.0.0:{port}"
+    return f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
+
+
+# ---- the roll call
+
+
+def _call_roll(member: Member, bind: str, own: dict[str, Any], deadline: float) -> None:
+    """Process 0: hears everyone, answers everyone."""
+    came: dict[int, dict[str, Any]] = {0: own}
+    host, port = split_address(bind)
+    with contextlib.ExitStack() as stack:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+            server = stack.enter_context(
+                socket.create_server((host, port), family=family, dualstack_ipv6=both)
+            )
+        except OSError as error:
+            raise ValueError(
+                f"the coordinator cannot listen on {bind}: {error.strerror}; choose another with"
+                " --runtime.bind or --runtime.coordinator (SPMD_COORDINATOR)"
+            ) from None
+        callers: list[socket.socket] = []
+        problem = ""
+        while len(came) < member.num_processes and not problem:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                caller, _ = server.accept()
+            except TimeoutError:
+                problem = _absent(came, member.num_processes)
+                break
+            stack.enter_context(caller)
+            hello = _read(caller)
+            if hello is None:  # not one of ours: a port scan, a health check
+                caller.close()
+                continue
+            callers.append(caller)
+            problem = _refused(hello, came, member)
+            came.setdefault(hello["id"], hello)
+        missing = len(came) < member.num_processes
+        problem = problem or _differences(came)
+        for caller in callers:
+            with contextlib.suppress(OSError):
+                caller.sendall(
+                    json.dumps({"problem": problem, "missing": missing}).encode() + b"\n"
+                )
+        for caller in callers:  # they close first, so that the port is free at once
+            with contextlib.suppress(OSError):
+                caller.settimeout(1.0)
+                caller.recv(1)
+    _raise(problem, missing)
+
+
+def _answer_roll(member: Member, hello: dict[str, Any], deadline: float) -> None:
+    """The others: say hello until someone listens, then wait for the answer."""
+    host, port = split_address(member.coordinator)
+    why = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=min(left, 10)) as connection:
+                connection.sendall(json.dumps(hello).encode() + b"\n")
+                connection.settimeout(max(deadline + 10 - time.monotonic(), 1))
+                answer = _line(connection)
+            if answer is not None and "problem" in answer:
+                _raise(str(answer["problem"]), bool(answer.get("missing")))
+                return
+        except OSError as error:
+            why = error.strerror or str(error)
+        time.sleep(0.2)
+    raise Absent(
+        f"process {member.process_id} did not reach the coordinator {member.coordinator}"
+        f" (from {member.found}): {why}; is process 0 running, and the port open?"
+    )
+
+
+def _line(connection: socket.socket) -> dict[str, Any] | None:
+    """One line of JSON that is an object, else None."""
+    data = b""
+    while not data.endswith(b"\n") and len(data) < _LINE:
+        part = connection.recv(65536)
+        if not part:
+            break
+        data += part
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read(caller: socket.socket) -> dict[str, Any] | None:
+    """A well-formed hello, else None."""
+    try:
+        caller.settimeout(_HELLO)
+        hello = _line(caller)
+    except OSError:
+        return None
+    kinds = {"id": int, "of": int, "host": str, "facts": dict}
+    if hello is None or any(not isinstance(hello.get(k), kind) for k, kind in kinds.items()):
+        return None
+    return hello
+
+
+def _raise(problem: str, missing: bool) -> None:
+    if problem and missing:
+        raise Absent(problem)
+    check(not problem, problem)
+
+
+def _refused(hello: dict[str, Any], came: dict[int, dict[str, Any]], member: Member) -> str:
+    index = hello["id"]
+    if hello["of"] != member.num_processes:
+        return (
+            f"process {index} ({hello['host']}) was told of {hello['of']} processes, process 0 of"
+            f" {member.num_processes}; give all the same runtime.num_processes"
+        )
+    if index in came or not 0 <= index < member.num_processes:
+        other = f" by {came[index]['host']} too" if index in came else ""
+        return (
+            f"process number {index} is claimed by {hello['host']}{other}; each process needs its own"
+            f" runtime.process_id in 0..{member.num_processes - 1}"
+        )
+    return ""
+
+
+def _absent(came: dict[int, dict[str, Any]], num_processes: int) -> str:
+    missing = [i for i in range(num_processes) if i not in came]
+    names = ", ".join(f"{i} ({came[i]['host']})" for i in sorted(came))
+    return (
+        f"of {num_processes} processes, {len(missing)} did not come in time:"
+        f" {', '.join(map(str, missing))}. Those that came: {names}. A longer wait:"
+        " --runtime.join-timeout SECONDS"
+    )
+
+
+def _differences(came: dict[int, dict[str, Any]]) -> str:
+    """The facts in which a process differs from process 0, a line each."""
+    absent = "(absent)"
+    lines = [
+        f"  process {i} ({came[i]['host']}): {key} is {theirs.get(key, absent)!r}, in process 0"
+        f" {came[0]['facts'].get(key, absent)!r}"
+        for i in sorted(came)
+        for theirs in [came[i]["facts"]]
+        for key in sorted({*theirs, *came[0]["facts"]})
+        if theirs.get(key, absent) != came[0]["facts"].get(key, absent)
+    ]
+    more = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
+    head = (
+        "the processes of this run were not started alike; give all the same command and versions:"
+    )
+    return "\n".join([head, *lines[:10]]) + more if lines else ""

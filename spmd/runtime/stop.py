@@ -1,0 +1,123 @@
+"""Stopping in good order: a signal to any process, one agreed step, and a limit to how long it may take."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd.runtime import EXIT_AGAIN
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """What is known of a wish to stop.
+
+    signum: the first signal of this process, 0 for none. phase: what the process is at. stands: which
+    checkpoint is there if nothing more can be saved. The loop sets the last two for the message.
+    """
+
+    def __init__(self, wake: int):
+        self.signum = 0
+        self.phase = "starting"
+        self.stands = "nothing was saved yet"
+        self._wake = wake
+
+    def agreed(self, signum: int) -> None:
+        """The processes have agreed to stop: the grace period begins here too."""
+        if signum and not self.signum:
+            self.signum = signum
+            os.write(self._wake, bytes([signum]))
+
+
+@contextlib.contextmanager
+def catching(grace: float) -> Iterator[Stop]:
+    """Catches SIGINT and SIGTERM. A second SIGINT leaves at once; `grace` seconds after the first signal the
+    process ends whatever it is at, with EXIT_AGAIN: better than to be killed amid a save.
+    """
+    # Python's handlers wait while the main thread compiles; the wake-up pipe and its thread do not.
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    stop = Stop(write)
+
+    def handler(signum: int, frame: Any) -> None:
+        del frame
+        stop.signum = stop.signum or signum
+
+    previous: dict[int, Any] = {}
+    woken = -1
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's
+        for signum in _SIGNALS:
+            previous[signum] = signal.signal(signum, handler)
+        woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(read, stop, grace), daemon=True)
+    watcher.start()
+    try:
+        yield stop
+    finally:
+        if previous:
+            signal.set_wakeup_fd(woken)
+        for signum, old in previous.items():
+            signal.signal(signum, old)
+        os.write(write, b"\0")
+        watcher.join()
+        os.close(write)
+        os.close(read)
+
+
+def _watch(read: int, stop: Stop, grace: float) -> None:
+    """Reads signal numbers until 0: announces the first, ends the process at a second SIGINT or when the
+    grace period is over.
+    """
+    deadline: float | None = None
+    while True:
+        left = None if deadline is None else max(deadline - time.monotonic(), 0)
+        if not select.select([read], [], [], left)[0]:
+            os.write(
+                2,
+                f"\nthe grace period of {grace:g} s is over, at: {stop.phase}; {stop.stands}."
+                " The same command goes on from there (--runtime.grace SECONDS)\n".encode(),
+            )
+            os._exit(EXIT_AGAIN)
+        signum = os.read(read, 1)[0]
+        if not signum:
+            return
+        if deadline is not None and signum == signal.SIGINT:
+            os.write(2, f"\nleft at once; {stop.stands}\n".encode())
+            os._exit(130)
+        if deadline is None and signum in _SIGNALS:
+            deadline = time.monotonic() + grace
+            os.write(2, b"\nstopping: saving the state (Ctrl-C again leaves at once)\n")
+
+
+class Votes:
+    """Asks all processes whether to stop, within the stream of steps.
+
+    Each casts a vote with each dispatch and reads it with that dispatch's metrics; so all read the same votes
+    at the same step, without a wait of its own and whichever phase the signal came in.
+    """
+
+    def __init__(self, mesh: Mesh):
+        spread = NamedSharding(mesh, P(mesh.axis_names))
+        self._spread, self._size = spread, mesh.size
+        self._votes: dict[int, jax.Array] = {}
+        self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+    def cast(self, signum: int) -> jax.Array:
+        """int32 []: the highest signal number that any process has got."""
+        if signum not in self._votes:
+            one = lambda index: np.full(len(range(self._size)[index[0]]), signum, np.int32)
+            self._votes[signum] = jax.make_array_from_callback((self._size,), self._spread, one)
+        return self._highest(self._votes[signum])

@@ -1,0 +1,104 @@
+"""What the loop keeps account of: seconds by phase, metrics fetched one step late."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from spmd.strategies import base
+from spmd.train import LogConfig, progress
+from spmd.train.metrics import Writer
+
+
+class NonFinite(ArithmeticError):
+    """Loss or gradient became NaN or infinite."""
+
+
+class Clock:
+    """Seconds by phase. entering: called with the phase, gives what is open while it lasts."""
+
+    def __init__(self, entering: Callable[[str], contextlib.AbstractContextManager[None]]):
+        self._entering = entering
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ("compile", "input", "step", "evaluation", "checkpoint"), 0.0
+        )
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            with self._entering(phase):
+                yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+    def summary(self) -> dict[str, float]:
+        """Seconds by phase, what is left over, and in all."""
+        total = time.perf_counter() - self._began
+        seconds = self.seconds | {"other": total - sum(self.seconds.values()), "total": total}
+        return {phase: round(value, 3) for phase, value in seconds.items()}
+
+
+class Log:
+    """Metrics of dispatches under way; fetched late, so that the host never waits for the newest."""
+
+    def __init__(
+        self, writer: Writer, bar: progress.Bar, config: LogConfig, nonfinite: str, step: int
+    ):
+        self._writer, self._bar, self._every = writer, bar, config.every
+        self._stop_on_nonfinite = nonfinite == "stop"
+        self._pending: collections.deque[tuple[int, base.Metrics]] = collections.deque()
+        self._window: list[dict[str, np.ndarray]] = []
+        self._reported = step
+        self.last = writer.last
+        self.vote = 0  # the signal that the processes have agreed to stop for
+
+    def add(self, step: int, metrics: base.Metrics, in_flight: int) -> None:
+        """Metrics of the dispatch that ends at `step`; waits for the oldest when too many are out."""
+        self._pending.append((step, metrics))
+        while len(self._pending) > in_flight:
+            self._fetch()
+
+    def drain(self) -> None:
+        """Waits for all; what was dispatched is then known to be finite."""
+        while self._pending:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        step, device = self._pending.popleft()
+        host = {k: np.atleast_1d(v) for k, v in jax.device_get(device).items()}
+        self.vote = max(self.vote, int(host.pop("stop", np.zeros(1)).max()))
+        bad = np.flatnonzero(host["finite"] == 0)
+        if len(bad) and self._stop_on_nonfinite:
+            at = step - len(host["finite"]) + int(bad[0]) + 1
+            raise NonFinite(
+                f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
+                f" {host['grad_norm'][bad[0]]}); nothing of that step was saved. Lower"
+                " --optimizer.learning-rate, set --optimizer.clip-norm, or skip such steps with"
+                " --train.nonfinite skip"
+            )
+        self._window.append(host)
+        if step // self._every > self._reported // self._every:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Reports the mean of the window."""
+        if not self._window:
+            return
+        columns = {k: np.concatenate([h[k] for h in self._window]) for k in self._window[0]}
+        self._window = []
+        values = {
+            f"train/{k}": float(v[-1] if k == "learning_rate" else v.mean())
+            for k, v in columns.items()
+            if k != "finite"
+        }
+        values["train/skipped_steps"] = float((columns["finite"] == 0).sum())
+        self.last = values
+        self._reported = step
+        self._writer.write(step, values | self._bar.report(step, values))
