@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import os
 import re
 import socket
@@ -20,8 +19,8 @@ from typing import Any
 from spmd.fields import check
 from spmd.runtime import RuntimeConfig, agree, detect
 from spmd.runtime.detect import Member
+from spmd.runtime.lifeline import Lifeline, read_line, send_line
 
-_LINE = 1 << 20  # bytes of the longest hello
 _HELLO = 5.0  # seconds that a caller has to say it
 
 
@@ -47,9 +46,9 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
         "facts": facts,
     }
     if member.process_id == 0:
-        _call_roll(member, bind, hello, deadline)
+        connections, names = _call_roll(member, bind, hello, deadline)
     else:
-        _answer_roll(member, hello, deadline)
+        connections, names = _answer_roll(member, hello, deadline)
 
     import jax
 
@@ -66,6 +65,7 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
         shutdown_timeout_seconds=max(int(config.join_timeout), 1),
     )
     agree.started(config.join_timeout)
+    Lifeline(connections, names)
     return True
 
 
@@ -114,67 +114,65 @@ def _own_address(member: Member) -> str:
 
 # ---- the roll call
 
+Roll = tuple[dict[int, socket.socket], dict[int, str]]  # connections and names, by process number
 
-def _call_roll(member: Member, bind: str, own: dict[str, Any], deadline: float) -> None:
+
+def _call_roll(member: Member, bind: str, own: dict[str, Any], deadline: float) -> Roll:
     """Process 0: hears everyone, answers everyone."""
     came: dict[int, dict[str, Any]] = {0: own}
-    host, port = split_address(bind)
-    with contextlib.ExitStack() as stack:
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-            server = stack.enter_context(
-                socket.create_server((host, port), family=family, dualstack_ipv6=both)
-            )
-        except OSError as error:
-            raise ValueError(
-                f"the coordinator cannot listen on {bind}: {error.strerror}; choose another with"
-                " --runtime.bind or --runtime.coordinator (SPMD_COORDINATOR)"
-            ) from None
-        callers: list[socket.socket] = []
-        problem = ""
+    callers: dict[int, socket.socket] = {}
+    problem, missing = "", False
+    with _listen(bind) as server:
         while len(came) < member.num_processes and not problem:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 caller, _ = server.accept()
             except TimeoutError:
-                problem = _absent(came, member.num_processes)
+                problem, missing = _absent(came, member.num_processes), True
                 break
-            stack.enter_context(caller)
             hello = _read(caller)
             if hello is None:  # not one of ours: a port scan, a health check
                 caller.close()
                 continue
-            callers.append(caller)
             problem = _refused(hello, came, member)
-            came.setdefault(hello["id"], hello)
-        missing = len(came) < member.num_processes
+            if problem:
+                send_line(caller, {"problem": problem})
+                break
+            callers[hello["id"]], came[hello["id"]] = caller, hello
         problem = problem or _differences(came)
-        for caller in callers:
-            with contextlib.suppress(OSError):
-                caller.sendall(
-                    json.dumps({"problem": problem, "missing": missing}).encode() + b"\n"
-                )
-        for caller in callers:  # they close first, so that the port is free at once
-            with contextlib.suppress(OSError):
-                caller.settimeout(1.0)
-                caller.recv(1)
+    for caller in callers.values():  # the port is free now, for JAX's service
+        send_line(caller, {"problem": problem, "missing": missing, "name": own["host"]})
     _raise(problem, missing)
+    return callers, {i: hello["host"] for i, hello in came.items()}
 
 
-def _answer_roll(member: Member, hello: dict[str, Any], deadline: float) -> None:
+def _listen(bind: str) -> socket.socket:
+    host, port = split_address(bind)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise ValueError(
+            f"the coordinator cannot listen on {bind}: {error.strerror}; choose another with"
+            " --runtime.bind or --runtime.coordinator (SPMD_COORDINATOR)"
+        ) from None
+
+
+def _answer_roll(member: Member, hello: dict[str, Any], deadline: float) -> Roll:
     """The others: say hello until someone listens, then wait for the answer."""
     host, port = split_address(member.coordinator)
     why = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=min(left, 10)) as connection:
-                connection.sendall(json.dumps(hello).encode() + b"\n")
-                connection.settimeout(max(deadline + 10 - time.monotonic(), 1))
-                answer = _line(connection)
+            connection = socket.create_connection((host, port), timeout=min(left, 10))
+            send_line(connection, hello)
+            connection.settimeout(max(deadline + 10 - time.monotonic(), 1))
+            answer = read_line(connection)
             if answer is not None and "problem" in answer:
                 _raise(str(answer["problem"]), bool(answer.get("missing")))
-                return
+                return {0: connection}, {0: str(answer.get("name", "?"))}
+            connection.close()
         except OSError as error:
             why = error.strerror or str(error)
         time.sleep(0.2)
@@ -184,26 +182,11 @@ def _answer_roll(member: Member, hello: dict[str, Any], deadline: float) -> None
     )
 
 
-def _line(connection: socket.socket) -> dict[str, Any] | None:
-    """One line of JSON that is an object, else None."""
-    data = b""
-    while not data.endswith(b"\n") and len(data) < _LINE:
-        part = connection.recv(65536)
-        if not part:
-            break
-        data += part
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _read(caller: socket.socket) -> dict[str, Any] | None:
     """A well-formed hello, else None."""
     try:
         caller.settimeout(_HELLO)
-        hello = _line(caller)
+        hello = read_line(caller)
     except OSError:
         return None
     kinds = {"id": int, "of": int, "host": str, "facts": dict}

@@ -1,0 +1,111 @@
+"""The connections of the roll call, kept open: the kernel says at once when a process is gone.
+
+JAX's heartbeats need their whole time-out for that, abort the process, and name nobody.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+from typing import Any
+
+from spmd.runtime import EXIT_AGAIN
+
+_LINE = 1 << 20  # bytes of the longest line
+_MINE: list[Lifeline] = []
+
+
+def read_line(connection: socket.socket) -> dict[str, Any] | None:
+    """One line of JSON that is an object; None for anything else, or the end."""
+    data = b""
+    while not data.endswith(b"\n") and len(data) < _LINE:
+        part = connection.recv(65536)
+        if not part:
+            return None
+        data += part
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def send_line(connection: socket.socket, value: dict[str, Any]) -> None:
+    """Sends an object as one line of JSON; a closed connection is no error."""
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(value).encode() + b"\n")
+
+
+class Lifeline:
+    """Watches the other processes: process 0 all of them, and tells the rest; the rest process 0.
+
+    connections: by process number; names: `host pid n` of each process. When one goes without a good-bye this
+    process ends too, with EXIT_AGAIN or the code that the other gave.
+    """
+
+    def __init__(self, connections: dict[int, socket.socket], names: dict[int, str]):
+        self._connections, self._names = dict(connections), names
+        self._lock = threading.Lock()
+        for connection in connections.values():
+            connection.settimeout(30.0)
+            _keep_alive(connection)
+        _MINE.append(self)
+        atexit.register(self.leave, 0)  # before JAX's own good-bye: handlers run last in, first out
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def leave(self, code: int) -> None:
+        """Says good-bye: the others need not mind (0), or shall end with this code."""
+        with self._lock:
+            for connection in self._connections.values():
+                send_line(connection, {"code": code})
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for index, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, index)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    line: dict[str, Any] | None = None
+                    with contextlib.suppress(OSError):
+                        line = read_line(self._connections[key.data])
+                    selector.unregister(key.fileobj)
+                    if line is None or line.get("code") != 0:
+                        self._end(key.data, line or {})
+
+    def _end(self, index: int, line: dict[str, Any]) -> None:
+        """Process `index` is gone, or says who is."""
+        code = line.get("code", EXIT_AGAIN)
+        gone = line.get("gone", index)
+        name = line.get("name", self._names.get(index, "?"))
+        with self._lock:
+            for other, connection in self._connections.items():
+                if other != index:
+                    send_line(connection, {"code": code, "gone": gone, "name": name})
+        said = "has left" if "code" in line and "gone" not in line else "is gone"
+        sys.stdout.flush()
+        os.write(
+            2,
+            f"\nerror: process {gone} ({name}) {said}; this one cannot go on without it. The last"
+            " checkpoint stands: start the run again\n".encode(),
+        )
+        os._exit(code if isinstance(code, int) else EXIT_AGAIN)
+
+
+def leaving(code: int) -> None:
+    """Tells the others that this process ends with `code`."""
+    for line in _MINE:
+        line.leave(code)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """A host without power, or a cut cable, shows after about a minute."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
