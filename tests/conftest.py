@@ -5,18 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-HARDWARE = bool(os.environ.get("SPMD_TEST_HARDWARE"))  # leave the accelerator visible
-ROOT = "SPMD_TEST_ROOT"  # inherited by xdist's workers, which share the caches
-
-STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+from tests.command import HARDWARE, ROOT, start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,26 +62,6 @@ def devices() -> list:
     found = jax.devices("cpu")
     assert len(found) == 8, "another module started JAX's backend before conftest.py"
     return found
-
-
-def start(*args: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Starts run.py in its own process, in `cwd`."""
-    ambient = ("JAX_", "XLA_", "TF_", "PYTHONWARNINGS", "PYTEST_")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(ambient)}
-    environ |= STRICT
-    environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[ROOT]}/compiled"
-    if not HARDWARE:
-        environ["JAX_PLATFORMS"] = "cpu"
-    command: Sequence[str] = [sys.executable, str(REPOSITORY / "run.py"), *map(str, args)]
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environ | (env or {}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture

@@ -183,27 +183,6 @@ def test_from_python(tmp_path):
     assert run.steps == 50 and run.metrics["eval/accuracy"] > 0.8
 
 
-def test_the_first_ctrl_c_asks_and_the_second_leaves():
-    code = (
-        "import time; from spmd.runtime.stop import catching\n"
-        "with catching(30) as stop:\n"
-        "    print('ready', flush=True)\n"
-        "    while True: time.sleep(0.05)\n"
-    )
-    root = epath.Path(__file__).parent.parent
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "\n"
-    assert "stopping: saving the state" in process.stderr.readline()
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "left at once" in stderr
-
-
 def test_list_and_help_import_no_jax():
     code = (
         "import sys; from spmd.commands import main; main(['--help']); main(['--list']);"

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -137,6 +138,7 @@ def peers() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not joined() or not _GONE.search(str(error)):
             raise
+        time.sleep(3)  # the lifeline hears of it too, knows who it was, and ends this process first
         said = str(error).strip().split("\n")[0][:300]
         print(
             f"error: another process was lost ({said}); the last checkpoint stands, start the run again",

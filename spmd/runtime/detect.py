@@ -43,7 +43,7 @@ def member(config: RuntimeConfig, env: Mapping[str, str] | None = None) -> Membe
     for name, value in (("coordinator", coordinator), ("bind", bind)):
         check(
             (name == "bind" and not value) or is_address(value),
-            f"runtime.{name}={value!r} is no host:port, for example 10.0.0.1:8476",
+            f"runtime.{name}={value!r} is no host:port, for example 10.0.0.1:8476 (from {found.found})",
         )
     return found._replace(coordinator=coordinator, bind=bind)
 

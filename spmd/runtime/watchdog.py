@@ -73,7 +73,7 @@ class Watchdog:
     def _leave(self) -> None:
         phase, step = self._at
         lines = [
-            f"no progress for {self._limit:.0f} s, at: {phase}, step {step}; leaving with exit code"
+            f"no progress for {self._limit:g} s, at: {phase}, step {step}; leaving with exit code"
             f" {EXIT_AGAIN}, the last checkpoint stands (--runtime.hang-timeout)"
         ]
         if agree.joined():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Any
 
@@ -76,9 +77,7 @@ class Writer:
         self._lines = Lines(directory / "metrics.jsonl", step)
         self.last = self._lines.last("train/")
         if config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(
+            self._events = _summary_writer()(
                 str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10
             )
 
@@ -102,6 +101,19 @@ class Writer:
         for file in (self._lines, self._events, self._examples):
             if file is not None:
                 file.close()
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's writer, without PyTorch: it imports that wherever it is installed, for some seconds."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an ImportError, which it expects
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def read(directory: epath.Path) -> list[dict[str, float]]:
