@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spmd.fields import check
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax.sharding import Mesh
 
 # Outermost first: `replica` crosses the slow network, `tensor` needs the fastest links.
@@ -83,9 +84,34 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.resolve(len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    if num_slices(devices) > 1:
+        return jax.sharding.Mesh(across_slices(devices, sizes), AXES, axis_types=types)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices, joined by the data-center network only, the devices belong to."""
+    return len({getattr(device, "slice_index", 0) or 0 for device in devices})
+
+
+def across_slices(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:
+    """Devices in mesh order, one axis alone crossing the network between slices: the first that the number of
+    slices divides, so `replica` where it is used. ValueError when there is none.
+    """
+    from jax.experimental import mesh_utils
+
+    num = num_slices(devices)
+    crossing = next((axis for axis, size in sizes.items() if size % num == 0), None)
+    given = " ".join(f"{a}={s}" for a, s in sizes.items() if s > 1)
+    if crossing is None:
+        raise ValueError(
+            f"the devices are {num} slices, and one mesh axis must cross between them: no size in"
+            f" ({given}) is a multiple of {num}; set --mesh.replica {num}"
+        )
+    inside = [size // num if axis == crossing else size for axis, size in sizes.items()]
+    across = [num if axis == crossing else 1 for axis in sizes]
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 HARDWARE = bool(os.environ.get("SPMD_TEST_HARDWARE"))  # leave the accelerator visible
 ROOT = "SPMD_TEST_ROOT"  # inherited by xdist's workers, which share the caches
@@ -15,15 +17,20 @@ ROOT = "SPMD_TEST_ROOT"  # inherited by xdist's workers, which share the caches
 STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
 
 
-def start(*args: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Starts run.py in its own process, in `cwd`."""
+def start(
+    *args: str | int | Path,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    script: Path = REPOSITORY / "run.py",
+) -> subprocess.Popen[str]:
+    """Starts run.py (or another script) in its own process, in `cwd`."""
     ambient = ("JAX_", "XLA_", "TF_", "PYTHONWARNINGS", "PYTEST_")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(ambient)}
     environ |= STRICT
     environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[ROOT]}/compiled"
     if not HARDWARE:
         environ["JAX_PLATFORMS"] = "cpu"
-    command: Sequence[str] = [sys.executable, str(REPOSITORY / "run.py"), *map(str, args)]
+    command: Sequence[str] = [sys.executable, str(script), *map(str, args)]
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -33,3 +40,22 @@ def start(*args: str | Path, cwd: Path, env: dict[str, str] | None = None) -> su
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def final_state(directory: str | Path, *words: str) -> dict[str, np.ndarray]:
+    """The leaves of the newest checkpoint of a digits run with these options, by name, on one device."""
+    import jax
+    from etils import epath
+
+    import spmd
+    from spmd import tree
+    from spmd.train import CheckpointConfig
+    from spmd.train.checkpoint import Checkpoints
+
+    program = spmd.load("digits", words).build(jax.devices()[:1])
+    checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", CheckpointConfig())
+    try:
+        state = checkpoints.restore(program.abstract_state(), program.strategy.state_shardings)
+    finally:
+        checkpoints.close()
+    return {name: np.array(leaf) for name, leaf in tree.named_leaves(state).items()}

@@ -8,27 +8,14 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
 
 import spmd
-from spmd.train import CheckpointConfig
-from spmd.train.checkpoint import Checkpoints
+from tests.command import final_state
 
 DIGITS = ("--experiment", "digits")
-
-
-def final_state(directory):
-    """The leaves of the newest checkpoint, on one device."""
-    program = spmd.load("digits").build(jax.devices()[:1])
-    checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", CheckpointConfig())
-    try:
-        state = checkpoints.restore(program.abstract_state(), program.strategy.state_shardings)
-    finally:
-        checkpoints.close()
-    return [np.array(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def files(directory):
@@ -118,8 +105,10 @@ def test_stopped_and_resumed_equals_undisturbed_bit_by_bit(
     whole = undisturbed / str(dispatch)
     if not whole.exists():
         assert run_cli(*args, "--run.dir", whole).returncode == 0
-    for a, b in zip(final_state(tmp_path / "stopped"), final_state(whole), strict=True):
-        np.testing.assert_array_equal(a, b)
+    got, want = final_state(tmp_path / "stopped"), final_state(whole)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
     steps_logged = [
         json.loads(x)["step"] for x in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()
     ]

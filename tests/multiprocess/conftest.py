@@ -73,7 +73,9 @@ def start_group(tmp_path: Path) -> Iterator[Callable[..., Group]]:
     """`start_group(2, "--experiment", "digits")`: that many processes of one run, in tmp_path."""
     groups: list[Group] = []
 
-    def go(num: int, *args: str | int | Path, each: list[list[str]] | None = None) -> Group:
+    def go(
+        num: int, *args: str | int | Path, each: list[list[str]] | None = None, **kwargs
+    ) -> Group:
         port = free_port()
         shared = {"SPMD_COORDINATOR": f"127.0.0.1:{port}", "SPMD_NUM_PROCESSES": str(num)}
         group = Group(
@@ -83,6 +85,7 @@ def start_group(tmp_path: Path) -> Iterator[Callable[..., Group]]:
                     *(each[i] if each else []),
                     cwd=tmp_path,
                     env=shared | {"SPMD_PROCESS_ID": str(i)} if num > 1 else {},
+                    **kwargs,
                 )
                 for i in range(num)
             ]
