@@ -1,9 +1,9 @@
-# make run | test | lint | format | slow | golden | bench | lock | clean      PYTHON=python3.12 VENV=dir ARGS="..."
+# make run | test | lint | format | slow | golden | notebooks | bench | lock | clean      PYTHON=python3.12 VENV=dir ARGS="..."
 PYTHON ?= python3
 VENV ?= .venv
 UV ?= uv
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
-.PHONY: run test lint format slow golden bench lock clean install install-dev FORCE
+.PHONY: run test lint format slow golden notebooks bench lock clean install install-dev FORCE
 
 run: $(VENV)/.run
 	$(VENV)/bin/python run.py --experiment digits $(ARGS)
@@ -16,6 +16,9 @@ slow: $(VENV)/.dev
 
 golden: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest tests/test_golden.py --update $(ARGS)
+
+notebooks: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest tests/test_notebooks.py --update $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

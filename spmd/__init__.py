@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spmd.experiment import Experiment, Run, load
+    from spmd.experiment import Experiment, Run
+    from spmd.handle import load
 
 __version__ = "0.1.0"
 
-_HOME = {"Experiment": "experiment", "Run": "experiment", "load": "experiment"}
+_HOME = {"Experiment": "experiment", "Run": "experiment", "load": "handle"}
 __all__ = ["Experiment", "Run", "load"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, Train
 
 if TYPE_CHECKING:
     from spmd.train.loop import Program
+    from spmd.train.snapshot import Snapshot
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -165,8 +165,8 @@ class Experiment:
         done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
         if done and done["steps"] >= program.num_steps:
             agree.say(
-                f"{path} is finished: {done['steps']} steps. Train on with a larger --train.steps,"
-                " or anew with --run.fresh or another --run.dir"
+                f"{rundir.shown(path)} is finished: {done['steps']} steps. Train on with a larger"
+                " --train.steps, or anew with --run.fresh or another --run.dir"
             )
             return Run(self, str(path), done["steps"], done["metrics"], done["seconds"])
         if done:
@@ -187,40 +187,52 @@ class Experiment:
         )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
 
-    def evaluate(self, step: int | None = None) -> dict[str, float]:
-        """Metrics of a checkpoint of the run directory (default: the newest) on the eval split."""
-        from spmd.train import rundir
-        from spmd.train.checkpoint import Checkpoints
-        from spmd.train.evaluate import evaluator
+    def restore(self, step: int | None = None) -> Snapshot:
+        """A checkpoint of the run directory (default: the newest) on this experiment's mesh.
+
+        ValueError when there is none, or when the directory's run is another one.
+        """
+        from spmd.train import rundir, snapshot
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
         rundir.same_identity(path, self.identity())
-        program = self.build()
-        checkpoints = Checkpoints(path / "checkpoints", self.checkpoint)
-        try:
-            state = checkpoints.restore(
-                program.abstract_state(), program.strategy.state_shardings, step
-            )
-        finally:
-            checkpoints.close()
-        evaluate = evaluator(
-            program.task, program.mesh, self.data.open("eval"), self.data.eval_batch_size
-        )
-        measured = evaluate(*program.strategy.eval_variables(state))
-        assert measured is not None
-        return measured
+        return snapshot.restore(self.build(), path, self.checkpoint, step)
+
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
+        """Metrics of a checkpoint of the run directory (default: the newest) on the eval split."""
+        return self.restore(step).evaluate()
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A finished run. metrics: `{'eval/accuracy': ...}`; seconds: by phase."""
 
-    experiment: Experiment
+    experiment: Experiment = dataclasses.field(repr=False)
     dir: str
     steps: int
     metrics: dict[str, float]
     seconds: dict[str, float]
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Every logged step and evaluation: `{"step": 50, "time": ..., "train/loss": ...}`."""
+        from etils import epath
+
+        from spmd.train import metrics
+
+        return metrics.read(epath.Path(self.dir))
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of one metric, to be plotted; ValueError when it was never logged."""
+        history = self.history
+        known = {key for line in history for key in line} - {"step", "time"}
+        check(
+            name in known,
+            f"no metric {name!r} in this run.{closest(name, known)} It has: {', '.join(sorted(known))}",
+        )
+        points = [(line["step"], line[name]) for line in history if name in line]
+        return [step for step, _ in points], [value for _, value in points]
 
 
 # ---- loading
@@ -385,30 +397,3 @@ _HELP = {
     "param_dtype": "Type of parameters and optimizer state.",
     "simulate": "Simulated CPU devices of each process; 0 uses the real ones.",
 }
-
-
-def load(name: str, args: Sequence[str] = ()) -> Any:
-    """The experiment `name` (or a path) with command-line words applied.
-
-    The result has `.train()`, `.build()` and every field: `load("digits", ["--train.steps", "50"])`.
-    """
-    experiment, _ = override(from_file(find(name)), args)
-    return Handle(experiment)
-
-
-class Handle:
-    """An experiment for Python and notebooks: its fields under `.experiment`, `.train()` to run it."""
-
-    def __init__(self, experiment: Experiment):
-        self.experiment = experiment
-
-    def train(self) -> Run:
-        """Trains or resumes; see Experiment.train_run."""
-        return self.experiment.train_run()
-
-    def build(self, devices: Sequence[Any] | None = None) -> Program:
-        """The built program, without training it."""
-        return self.experiment.build(devices)
-
-    def __repr__(self) -> str:
-        return json.dumps(self.experiment.config(), indent=1)

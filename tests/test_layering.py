@@ -26,7 +26,7 @@ LAYERS = (
     ("train",),
     ("plan", "verify", "convert"),
     ("experiment",),
-    ("commands",),
+    ("handle", "commands"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 

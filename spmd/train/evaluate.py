@@ -1,13 +1,16 @@
-"""Evaluation: every example of the split exactly once, whatever the batch or the device count."""
+"""Evaluation and prediction: every example exactly once, whatever the batch or the device count."""
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from spmd import mesh as meshes
 from spmd import scope, sharding
@@ -24,15 +27,18 @@ class Evaluator(Protocol):
         ...
 
 
-def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
-    """Measures `source` on `mesh`; sums stay on the devices until the end.
-
-    batch_size is rounded up to what the mesh divides; padding carries weight 0.
-    """
+def _batches(mesh: Mesh, source: Any, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+    """`source` in order on `mesh`; batch_size is rounded up to what the mesh divides, padding weighs 0."""
     ways = meshes.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(source)) // ways) * ways
     placed = NamedSharding(mesh, sharding.batch_spec())
     rows = loader.process_rows(placed, batch_size)
+    for host in loader.eval_batches(source, batch_size=batch_size, rows=rows):
+        yield loader.put(host, placed, batch_size)
+
+
+def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
+    """Measures `source` on `mesh`; sums stay on the devices until the end."""
     constrain = sharding.constrainer(mesh)
 
     @jax.jit
@@ -46,8 +52,7 @@ def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
         params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         total: Any = None
-        for i, host in enumerate(loader.eval_batches(source, batch_size=batch_size, rows=rows)):
-            batch = loader.put(host, placed, batch_size)
+        for i, batch in enumerate(_batches(mesh, source, batch_size)):
             sums = measure(params, model_state, batch)
             total = sums if total is None else add(total, sums)
             if i % 4 == 3:  # bounds the steps in flight (deadlock on simulated devices)
@@ -57,3 +62,23 @@ def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
         return {f"eval/{name}": float(s) / max(float(w), 1e-9) for name, (s, w) in total.items()}
 
     return evaluate
+
+
+def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any], Any]:
+    """(params, model_state, source) -> the task's outputs for each example, as numpy arrays [N, ...]."""
+    constrain = sharding.constrainer(mesh)
+
+    # Replicated, so that each process can read all rows.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    def outputs(params, model_state, batch):
+        with scope.bind(constrain=constrain):
+            return task.predict(params, model_state, batch)
+
+    def predict(params: Any, model_state: Any, source: Any) -> Any:
+        parts = [
+            jax.device_get(outputs(params, model_state, batch))
+            for batch in _batches(mesh, source, batch_size)
+        ]
+        return jax.tree.map(lambda *x: np.concatenate(x)[: len(source)], *parts)
+
+    return predict

@@ -36,6 +36,10 @@ class Program(NamedTuple):
     data: DataConfig
     source: Any  # training source
 
+    def init(self) -> base.TrainState:
+        """The state before the first step, every array born on the mesh with its sharding."""
+        return self.strategy.init(jax.random.key(self.seed))
+
     def abstract_state(self) -> base.TrainState:
         """Shapes and dtypes of the state."""
         return jax.eval_shape(self.strategy.init, jax.random.key(0))
@@ -47,7 +51,7 @@ class Stopped(Exception):
     def __init__(self, signum: int, step: int, directory: epath.Path):
         super().__init__(
             f"stopped by {signal.Signals(signum).name} at step {step}, state saved in"
-            f" {directory}; the same command resumes it"
+            f" {rundir.shown(directory)}; the same command resumes it"
         )
         self.signum = signum
 
@@ -65,7 +69,7 @@ def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> ba
     )
     if not checkpoints.steps():
         with clock("compile"):
-            return strategy.init(jax.random.key(program.seed))
+            return program.init()
     with clock("checkpoint"):
         state = checkpoints.restore(abstract, strategy.state_shardings)
     agree.say(f"resuming at step {int(state.step)} of {program.num_steps}")

@@ -14,12 +14,20 @@ from rich.table import Table
 from spmd import mesh as meshes
 from spmd import tree
 from spmd.runtime import agree
+from spmd.train import rundir
 
 SHOWN = 8  # arrays in the table of the largest
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=not agree.is_first())
+    """Colours on a terminal only: a notebook claims to be one, and would get HTML between its lines."""
+    return Console(
+        highlight=False,
+        soft_wrap=not sys.stdout.isatty(),
+        quiet=not agree.is_first(),
+        force_terminal=sys.stdout.isatty(),
+        force_jupyter=False,
+    )
 
 
 def start(
@@ -132,6 +140,6 @@ def end(summary: dict[str, Any], directory: Any) -> None:
     console.print(f"done: {summary['steps']} steps  {metrics}")
     console.print(f"seconds: {seconds}")
     console.print(
-        f"files: {directory}/ (config.json, metrics.jsonl, tensorboard/, checkpoints/,"
+        f"files: {rundir.shown(directory)}/ (config.json, metrics.jsonl, tensorboard/, checkpoints/,"
         " summary.json)"
     )

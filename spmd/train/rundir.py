@@ -25,6 +25,14 @@ def locate(directory: str, name: str) -> epath.Path:
     return epath.Path(given if "://" in given else os.path.abspath(os.path.expanduser(given)))
 
 
+def shown(path: epath.Path) -> str:
+    """The path as a user would type it: relative where it lies in the working directory."""
+    try:
+        return str(path.relative_to(os.getcwd()))
+    except ValueError:
+        return str(path)
+
+
 class Refused(ValueError):
     """The directory holds something that this run must not touch."""
 
@@ -52,7 +60,7 @@ def claim(
         if aside.exists():
             raise Refused(f"{aside} exists already; try again in a second")
         path.rename(aside)
-        print(f"moved the old run to {aside}")
+        print(f"moved the old run to {shown(aside)}")
     elif entries:
         same_identity(path, identity)
     with _writing(path):

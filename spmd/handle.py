@@ -1,0 +1,70 @@
+"""Experiments from Python and notebooks: loaded, trained, looked at, read back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from spmd import experiment
+from spmd.experiment import Experiment, Run
+
+if TYPE_CHECKING:
+    from spmd.train.loop import Program
+    from spmd.train.snapshot import Snapshot
+
+
+def load(name: str, args: Sequence[str] = ()) -> Handle:
+    """The experiment `name` (or a path) with command-line words applied.
+
+    `load("digits", ["--train.steps", "50"])`; its fields are those of `.experiment`. ValueError when a word
+    is not understood.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            loaded, _ = experiment.override(experiment.from_file(experiment.find(name)), args)
+    except SystemExit as error:  # tyro's way to refuse; a notebook must not end with it
+        if not error.code:  # --help
+            raise
+        raise ValueError(said.getvalue().strip()) from None
+    return Handle(loaded)
+
+
+class Handle:
+    """An experiment to work with; each call may be repeated, as cells of a notebook are."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+
+    def build(self, devices: Sequence[Any] | None = None) -> Program:
+        """Mesh, task, strategy and data, without training."""
+        return self.experiment.build(devices)
+
+    def init(self) -> Snapshot:
+        """The untrained state on the mesh; writes nothing."""
+        from spmd.train.snapshot import Snapshot
+
+        program = self.build()
+        return Snapshot(program, program.init())
+
+    def train(self) -> Run:
+        """Trains, resumes, or returns the finished run, by what is in the run directory.
+
+        Interrupted (Ctrl-C, a notebook's stop button), it saves and raises spmd.train.loop.Stopped; the next
+        call goes on from there.
+        """
+        return self.experiment.train_run()
+
+    def restore(self, step: int | None = None) -> Snapshot:
+        """A checkpoint of the run directory, the newest unless `step` names one."""
+        return self.experiment.restore(step)
+
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
+        """Metrics of a checkpoint on the evaluation split: `{"eval/accuracy": ...}`."""
+        return self.experiment.evaluate(step)
+
+    def __repr__(self) -> str:
+        return json.dumps(self.experiment.config(), indent=1)

@@ -1,0 +1,85 @@
+"""The state of a program at one step, outside the loop: looked at, evaluated, predicted with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from spmd import mesh as meshes
+from spmd import tree
+from spmd.data.sources import ArraySource
+from spmd.strategies import base
+from spmd.train import CheckpointConfig
+from spmd.train.checkpoint import Checkpoints
+from spmd.train.evaluate import evaluator, predictor
+from spmd.train.loop import Program
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Snapshot:
+    """A program and one state of it, on the program's mesh."""
+
+    program: Program
+    state: base.TrainState
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.state.step)
+
+    @property
+    def variables(self) -> tuple[Any, Any]:
+        """(params, model_state): what is evaluated."""
+        return self.program.strategy.eval_variables(self.state)
+
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        """Every array of the state by its path name, `params/head/kernel`, where it lies on the mesh."""
+        return tree.named_leaves(self.state)
+
+    def evaluate(self) -> dict[str, float]:
+        """`{"eval/accuracy": ...}` over the whole evaluation split."""
+        measured = self._evaluator(*self.variables)
+        assert measured is not None
+        return measured
+
+    def predict(self, examples: Mapping[str, Any]) -> Any:
+        """What the task predicts for N examples, as numpy: for classes the logits float [N, classes].
+
+        examples: `{feature: [N, ...]}`, at least the task's inputs, as a data source's `take` gives them.
+        ValueError when a feature is missing or not as the experiment declares it.
+        """
+        declared = self.program.data.features
+        features = {name: declared[name] for name in declared if name in examples}
+        return self._predictor(*self.variables, ArraySource(examples, features))
+
+    @functools.cached_property
+    def _evaluator(self) -> Any:
+        program = self.program
+        source = program.data.open("eval")
+        return evaluator(program.task, program.mesh, source, program.data.eval_batch_size)
+
+    @functools.cached_property
+    def _predictor(self) -> Any:
+        program = self.program
+        return predictor(program.task, program.mesh, program.data.eval_batch_size)
+
+    def __repr__(self) -> str:
+        return f"{self.program.name} at step {self.step} on {meshes.describe(self.program.mesh)}"
+
+
+def restore(
+    program: Program, directory: epath.Path, config: CheckpointConfig, step: int | None = None
+) -> Snapshot:
+    """A checkpoint of a run directory (default: the newest), placed on the program's mesh."""
+    checkpoints = Checkpoints(directory / "checkpoints", config)
+    try:
+        abstract, shardings = program.abstract_state(), program.strategy.state_shardings
+        return Snapshot(program, checkpoints.restore(abstract, shardings, step))
+    finally:
+        checkpoints.close()
