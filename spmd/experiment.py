@@ -105,7 +105,7 @@ class Experiment:
         num_steps = self.train.num_steps(batch_size, len(source))
         task = self.task.build(self.model, self.param_dtype)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
-        tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims))
+        tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims), task.dims)
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype)
             for name, (shape, dtype) in self.data.abstract_batch(batch_size).items()
@@ -118,6 +118,7 @@ class Experiment:
                 mesh=cut,
                 batch=batch,
                 accumulate=self.train.accumulate,
+                ema=self.optimizer.ema,
             )
         )
         return Program(
