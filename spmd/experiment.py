@@ -139,7 +139,13 @@ class Experiment:
         from spmd.train import loop, rundir
 
         program = self.build()
-        path = rundir.claim(self.run.dir, self.name, self.identity(), fresh=self.run.fresh)
+        path = rundir.claim(
+            self.run.dir,
+            self.name,
+            self.identity(),
+            fresh=self.run.fresh,
+            defaults=fields.defaults(self),
+        )
         done = rundir.summary(path)
         if done and done["steps"] >= program.num_steps:
             print(
@@ -172,7 +178,7 @@ class Experiment:
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
-        rundir.same_identity(path, self.identity())
+        rundir.same_identity(path, self.identity(), fields.defaults(self))
         program = self.build()
         checkpoints = Checkpoints(path / "checkpoints", self.checkpoint)
         try:

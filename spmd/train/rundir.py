@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -29,10 +29,17 @@ class Refused(ValueError):
     """The directory holds something that this run must not touch."""
 
 
-def claim(directory: str, name: str, identity: dict[str, Any], *, fresh: bool) -> epath.Path:
+def claim(
+    directory: str,
+    name: str,
+    identity: dict[str, Any],
+    *,
+    fresh: bool,
+    defaults: Mapping[str, Any] | None = None,
+) -> epath.Path:
     """Opens or creates the run directory; ValueError when it is another run's.
 
-    identity: flat identity fields.
+    identity, defaults: as in same_identity.
     """
     path = locate(directory, name)
     if path.exists() and not path.is_dir():
@@ -51,7 +58,7 @@ def claim(directory: str, name: str, identity: dict[str, Any], *, fresh: bool) -
         path.rename(aside)
         print(f"moved the old run to {aside}")
     elif entries:
-        same_identity(path, identity)
+        same_identity(path, identity, defaults)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -74,8 +81,13 @@ def _writing(path: epath.Path) -> Iterator[None]:
         ) from None
 
 
-def same_identity(path: epath.Path, identity: dict[str, Any]) -> None:
-    """ValueError with the differing fields when the directory's run is another one."""
+def same_identity(
+    path: epath.Path, identity: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """ValueError with the differing fields when the directory's run is another one.
+
+    identity: flat identity fields. defaults: what a field had that is newer than the directory.
+    """
     known = path / "config.json"
     try:
         before = {**json.loads(known.read_text())["identity"]}
@@ -86,6 +98,8 @@ def same_identity(path: epath.Path, identity: dict[str, Any]) -> None:
         ) from None
     missing = "(absent)"
     now = json.loads(json.dumps(identity))
+    newer = now.keys() - before.keys()
+    before |= {k: v for k, v in json.loads(json.dumps(defaults or {})).items() if k in newer}
     diff = [
         f"  {k}: {before.get(k, missing)} -> {now.get(k, missing)}"
         for k in sorted({*before, *now})
