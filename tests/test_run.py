@@ -20,9 +20,9 @@ from spmd.train.checkpoint import Checkpoints
 DIGITS = ("--experiment", "digits")
 
 
-def final_state(directory):
+def final_state(directory, args=()):
     """The leaves of the newest checkpoint, on one device."""
-    program = spmd.load("digits").build(jax.devices()[:1])
+    program = spmd.load("digits", args).build(jax.devices()[:1])
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", CheckpointConfig())
     try:
         state = checkpoints.restore(program.abstract_state(), program.strategy.state_shardings)
@@ -181,6 +181,39 @@ def test_from_python(tmp_path):
     exp = spmd.load("digits", ["--train.steps", "50", "--run.dir", str(tmp_path / "out")])
     run = exp.train()
     assert run.steps == 50 and run.metrics["eval/accuracy"] > 0.8
+
+
+AUGMENTED = "--data.augment.crop 1 --data.augment.mixup 0.2 --optimizer.ema 0.98 --optimizer.schedule constant"
+
+
+def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
+    """Both depend on the step alone; what is evaluated is the average, in training and afterwards."""
+    args = [*AUGMENTED.split(), "--train.steps-per-dispatch", "4", "--log.every", "400"]
+
+    def train(name, steps):
+        more = ["--train.steps", str(steps), "--run.dir", str(tmp_path / name)]
+        return spmd.load("digits", args + more).train()
+
+    train("cut", 402)  # resumes in the middle of what was a dispatch
+    cut, whole = train("cut", 700), train("whole", 700)
+    assert cut.metrics["eval/loss"] == whole.metrics["eval/loss"]
+    assert whole.metrics["eval/accuracy"] > 0.95
+    states = [final_state(tmp_path / name, args) for name in ("cut", "whole")]
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
+    shown = run_cli("eval", *DIGITS, *AUGMENTED.split(), "--run.dir", "whole")
+    measured = json.loads(shown.stdout.splitlines()[-1])
+    assert measured["eval/loss"] == pytest.approx(whole.metrics["eval/loss"], rel=1e-5)
+    refused = run_cli("eval", *DIGITS, "--run.dir", "whole")
+    assert refused.returncode == 2
+    assert "optimizer.ema: 0.98 -> 0.0" in refused.stderr
+    assert "data.augment.mixup: 0.2 -> 0.0" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "adafactor"])
+def test_every_optimizer_learns(name, tmp_path):
+    args = ["--optimizer", name, "--train.steps", "150", "--run.dir", str(tmp_path / "out")]
+    assert spmd.load("digits", args).train().metrics["eval/accuracy"] > 0.9
 
 
 def test_the_first_ctrl_c_asks_and_the_second_leaves():

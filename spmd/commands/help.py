@@ -9,7 +9,7 @@ import textwrap
 from typing import Any
 
 from spmd import mesh, optim, strategies
-from spmd.data import TFDS
+from spmd.data import TFDS, Augment
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
 SHARED: dict[str, tuple[type, ...]] = {
@@ -20,6 +20,7 @@ SHARED: dict[str, tuple[type, ...]] = {
     "log": (LogConfig,),
     "run": (RunConfig,),
     "data": (TFDS,),
+    "data.augment": (Augment,),
     "optimizer": tuple(optim.OPTIMIZERS.values()),
     "strategy": tuple(strategies.STRATEGIES.values()),
 }
@@ -58,7 +59,8 @@ def shared_fields() -> str:
         for cls in classes:
             texts = field_help(cls)
             for f in dataclasses.fields(cls):
-                if f.name in seen or "Suppress" in str(f.type):
+                nested = dataclasses.is_dataclass(f.default_factory)  # has its own row in SHARED
+                if f.name in seen or nested or "Suppress" in str(f.type):
                     continue
                 seen.add(f.name)
                 default = "" if f.default is dataclasses.MISSING else repr(f.default)

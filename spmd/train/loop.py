@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from spmd.data import DataConfig, loader
+from spmd.data import DataConfig, augment, loader
 from spmd.strategies import base
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig, progress, rundir
 from spmd.train.checkpoint import Checkpoints
@@ -218,6 +218,7 @@ def _batches(program: Program, train: TrainConfig, start: int) -> Iterator[dict[
         rows=loader.process_rows(placed, data.batch_size),
         threads=data.threads,
         buffer=data.buffer,
+        transform=augment.transform(data, program.source, program.seed),
     )
 
 
