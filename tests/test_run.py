@@ -183,7 +183,10 @@ def test_from_python(tmp_path):
     assert run.steps == 50 and run.metrics["eval/accuracy"] > 0.8
 
 
-AUGMENTED = "--data.augment.crop 1 --data.augment.mixup 0.2 --optimizer.ema 0.98 --optimizer.schedule constant"
+AUGMENTED = (
+    "--data.augment.crop 1 --data.augment.mixup 0.2 --optimizer.ema 0.98"
+    " --optimizer.schedule constant --optimizer.learning-rate 0.03"
+)
 
 
 def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
@@ -194,10 +197,10 @@ def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
         more = ["--train.steps", str(steps), "--run.dir", str(tmp_path / name)]
         return spmd.load("digits", args + more).train()
 
-    train("cut", 402)  # resumes in the middle of what was a dispatch
-    cut, whole = train("cut", 700), train("whole", 700)
+    train("cut", 102)  # resumes in the middle of what was a dispatch
+    cut, whole = train("cut", 200), train("whole", 200)
     assert cut.metrics["eval/loss"] == whole.metrics["eval/loss"]
-    assert whole.metrics["eval/accuracy"] > 0.95
+    assert whole.metrics["eval/accuracy"] > 0.9
     states = [final_state(tmp_path / name, args) for name in ("cut", "whole")]
     for a, b in zip(*states, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -210,9 +213,10 @@ def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
     assert "data.augment.mixup: 0.2 -> 0.0" in refused.stderr
 
 
-@pytest.mark.parametrize("name", ["lion", "muon", "adafactor"])
-def test_every_optimizer_learns(name, tmp_path):
-    args = ["--optimizer", name, "--train.steps", "150", "--run.dir", str(tmp_path / "out")]
+@pytest.mark.parametrize(("name", "rate"), [("lion", 1e-3), ("muon", 3e-3), ("adafactor", 1e-2)])
+def test_every_optimizer_learns(name, rate, tmp_path):
+    args = ["--optimizer", name, "--optimizer.learning-rate", str(rate), "--train.steps", "150"]
+    args += ["--run.dir", str(tmp_path / "out")]
     assert spmd.load("digits", args).train().metrics["eval/accuracy"] > 0.9
 
 
