@@ -200,7 +200,7 @@ def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
     train("cut", 102)  # resumes in the middle of what was a dispatch
     cut, whole = train("cut", 200), train("whole", 200)
     assert cut.metrics["eval/loss"] == whole.metrics["eval/loss"]
-    assert whole.metrics["eval/accuracy"] > 0.9
+    assert whole.metrics["eval/accuracy"] > 0.85
     states = [final_state(tmp_path / name, args) for name in ("cut", "whole")]
     for a, b in zip(*states, strict=True):
         np.testing.assert_array_equal(a, b)
