@@ -21,7 +21,7 @@ def config() -> Experiment:
             batch_size=64,
             features={"image": ((8, 8, 1), "uint8"), "label": ((), "int32")},
         ),
-        optimizer=SGD(learning_rate=0.1, momentum=0.9, warmup_steps=20),
+        optimizer=SGD(learning_rate=0.1, momentum=0.9, warmup_steps=5),
         train=TrainConfig(epochs=40),
         eval=EvalConfig(every=150),
         checkpoint=CheckpointConfig(every=300),

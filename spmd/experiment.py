@@ -123,7 +123,7 @@ class Experiment:
         num_steps = self.train.num_steps(batch_size, len(source))
         task = self.task.build(self.model, self.param_dtype)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
-        tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims))
+        tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims), task.dims)
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype)
             for name, (shape, dtype) in self.data.abstract_batch(batch_size).items()
@@ -136,6 +136,7 @@ class Experiment:
                 mesh=cut,
                 batch=batch,
                 accumulate=self.train.accumulate,
+                ema=self.optimizer.ema,
             )
         )
         return Program(
@@ -159,7 +160,8 @@ class Experiment:
         program = self.build()
         place = (self.run.dir, self.name, self.config(), self.identity())
         opened = agree.from_first(
-            lambda: str(rundir.claim(*place, fresh=self.run.fresh)), "opening the run directory"
+            lambda: str(rundir.claim(*place, fresh=self.run.fresh, defaults=fields.defaults(self))),
+            "opening the run directory",
         )
         path = rundir.locate(opened, self.name)
         done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
@@ -196,7 +198,7 @@ class Experiment:
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
-        rundir.same_identity(path, self.identity())
+        rundir.same_identity(path, self.identity(), fields.defaults(self))
         return snapshot.restore(self.build(), path, self.checkpoint, step)
 
     def evaluate(self, step: int | None = None) -> dict[str, float]:

@@ -64,6 +64,28 @@ def flatten(
     return flat
 
 
+def defaults(config: Any) -> dict[str, Any]:
+    """The identity fields that have a default in their class, flat as `identity`, with that default.
+
+    A run that was recorded before a field existed ran with what is now its default.
+    """
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if not f.repr or f.metadata.get("free"):
+            continue
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{f.name}.{k}": v for k, v in defaults(value).items()}
+        default = f.default
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        if dataclasses.is_dataclass(default) and type(default) is type(value):
+            flat |= {f"{f.name}.{k}": v for k, v in identity(default).items()}
+        elif default is not dataclasses.MISSING and not dataclasses.is_dataclass(value):
+            flat[f.name] = plain(default)
+    return flat
+
+
 def check(condition: bool, message: str) -> None:
     """Raises ValueError(message) for a user's mistake."""
     if not condition:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from spmd.fields import check, closest
+
+# Logical dims by parameter name, None where a parameter has none (tasks.Task.dims).
+Dims = Mapping[str, tuple[str, ...] | None]
 
 if TYPE_CHECKING:
     import optax
@@ -29,6 +33,8 @@ class Optimizer:
     """Decoupled weight decay, for arrays of two or more dims (no biases, no norms)."""
     clip_norm: float = 0.0
     """Clips the global gradient norm to this; 0 is off."""
+    ema: float = 0.0
+    """Decay of the moving average of the parameters that is evaluated; 0 is off."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -44,12 +50,24 @@ class Optimizer:
             0 < self.decay_fraction <= 1,
             f"optimizer.decay_fraction={self.decay_fraction} must be in (0, 1]",
         )
+        self._fractions("ema")
+
+    def _fractions(self, *names: str) -> None:
+        """Checks that the fields `names` are in [0, 1)."""
+        for name in names:
+            value = getattr(self, name)
+            check(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
 
     def rate(self, num_steps: int) -> optax.Schedule:
-        """Learning rate at each step of a run of `num_steps`."""
+        """Learning rate at each step of a run of `num_steps`; ValueError when it ends in the warm-up."""
         import jax.numpy as jnp
         import optax
 
+        check(
+            self.warmup_steps <= num_steps,
+            f"optimizer.warmup_steps={self.warmup_steps} is more than the {num_steps} steps of the run"
+            " (train.steps or train.epochs): warm up for less, or train for longer",
+        )
         peak, final = self.learning_rate, self.learning_rate * self.final_fraction
         rest = max(num_steps - self.warmup_steps, 1)
         if self.schedule == "constant":
@@ -65,16 +83,23 @@ class Optimizer:
         # A float count: optax would mix an integer one with floats, which strict promotion refuses.
         return lambda count: jnp.asarray(main(jnp.asarray(count, jnp.float32)), jnp.float32)
 
-    def direction(self) -> optax.GradientTransformation:
-        """The transformation before learning rate and weight decay; each optimizer's own."""
+    def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
+        """The transformation before learning rate and weight decay; each optimizer's own.
+
+        matrices, dims: decay_mask and dims as `build` takes them.
+        """
         raise NotImplementedError
 
-    def build(self, num_steps: int, decay_mask: Any) -> optax.GradientTransformation:
-        """optax transformation; decay_mask: tree of bools like the parameters."""
+    def build(
+        self, num_steps: int, decay_mask: Any, dims: Dims | None = None
+    ) -> optax.GradientTransformation:
+        """optax transformation; decay_mask: tree of bools like the parameters, dims: logical dims by
+        parameter name (Task.dims), for the optimizers that tell hidden layers from others.
+        """
         import optax
 
         parts = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
-        parts.append(self.direction())
+        parts.append(self.direction(decay_mask, dims or {}))
         if self.weight_decay:
             parts.append(optax.add_decayed_weights(self.weight_decay, mask=decay_mask))
         return optax.chain(*parts, optax.scale_by_learning_rate(self.rate(num_steps)))
@@ -94,9 +119,9 @@ class SGD(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0 <= self.momentum < 1, f"optimizer.momentum={self.momentum} must be in [0, 1)")
+        self._fractions("momentum")
 
-    def direction(self) -> optax.GradientTransformation:
+    def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
         import optax
 
         return optax.trace(self.momentum, self.nesterov) if self.momentum else optax.identity()
@@ -118,19 +143,169 @@ class AdamW(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("b1", "b2"):
-            check(
-                0 <= getattr(self, name) < 1,
-                f"optimizer.{name}={getattr(self, name)} must be in [0, 1)",
-            )
+        self._fractions("b1", "b2")
 
-    def direction(self) -> optax.GradientTransformation:
+    def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
         import optax
 
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {cls.name: cls for cls in (SGD, AdamW)}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+    """The sign of a momentum; half of Adam's state (Chen et al. 2023, arXiv 2302.06675)."""
+
+    name: ClassVar[str] = "lion"
+    learning_rate: float = 1e-4
+    """Peak learning rate; 3 to 10 times less than AdamW's."""
+    b1: float = 0.9
+    """Weight of the momentum in the update."""
+    b2: float = 0.99
+    """Decay of the momentum."""
+    weight_decay: float = 1.0
+    """Decoupled weight decay, for arrays of two or more dims; 3 to 10 times more than AdamW's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._fractions("b1", "b2")
+
+    def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
+        import optax
+
+        return optax.scale_by_lion(self.b1, self.b2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(Optimizer):
+    """Orthogonalised momentum for the matrices of hidden layers, AdamW for the rest (Jordan et al. 2024;
+    scaled as Liu et al. 2025, arXiv 2502.16982).
+
+    The rest: biases and norms, and what has a dim `vocab`, `classes` or `input` (embeddings, heads, the
+    first layer). Kernels of more dims count as matrices from all dims but the last to the last
+    (convolutions), or to heads x head_dim; `layers` and `experts` are stacks of matrices. A model without
+    logical dims has Muon for all its arrays of two or more dims.
+    """
+
+    name: ClassVar[str] = "muon"
+    momentum: float = 0.95
+    """Decay of the momentum (Nesterov's form) that is orthogonalised."""
+    num_iterations: int = 5
+    """Newton-Schulz iterations."""
+    rms: float = 0.2
+    """Root mean square of a matrix's update; 0.2 is AdamW's, so that both share one learning rate."""
+    b1: float = 0.9
+    """Decay of AdamW's first moment."""
+    b2: float = 0.95
+    """Decay of AdamW's second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, for arrays of two or more dims (no biases, no norms)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._fractions("momentum", "b1", "b2")
+        check(
+            self.num_iterations >= 1,
+            f"optimizer.num_iterations={self.num_iterations} must be at least 1",
+        )
+        check(self.rms > 0, f"optimizer.rms={self.rms} must be more than 0")
+
+    def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
+        import math
+
+        import optax
+        from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+        from spmd import tree
+
+        def group(name: str, matrix: bool) -> str:
+            known = dims.get(name)
+            return "muon" if matrix and (not known or _is_hidden_matrix(known)) else "adamw"
+
+        def sides(name: str, x: Any) -> MuonDimensionNumbers:
+            return MuonDimensionNumbers(*_matrix_axes(dims.get(name) or (None,) * x.ndim))
+
+        def scale(name: str, x: Any) -> Any:
+            # The root mean square of an orthogonal [m, n] is 1 / sqrt(max(m, n)).
+            axes = _matrix_axes(dims.get(name) or (None,) * x.ndim)
+            largest = max(math.prod(x.shape[i] for i in side) for side in axes)
+            return x * (self.rms * math.sqrt(largest))
+
+        of_updates = lambda fn: lambda updates, params=None: tree.map_named(fn, updates)
+        muon = optax.chain(
+            scale_by_muon(
+                beta=self.momentum,
+                ns_steps=self.num_iterations,
+                weight_dimension_numbers=of_updates(sides),
+            ),
+            optax.stateless(of_updates(scale)),
+        )
+        adamw = optax.scale_by_adam(self.b1, self.b2)
+        return optax.partition({"muon": muon, "adamw": adamw}, tree.map_named(group, matrices))
+
+
+def _matrix_axes(dims: Sequence[str | None]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(input axes, output axes) of a kernel as a matrix; `layers` and `experts` are stacks, in neither."""
+    axes = [i for i, dim in enumerate(dims) if dim not in ("layers", "experts")]
+    out = 2 if dims[-1] == "head_dim" and dims[-2] in ("heads", "kv_heads") else 1
+    return tuple(axes[:-out]), tuple(axes[-out:])
+
+
+def _is_hidden_matrix(dims: tuple[str, ...]) -> bool:
+    """Neither an embedding, a head or a first layer, nor a bias of stacked or attention layers."""
+    return not {"vocab", "classes", "input"} & {*dims} and bool(_matrix_axes(dims)[0])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor(Optimizer):
+    """Second moments of a matrix kept as a row and a column (Shazeer and Stern 2018, arXiv 1804.04235).
+
+    Norms are taken over whole arrays: stacked layers count as one.
+    """
+
+    name: ClassVar[str] = "adafactor"
+    learning_rate: float = 1e-2
+    """Peak learning rate, relative to the root mean square of each array."""
+    decay_rate: float = 0.8
+    """Second moments decay by 1 - t ** -decay_rate at step t."""
+    min_dim_factored: int = 128
+    """Arrays whose second largest dim is smaller keep their whole second moment."""
+    clip_rms: float = 1.0
+    """Clips the root mean square of each array's update to this; 0 is off."""
+    momentum: float = 0.0
+    """Decay of a first moment; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._fractions("momentum")
+        check(
+            0 < self.decay_rate <= 1,
+            f"optimizer.decay_rate={self.decay_rate} must be in (0, 1]",
+        )
+        check(
+            self.min_dim_factored >= 1,
+            f"optimizer.min_dim_factored={self.min_dim_factored} must be at least 1",
+        )
+        check(self.clip_rms >= 0, f"optimizer.clip_rms={self.clip_rms} must not be negative")
+
+    def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
+        import optax
+
+        parts = [
+            optax.scale_by_factored_rms(
+                decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_dim_factored
+            )
+        ]
+        if self.clip_rms:
+            parts.append(optax.clip_by_block_rms(self.clip_rms))
+        parts.append(optax.scale_by_param_block_rms())
+        if self.momentum:
+            parts.append(optax.ema(self.momentum, debias=False))
+        return optax.chain(*parts)
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    cls.name: cls for cls in (SGD, AdamW, Lion, Muon, Adafactor)
+}
 
 
 def named(name: str) -> type[Optimizer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -116,18 +116,48 @@ def opt_shardings(
     """
     whole = NamedSharding(mesh, P())
 
-    def place(leaf: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
-        if leaf.shape == param.shape:
-            return sharding
-        spec = list(sharding.spec) + [None] * (len(param.shape) - len(sharding.spec))
-        for drop in range(len(param.shape)):
-            if leaf.shape == param.shape[:drop] + param.shape[drop + 1 :]:
-                return NamedSharding(mesh, P(*spec[:drop], *spec[drop + 1 :]))
-        return whole
+    class Of(NamedTuple):
+        """The parameter that a leaf belongs to."""
 
-    return optax.tree.map_params(
-        tx, place, opt_state, params, shardings, transform_non_params=lambda _: whole
+        shape: tuple[int, ...]
+        sharding: NamedSharding
+
+    def place(name: str, leaf: Any, of: Of | None) -> NamedSharding:
+        if of is None or leaf.shape == of.shape:
+            return of.sharding if of else whole
+        drop = _reduced_dim(name, leaf.shape, of.shape)
+        if drop is None:
+            return whole
+        spec = [*of.sharding.spec, *[None] * (len(of.shape) - len(of.sharding.spec))]
+        return NamedSharding(mesh, P(*spec[:drop], *spec[drop + 1 :]))
+
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # another optimizer's parameter
+    owners = optax.tree.map_params(
+        tx,
+        lambda leaf, p, s: leaf if masked(leaf) else [Of(p.shape, s)],
+        opt_state,
+        params,
+        shardings,
+        transform_non_params=lambda _: [None],
+        is_leaf=masked,
     )
+    return tree.map_named(lambda name, leaf, of: place(name, leaf, of[0]), opt_state, owners)
+
+
+def _reduced_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> int | None:
+    """Which dim of its parameter a factored leaf lacks; None for a placeholder.
+
+    Adafactor's rows lack the largest dim and its columns the second largest. In a square matrix only the
+    name tells them apart, and optax's own sort tells which of two equal dims is which.
+    """
+    drops = [
+        i for i in range(len(param_shape)) if (*param_shape[:i], *param_shape[i + 1 :]) == shape
+    ]
+    if len(drops) > 1:
+        order = [int(i) for i in np.argsort(param_shape)]
+        fields = {"v_row": order[-1], "v_col": order[-2]}
+        drops = [drop for part, drop in fields.items() if part in name.split("/")]
+    return drops[0] if drops else None
 
 
 def batch_spec(leading: int = 0) -> P:

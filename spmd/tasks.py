@@ -102,7 +102,7 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
-    """Classes from images or vectors: softmax cross-entropy, accuracy."""
+    """Classes from images or vectors: softmax cross-entropy, accuracy; both blended under mixup."""
 
     input: str = "image"
     """Name of the input feature; uint8 is scaled to [0, 1]."""
@@ -122,10 +122,21 @@ class Classification:
         net = network(model, param_dtype)
 
         def sums(logits_BC: jax.Array, batch: Batch, smoothing: float) -> Sums:
-            label_B = batch[self.label]
-            loss_B = losses.cross_entropy(logits_BC, label_B, smoothing)
+            def against(label_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+                loss_B = losses.cross_entropy(logits_BC, label_B, smoothing)
+                return loss_B, (logits_BC.argmax(-1).astype(label_B.dtype) == label_B).astype(
+                    loss_B.dtype
+                )
+
+            loss_B, right_B = against(batch[self.label])
+            if "mix" in batch:  # mixup: the loss of a blend is the blend of the losses
+                share_B = batch["mix"].astype(loss_B.dtype)
+                other = against(batch[f"{self.label}_b"])
+                loss_B, right_B = (
+                    share_B * a + (1 - share_B) * b
+                    for a, b in zip((loss_B, right_B), other, strict=True)
+                )
             weight_B = batch["weight"].astype(loss_B.dtype)
-            right_B = (logits_BC.argmax(-1).astype(label_B.dtype) == label_B).astype(loss_B.dtype)
             weight = weight_B.sum()
             return {
                 "loss": (jnp.sum(loss_B * weight_B), weight),

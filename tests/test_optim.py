@@ -1,13 +1,15 @@
-"""Schedules by their closed forms, decay masks by dims, user mistakes."""
+"""Schedules, updates and averages by their closed forms and recursions, dims, user mistakes."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spmd import optim
+from spmd import optim, tree
 
 
 def rates(config, steps, at):
@@ -52,18 +54,191 @@ def test_nesterov_follows_its_recursion():
         assert float(updates["w"]) == pytest.approx(-0.1 * (gradient + 0.9 * trace), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"learning_rate": -1.0},
-        {"momentum": 1.0},
-        {"weight_decay": -0.1},
-        {"clip_norm": -1.0},
-        {"decay_fraction": 0.0},
-        {"warmup_steps": -1},
-    ],
-)
-def test_mistakes_name_the_field_and_the_value(wrong):
-    ((name, value),) = wrong.items()
+def follow(config, gradients, params, dims=None):
+    """The updates of optax's transformation, one for each tree of gradients; parameters stay."""
+    dims = dims or dict.fromkeys(params)
+    tx = config.build(len(gradients), optim.decay_mask(params, dims), dims)
+    state, updates, step = tx.init(params), [], jax.jit(tx.update)
+    with jax.numpy_dtype_promotion("standard"):
+        for gradient in gradients:
+            update, state = step(gradient, state, params)
+            updates.append(update)
+    return updates, state
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_lion_takes_the_sign_of_its_interpolation():
+    config = optim.Lion(learning_rate=0.5, b1=0.9, b2=0.8, weight_decay=0.1, schedule="constant")
+    params = {"w": jnp.asarray(normal(0, 3, 4))}
+    gradients = [normal(i + 1, 3, 4) for i in range(4)]
+    updates, _ = follow(config, [{"w": jnp.asarray(g)} for g in gradients], params)
+    momentum = np.zeros((3, 4), np.float32)
+    for gradient, update in zip(gradients, updates, strict=True):
+        sign = np.sign(0.9 * momentum + 0.1 * gradient)
+        momentum = 0.8 * momentum + 0.2 * gradient
+        want = -0.5 * (sign + 0.1 * np.asarray(params["w"]))
+        np.testing.assert_allclose(update["w"], want, rtol=1e-6)
+
+
+MUON = optim.Muon(learning_rate=1.0, weight_decay=0.0, schedule="constant")
+
+
+def polynomial(values):
+    """What five Newton-Schulz iterations make of the singular values (Jordan et al. 2024)."""
+    values = values / np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return values
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_muon_orthogonalises(shape):
+    """The singular vectors are kept, the singular values brought near 1, the whole scaled."""
+    gradient = normal(0, *shape)
+    (update,), _ = follow(MUON, [{"w": jnp.asarray(gradient)}], {"w": jnp.zeros(shape)})
+    near = -np.asarray(update["w"]) / (0.2 * np.sqrt(max(shape)))
+    u, values, v = np.linalg.svd(gradient, full_matrices=False)
+    np.testing.assert_allclose(near, u * polynomial(values) @ v, atol=1e-4)
+    after = np.linalg.svd(near, compute_uv=False)
+    near_one = lambda values: np.mean((values > 0.65) & (values < 1.3))
+    assert near_one(after) > 0.9 and near_one(values / values.max()) < 0.8
+    assert np.sqrt(np.mean(np.square(update["w"]))) == pytest.approx(0.2, rel=0.25)  # AdamW's
+
+
+def test_muon_momentum_is_nesterovs():
+    gradients = [normal(i, 8, 8) for i in range(3)]
+    updates, _ = follow(MUON, [{"w": jnp.asarray(g)} for g in gradients], {"w": jnp.zeros((8, 8))})
+    momentum = sum(0.05 * 0.95 ** (2 - i) * g for i, g in enumerate(gradients))
+    # Both terms with their bias corrected; the orthogonal factor does not see the common scale.
+    looked = 0.95 * momentum / (1 - 0.95**4) + 0.05 * gradients[-1] / (1 - 0.95**3)
+    (want,), _ = follow(
+        dataclasses.replace(MUON, momentum=0.0),
+        [{"w": jnp.asarray(looked)}],
+        {"w": jnp.zeros((8, 8))},
+    )
+    np.testing.assert_allclose(updates[-1]["w"], want["w"], rtol=1e-3, atol=1e-4)
+
+
+KINDS = {
+    "hidden": ((8, 16), ("embed", "mlp"), "muon"),
+    "no_dims": ((8, 16), None, "muon"),
+    "convolution": ((3, 3, 4, 8), ("conv", "conv", "channels", "channels"), "muon"),
+    "to_heads": ((16, 2, 8), ("embed", "heads", "head_dim"), "muon"),
+    "from_heads": ((2, 8, 16), ("heads", "head_dim", "embed"), "muon"),
+    "stacked": ((3, 8, 16), ("layers", "embed", "mlp"), "muon"),
+    "expert": ((3, 2, 8, 16), ("layers", "experts", "embed", "mlp"), "muon"),
+    "bias": ((8,), ("embed",), "adamw"),
+    "stacked_bias": ((3, 8), ("layers", "embed"), "adamw"),
+    "expert_bias": ((2, 8), ("experts", "mlp"), "adamw"),
+    "head_bias": ((2, 8), ("heads", "head_dim"), "adamw"),
+    "embedding": ((20, 8), ("vocab", "embed"), "adamw"),
+    "head": ((8, 10), ("embed", "classes"), "adamw"),
+    "first": ((8, 8), ("input", "embed"), "adamw"),
+}
+
+
+def test_muon_takes_the_matrices_of_hidden_layers():
+    params = {name: jnp.zeros(shape) for name, (shape, _, _) in KINDS.items()}
+    dims = {name: names for name, (_, names, _) in KINDS.items()}
+    gradients = {name: jnp.asarray(normal(0, *shape)) for name, (shape, _, _) in KINDS.items()}
+    (update,), state = follow(MUON, [gradients], params, dims)
+    groups = state[0].inner_states
+    owned = {
+        group: {tree.path_name(path).split("/")[-1] for path, _ in leaves} & KINDS.keys()
+        for group in groups
+        for leaves in [jax.tree_util.tree_leaves_with_path(groups[group])]
+    }
+    for name, (_, _, group) in KINDS.items():
+        assert [g for g in owned if name in owned[g]] == [group], name
+    # As matrices: each of a stack by itself, heads and kernel positions flattened.
+    flat = {
+        "convolution": (1, 36, 8),
+        "to_heads": (1, 16, 16),
+        "from_heads": (1, 16, 16),
+        "stacked": (3, 8, 16),
+        "expert": (6, 8, 16),
+    }
+    for name, shape in flat.items():
+        pairs = (np.asarray(x[name]).reshape(shape) for x in (gradients, update))
+        for before, after in zip(*pairs, strict=True):
+            u, values, v = np.linalg.svd(before, full_matrices=False)
+            want = -0.2 * np.sqrt(max(shape[1:])) * (u * polynomial(values) @ v)
+            np.testing.assert_allclose(after, want, atol=1e-4, err_msg=name)
+    first = gradients["first"]
+    np.testing.assert_allclose(update["first"], -np.sign(first), rtol=1e-5)  # Adam's first step
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)])
+def test_adafactor_is_the_outer_product_of_its_moments(shape):
+    config = optim.Adafactor(
+        learning_rate=1.0, min_dim_factored=4, clip_rms=0.0, schedule="constant"
+    )
+    params = {"w": jnp.asarray(normal(9, *shape))}
+    gradients = [normal(i, *shape) for i in range(3)]
+    updates, state = follow(config, [{"w": jnp.asarray(g)} for g in gradients], params)
+    rows, columns = np.zeros(shape[0]), np.zeros(shape[1])
+    scale = np.sqrt(np.mean(np.square(params["w"])))
+    for step, (gradient, update) in enumerate(zip(gradients, updates, strict=True), start=1):
+        decay = 1 - step**-0.8
+        rows = decay * rows + (1 - decay) * np.square(gradient).mean(1)
+        columns = decay * columns + (1 - decay) * np.square(gradient).mean(0)
+        moment = np.outer(rows, columns) / rows.mean()
+        np.testing.assert_allclose(update["w"], -scale * gradient / np.sqrt(moment), rtol=1e-4)
+    kept = sum(x.size for x in jax.tree.leaves(state[0]) if x.ndim)
+    assert kept == sum(shape) + 1  # the placeholder of the whole moment
+
+
+def test_adafactor_keeps_small_arrays_whole_and_clips():
+    config = optim.Adafactor(learning_rate=1.0, clip_rms=0.5, schedule="constant")
+    gradient = normal(0, 6, 6)
+    params = {"w": jnp.full((6, 6), 2.0)}
+    (update,), _ = follow(config, [{"w": jnp.asarray(gradient)}], params)
+    np.testing.assert_allclose(update["w"], -2.0 * 0.5 * np.sign(gradient), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_state_keeps_its_types(name, dtype):
+    params = {"w": jnp.ones((128, 128), dtype), "b": jnp.ones(4, dtype)}
+    config = optim.named(name)()
+    before = jax.eval_shape(config.build(5, {"w": True, "b": False}).init, params)
+    _, after = follow(config, [params], params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), after
+    )
+
+
+MISTAKES = [
+    (optim.SGD, "learning_rate", -1.0),
+    (optim.SGD, "momentum", 1.0),
+    (optim.SGD, "weight_decay", -0.1),
+    (optim.SGD, "clip_norm", -1.0),
+    (optim.SGD, "decay_fraction", 0.0),
+    (optim.SGD, "warmup_steps", -1),
+    (optim.SGD, "ema", 1.0),
+    (optim.AdamW, "b2", 1.0),
+    (optim.Lion, "b1", -0.1),
+    (optim.Muon, "momentum", 1.5),
+    (optim.Muon, "num_iterations", 0),
+    (optim.Muon, "rms", 0.0),
+    (optim.Adafactor, "decay_rate", 0.0),
+    (optim.Adafactor, "min_dim_factored", 0),
+    (optim.Adafactor, "clip_rms", -1.0),
+    (optim.Adafactor, "momentum", 1.0),
+]
+
+
+@pytest.mark.parametrize("cls,name,value", MISTAKES)
+def test_mistakes_name_the_field_and_the_value(cls, name, value):
     with pytest.raises(ValueError, match=rf"optimizer\.{name}={value}"):
-        optim.SGD(**wrong)
+        cls(**{name: value})
+
+
+def test_a_warm_up_must_end_within_the_run():
+    config = optim.AdamW(warmup_steps=20)
+    assert rates(config, 20, [20]) == pytest.approx([1e-3])
+    with pytest.raises(ValueError, match=r"warmup_steps=20 is more than the 19 steps"):
+        config.rate(19)

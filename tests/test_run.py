@@ -172,6 +172,43 @@ def test_from_python(tmp_path):
     assert run.steps == 50 and run.metrics["eval/accuracy"] > 0.8
 
 
+AUGMENTED = (
+    "--data.augment.crop 1 --data.augment.mixup 0.2 --optimizer.ema 0.98"
+    " --optimizer.schedule constant --optimizer.learning-rate 0.03"
+)
+
+
+def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
+    """Both depend on the step alone; what is evaluated is the average, in training and afterwards."""
+    args = [*AUGMENTED.split(), "--train.steps-per-dispatch", "4", "--log.every", "400"]
+
+    def train(name, steps):
+        more = ["--train.steps", str(steps), "--run.dir", str(tmp_path / name)]
+        return spmd.load("digits", args + more).train()
+
+    train("cut", 102)  # resumes in the middle of what was a dispatch
+    cut, whole = train("cut", 200), train("whole", 200)
+    assert cut.metrics["eval/loss"] == whole.metrics["eval/loss"]
+    assert whole.metrics["eval/accuracy"] > 0.85
+    states = [final_state(tmp_path / name, *args) for name in ("cut", "whole")]
+    for name in states[1]:
+        np.testing.assert_array_equal(states[0][name], states[1][name], err_msg=name)
+    shown = run_cli("eval", *DIGITS, *AUGMENTED.split(), "--run.dir", "whole")
+    measured = json.loads(shown.stdout.splitlines()[-1])
+    assert measured["eval/loss"] == pytest.approx(whole.metrics["eval/loss"], rel=1e-5)
+    refused = run_cli("eval", *DIGITS, "--run.dir", "whole")
+    assert refused.returncode == 2
+    assert "optimizer.ema: 0.98 -> 0.0" in refused.stderr
+    assert "data.augment.mixup: 0.2 -> 0.0" in refused.stderr
+
+
+@pytest.mark.parametrize(("name", "rate"), [("lion", 1e-3), ("muon", 3e-3), ("adafactor", 1e-2)])
+def test_every_optimizer_learns(name, rate, tmp_path):
+    args = ["--optimizer", name, "--optimizer.learning-rate", str(rate), "--train.steps", "150"]
+    args += ["--run.dir", str(tmp_path / "out")]
+    assert spmd.load("digits", args).train().metrics["eval/accuracy"] > 0.9
+
+
 def test_list_and_help_import_no_jax():
     code = (
         "import sys; from spmd.commands import main; main(['--help']); main(['--list']);"

@@ -9,7 +9,7 @@ import textwrap
 from typing import Any
 
 from spmd import mesh, optim, strategies
-from spmd.data import TFDS
+from spmd.data import TFDS, Augment
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
@@ -22,6 +22,7 @@ SHARED: dict[str, tuple[type, ...]] = {
     "run": (RunConfig,),
     "runtime": (RuntimeConfig,),
     "data": (TFDS,),
+    "data.augment": (Augment,),
     "optimizer": tuple(optim.OPTIMIZERS.values()),
     "strategy": tuple(strategies.STRATEGIES.values()),
 }
@@ -60,7 +61,8 @@ def shared_fields() -> str:
         for cls in classes:
             texts = field_help(cls)
             for f in dataclasses.fields(cls):
-                if f.name in seen or "Suppress" in str(f.type):
+                nested = dataclasses.is_dataclass(f.default_factory)  # has its own row in SHARED
+                if f.name in seen or nested or "Suppress" in str(f.type):
                     continue
                 seen.add(f.name)
                 default = "" if f.default is dataclasses.MISSING else repr(f.default)

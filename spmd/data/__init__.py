@@ -31,6 +31,23 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+    """How training images vary from epoch to epoch; the image is the feature of shape [H, W, C]."""
+
+    crop: int = 0
+    """Pads by this many pixels and cuts the old size at a random place; 0 is off."""
+    flip: bool = False
+    """Mirrors half of the images, left and right."""
+    mixup: float = 0.0
+    """Blends two images and their losses by a share from Beta(mixup, mixup); 0 is off (Zhang et al. 2018)."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is on."""
+        return bool(self.crop or self.flip or self.mixup)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Base of the data configs; an experiment file may subclass it and override `open`."""
 
@@ -44,12 +61,54 @@ class DataConfig:
     """Batches read ahead."""
     features: tyro.conf.Suppress[Features] = dataclasses.field(default_factory=dict)
     """Feature name -> (shape, dtype) of one example; the features kept, and what a planner needs."""
+    augment: Augment = dataclasses.field(default_factory=Augment)
+    """How training images are varied."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "threads", "buffer"):
             check(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1")
         for name in ("example_id", "weight"):
             check(name not in self.features, f"the feature name {name!r} is the loader's own")
+        self._check_augment()
+
+    def _check_augment(self) -> None:
+        how = self.augment
+        check(how.crop >= 0, f"data.augment.crop={how.crop} must not be negative")
+        check(how.mixup >= 0, f"data.augment.mixup={how.mixup} must not be negative")
+        if not how.active:
+            return
+        height, width, _ = self.features[self.image()][0]
+        check(
+            how.crop < min(height, width),
+            f"data.augment.crop={how.crop} must be less than the image's {height} x {width} pixels",
+        )
+        if how.mixup:
+            check(
+                bool(self.labels()),
+                "data.augment.mixup needs a label, an integer feature of shape [];"
+                f" the features are {self._shown()}",
+            )
+            for name in ("mix", *(f"{label}_b" for label in self.labels())):
+                check(
+                    name not in self.features,
+                    f"with data.augment.mixup the feature name {name!r} is the loader's own",
+                )
+
+    def _shown(self) -> str:
+        return ", ".join(f"{k} {d}{list(s)}" for k, (s, d) in self.features.items()) or "none"
+
+    def image(self) -> str:
+        """Name of the one feature of shape [H, W, C]; ValueError when there is none, or more."""
+        found = [name for name, (shape, _) in self.features.items() if len(shape) == 3]
+        check(
+            len(found) == 1,
+            f"data.augment needs one image, a feature of shape [H, W, C]; the features are {self._shown()}",
+        )
+        return found[0]
+
+    def labels(self) -> list[str]:
+        """Names of the integer features of shape []."""
+        return [k for k, (shape, d) in self.features.items() if not shape and "int" in d]
 
     def open(self, split: Split) -> Source:
         """The source of a split."""
@@ -60,6 +119,12 @@ class DataConfig:
         batch = {
             name: ((batch_size, *shape), dtype) for name, (shape, dtype) in self.features.items()
         }
+        if self.augment.mixup:
+            name, labels = self.image(), self.labels()
+            shape, dtype = batch[name]
+            batch[name] = (shape, dtype if "float" in dtype else "float32")
+            batch |= {f"{label}_b": batch[label] for label in labels}
+            batch["mix"] = ((batch_size,), "float32")
         return batch | {
             "example_id": ((batch_size,), "int32"),
             "weight": ((batch_size,), "float32"),

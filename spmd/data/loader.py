@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd.data import Source
+from spmd.data.augment import Transform
 
 
 class Order:
@@ -58,9 +59,11 @@ class _Dispatches:
         start: int,
         stop: int,
         steps: int,
+        transform: Transform | None,
     ):
         self._source, self._order, self._batch_size, self._rows = source, order, batch_size, rows
         self._start, self._stop, self._steps = start, stop, steps
+        self._transform = transform
 
     def __len__(self) -> int:
         return -(-(self._stop - self._start) // self._steps)
@@ -69,11 +72,14 @@ class _Dispatches:
         first = self._start + index * self._steps
         num = min(self._steps, self._stop - first)
         steps_S1 = np.arange(first, first + num, dtype=np.int64)[:, None]
-        examples = self._order[(steps_S1 * self._batch_size + self._rows).ravel()]
+        positions = (steps_S1 * self._batch_size + self._rows).ravel()
+        examples = self._order[positions]
         batch = self._source.take(examples) | {
             "example_id": examples.astype(np.int32),
             "weight": np.ones(len(examples), np.float32),
         }
+        if self._transform is not None:
+            batch = self._transform(batch, positions)
         if self._steps == 1:
             return batch
         return {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.items()}
@@ -90,17 +96,20 @@ def train_batches(
     rows: np.ndarray | None = None,
     threads: int = 2,
     buffer: int = 4,
+    transform: Transform | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Host batches for steps [start, stop): {feature: [b, ...]} plus example_id [b], weight [b].
 
     rows: which rows of the global batch this process loads (default all; b of them).
     steps_per_dispatch S > 1: leaves are [S, b, ...]; the last may hold fewer steps.
+    transform: (batch, stream positions) -> batch; see spmd.data.augment.
     """
     import grain
 
     rows = np.arange(batch_size) if rows is None else rows
+    order = Order(seed, len(source))
     dispatches = _Dispatches(
-        source, Order(seed, len(source)), batch_size, rows, start, stop, steps_per_dispatch
+        source, order, batch_size, rows, start, stop, steps_per_dispatch, transform
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     yield from grain.MapDataset.source(dispatches).to_iter_dataset(options)

@@ -40,7 +40,17 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
 
 def prepared_dir(config: TFDS) -> Path | None:
     """Where the prepared set lies (the newest version unless one is named), or None."""
-    name, sub, version = parse_name(config.name)
+    version = parse_name(config.name)[2]
+    for versions in _prepared(config):
+        chosen = [p for p in versions if version in (None, p.name)]
+        if chosen:
+            return chosen[-1]
+    return None
+
+
+def _prepared(config: TFDS) -> Iterator[list[Path]]:
+    """For each root the directories of the set's prepared versions, ascending."""
+    name, sub, _ = parse_name(config.name)
     roots = [Path(data_root(config.dir))]
     if name in EMBEDDED:
         roots.append(Path(cache_root(config.cache_dir)) / "tfds")
@@ -49,18 +59,14 @@ def prepared_dir(config: TFDS) -> Path | None:
         found = [info.parent for info in base.glob("*/dataset_info.json")] or [
             info.parent for info in base.glob("*/*/dataset_info.json") if not sub
         ]
-        versions = [
-            p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name) and version in (None, p.name)
-        ]
-        if versions:
-            return max(versions, key=lambda p: tuple(map(int, p.name.split("."))))
-    return None
+        versions = [p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
+        yield sorted(versions, key=lambda p: tuple(map(int, p.name.split("."))))
 
 
 def find(config: TFDS) -> Path:
     """The prepared directory; embedded sets are prepared in the cache on first use."""
     root = data_root(config.dir)
-    name, _, _ = parse_name(config.name)
+    name, _, version = parse_name(config.name)
     check(
         not config.dir or os.path.isdir(root),
         f"data.dir={config.dir!r} is no directory; give one that holds prepared TFDS sets,"
@@ -70,6 +76,12 @@ def find(config: TFDS) -> Path:
     if found is None and name in EMBEDDED:
         prepare(config, str(Path(cache_root(config.cache_dir)) / "tfds"))
         found = prepared_dir(config)
+    others = [p.name for versions in _prepared(config) for p in versions]
+    check(
+        found is not None or not others,
+        f"data set {config.name!r}: version {version} is not prepared in {root};"
+        f" there: {', '.join(others)}. Name one of these, or no version for the newest",
+    )
     if found is None:
         there = (
             sorted(p.name for p in Path(root).iterdir() if p.is_dir())
@@ -110,14 +122,20 @@ def prepare(config: TFDS, root: str) -> None:
 
     import tensorflow_datasets as tfds
 
-    name, _, _ = parse_name(config.name)
+    name, _, version = parse_name(config.name)
     given = root == data_root(config.dir)
     fields = "--data.dir or TFDS_DATA_DIR" if given else "--data.cache-dir or SPMD_CACHE_DIR"
     _scratch(Path(root), fields).rmdir()
     with quiet():
         if name in EMBEDDED:
+            embedded = builder(name, root)
+            check(
+                version in (None, str(embedded.version)),
+                f"data set {config.name!r}: there is no version {version} of the embedded set {name!r};"
+                f" name {embedded.version}, or no version",
+            )
             with contextlib.suppress(FileExistsError):  # another process was faster
-                builder(name, root).download_and_prepare()
+                embedded.download_and_prepare()
             return
         check(
             importlib.util.find_spec("tensorflow") is not None,
@@ -159,15 +177,20 @@ def open_split(config: TFDS, split: str) -> ArraySource:
     arrays = {
         f: np.load(cache / f"{f}.npy", mmap_mode="r", allow_pickle=False) for f in config.features
     }
-    bound = lambda text, default: default if text is None else _bound(text, sizes[name])
+    bound = lambda text, default: default if text is None else _bound(text, sizes[name], split)
     return ArraySource(
         arrays, config.features, bound(match["start"], 0), bound(match["stop"], sizes[name])
     )
 
 
-def _bound(text: str, total: int) -> int:
-    value = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text)
-    return min(max(value + total if value < 0 else value, 0), total)
+def _bound(text: str, total: int, split: str) -> int:
+    """Index of one side of a slice; ValueError beyond the split."""
+    percent = text.endswith("%")
+    number, limit = int(text.removesuffix("%")), 100 if percent else total
+    has = "100%" if percent else f"{total} examples"
+    check(abs(number) <= limit, f"split {split!r}: {text} is beyond the split, which has {has}")
+    value = round(number * total / 100) if percent else number
+    return value + total if number < 0 else value
 
 
 def _cache(config: TFDS, directory: Path, split: str) -> Path:

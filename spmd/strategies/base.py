@@ -30,6 +30,7 @@ class TrainState:
     opt_state: Any
     key: Any  # uint32 [2]: key data of the run's seed, folded with step, never advanced
     strategy_state: Any  # residuals, queues, outer parameters
+    ema: Any  # moving average of the parameters, float32 at least; {} when off
 
 
 class Strategy(NamedTuple):
@@ -47,6 +48,7 @@ class Parts(NamedTuple):
     """What a strategy is built from; nothing in it knows of models or data.
 
     task: spmd.tasks.Task. batch: abstract global batch. rate: learning rate by step.
+    ema: decay of the moving average of the parameters; 0 is off.
     """
 
     task: Any
@@ -55,6 +57,12 @@ class Parts(NamedTuple):
     mesh: Mesh
     batch: Any
     accumulate: int = 1
+    ema: float = 0.0
+
+
+def widened(params: PyTree) -> PyTree:
+    """A copy of the parameters in float32 at least: bf16 would swallow the steps of an average."""
+    return jax.tree.map(lambda p: jnp.array(p, tree.wide(p.dtype), copy=True), params)
 
 
 def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
@@ -74,13 +82,17 @@ def initial(parts: Parts, shardings: TrainState) -> Callable[[jax.Array], TrainS
             opt_state=parts.tx.init(params),
             key=jax.random.key_data(key),
             strategy_state={},
+            ema=widened(params) if parts.ema else {},
         )
 
     return jax.jit(init, out_shardings=shardings)
 
 
 def shardings_of(parts: Parts, params: PyTree, moments: PyTree) -> TrainState:
-    """State shardings from those of the parameters and of parameter-shaped optimizer leaves."""
+    """State shardings from those of the parameters and of parameter-shaped optimizer leaves.
+
+    The moving average lies as the moments do: it is read only by the update, so ZeRO-1 cuts it too.
+    """
     mesh = parts.mesh
     shapes, model_state = abstract_params(parts)
     opt_state = jax.eval_shape(parts.tx.init, shapes)
@@ -92,6 +104,7 @@ def shardings_of(parts: Parts, params: PyTree, moments: PyTree) -> TrainState:
         opt_state=sharding.opt_shardings(parts.tx, opt_state, shapes, moments, mesh),
         key=whole,
         strategy_state={},
+        ema=moments if parts.ema else {},
     )
 
 
@@ -123,10 +136,32 @@ def update(
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
         updates, opt_state = parts.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    new = dataclasses.replace(state, params=params, model_state=model_state, opt_state=opt_state)
+    new = dataclasses.replace(
+        state,
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        ema=averaged(parts, state, params),
+    )
     # Donation makes a host-side skip impossible: the choice is made here.
     kept = tree.select(finite, new, state)
     return dataclasses.replace(kept, step=state.step + 1), metrics
+
+
+def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:
+    """The moving average after the update to `params`; {} when off.
+
+    The decay is at most (1 + t) / (10 + t) at step t, so that the initial parameters soon weigh nothing.
+    """
+    if not parts.ema:
+        return {}
+    step = state.step.astype(jnp.float32)
+    decay = jnp.minimum(parts.ema, (1 + step) / (10 + step))
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old + (1 - decay).astype(old.dtype) * (new.astype(old.dtype) - old)
+
+    return jax.tree.map(average, state.ema, params)
 
 
 def finish(parts: Parts, shardings: TrainState, step: Callable[..., Any]) -> Strategy:
@@ -134,7 +169,14 @@ def finish(parts: Parts, shardings: TrainState, step: Callable[..., Any]) -> Str
     batches = batch_shardings(parts)
 
     def with_params(state: TrainState, params: PyTree) -> TrainState:
-        return dataclasses.replace(state, params=jax.device_put(params, shardings.params))
+        ema = jax.device_put(widened(params), shardings.ema) if parts.ema else {}
+        return dataclasses.replace(state, params=jax.device_put(params, shardings.params), ema=ema)
+
+    def eval_variables(state: TrainState) -> tuple[PyTree, PyTree]:
+        if not parts.ema:
+            return state.params, state.model_state
+        narrow = lambda average, p: average.astype(p.dtype)
+        return jax.tree.map(narrow, state.ema, state.params), state.model_state
 
     return Strategy(
         init=initial(parts, shardings),
@@ -145,7 +187,7 @@ def finish(parts: Parts, shardings: TrainState, step: Callable[..., Any]) -> Str
             donate_argnums=0,
         ),
         with_params=with_params,
-        eval_variables=lambda state: (state.params, state.model_state),
+        eval_variables=eval_variables,
         state_shardings=shardings,
         batch_shardings=batches,
     )

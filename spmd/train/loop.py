@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from spmd.data import DataConfig, loader
+from spmd.data import DataConfig, augment, loader
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.stop import Votes, catching
 from spmd.runtime.watchdog import Watchdog
@@ -90,6 +90,7 @@ def _batches(program: Program, train: TrainConfig, start: int) -> Iterator[dict[
         rows=loader.process_rows(placed, data.batch_size),
         threads=data.threads,
         buffer=data.buffer,
+        transform=augment.transform(data, program.source, program.seed),
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -38,11 +38,17 @@ class Refused(ValueError):
 
 
 def claim(
-    directory: str, name: str, config: dict[str, Any], identity: dict[str, Any], *, fresh: bool
+    directory: str,
+    name: str,
+    config: dict[str, Any],
+    identity: dict[str, Any],
+    *,
+    fresh: bool,
+    defaults: Mapping[str, Any] | None = None,
 ) -> epath.Path:
     """Opens the run directory, or creates it with its config.json; ValueError when it is another run's.
 
-    config: the resolved configuration as JSON types. identity: flat identity fields.
+    config: the resolved configuration as JSON types. identity, defaults: as in same_identity.
     """
     path = locate(directory, name)
     if path.exists() and not path.is_dir():
@@ -62,7 +68,7 @@ def claim(
         path.rename(aside)
         print(f"moved the old run to {shown(aside)}")
     elif entries:
-        same_identity(path, identity)
+        same_identity(path, identity, defaults)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
     if not known.exists():
@@ -87,8 +93,13 @@ def _writing(path: epath.Path) -> Iterator[None]:
         ) from None
 
 
-def same_identity(path: epath.Path, identity: dict[str, Any]) -> None:
-    """ValueError with the differing fields when the directory's run is another one."""
+def same_identity(
+    path: epath.Path, identity: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """ValueError with the differing fields when the directory's run is another one.
+
+    identity: flat identity fields. defaults: what a field had that is newer than the directory.
+    """
     known = path / "config.json"
     try:
         before = {**json.loads(known.read_text())["identity"]}
@@ -99,6 +110,8 @@ def same_identity(path: epath.Path, identity: dict[str, Any]) -> None:
         ) from None
     missing = "(absent)"
     now = json.loads(json.dumps(identity))
+    newer = now.keys() - before.keys()
+    before |= {k: v for k, v in json.loads(json.dumps(defaults or {})).items() if k in newer}
     diff = [
         f"  {k}: {before.get(k, missing)} -> {now.get(k, missing)}"
         for k in sorted({*before, *now})

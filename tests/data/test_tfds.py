@@ -141,12 +141,15 @@ MISTAKES = {
     "capital": ({"name": "Mnist!"}, "not a TFDS name"),
     "not prepared": ({"name": "mnist"}, "python run.py data prepare"),
     "near name": ({"name": "digit"}, "Did you mean 'digits'"),
-    "version": ({"name": "digits:9.9.9"}, "'digits:9.9.9' is not prepared"),
+    "version": ({"name": "digits:9.9.9"}, "no version 9.9.9 of the embedded set.*name 1.0.0"),
     "dir": ({"dir": "nowhere"}, "is no directory"),
     "split": ({"train_split": "trian"}, r"Did you mean 'train'\? It has: train \(1438 examples\)"),
     "slice": ({"train_split": "train[5"}, "start:stop"),
     "empty": ({"train_split": "train[5:5]"}, "no examples"),
-    "behind the end": ({"train_split": "train[2000:]"}, "no examples"),
+    "behind the end": ({"train_split": "train[2000:]"}, "2000 is beyond .* has 1438 examples"),
+    "before the start": ({"train_split": "train[-1439:]"}, "-1439 is beyond .* has 1438 examples"),
+    "percent": ({"train_split": "train[:150%]"}, "150% is beyond the split, which has 100%"),
+    "negative percent": ({"train_split": "train[-101%:]"}, "-101% is beyond the split"),
     "feature": ({"features": {"imag": ((8, 8, 1), "uint8")}}, "Did you mean 'image'"),
     "no features": ({"features": {}}, "data.features is empty"),
     "shape": ({"features": {"image": ((9, 8, 1), "uint8")}}, r"declares uint8\[9, 8, 1\]"),
@@ -194,6 +197,12 @@ def test_the_newest_version_is_read(tmp_path):
     assert found("digits") == sets / "0.10.0"
     assert found("digits:0.9.0") == sets / "0.9.0"
     assert found("digits:1.0.0") is None
+    shutil.copytree(sets, tmp_path / "stock/other")
+    given = {"dir": str(tmp_path / "stock"), "cache_dir": str(tmp_path)}
+    with pytest.raises(
+        ValueError, match=r"version 1\.0\.0 is not prepared.*there: 0\.9\.0, 0\.10\.0"
+    ):
+        tfds.find(digits(name="other:1.0.0", **given))
 
 
 def test_arrays_of_the_experiment():

@@ -1,0 +1,85 @@
+"""Identity of configurations: what a run directory holds fixed, also over an upgrade."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from etils import epath
+
+from spmd import fields
+from spmd.experiment import find, from_file
+from spmd.fields import free
+from spmd.train import rundir
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int
+    rate: float = 0.5
+    threads: int = free(2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other:
+    rate: float = 0.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    model: Inner
+    chosen: Any = Other()
+    made: Other = dataclasses.field(default_factory=lambda: Other(rate=3.0))
+    widths: tuple[int, ...] = (1, 2)
+
+
+def test_defaults_are_those_of_the_classes():
+    config = Config(model=Inner(size=3, rate=0.7), chosen=Inner(size=1), widths=(9,))
+    assert fields.defaults(config) == {
+        "model.rate": 0.5,
+        "chosen.rate": 0.5,  # of the class that is chosen now, not of the default one
+        "made.class": "Other",
+        "made.rate": 3.0,  # the field's own default goes before the class's
+        "widths": [1, 2],
+    }
+    assert fields.defaults(config).keys() <= fields.identity(config).keys()
+
+
+def directory(tmp_path, identity):
+    (tmp_path / "config.json").write_text(json.dumps({"identity": identity}))
+    return epath.Path(tmp_path)
+
+
+def test_a_field_that_a_run_did_not_know_had_its_default(tmp_path):
+    config = Config(model=Inner(size=3))
+    old = {k: v for k, v in fields.identity(config).items() if k in ("class", "model.size")}
+    path = directory(tmp_path, old | {"model.class": "Inner", "chosen.class": "Other"})
+    same = lambda now: rundir.same_identity(path, fields.identity(now), fields.defaults(now))
+    same(config)
+    for changed, line in (
+        ({"widths": (1, 3)}, r"widths: \[1, 2\] -> \[1, 3\]"),
+        ({"model": Inner(size=3, rate=0.1)}, r"model.rate: 0.5 -> 0.1"),
+        ({"model": Inner(size=4)}, r"model.size: 3 -> 4"),
+        ({"chosen": Inner(size=1)}, r"chosen.size: \(absent\) -> 1"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            same(dataclasses.replace(config, **changed))
+
+
+def test_a_field_that_is_gone_is_a_difference(tmp_path):
+    config = Config(model=Inner(size=3))
+    path = directory(tmp_path, fields.identity(config) | {"model.bias": True})
+    with pytest.raises(ValueError, match=r"model.bias: True -> \(absent\)"):
+        rundir.same_identity(path, fields.identity(config), fields.defaults(config))
+
+
+def test_a_digits_run_from_before_the_average_goes_on(tmp_path):
+    exp = from_file(find("digits"))
+    old = {k: v for k, v in exp.identity().items() if k != "optimizer.ema"}
+    path = directory(tmp_path, old)
+    rundir.same_identity(path, exp.identity(), fields.defaults(exp))
+    averaged = dataclasses.replace(exp, optimizer=dataclasses.replace(exp.optimizer, ema=0.9))
+    with pytest.raises(ValueError, match=r"optimizer.ema: 0.0 -> 0.9"):
+        rundir.same_identity(path, averaged.identity(), fields.defaults(averaged))
