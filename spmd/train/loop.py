@@ -282,7 +282,11 @@ def fit(
         while step < program.num_steps:
             measured = {}
             with clock("input"):
-                batch = loader.put(next(batches), placed, data.batch_size)
+                batch: Any = next(batches)
+                if (
+                    jax.process_count() > 1
+                ):  # else the step's own jit places it, far faster than put
+                    batch = loader.put(batch, placed, data.batch_size)
             num = batch["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
             with clock(
                 "step" if num in compiled else "compile"
