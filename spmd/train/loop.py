@@ -283,9 +283,8 @@ def fit(
             measured = {}
             with clock("input"):
                 batch: Any = next(batches)
-                if (
-                    jax.process_count() > 1
-                ):  # else the step's own jit places it, far faster than put
+                # The step's jit places a host batch far faster than put, but only within one process.
+                if jax.process_count() > 1:
                     batch = loader.put(batch, placed, data.batch_size)
             num = batch["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
             with clock(
