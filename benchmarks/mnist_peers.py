@@ -81,6 +81,7 @@ CONTESTANTS = {
     "allreduce": _ours(2, 1, "allreduce"),
     "torch": Contestant("PyTorch, one process", "pytorch", {"world": 1}, 150),
 }
+QUICK = ("ours", "plain", "ddp", "allreduce_scan")  # each kind of process once
 # (contestant, peer, figure to reach on two cores or None)
 RATIOS = (
     ("ours", "plain", 0.95),
@@ -360,11 +361,15 @@ def main() -> None:
     parser.add_argument("--data-dir", default="", help="a prepared TFDS mnist")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", default="", help="write the numbers there too")
-    parser.add_argument("--quick", action="store_true", help="one short round: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round of a few: does it run?"
+    )
     parser.add_argument("--only", nargs="*", choices=CONTESTANTS, help="only these contestants")
     parser.add_argument("--child", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} must be at least 1")
     if args.child:
         one = CONTESTANTS[args.child]
         places = {"run_dir": str(args.scratch / args.child), "data_dir": args.data_dir}
@@ -373,7 +378,7 @@ def main() -> None:
         return
     if args.quick:
         args.rounds = 1
-    names = list(args.only or CONTESTANTS)
+    names = list(args.only or (QUICK if args.quick else CONTESTANTS))
     if not importlib.util.find_spec("torch"):
         names = [name for name in names if CONTESTANTS[name].run != "pytorch"]
         print("without PyTorch; to measure it too: pip install -r requirements/peers.txt")
