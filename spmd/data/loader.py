@@ -47,8 +47,11 @@ class Order:
         return out
 
 
-class _Dispatches:
-    """Random access to dispatches: what grain's threads call."""
+class _Reads:
+    """Random access to reads, each a list of dispatches: what grain's threads call.
+
+    A read gathers `dispatches` of them at once: handing over a small batch costs more than reading it.
+    """
 
     def __init__(
         self,
@@ -60,17 +63,19 @@ class _Dispatches:
         stop: int,
         steps: int,
         transform: Transform | None,
+        dispatches: int,
     ):
         self._source, self._order, self._batch_size, self._rows = source, order, batch_size, rows
         self._start, self._stop, self._steps = start, stop, steps
         self._transform = transform
+        self._read_steps = steps * dispatches
 
     def __len__(self) -> int:
-        return -(-(self._stop - self._start) // self._steps)
+        return -(-(self._stop - self._start) // self._read_steps)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        first = self._start + index * self._steps
-        num = min(self._steps, self._stop - first)
+    def __getitem__(self, index: int) -> list[dict[str, np.ndarray]]:
+        first = self._start + index * self._read_steps
+        num = min(self._read_steps, self._stop - first)
         steps_S1 = np.arange(first, first + num, dtype=np.int64)[:, None]
         positions = (steps_S1 * self._batch_size + self._rows).ravel()
         examples = self._order[positions]
@@ -80,9 +85,14 @@ class _Dispatches:
         }
         if self._transform is not None:
             batch = self._transform(batch, positions)
+        by_step = {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.items()}
         if self._steps == 1:
-            return batch
-        return {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.items()}
+            return [{name: x[i] for name, x in by_step.items()} for i in range(num)]
+        cuts = [slice(i, i + self._steps) for i in range(0, num, self._steps)]
+        return [{name: x[cut] for name, x in by_step.items()} for cut in cuts]
+
+
+READ_BYTES = 2**20  # a read gathers dispatches up to here
 
 
 def train_batches(
@@ -106,13 +116,25 @@ def train_batches(
     """
     import grain
 
+    if start >= stop:
+        return
     rows = np.arange(batch_size) if rows is None else rows
-    order = Order(seed, len(source))
-    dispatches = _Dispatches(
-        source, order, batch_size, rows, start, stop, steps_per_dispatch, transform
+    example = source.take(np.zeros(1, np.int64))
+    num_bytes = sum(x.nbytes for x in example.values()) * len(rows) * steps_per_dispatch
+    reads = _Reads(
+        source,
+        Order(seed, len(source)),
+        batch_size,
+        rows,
+        start,
+        stop,
+        steps_per_dispatch,
+        transform,
+        max(READ_BYTES // num_bytes, 1),
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
-    yield from grain.MapDataset.source(dispatches).to_iter_dataset(options)
+    for read in grain.MapDataset.source(reads).to_iter_dataset(options):
+        yield from read
 
 
 def position(step: int, batch_size: int, num_examples: int) -> dict[str, int]:

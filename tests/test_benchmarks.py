@@ -1,0 +1,47 @@
+"""Each script of benchmarks/ runs without further arguments and prints its table; no time is asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TITLES = {
+    "input_pipeline": ["steps per item"],
+    "mnist_peers": [
+        "spmd, one device, 1 per dispatch",
+        "2 simulated devices, allreduce, 32 per dispatch",
+        "within rounds",
+    ],
+}
+
+
+def bench(name, *args):
+    """A script in its own process, cut short; its standard output."""
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / f"{name}.py"), "--quick", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (REPOSITORY / "benchmarks").glob("*.py")))
+def test_prints_its_table(name, tmp_path):
+    out = tmp_path / "numbers.json"
+    shown = bench(name, *(["--json", str(out)] if name == "mnist_peers" else []))
+    for title in TITLES[name]:
+        assert title in shown
+    if name == "mnist_peers":
+        numbers = json.loads(out.read_text())
+        speeds = numbers["images/s"]
+        torch = importlib.util.find_spec("torch") is not None
+        assert ("ddp" in speeds) == torch
+        assert ("pip install -r requirements/peers.txt" in shown) != torch
+        assert all(len(each) == 1 and each[0] > 0 for each in speeds.values())
+        first = numbers["ratios"][0]
+        assert first["median"] == pytest.approx(speeds["ours"][0] / speeds["plain"][0])
