@@ -78,14 +78,17 @@ class Experiment:
     # ---- what it builds
 
     def setup(self) -> bool:
-        """Prepares jax before its backend starts: the run's other processes, simulated devices, x64.
+        """Prepares jax before its backend starts: compilation cache, the run's other processes, simulated
+        devices, x64.
 
         Returns whether the run has several processes.
         """
         import jax
 
+        from spmd.runtime import compiled
         from spmd.runtime.join import join
 
+        compiled.use(self.run.compile_cache)
         several = join(self.runtime, self._facts())
         if self.simulate:
             mesh.simulate(self.simulate)
@@ -95,7 +98,7 @@ class Experiment:
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same in all processes of a run: versions, and every field but places."""
-        own = ("runtime.", "data.dir", "data.cache_dir")
+        own = ("runtime.", "data.dir", "data.cache_dir", "run.compile_cache")
         fields_ = {k: v for k, v in fields.flatten(self).items() if not k.startswith(own)}
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
         return versions | fields_

@@ -94,3 +94,6 @@ class RunConfig:
     """Run directory; empty is runs/NAME."""
     fresh: bool = free(False)
     """Move an existing run aside and start anew."""
+    compile_cache: str = free("")
+    """Directory of compiled programs; empty is $JAX_COMPILATION_CACHE_DIR, else ~/.cache/spmd/compiled;
+    off keeps none."""
