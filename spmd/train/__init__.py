@@ -81,9 +81,17 @@ class LogConfig:
     """Write TensorBoard events too."""
     examples: bool = free(False)
     """Write which examples each step was trained on: examples-PROCESS.jsonl."""
+    profile: str = free("")
+    """Steps to trace with the profiler, FIRST:LAST, into RUN/profile."""
 
     def __post_init__(self) -> None:
         check(self.every >= 1, f"log.every={self.every} must be at least 1")
+        first, _, last = self.profile.partition(":")
+        check(
+            not self.profile
+            or (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)),
+            f"log.profile={self.profile!r} must be FIRST:LAST, steps from 1 on, for example 20:30",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

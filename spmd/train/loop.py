@@ -22,6 +22,7 @@ from spmd.train.checkpoint import Checkpoints
 from spmd.train.evaluate import evaluator
 from spmd.train.log import Clock, Log
 from spmd.train.metrics import Writer
+from spmd.train.profile import Profile
 
 
 class Program(NamedTuple):
@@ -138,6 +139,8 @@ def fit(
         bar = progress.Bar(program.num_steps, step, data.batch_size)
         closing.callback(bar.close)
         logs = Log(writer, bar, log, train.nonfinite, step)
+        profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
+        closing.callback(profile.close)
         evaluate = evaluator(program.task, program.mesh, data.open("eval"), data.eval_batch_size)
         epoch = max(1, round(len(program.source) / data.batch_size))
         eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
@@ -181,12 +184,14 @@ def fit(
         compiled: set[int] = set()
         while step < program.num_steps:
             measured = {}
+            profile.start_at(step, logs.drain)
             with clock("input"):
                 host = next(batches)
                 batch = loader.put(host, placed, data.batch_size)
             num = host["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
             # jit returns once it has compiled
-            with clock("step" if num in compiled else "compile"):
+            traced = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
+            with clock("step" if num in compiled else "compile"), traced:
                 compiled.add(num)
                 state, metrics = strategy.step(state, batch)
                 if votes is not None:
@@ -195,6 +200,8 @@ def fit(
             writer.examples(before, host["example_id"])
             with clock("step"):
                 logs.add(step, metrics, train.steps_in_flight)
+            if profile.stop_at(step, logs.drain):
+                bar.restart_clock()
             if stopping():
                 break
             if step < program.num_steps:
