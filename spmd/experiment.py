@@ -157,13 +157,16 @@ class Experiment:
     def train_run(self) -> Run:
         """Trains, or resumes what is in the run directory; returns the finished run."""
         from spmd.runtime import agree
-        from spmd.train import loop, rundir
+        from spmd.train import loop, rundir, tracker
 
         program = self.build()
         place = (self.run.dir, self.name, self.config(), self.identity())
-        opened = agree.from_first(
-            lambda: str(rundir.claim(*place, fresh=self.run.fresh)), "opening the run directory"
-        )
+
+        def claim() -> str:
+            tracker.ready(self.log.wandb)
+            return str(rundir.claim(*place, fresh=self.run.fresh))
+
+        opened = agree.from_first(claim, "opening the run directory")
         path = rundir.locate(opened, self.name)
         done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
         if done and done["steps"] >= program.num_steps:

@@ -81,6 +81,8 @@ class LogConfig:
     """Write TensorBoard events too."""
     examples: bool = free(False)
     """Write which examples each step was trained on: examples-PROCESS.jsonl."""
+    wandb: str = free("")
+    """Project of Weights & Biases to send metrics to as well (pip install wandb; honours WANDB_MODE)."""
     profile: str = free("")
     """Steps to trace with the profiler, FIRST:LAST, into RUN/profile."""
 

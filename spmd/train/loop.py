@@ -134,7 +134,7 @@ def fit(
         placed = jax.tree.leaves(strategy.batch_shardings)[0]
         batches = _batches(program, train, step)
         # ---- output
-        writer = Writer(directory, step, log)
+        writer = Writer(directory, step, log, config)
         closing.callback(writer.close)
         bar = progress.Bar(program.num_steps, step, data.batch_size)
         closing.callback(bar.close)
