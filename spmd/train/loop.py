@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from spmd import flops
 from spmd.data import DataConfig, loader
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.stop import Votes, catching
@@ -40,6 +41,11 @@ class Program(NamedTuple):
     def abstract_state(self) -> base.TrainState:
         """Shapes and dtypes of the state."""
         return jax.eval_shape(self.strategy.init, jax.random.key(0))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the global batch."""
+        shapes = self.data.abstract_batch(self.data.batch_size)
+        return {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in shapes.items()}
 
 
 class Stopped(Exception):
@@ -136,7 +142,7 @@ def fit(
         # ---- output
         writer = Writer(directory, step, log, config)
         closing.callback(writer.close)
-        bar = progress.Bar(program.num_steps, step, data.batch_size)
+        bar = progress.Bar(program.num_steps, step, data.batch_size, program.mesh)
         closing.callback(bar.close)
         logs = Log(writer, bar, log, train.nonfinite, step)
         profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
@@ -196,6 +202,8 @@ def fit(
                 state, metrics = strategy.step(state, batch)
                 if votes is not None:
                     metrics = metrics | {"stop": votes.cast(stop.signum)}
+            if not bar.work:  # while the devices are at their first step
+                bar.work = flops.of_step(program.task, program.abstract_batch())
             before, step = step, step + num
             writer.examples(before, host["example_id"])
             with clock("step"):
