@@ -81,12 +81,13 @@ def usage(work: Mapping[str, int], seconds: float, devices: Sequence[Any]) -> di
 class Bar:
     """A rich progress bar on a terminal, one plain line for each report elsewhere.
 
-    work: model FLOPs of a step, by dtype, once they are counted.
+    chip: the device, if it is in the table. work: model FLOPs of a step, by dtype, once they are counted.
     """
 
     def __init__(self, num_steps: int, step: int, batch_size: int, mesh: jax.sharding.Mesh):
         self._num_steps, self._batch_size = num_steps, batch_size
         self._devices = list(mesh.devices.flat)
+        self.chip = hardware.chip(self._devices[0].device_kind)
         self.work: Mapping[str, int] = {}
         self._at, self._time = step, time.perf_counter()
         self._eval = ""

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from etils import epath
 
+import spmd
 from spmd import hardware
+from spmd.train import metrics
 from spmd.train.progress import usage
 
 
@@ -40,6 +43,23 @@ def test_an_unknown_chip_or_dtype_has_no_mfu():
 def test_memory_of_other_hosts_is_not_asked_for():
     both = [device("TPU v4", {"peak_bytes_in_use": 10**9}), device("TPU v4", None, process=1)]
     assert usage({}, 1.0, both) == {"train/memory_gb": 1.0}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_logs_mfu_where_the_chip_is_known(tmp_path, monkeypatch, capsys, known):
+    if known:
+        row = hardware.Chip("cpu", {"float32": 1e15}, 2**34, 1e11, "none: the row that a CPU lacks")
+        monkeypatch.setitem(hardware.CHIPS, "cpu", row)
+    words = ["--simulate", "2", "--train.steps", "4", "--log.every", "2"]
+    spmd.load("digits", [*words, "--run.dir", str(tmp_path)]).train()
+    lines = [x for x in metrics.read(epath.Path(tmp_path)) if "train/loss" in x]
+    assert [x["step"] for x in lines] == [2, 4]
+    assert all(("train/mfu" in x) == known for x in lines)
+    assert ("MFU" in capsys.readouterr().out) == known
+    if known:
+        work = 3 * 2 * 64 * (64 * 256 + 256 * 128 + 128 * 10)  # over two devices
+        last = lines[-1]
+        assert last["train/mfu"] == pytest.approx(work / 2 / 1e15 / last["train/step_seconds"])
 
 
 def test_a_cpu_has_tflops_only():
