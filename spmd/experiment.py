@@ -78,14 +78,17 @@ class Experiment:
     # ---- what it builds
 
     def setup(self) -> bool:
-        """Prepares jax before its backend starts: the run's other processes, simulated devices, x64.
+        """Prepares jax before its backend starts: compilation cache, the run's other processes, simulated
+        devices, x64.
 
         Returns whether the run has several processes.
         """
         import jax
 
+        from spmd.runtime import compiled
         from spmd.runtime.join import join
 
+        compiled.use(self.run.compile_cache)
         several = join(self.runtime, self._facts())
         if self.simulate:
             mesh.simulate(self.simulate)
@@ -95,7 +98,7 @@ class Experiment:
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same in all processes of a run: versions, and every field but places."""
-        own = ("runtime.", "data.dir", "data.cache_dir")
+        own = ("runtime.", "data.dir", "data.cache_dir", "run.compile_cache")
         fields_ = {k: v for k, v in fields.flatten(self).items() if not k.startswith(own)}
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
         return versions | fields_
@@ -155,14 +158,17 @@ class Experiment:
     def train_run(self) -> Run:
         """Trains, or resumes what is in the run directory; returns the finished run."""
         from spmd.runtime import agree
-        from spmd.train import loop, rundir
+        from spmd.train import loop, rundir, tracker
 
         program = self.build()
         place = (self.run.dir, self.name, self.config(), self.identity())
-        opened = agree.from_first(
-            lambda: str(rundir.claim(*place, fresh=self.run.fresh, defaults=fields.defaults(self))),
-            "opening the run directory",
-        )
+
+        def claim() -> str:
+            tracker.ready(self.log.wandb)
+            defaults = fields.defaults(self)
+            return str(rundir.claim(*place, fresh=self.run.fresh, defaults=defaults))
+
+        opened = agree.from_first(claim, "opening the run directory")
         path = rundir.locate(opened, self.name)
         done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
         if done and done["steps"] >= program.num_steps:

@@ -25,6 +25,7 @@ TABLE = {
         "optimizer.learning_rate=-1.0 must not be negative",
     ),
     "in_flight": (D + "--train.steps-in-flight 9", "must be at most 8"),
+    "profile": (D + "--log.profile 30:20", "log.profile='30:20' must be FIRST:LAST"),
     "simulate": (D + "--simulate -1", "simulate=-1"),
     "mesh_product": (D + "--simulate 8 --mesh.data 3", "multiply to 3, but there are 8 devices"),
     "mesh_rest": (D + "--simulate 8 --mesh.fsdp -1", "only one mesh axis may be -1"),

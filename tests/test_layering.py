@@ -14,8 +14,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # From the bottom up. A module or package imports from the rows below its own, and from itself;
 # names of one row may import each other. A new module of spmd/ gets its place here.
 LAYERS = (
-    ("fields",),
-    ("tree", "mesh"),
+    ("fields", "storage", "hardware"),
+    ("tree", "mesh", "flops"),
     ("sharding", "scope"),
     ("collectives", "hlo"),
     ("optim", "losses", "data"),
@@ -31,9 +31,9 @@ LAYERS = (
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 
 # Beside the rows: these import no more than is said here, and every row may import them.
-ASIDE = {"runtime": {"fields", "tree", "mesh"}, "launch": set()}
+ASIDE = {"runtime": {"fields", "storage", "tree", "mesh"}, "launch": set()}
 NEVER = {"strategies": {"models", "data"}}  # though they lie below
-STANDARD_LIBRARY_ONLY = {"fields", "launch"}
+STANDARD_LIBRARY_ONLY = {"fields", "storage", "hardware", "launch"}
 # models/ name logical dims: nothing that says where an array lies
 NO_PLACEMENT = {"PartitionSpec", "NamedSharding", "jax.P", "spmd.mesh", "spmd.sharding"}
 FOR_EXPERIMENTS = {"models", "data", "optim", "tasks", "strategies", "train", "mesh", "experiment"}

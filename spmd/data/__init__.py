@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import tyro
 
 from spmd.fields import check, free
+from spmd.storage import cache_root as cache_root
+from spmd.storage import data_root as data_root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,18 +168,3 @@ class Arrays(DataConfig):
         from spmd.data.sources import ArraySource
 
         return ArraySource((self.train if split == "train" else self.eval)(), self.features)
-
-
-def cache_root(given: str = "") -> str:
-    """The cache directory: given, $SPMD_CACHE_DIR, $XDG_CACHE_HOME/spmd or ~/.cache/spmd."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return os.path.expanduser(
-        given or os.environ.get("SPMD_CACHE_DIR") or os.path.join(base, "spmd")
-    )
-
-
-def data_root(given: str = "") -> str:
-    """The TFDS data directory: given, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
-    return os.path.expanduser(
-        given or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-    )

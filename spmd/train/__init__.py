@@ -81,9 +81,19 @@ class LogConfig:
     """Write TensorBoard events too."""
     examples: bool = free(False)
     """Write which examples each step was trained on: examples-PROCESS.jsonl."""
+    wandb: str = free("")
+    """Project of Weights & Biases to send metrics to as well (pip install wandb; honours WANDB_MODE)."""
+    profile: str = free("")
+    """Steps to trace with the profiler, FIRST:LAST, into RUN/profile."""
 
     def __post_init__(self) -> None:
         check(self.every >= 1, f"log.every={self.every} must be at least 1")
+        first, _, last = self.profile.partition(":")
+        check(
+            not self.profile
+            or (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)),
+            f"log.profile={self.profile!r} must be FIRST:LAST, steps from 1 on, for example 20:30",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,3 +104,6 @@ class RunConfig:
     """Run directory; empty is runs/NAME."""
     fresh: bool = free(False)
     """Move an existing run aside and start anew."""
+    compile_cache: str = free("")
+    """Directory of compiled programs; empty is $JAX_COMPILATION_CACHE_DIR, else ~/.cache/spmd/compiled;
+    off keeps none."""

@@ -32,7 +32,7 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            with self._entering(phase):
+            with self._entering(phase), jax.profiler.TraceAnnotation(phase):
                 yield
         finally:
             self.seconds[phase] += time.perf_counter() - start

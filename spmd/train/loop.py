@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from spmd import flops
 from spmd.data import DataConfig, augment, loader
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.stop import Votes, catching
@@ -22,6 +23,7 @@ from spmd.train.checkpoint import Checkpoints
 from spmd.train.evaluate import evaluator
 from spmd.train.log import Clock, Log
 from spmd.train.metrics import Writer
+from spmd.train.profile import Profile
 
 
 class Program(NamedTuple):
@@ -43,6 +45,11 @@ class Program(NamedTuple):
     def abstract_state(self) -> base.TrainState:
         """Shapes and dtypes of the state."""
         return jax.eval_shape(self.strategy.init, jax.random.key(0))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the global batch."""
+        shapes = self.data.abstract_batch(self.data.batch_size)
+        return {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in shapes.items()}
 
 
 class Stopped(Exception):
@@ -138,11 +145,13 @@ def fit(
         placed = jax.tree.leaves(strategy.batch_shardings)[0]
         batches = _batches(program, train, step)
         # ---- output
-        writer = Writer(directory, step, log)
+        writer = Writer(directory, step, log, config)
         closing.callback(writer.close)
-        bar = progress.Bar(program.num_steps, step, data.batch_size)
+        bar = progress.Bar(program.num_steps, step, data.batch_size, program.mesh)
         closing.callback(bar.close)
         logs = Log(writer, bar, log, train.nonfinite, step)
+        profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
+        closing.callback(profile.close)
         evaluate = evaluator(program.task, program.mesh, data.open("eval"), data.eval_batch_size)
         epoch = max(1, round(len(program.source) / data.batch_size))
         eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
@@ -186,21 +195,27 @@ def fit(
         compiled: set[int] = set()
         while step < program.num_steps:
             measured = {}
+            profile.start_at(step, logs.drain)
             with clock("input"):
                 host: Any = next(batches)
                 # The step's jit places a host batch far faster than put, but only within one process.
                 batch = host if votes is None else loader.put(host, placed, data.batch_size)
             num = host["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
             # jit returns once it has compiled
-            with clock("step" if num in compiled else "compile"):
+            traced = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
+            with clock("step" if num in compiled else "compile"), traced:
                 compiled.add(num)
                 state, metrics = strategy.step(state, batch)
                 if votes is not None:
                     metrics = metrics | {"stop": votes.cast(stop.signum)}
+            if bar.chip and not bar.work:  # costs 0.2 s, while the devices are at their first step
+                bar.work = flops.of_step(program.task, program.abstract_batch())
             before, step = step, step + num
             writer.examples(before, host["example_id"])
             with clock("step"):
                 logs.add(step, metrics, train.steps_in_flight)
+            if profile.stop_at(step, logs.drain):
+                bar.restart_clock()
             if stopping():
                 break
             if step < program.num_steps:

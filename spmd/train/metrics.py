@@ -1,4 +1,4 @@
-"""Metrics on disk: JSON lines as the core, TensorBoard events beside them. Process 0 writes them."""
+"""Metrics on disk: JSON lines as the core, TensorBoard and Weights & Biases beside. Process 0 writes them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from etils import epath
 
 from spmd.runtime import agree
 from spmd.train import LogConfig
+from spmd.train.tracker import Tracker
 
 
 class Lines:
@@ -58,20 +59,28 @@ def cut(path: epath.Path, step: int) -> list[dict[str, Any]]:
 class Writer:
     """Writes `{step, time, metrics}` lines and TensorBoard events, and each process's examples.
 
+    experiment: the resolved configuration as JSON types, for Weights & Biases.
     last: the newest train/ metrics that the directory held when opened, for a run that was killed late.
     """
 
-    def __init__(self, directory: epath.Path, step: int, config: LogConfig):
+    def __init__(
+        self, directory: epath.Path, step: int, config: LogConfig, experiment: dict[str, Any]
+    ):
         self.last: dict[str, float] = {}
         self._lines: Lines | None = None
         self._events: Any = None
+        self._tracker: Tracker | None = None
         self._examples: Lines | None = None
-        agree.from_first(lambda: self._open(directory, step, config), "opening the metrics")
+        agree.from_first(
+            lambda: self._open(directory, step, config, experiment), "opening the metrics"
+        )
         if config.examples:  # after process 0 has cut them all
             index, _ = agree.process()
             self._examples = Lines(directory / f"examples-{index}.jsonl", step)
 
-    def _open(self, directory: epath.Path, step: int, config: LogConfig) -> None:
+    def _open(
+        self, directory: epath.Path, step: int, config: LogConfig, experiment: dict[str, Any]
+    ) -> None:
         for path in directory.glob("examples-*.jsonl"):
             cut(path, step)
         self._lines = Lines(directory / "metrics.jsonl", step)
@@ -80,6 +89,8 @@ class Writer:
             self._events = _summary_writer()(
                 str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10
             )
+        if config.wandb:
+            self._tracker = Tracker(directory, config.wandb, experiment)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One line, one set of events."""
@@ -89,6 +100,8 @@ class Writer:
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.write(step, metrics)
 
     def examples(self, before: int, ids: np.ndarray) -> None:
         """The example ids [b] or [steps, b] of the steps after `before`, of this process's rows."""
@@ -98,7 +111,7 @@ class Writer:
 
     def close(self) -> None:
         """Flushes and closes."""
-        for file in (self._lines, self._events, self._examples):
+        for file in (self._lines, self._events, self._tracker, self._examples):
             if file is not None:
                 file.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from spmd import hardware, tree
 from spmd import mesh as meshes
-from spmd import tree
 from spmd.runtime import agree
 from spmd.train import rundir
 
@@ -64,11 +65,38 @@ def start(
     console.print(table)
 
 
-class Bar:
-    """A rich progress bar on a terminal, one plain line for each report elsewhere."""
+def usage(work: Mapping[str, int], seconds: float, devices: Sequence[Any]) -> dict[str, float]:
+    """What the devices do, as far as it is known.
 
-    def __init__(self, num_steps: int, step: int, batch_size: int):
+    work: model FLOPs of a step, by dtype. train/mfu: the part of the step's time that they would take at the
+    peak of the chip. train/memory_gb: the most that a device of this process has held, in GB of 1e9 bytes.
+    """
+    found: dict[str, float] = {}
+    num = len(devices)
+    if work:
+        found["train/tflops_per_device"] = sum(work.values()) / num / seconds / 1e12
+        chip = hardware.chip(devices[0].device_kind)
+        if chip is not None and all(dtype in chip.flops for dtype in work):
+            least = sum(flops / chip.flops[dtype] for dtype, flops in work.items()) / num
+            found["train/mfu"] = least / seconds
+    local = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
+    peaks = [stats["peak_bytes_in_use"] for stats in local if stats]
+    if peaks:
+        found["train/memory_gb"] = max(peaks) / 1e9
+    return found
+
+
+class Bar:
+    """A rich progress bar on a terminal, one plain line for each report elsewhere.
+
+    chip: the device, if it is in the table. work: model FLOPs of a step, by dtype, once they are counted.
+    """
+
+    def __init__(self, num_steps: int, step: int, batch_size: int, mesh: jax.sharding.Mesh):
         self._num_steps, self._batch_size = num_steps, batch_size
+        self._devices = list(mesh.devices.flat)
+        self.chip = hardware.chip(self._devices[0].device_kind)
+        self.work: Mapping[str, int] = {}
         self._at, self._time = step, time.perf_counter()
         self._eval = ""
         self._bar: Progress | None = None
@@ -93,12 +121,17 @@ class Bar:
         speed = {
             "train/examples_per_second": self._batch_size / seconds,
             "train/step_seconds": seconds,
-        }
+        } | usage(self.work, seconds, self._devices)
         left = (self._num_steps - step) * seconds
         text = (
             f"loss {metrics['train/loss']:.4f}  {speed['train/examples_per_second']:,.0f} examples/s"
-            f"  {seconds * 1e3:.2f} ms/step{self._eval}"
+            f"  {seconds * 1e3:.2f} ms/step"
         )
+        if "train/mfu" in speed:
+            text += f"  MFU {speed['train/mfu']:.1%}"
+        if "train/memory_gb" in speed:
+            text += f"  {speed['train/memory_gb']:.1f} GB"
+        text += self._eval
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         else:

@@ -1,0 +1,44 @@
+"""Where things lie: caches, data sets, private directories. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def cache_root(given: str = "") -> str:
+    """The cache directory: given, $SPMD_CACHE_DIR, $XDG_CACHE_HOME/spmd or ~/.cache/spmd."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return os.path.expanduser(
+        given or os.environ.get("SPMD_CACHE_DIR") or os.path.join(base, "spmd")
+    )
+
+
+def data_root(given: str = "") -> str:
+    """The TFDS data directory: given, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    return os.path.expanduser(
+        given or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+    )
+
+
+def private(path: Path) -> str:
+    """Creates a directory (mode 0700) for what will be run; says why it must not be trusted, or "".
+
+    It must be this user's and writable by nobody else, or what lies in it may be another's code.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+        folders = [folder.stat() for folder in path.resolve().parents]
+    except OSError as error:
+        return f"cannot be used ({error.strerror or error})"
+    if not hasattr(os, "geteuid"):
+        return ""  # Windows: the profile directory has its own rules
+    if found.st_uid != os.geteuid():
+        return f"belongs to another user (uid {found.st_uid})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"is writable by others (mode {stat.S_IMODE(found.st_mode):04o}; chmod 700 it)"
+    if any(f.st_mode & stat.S_IWOTH and not f.st_mode & stat.S_ISVTX for f in folders):
+        return "lies in a directory in which anyone may replace it"
+    return ""

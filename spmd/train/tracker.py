@@ -1,0 +1,70 @@
+"""Weights & Biases beside the metrics on disk: optional, and imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import uuid
+from typing import Any
+
+from etils import epath
+
+from spmd.fields import check
+
+
+def ready(project: str) -> None:
+    """ValueError when the package is asked for and missing."""
+    spec = importlib.util.find_spec("wandb") if project else None
+    # A folder ./wandb, as other runs leave it, is found too, as a package without a file.
+    check(
+        not project or (spec is not None and spec.origin is not None),
+        "--log.wandb needs a package that is not installed: pip install wandb",
+    )
+
+
+class Tracker:
+    """One run of Weights & Biases for one run directory, however often it is resumed.
+
+    Its id is kept in RUN/wandb.json. Key, server and mode are wandb's own: `wandb login`, WANDB_API_KEY,
+    WANDB_MODE=offline.
+    """
+
+    def __init__(self, directory: epath.Path, project: str, config: dict[str, Any]):
+        ready(project)
+        wandb: Any = importlib.import_module("wandb")
+        local = "://" not in str(directory)
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=_id(directory),
+                name=directory.name,
+                resume="allow",
+                dir=str(directory) if local and not os.environ.get("WANDB_DIR") else None,
+                config=config,
+                settings=wandb.Settings(console="off", save_code=False),
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"--log.wandb {project}: {error}. Set WANDB_API_KEY, or WANDB_MODE=offline to keep the"
+                " data here"
+            ) from None
+        # A resumed run repeats steps that were lost; wandb's own step counter would drop them.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Sends the metrics of a step."""
+        self._run.log({"step": step} | metrics)
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._run.finish()
+
+
+def _id(directory: epath.Path) -> str:
+    """The id of this run directory's run, made at its first start."""
+    file = directory / "wandb.json"
+    if not file.exists():
+        file.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
+    return json.loads(file.read_text())["id"]
