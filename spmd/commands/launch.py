@@ -35,10 +35,10 @@ def usage() -> str:
 def run(name: str | None, words: Sequence[str]) -> int:
     """Checks everything that can be checked here, then starts, stops or shows the job."""
     words = list(words)
-    if not words or words[0] in ("--help", "-h"):
+    if name is None and (not words or words[0] in ("--help", "-h")):
         print(usage())
         return 0
-    where, action = words.pop(0), "start"
+    where, action = words.pop(0) if words else "(nothing)", "start"
     check(
         where in WHERE,
         f"run.py launch {where}: unknown place.{closest(where, WHERE)} Known: {', '.join(WHERE)}",
@@ -63,6 +63,9 @@ def _parse(where: str, options: Any, name: str | None, words: list[str]) -> tupl
     prog = f"run.py launch {where}"
     cut = words.index("--") if "--" in words else len(words)
     words, extra = words[:cut], words[cut + 1 :]
+    check(
+        "--dry-run" not in extra, "--dry-run after -- would not reach the launcher: put it before"
+    )
     if name is None:
         if {"--help", "-h"} & set(words):
             tyro.cli(options, args=["--help"], prog=prog)  # exits

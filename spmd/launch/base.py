@@ -132,19 +132,20 @@ class Command:
 
     def run(self) -> int:
         """Runs with the terminal's output; returns the exit code (128 + n after signal n)."""
-        self._found()
+        self.check_installed()
         done = subprocess.run(self.argv, input=self.stdin or None, text=True, check=False)
         return exit_code(done.returncode)
 
     def read(self) -> tuple[int, str]:
         """Runs and returns exit code and output; its errors go to the terminal."""
-        self._found()
+        self.check_installed()
         done = subprocess.run(
             self.argv, input=self.stdin or None, text=True, check=False, stdout=subprocess.PIPE
         )
         return exit_code(done.returncode), done.stdout.strip()
 
-    def _found(self) -> None:
+    def check_installed(self) -> None:
+        """ValueError when the program is not on PATH."""
         program = self.argv[0]
         check(
             shutil.which(program) is not None,

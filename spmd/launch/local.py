@@ -48,7 +48,9 @@ class Local(base.Options):
         base.at_least("--devices-per-process", self.devices_per_process, 0)
         base.at_least("--restarts", self.restarts, 0)
         check(self.grace >= 0, f"--grace {self.grace} must not be negative")
-        check(not job.extra, f"launch local takes nothing after --, but got {shlex.join(job.extra)}")
+        check(
+            not job.extra, f"launch local takes nothing after --, but got {shlex.join(job.extra)}"
+        )
         gpus = self._gpus(job)
         argv = [sys.executable, str(base.ROOT / "run.py"), *job.words()]
         if self.devices_per_process and not gpus:
@@ -84,7 +86,9 @@ class Local(base.Options):
         """Prints the output of all starts of this job."""
         file = job.dir / "log"
         check(file.exists(), f"no job {job.name!r} was launched here (no {file})")
-        follow = ["--follow", f"--pid={running(job.dir)}"] if self.follow and running(job.dir) else []
+        follow = (
+            ["--follow", f"--pid={running(job.dir)}"] if self.follow and running(job.dir) else []
+        )
         command = Command(("tail", "--lines=+1", *follow, str(file)))
         return base.show(command) if self.dry_run else command.run()
 

@@ -71,13 +71,16 @@ class Slurm(base.Options):
         submit = Command(("sbatch", "--parsable", *job.extra), stdin=self.script(job))
         if self.dry_run:
             return base.show(Command(("mkdir", "-p", str(job.dir))), submit)
+        submit.check_installed()
         job.dir.mkdir(parents=True, exist_ok=True)
         code, printed = submit.read()
         if code:
             return code
         number = printed.split(";")[0]  # "12;cluster" on a federation
         (job.dir / "job").write_text(number + "\n")
-        print(f"launch: submitted {job.name} as job {number}; output in {self._output(job, number)}")
+        print(
+            f"launch: submitted {job.name} as job {number}; output in {self._output(job, number)}"
+        )
         return 0
 
     def stop(self, job: Job) -> int:

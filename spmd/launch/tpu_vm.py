@@ -19,18 +19,24 @@ RUNTIMES = {  # accelerator-type prefix -> image of its VMs
     "v5p-": "v2-alpha-tpuv5",
     "v6e-": "v2-alpha-tpuv6e",
 }
-CODE = ("run.py", "spmd", "experiments", "requirements.txt", "requirements")  # nothing else is copied
+CODE = (
+    "run.py",
+    "spmd",
+    "experiments",
+    "requirements.txt",
+    "requirements",
+)  # nothing else is copied
 GONE = {"SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED"}  # for good: to be created again
 TRIES = 6  # of ssh and scp: the machines answer some time after they are ACTIVE
 
-SETUP = """set -e; mkdir -p {name}; tar -xzf {name}.tar.gz -C {name}; cd {name}
+SETUP = """set -e; mkdir -p {name}; tar -xzf {name}.tar.gz -C {name}; cd {name} || exit
 export PATH="$HOME/.local/bin:$PATH"
 command -v uv > /dev/null || python3 -m pip install --quiet --user uv
 [ -x .venv/bin/python ] || uv venv --quiet --python 3.11 .venv
 uv pip install --quiet --python .venv/bin/python -r requirements/tpu.txt"""
 
 # The run outlives the connection; its exit code and process id lie beside its log.
-BEGIN = """set -e; cd {name}; rm -f exit stopped pid; [ ! -e log ] || mv log "log.$(date +%s)"; touch log
+BEGIN = """set -e; cd {name} || exit; rm -f exit stopped pid; [ ! -e log ] || mv log "log.$(date +%s)"; touch log
 # shellcheck disable=SC2016
 nohup setsid bash -c '"$@" >> log 2>&1 & echo $! > pid; wait $!; echo $? > exit' run \\
   .venv/bin/python {command} < /dev/null > /dev/null 2>&1 &
@@ -43,12 +49,13 @@ elif [ -e stopped ]; then echo spmd-status=stopped
 elif [ -s exit ]; then echo "spmd-status=$(cat exit)"
 elif [ -e log ]; then echo spmd-status=75; fi"""
 
-FOLLOW = """cd {name}; tail --lines={lines} --follow --pid="$(cat pid)" log"""
+FOLLOW = """cd {name} || exit; tail --lines={lines} --follow --pid="$(cat pid)" log"""
 
-LOG = """cd {name}; cat log"""
+LOG = """cd {name} && cat log"""
 
 # The other workers notice the loss of one by themselves; one that hangs is killed.
-FINISH = """cd {name}; timeout 120 tail --pid="$(cat pid)" -f /dev/null || kill -KILL "$(cat pid)"; sleep 1; cd
+FINISH = """(cd {name} || exit; timeout 120 tail --pid="$(cat pid)" -f /dev/null || kill -KILL "$(cat pid)")
+sleep 1
 """
 
 STOP = """cd {name} 2> /dev/null || exit 0; touch stopped
@@ -84,6 +91,7 @@ class TpuVm(base.CloudOptions):
         check(self.poll >= 0, f"--poll {self.poll} must not be negative")
         base.bucket(job, "TPU VMs")
         vm = Machines(self, job)
+        self.image()  # before anything is asked of the cloud
         if self.dry_run:
             return vm.show_start()
         try:
@@ -94,6 +102,21 @@ class TpuVm(base.CloudOptions):
                 " cost of the resource with `stop --delete`"
             )
             return base.INTERRUPTED
+
+    def image(self) -> str:
+        """The image of the VMs of the accelerator."""
+        check(
+            bool(self.accelerator),
+            "launch tpu-vm needs --accelerator, for example --accelerator v5litepod-16",
+        )
+        known = [image for prefix, image in RUNTIMES.items() if self.accelerator.startswith(prefix)]
+        check(
+            bool(self.runtime or known),
+            f"--accelerator {self.accelerator}: known are {', '.join(f'{p}N' for p in RUNTIMES)}; for"
+            " another one give the image of its VMs with --runtime",
+        )
+        plain("--accelerator", self.accelerator)
+        return plain("--runtime", self.runtime or known[0])
 
     def _run(self, vm: Machines) -> int:
         code = 1
@@ -231,22 +254,9 @@ class Machines:
     def create(self) -> Command:
         """The request for the resource."""
         o = self._options
-        check(
-            bool(o.accelerator),
-            "launch tpu-vm needs --accelerator, for example --accelerator v5litepod-16",
-        )
-        plain("--accelerator", o.accelerator)
-        runtime = o.runtime or next(
-            (image for prefix, image in RUNTIMES.items() if o.accelerator.startswith(prefix)), ""
-        )
-        check(
-            bool(runtime),
-            f"--accelerator {o.accelerator}: known are {', '.join(f'{p}N' for p in RUNTIMES)}; for"
-            " another one give the image of its VMs with --runtime",
-        )
         return self._queued(
             *("create", self.name, "--node-id", self.name),
-            *("--accelerator-type", o.accelerator, "--runtime-version", plain("--runtime", runtime)),
+            *("--accelerator-type", o.accelerator, "--runtime-version", o.image()),
             *(["--spot"] if o.spot else []),
             *self._job.extra,
         )
