@@ -18,10 +18,11 @@ WHERE = {  # module and class in spmd/launch
 }
 ACTIONS = ("start", "stop", "logs")
 
-USAGE = """usage: run.py launch WHERE [stop|logs] --experiment NAME [--option value ...] [--field value ...] [-- ...]
+USAGE = """usage: run.py launch WHERE [stop|logs] --experiment NAME [--option value ...] [--field value ...]
+                     [-- words for sbatch, gcloud or kubectl]
 
-  --dry-run prints exactly what would run. Words that are no option of the launcher go to run.py, which checks
-  them here first; words after -- go to sbatch, gcloud or kubectl.
+  --dry-run prints exactly what would run. Words that are no option of the launcher are fields for run.py;
+  they are checked here first.
 
 """
 

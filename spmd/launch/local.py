@@ -209,9 +209,9 @@ def supervise(
         port = free_port()  # anew: the last one may be taken by now
         code, asked = Group(argv, output, environments(processes, port, gpus)).run(grace)
         if asked or not base.starts_again(code) or start == restarts:
-            break
+            return code
         output.say(f"exit code {code}; start {start + 2} of at most {restarts + 1}")
-    return code
+    raise AssertionError("restarts is negative")
 
 
 class Output:
@@ -325,7 +325,7 @@ class Group:
                     process.send_signal(signum)  # does nothing once it was reaped
 
 
-# Becomes argv after asking Linux to kill it with its parent; this survives exec. Elsewhere it only becomes argv.
+# Becomes argv, after asking Linux to be killed with its parent. Elsewhere it only becomes argv.
 TIED = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":

@@ -11,9 +11,9 @@ from pathlib import Path
 from spmd.launch import base
 from spmd.launch.base import Command, Job, check, plain
 
-# SIGTERM goes to the steps (no `B:`), `grace` seconds or up to a minute more before the time limit: they save and
-# exit with 143. srun's own exit code does not tell what happened (it kills the other tasks when one ends, and
-# then reports those), so a task whose end is final says so in a file. It starts as a shell that outlives SIGTERM.
+# SIGTERM goes to the steps (no `B:`), `grace` seconds or up to a minute more before the time limit: they save
+# and exit with 143. srun's own exit code does not tell what happened (it ends the other tasks when one has ended,
+# then reports those), so a task whose end is final says so in a file: a shell that outlives SIGTERM writes it.
 SCRIPT = """\
 #!/bin/bash
 {directives}

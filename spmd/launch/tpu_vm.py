@@ -1,4 +1,4 @@
-"""Cloud TPU VMs: a queued resource, the code copied to every worker, started, followed, restarted, stopped."""
+"""Cloud TPU VMs: a resource; the code copied to every worker, started, followed, restarted, stopped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ command -v uv > /dev/null || python3 -m pip install --quiet --user uv
 uv pip install --quiet --python .venv/bin/python -r requirements/tpu.txt"""
 
 # The run outlives the connection; its exit code and process id lie beside its log.
-BEGIN = """set -e; cd {name} || exit; rm -f exit stopped pid; [ ! -e log ] || mv log "log.$(date +%s)"; touch log
+BEGIN = """set -e; cd {name} || exit; rm -f exit stopped pid
+[ ! -e log ] || mv log "log.$(date +%s)"; touch log
 # shellcheck disable=SC2016
 nohup setsid bash -c '"$@" >> log 2>&1 & echo $! > pid; wait $!; echo $? > exit' run \\
   .venv/bin/python {command} < /dev/null > /dev/null 2>&1 &
@@ -119,7 +120,7 @@ class TpuVm(base.CloudOptions):
         return plain("--runtime", self.runtime or known[0])
 
     def _run(self, vm: Machines) -> int:
-        code = 1
+        code = base.LOST
         for start in range(self.restarts + 1):
             if not self._acquire(vm):
                 return 1
@@ -158,22 +159,24 @@ class TpuVm(base.CloudOptions):
         return True
 
     def _deploy(self, vm: Machines) -> bool:
-        """Copies the code, installs, starts on all workers."""
+        """Copies, installs and starts on all workers; machines that go meanwhile are for _watch to see."""
         vm.archive.parent.mkdir(parents=True, exist_ok=True)
-        for command in (vm.pack, vm.copy, vm.setup, vm.begin):
-            for _ in range(TRIES):
-                if (code := command.run()) == 0:
-                    break
-                if command is vm.pack or vm.state(patient=True) in GONE:
-                    break
+        if vm.pack.run():
+            return False
+        for command in (vm.copy, vm.setup, vm.begin):
+            tries = TRIES
+            while command.run():
+                tries -= 1
+                if vm.state(patient=True) in GONE:
+                    return True
+                if not tries:
+                    _say(f"gave up on: {command.shell()}")
+                    return False
                 time.sleep(self.poll)
-            if code and vm.state(patient=True) not in GONE:
-                _say(f"gave up on: {command.shell()}")
-                return False
         return True
 
     def _watch(self, vm: Machines) -> int:
-        """Follows the log until the run has ended; its exit code, 75 when the machines went, -1 when stopped."""
+        """Follows the log to the end of the run; its exit code, 75 when the machines went, -1 when stopped."""
         lines = "+1"
         while True:
             vm.follow(lines).run()
@@ -181,8 +184,11 @@ class TpuVm(base.CloudOptions):
             if first and first != ["running"]:
                 break
             state = vm.state(patient=True)
+            if state in ("", "DELETING"):  # by somebody's hand: a preempted one is SUSPENDED
+                _say(f"{vm.name} was deleted; it is not created again")
+                return -1
             if state not in ("ACTIVE", UNKNOWN):
-                _say(f"the machines are gone: {vm.name} is {state or 'deleted'}")
+                _say(f"the machines are gone: {vm.name} is {state}")
                 return base.LOST
             lines = "20"  # the connection broke: again from about there
             time.sleep(self.poll)
@@ -266,10 +272,8 @@ class Machines:
         """The archive of the code; an experiment file from elsewhere lies at its top."""
         experiment = Path(self._job.experiment)
         outside = ["-C", str(experiment.parent.absolute()), experiment.name] if self._file() else []
-        return Command(
-            ("tar", "-czf", str(self.archive), "--exclude=__pycache__", "-C", str(base.ROOT))
-            + (*CODE, *outside)
-        )
+        tar = ("tar", "-czf", str(self.archive), "--exclude=__pycache__", "-C", str(base.ROOT))
+        return Command((*tar, *CODE, *outside))
 
     @property
     def begin(self) -> Command:

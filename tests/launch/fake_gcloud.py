@@ -1,7 +1,7 @@
 """A stand-in for gcloud: plays a queued resource, and runs the scripts meant for its workers on this machine.
 
 FAKE_GCLOUD names a directory: states (what `list` answers, a line each; the last one stays), calls.jsonl
-(each argv), worker-0/ ... (the home directory of each worker). A worker is reached while the resource is ACTIVE.
+(each argv), worker-0/ ... (the home directory of each worker). A worker answers while the resource is ACTIVE.
 """
 
 from __future__ import annotations

@@ -285,7 +285,7 @@ def test_the_dockerfile_copies_what_exists():
     for source in copied:
         assert (REPOSITORY / source).exists()
         assert f"!{source.rstrip('/')}" in ignore, f"{source} is not sent to the builder"
-    assert [word for word, _ in steps][0] == "FROM" and ["USER", "1000"] in steps
+    assert next(word for word, _ in steps) == "FROM" and ["USER", "1000"] in steps
     (entry,) = [json.loads(rest) for word, rest in steps if word == "ENTRYPOINT"]
     assert entry == ["python", "run.py"]
     arguments = re.findall(r"--build-arg REQUIREMENTS=(\S+)", text)

@@ -1,4 +1,4 @@
-"""TPU VMs: every command parsed by the real gcloud; the course of a run on a stand-in that runs the scripts."""
+"""TPU VMs: commands parsed by the real gcloud; the course of a run on a stand-in that runs the scripts."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_gcloud_accepts_every_argument(tmp_path):
     for command in every_command(("--network=mine", "--reserved")):
         said = refused(command.argv, tmp_path)
         assert "You do not currently have an active account selected" in said, command.shell()
-    wrong = next(iter(every_command())).argv + ("--no-such-flag",)
+    wrong = (*next(iter(every_command())).argv, "--no-such-flag")
     assert "unrecognized arguments" in refused(wrong, tmp_path)
 
 
