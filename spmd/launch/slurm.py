@@ -12,8 +12,9 @@ from spmd.launch import base
 from spmd.launch.base import Command, Job, check, plain
 
 # SIGTERM goes to the steps (no `B:`), `grace` seconds or up to a minute more before the time limit: they save
-# and exit with 143. srun's own exit code does not tell what happened (it ends the other tasks when one has ended,
-# then reports those), so a task whose end is final says so in a file: a shell that outlives SIGTERM writes it.
+# and exit with 143. srun's own exit code does not tell what happened (it ends the other tasks when one has
+# ended, then reports those), so a task whose end is final says so in a file; a shell that outlives SIGTERM
+# writes it.
 SCRIPT = """\
 #!/bin/bash
 {directives}

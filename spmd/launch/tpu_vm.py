@@ -176,7 +176,7 @@ class TpuVm(base.CloudOptions):
         return True
 
     def _watch(self, vm: Machines) -> int:
-        """Follows the log to the end of the run; its exit code, 75 when the machines went, -1 when stopped."""
+        """Follows the log to the run's end: its exit code, 75 when the machines went, -1 when stopped."""
         lines = "+1"
         while True:
             vm.follow(lines).run()

@@ -31,7 +31,8 @@ def main(words: list[str]) -> int:
             (ROOT / "states").write_text("\n".join(later) + "\n")
         return 0
     if (kind, verb) == ("queued-resources", "delete"):  # returns when it is gone
-        (ROOT / "states").write_text("\n".join(states()[states().index("") :]) + "\n")
+        later = states()[states().index("") :] if "" in states() else [""]
+        (ROOT / "states").write_text("\n".join(later) + "\n")
     if kind == "queued-resources":  # the next `list` tells
         return 0
     if verb == "describe":

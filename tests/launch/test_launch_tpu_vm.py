@@ -120,6 +120,22 @@ def test_starts_again_after_a_preemption(cloud, calls, tmp_path):
     assert made == ["scp", "delete", "create", "scp"]
 
 
+def test_a_resource_deleted_by_hand_is_not_created_again(cloud, calls, tmp_path):
+    root = tmp_path / "cloud"
+    running = _start(tmp_path, cloud("echo started; exec sleep 60", "ACTIVE"), *VM, *RUN, *WHERE)
+    try:
+        _until(lambda: "--follow" in (root / "calls.jsonl").read_text())
+        (root / "states").write_text("DELETING\n\n")
+        for worker in ("worker-0", "worker-1"):
+            os.kill(int((root / worker / "digits/pid").read_text()), signal.SIGKILL)
+        output, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 143, output
+    assert "digits was deleted; it is not created again" in output
+    assert "create" not in calls()
+
+
 def test_a_broken_connection_is_taken_up_again_and_ctrl_c_leaves_the_run(cloud, tmp_path):
     root = tmp_path / "cloud"
     env = cloud('echo started; while [ ! -e "$FAKE_GCLOUD/end" ]; do sleep 0.1; done', "ACTIVE")
