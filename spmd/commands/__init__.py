@@ -15,7 +15,9 @@ COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
     "eval": "evaluate a checkpoint of a run",
     "data": "prepare | show the input data",
+    "launch": "train elsewhere or in several processes: local | slurm | tpu-vm | gke",
 }
+ASK_THEMSELVES = {"launch"}  # commands that have a help of their own, without an experiment
 
 USAGE = """usage: run.py [COMMAND] --experiment NAME [--field value ...]
        run.py --list
@@ -64,6 +66,9 @@ def _dispatch(argv: Sequence[str]) -> int:
             print(f"{name:16}{experiment.summary_line(path)}")
         return 0
     name = _take(words, "--experiment")
+    module = f"spmd.commands.{command}"
+    if name is None and command in ASK_THEMSELVES:
+        return importlib.import_module(module).run(name, words)
     if name is None and (not argv or {"--help", "-h"} & set(words)):
         print(usage())
         return 0
@@ -71,7 +76,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         raise ValueError(
             "no experiment given; type --experiment NAME (run.py --list shows the names)"
         )
-    return importlib.import_module(f"spmd.commands.{command}").run(name, words)
+    return importlib.import_module(module).run(name, words)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 
 from spmd.strategies import base

@@ -1,0 +1,165 @@
+"""What the launchers share: the job, its options, commands that are printed or run, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Protocol
+
+ROOT = Path(__file__).resolve().parents[2]  # run.py, spmd/, experiments/, requirements/
+
+# Exit codes of run.py. 0 finished; 1 failed; 2 a mistake; 130 Ctrl-C: the end. 143: stopped by SIGTERM and
+# saved; 75: a peer was lost; 128 + n: killed by signal n: the last checkpoint stands, start again.
+SAVED, LOST, INTERRUPTED = 143, 75, 130
+STARTS_AGAIN = f"(( code == {LOST} || (code > 128 && code != {INTERRUPTED}) ))"  # the same in bash
+
+
+def starts_again(code: int) -> bool:
+    """Whether a run that ended with this exit code (never negative) is worth starting again."""
+    return code == LOST or (code > 128 and code != INTERRUPTED)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError(message) for a user's mistake."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every launcher takes."""
+
+    name: str = ""
+    """Name of the job; by default that of the experiment."""
+    dry_run: bool = False
+    """Print exactly what would run, and run nothing."""
+    follow: bool = False
+    """With logs: keep printing until the job ends."""
+
+    def job_name(self, experiment: str) -> str:
+        """The name of the job of an experiment."""
+        return self.name or experiment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CloudOptions(Options):
+    """The same where a name becomes part of host names."""
+
+    def job_name(self, experiment: str) -> str:
+        name = self.name or re.sub(r"[^a-z0-9]+", "-", experiment.lower()).strip("-")
+        check(
+            re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name) is not None,
+            f"--name {name!r}: use up to 40 small letters, digits and -, the first a letter",
+        )
+        return name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run to launch: `run.py train --experiment EXPERIMENT FIELDS`."""
+
+    name: str
+    experiment: str  # a name of experiments/, or a path of a .py file
+    fields: tuple[str, ...] = ()  # words for run.py, as typed
+    extra: tuple[str, ...] = ()  # words after --, for sbatch, gcloud or kubectl
+    run_dir: str = ""  # the value of --run.dir
+
+    def __post_init__(self) -> None:
+        check(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name) is not None,
+            f"--name {self.name!r}: use letters, digits, _ . and -, the first a letter or digit",
+        )
+
+    def words(self, experiment: str = "") -> list[str]:
+        """The words after run.py."""
+        return ["train", "--experiment", experiment or self.experiment, *self.fields]
+
+    @property
+    def dir(self) -> Path:
+        """Where the launcher keeps job ids and logs; beside the runs, never in one."""
+        return Path("runs/.launch").absolute() / self.name
+
+
+class Launcher(Protocol):
+    """A place to run; each method returns the exit code of the command line."""
+
+    def start(self, job: Job) -> int: ...
+    def stop(self, job: Job) -> int: ...
+    def logs(self, job: Job) -> int: ...
+
+
+def plain(option: str, value: str) -> str:
+    """The value of an option that reaches a script or a cloud; ValueError unless plain characters."""
+    check(
+        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./:@,=+-]*", value) is not None,
+        f"{option} {value!r}: use letters, digits and _ . / : @ , = + -",
+    )
+    return value
+
+
+def at_least(option: str, value: int, least: int) -> int:
+    """The value of an option; ValueError below `least`."""
+    check(value >= least, f"{option} {value} must be at least {least}")
+    return value
+
+
+def bucket(job: Job, where: str) -> None:
+    """ValueError unless the run directory outlives the machines and is seen by all of them."""
+    check(
+        "://" in job.run_dir,
+        f"--run.dir {job.run_dir or '(not given)'}: the disks of {where} are not shared and go with the"
+        f" machine; name a bucket, for example --run.dir gs://BUCKET/runs/{job.name}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A program and its arguments; printed by a dry run, otherwise run: never both from two sources."""
+
+    argv: tuple[str, ...]
+    stdin: str = ""
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def shell(self) -> str:
+        """The command as one could type it in bash."""
+        env = [f"{k}={shlex.quote(v)}" for k, v in self.env.items()]
+        line = " ".join([*env, shlex.join(self.argv)])
+        return f"{line} <<'END'\n{self.stdin.rstrip()}\nEND" if self.stdin else line
+
+    def run(self) -> int:
+        """Runs with the terminal's output; returns the exit code (128 + n after signal n)."""
+        self.check_installed()
+        done = subprocess.run(self.argv, input=self.stdin or None, text=True, check=False)
+        return exit_code(done.returncode)
+
+    def read(self) -> tuple[int, str]:
+        """Runs and returns exit code and output; its errors go to the terminal."""
+        self.check_installed()
+        done = subprocess.run(
+            self.argv, input=self.stdin or None, text=True, check=False, stdout=subprocess.PIPE
+        )
+        return exit_code(done.returncode), done.stdout.strip()
+
+    def check_installed(self) -> None:
+        """ValueError when the program is not on PATH."""
+        program = self.argv[0]
+        check(
+            shutil.which(program) is not None,
+            f"there is no {program} on PATH: run this where it is installed, or see what would run"
+            " with --dry-run",
+        )
+
+
+def exit_code(returncode: int) -> int:
+    """The shell's exit code of subprocess's returncode."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def show(*commands: Command | str) -> int:
+    """Prints commands and comments, as a bash script; the exit code 0."""
+    print("\n".join(c if isinstance(c, str) else c.shell() for c in commands))
+    return 0

@@ -1,0 +1,157 @@
+"""A Slurm job that requeues itself: the script rendered, submitted, stopped, its output shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from spmd.launch import base
+from spmd.launch.base import Command, Job, check, plain
+
+# SIGTERM goes to the steps (no `B:`), `grace` seconds or up to a minute more before the time limit: they save
+# and exit with 143. srun's own exit code does not tell what happened (it ends the other tasks when one has
+# ended, then reports those), so a task whose end is final says so in a file; a shell that outlives SIGTERM
+# writes it.
+SCRIPT = """\
+#!/bin/bash
+{directives}
+set -uo pipefail
+
+final={state}/$SLURM_JOB_ID.final
+rm -f "$final"
+# shellcheck disable=SC2016  # expanded by each task
+srun --kill-on-bad-exit=1 {srun}bash -c 'trap : TERM INT; final=$1; shift; "$@"; code=$?
+  (( code == 0 )) || {starts_again} || echo "$code" >> "$final"
+  exit "$code"' task "$final" \\
+  {command}
+code=$?
+if [[ -s $final ]]; then code=$(head -n 1 "$final"); fi
+rm -f "$final"
+
+# 143: saved; 75: a peer was lost; above 128: killed. Anything else is the end.
+count=${{SLURM_RESTART_COUNT:-0}}
+if {starts_again} && (( count < {restarts} )); then
+  echo "launch: exit code $code; requeued, restart $(( count + 1 )) of at most {restarts}"
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60  # which ends this script
+fi
+echo "launch: ended with exit code $code"
+exit "$code"
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slurm(base.Options):
+    """A job on a Slurm cluster; words after -- go to sbatch as they are."""
+
+    nodes: int = 1
+    """Nodes."""
+    processes_per_node: int = 1
+    """Processes on each node."""
+    gpus_per_node: int = 0
+    """GPUs of each node; 0 asks for none."""
+    cpus_per_process: int = 0
+    """CPU cores of each process; 0 leaves it to the cluster."""
+    time: str = ""
+    """Time limit as Slurm writes it, for example 4:00:00; empty: the partition's."""
+    partition: str = ""
+    """Partition; empty: the cluster's default."""
+    account: str = ""
+    """Account; empty: yours."""
+    restarts: int = 20
+    """How often the job requeues itself after it saved at the time limit, was killed or lost a peer."""
+    grace: int = 120
+    """Seconds before the time limit at which the run is told to save and stop."""
+    python: str = sys.executable
+    """Python on the nodes."""
+
+    def start(self, job: Job) -> int:
+        """Submits the script; prints the job's number."""
+        submit = Command(("sbatch", "--parsable", *job.extra), stdin=self.script(job))
+        if self.dry_run:
+            return base.show(Command(("mkdir", "-p", str(job.dir))), submit)
+        submit.check_installed()
+        job.dir.mkdir(parents=True, exist_ok=True)
+        code, printed = submit.read()
+        if code:
+            return code
+        number = printed.split(";")[0]  # "12;cluster" on a federation
+        (job.dir / "job").write_text(number + "\n")
+        print(
+            f"launch: submitted {job.name} as job {number}; output in {self._output(job, number)}"
+        )
+        return 0
+
+    def stop(self, job: Job) -> int:
+        """scancel: the steps get SIGTERM, and the cluster's KillWait (30 s by default) to save."""
+        command = Command(("scancel", self._number(job)))
+        return base.show(command) if self.dry_run else command.run()
+
+    def logs(self, job: Job) -> int:
+        """The output of the last submitted job, all its starts."""
+        file = self._output(job, self._number(job))
+        check(self.dry_run or file.exists(), f"{file} is not there yet: the job has not started")
+        command = Command(("tail", "--lines=+1", *(["--follow"] * self.follow), str(file)))
+        return base.show(command) if self.dry_run else command.run()
+
+    def script(self, job: Job) -> str:
+        """The batch script."""
+        words = [self.python, str(base.ROOT / "run.py"), *job.words()]
+        cpus = f"--cpus-per-task={self.cpus_per_process} " if self.cpus_per_process else ""
+        return SCRIPT.format(
+            directives="\n".join(f"#SBATCH {word}" for word in self._directives(job)),
+            state=shlex.quote(str(job.dir)),
+            srun=cpus,  # srun does not take it over from sbatch since Slurm 22.05
+            command=shlex.join(words),
+            restarts=base.at_least("--restarts", self.restarts, 0),
+            starts_again=base.STARTS_AGAIN,
+        )
+
+    def _directives(self, job: Job) -> list[str]:
+        nodes = base.at_least("--nodes", self.nodes, 1)
+        tasks = base.at_least("--processes-per-node", self.processes_per_node, 1)
+        gpus = base.at_least("--gpus-per-node", self.gpus_per_node, 0)
+        cpus = base.at_least("--cpus-per-process", self.cpus_per_process, 0)
+        check(
+            gpus % tasks == 0,
+            f"--gpus-per-node {gpus} does not divide by --processes-per-node {tasks}",
+        )
+        check(0 <= self.grace <= 65535, f"--grace {self.grace} must be between 0 and 65535")
+        check(
+            re.fullmatch(r"(\d+(-\d+)?(:\d+){0,2})?", self.time) is not None,
+            f"--time {self.time!r}: write minutes, hours:minutes:seconds or days-hours",
+        )
+        given = {
+            "job-name": job.name,
+            "nodes": nodes,
+            "ntasks-per-node": tasks,
+            "gpus-per-node": gpus,
+            "cpus-per-task": cpus,
+            "time": self.time,
+            "partition": self.partition and plain("--partition", self.partition),
+            "account": self.account and plain("--account", self.account),
+            "chdir": directive_path(Path.cwd()),
+            "output": directive_path(self._output(job, "%j")),
+            "open-mode": "append",
+            "signal": f"TERM@{self.grace}",
+        }
+        return ["--requeue", *[f"--{key}={value}" for key, value in given.items() if value]]
+
+    def _output(self, job: Job, number: str) -> Path:
+        return job.dir / f"slurm-{number}.log"
+
+    def _number(self, job: Job) -> str:
+        """The job's number as start() kept it."""
+        file = job.dir / "job"
+        check(file.exists(), f"no job {job.name!r} was submitted from here (no {file})")
+        return plain("job number", file.read_text().strip())
+
+
+def directive_path(path: Path) -> str:
+    """A path for an #SBATCH line: quoted for sbatch, which is no shell and replaces %x."""
+    text = str(path)
+    bad = sorted(set(re.findall(r"[\"'\\\n]|%(?!j\.log$)", text)))
+    check(not bad, f"the directory {text!r} has {' '.join(bad)} in its name, which sbatch misreads")
+    return f'"{text}"' if " " in text else text

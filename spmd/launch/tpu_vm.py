@@ -1,0 +1,340 @@
+"""Cloud TPU VMs: a resource; the code copied to every worker, started, followed, restarted, stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import time
+from pathlib import Path
+
+from spmd.launch import base
+from spmd.launch.base import Command, Job, check, plain
+
+RUNTIMES = {  # accelerator-type prefix -> image of its VMs
+    "v2-": "tpu-ubuntu2204-base",
+    "v3-": "tpu-ubuntu2204-base",
+    "v4-": "tpu-ubuntu2204-base",
+    "v5litepod-": "v2-alpha-tpuv5-lite",
+    "v5p-": "v2-alpha-tpuv5",
+    "v6e-": "v2-alpha-tpuv6e",
+}
+CODE = (
+    "run.py",
+    "spmd",
+    "experiments",
+    "requirements.txt",
+    "requirements",
+)  # nothing else is copied
+GONE = {"SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED"}  # for good: to be created again
+TRIES = 6  # of ssh and scp: the machines answer some time after they are ACTIVE
+
+SETUP = """set -e; mkdir -p {name}; tar -xzf {name}.tar.gz -C {name}; cd {name} || exit
+export PATH="$HOME/.local/bin:$PATH"
+command -v uv > /dev/null || python3 -m pip install --quiet --user uv
+[ -x .venv/bin/python ] || uv venv --quiet --python 3.11 .venv
+uv pip install --quiet --python .venv/bin/python -r requirements/tpu.txt"""
+
+# The run outlives the connection; its exit code and process id lie beside its log.
+BEGIN = """set -e; cd {name} || exit; rm -f exit stopped pid
+[ ! -e log ] || mv log "log.$(date +%s)"; touch log
+# shellcheck disable=SC2016
+nohup setsid bash -c '"$@" >> log 2>&1 & echo $! > pid; wait $!; echo $? > exit' run \\
+  .venv/bin/python {command} < /dev/null > /dev/null 2>&1 &
+for _ in $(seq 100); do [ -s pid ] && break; sleep 0.1; done"""
+
+# After a reboot the number in `pid` may be another process: it counts only while it is a run.py.
+STATUS = """cd {name} 2> /dev/null || exit 0
+if grep -qs run.py "/proc/$(cat pid 2> /dev/null)/cmdline"; then echo spmd-status=running
+elif [ -e stopped ]; then echo spmd-status=stopped
+elif [ -s exit ]; then echo "spmd-status=$(cat exit)"
+elif [ -e log ]; then echo spmd-status=75; fi"""
+
+FOLLOW = """cd {name} || exit; tail --lines={lines} --follow --pid="$(cat pid)" log"""
+
+LOG = """cd {name} && cat log"""
+
+# The other workers notice the loss of one by themselves; one that hangs is killed.
+FINISH = """(cd {name} || exit; timeout 120 tail --pid="$(cat pid)" -f /dev/null || kill -KILL "$(cat pid)")
+sleep 1
+"""
+
+STOP = """cd {name} 2> /dev/null || exit 0; touch stopped
+if grep -qs run.py "/proc/$(cat pid)/cmdline"; then kill -TERM "$(cat pid)"
+  timeout 300 tail --pid="$(cat pid)" -f /dev/null; fi"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuVm(base.CloudOptions):
+    """A TPU slice as a queued resource; words after -- go to `queued-resources create` as they are."""
+
+    zone: str = ""
+    """Zone, for example us-east5-a."""
+    project: str = ""
+    """Project; empty: that of gcloud's configuration."""
+    accelerator: str = ""
+    """Accelerator type, for example v5litepod-16, v5p-32 or v6e-64."""
+    runtime: str = ""
+    """Image of the VMs; empty: the usual one for the accelerator."""
+    spot: bool = False
+    """Spot capacity: cheaper, and may be preempted at any time."""
+    restarts: int = 20
+    """How often the run starts again after a preemption, a crash or a lost worker."""
+    poll: float = 30.0
+    """Seconds between looks at the state of the resource."""
+    delete: bool = False
+    """With stop: delete the resource too. Otherwise it stays, and costs."""
+
+    def start(self, job: Job) -> int:
+        """Follows the run to its end; Ctrl-C only stops following."""
+        base.at_least("--restarts", self.restarts, 0)
+        check(not self.delete, "--delete belongs to: run.py launch tpu-vm stop")
+        check(self.poll >= 0, f"--poll {self.poll} must not be negative")
+        base.bucket(job, "TPU VMs")
+        vm = Machines(self, job)
+        self.image()  # before anything is asked of the cloud
+        if self.dry_run:
+            return vm.show_start()
+        try:
+            return self._run(vm)
+        except KeyboardInterrupt:
+            _say(
+                "no longer following. The run goes on where it has begun; end it with `stop`, and the"
+                " cost of the resource with `stop --delete`"
+            )
+            return base.INTERRUPTED
+
+    def image(self) -> str:
+        """The image of the VMs of the accelerator."""
+        check(
+            bool(self.accelerator),
+            "launch tpu-vm needs --accelerator, for example --accelerator v5litepod-16",
+        )
+        known = [image for prefix, image in RUNTIMES.items() if self.accelerator.startswith(prefix)]
+        check(
+            bool(self.runtime or known),
+            f"--accelerator {self.accelerator}: known are {', '.join(f'{p}N' for p in RUNTIMES)}; for"
+            " another one give the image of its VMs with --runtime",
+        )
+        plain("--accelerator", self.accelerator)
+        return plain("--runtime", self.runtime or known[0])
+
+    def _run(self, vm: Machines) -> int:
+        code = base.LOST
+        for start in range(self.restarts + 1):
+            if not self._acquire(vm):
+                return 1
+            if "running" in vm.status():
+                _say("the run is going already; following it")
+            elif not self._deploy(vm):
+                return 1
+            code = self._watch(vm)
+            if code < 0:  # stopped by `stop`
+                return base.SAVED
+            if not base.starts_again(code) or start == self.restarts:
+                break
+            _say(f"exit code {code}; start {start + 2} of at most {self.restarts + 1}")
+        _say(f"ended with exit code {code}. The resource is kept, and costs, until `stop --delete`")
+        return code
+
+    def _acquire(self, vm: Machines) -> bool:
+        """Creates or reuses the resource and waits until it is ACTIVE; False when it cannot be had."""
+        seen, created = None, False
+        while (state := vm.state(patient=seen is not None)) != "ACTIVE":
+            if state != seen:
+                _say(f"{vm.name} is {state or 'not there yet'}")
+            if state in GONE and created:
+                _say(f"the request failed; see: {vm.describe.shell()}")
+                return False
+            if state in GONE:  # only the record is left: the machines and their disks went before
+                vm.delete.run()
+            elif not state and not created:
+                created = vm.create.run() == 0
+                if not created:
+                    return False
+            else:
+                time.sleep(self.poll)
+            seen = state
+        _say(f"{vm.name} is ACTIVE")
+        return True
+
+    def _deploy(self, vm: Machines) -> bool:
+        """Copies, installs and starts on all workers; machines that go meanwhile are for _watch to see."""
+        vm.archive.parent.mkdir(parents=True, exist_ok=True)
+        if vm.pack.run():
+            return False
+        for command in (vm.copy, vm.setup, vm.begin):
+            tries = TRIES
+            while command.run():
+                tries -= 1
+                if vm.state(patient=True) in GONE:
+                    return True
+                if not tries:
+                    _say(f"gave up on: {command.shell()}")
+                    return False
+                time.sleep(self.poll)
+        return True
+
+    def _watch(self, vm: Machines) -> int:
+        """Follows the log to the run's end: its exit code, 75 when the machines went, -1 when stopped."""
+        lines = "+1"
+        while True:
+            vm.follow(lines).run()
+            first = vm.status(worker="0")
+            if first and first != ["running"]:
+                break
+            state = vm.state(patient=True)
+            if state in ("", "DELETING"):  # by somebody's hand: a preempted one is SUSPENDED
+                _say(f"{vm.name} was deleted; it is not created again")
+                return -1
+            if state not in ("ACTIVE", UNKNOWN):
+                _say(f"the machines are gone: {vm.name} is {state}")
+                return base.LOST
+            lines = "20"  # the connection broke: again from about there
+            time.sleep(self.poll)
+        found = vm.status(finish=True) or first
+        if "stopped" in found:
+            return -1
+        codes = [int(status) for status in found if status != "running"]
+        final = [code for code in codes if code and not base.starts_again(code)]
+        return (final or [code for code in codes if code] or [0])[0]
+
+    def stop(self, job: Job) -> int:
+        """Tells the run on all workers to save and stop; the resource stays unless --delete."""
+        vm = Machines(self, job)
+        commands = [vm.stop, *([vm.delete] if self.delete else [])]
+        if self.dry_run:
+            return base.show(*commands)
+        codes = [command.run() for command in commands]
+        if not self.delete:
+            _say(f"{vm.name} is kept, and costs, until `stop --delete`")
+        return codes[-1]
+
+    def logs(self, job: Job) -> int:
+        """The output of worker 0."""
+        vm = Machines(self, job)
+        command = vm.follow("+1") if self.follow else vm.log
+        return base.show(command) if self.dry_run else command.run()
+
+
+UNKNOWN = "UNKNOWN"
+
+
+class Machines:
+    """The gcloud commands of one job, and what they report."""
+
+    def __init__(self, options: TpuVm, job: Job):
+        self.name = job.name
+        check(bool(options.zone), "launch tpu-vm needs --zone, for example --zone us-east5-a")
+        self._where = ["--zone", plain("--zone", options.zone)]
+        if options.project:
+            self._where += ["--project", plain("--project", options.project)]
+        self._options, self._job = options, job
+        self.archive = job.dir / f"{self.name}.tar.gz"
+        self.delete = self._queued("delete", self.name, "--force", "--quiet")
+        self.describe = self._queued("describe", self.name)
+        pattern = f"name~(^|/){self.name}$"  # an empty answer, unlike an error, means: not there
+        self._state = self._queued("list", f"--filter={pattern}", "--format=value(state.state)")
+        self._node = self._vm("describe", self.name, "--format=value(state)")
+        self.setup, self.log = self.ssh(SETUP), self.ssh(LOG, worker="0")
+        self.stop = self.ssh(STOP)
+        self.copy = self._vm(
+            "scp", str(self.archive), f"{self.name}:{self.archive.name}", "--worker=all", "--quiet"
+        )
+
+    def _gcloud(self, *words: str) -> Command:
+        return Command(("gcloud", "compute", "tpus", *words, *self._where))
+
+    def _queued(self, *words: str) -> Command:
+        return self._gcloud("queued-resources", *words)
+
+    def _vm(self, *words: str) -> Command:
+        return self._gcloud("tpu-vm", *words)
+
+    def ssh(self, script: str, worker: str = "all", **values: str) -> Command:
+        """A script on one worker or all."""
+        command = script.format(name=self.name, **values)
+        return self._vm("ssh", self.name, f"--worker={worker}", "--quiet", f"--command={command}")
+
+    @property
+    def create(self) -> Command:
+        """The request for the resource."""
+        o = self._options
+        return self._queued(
+            *("create", self.name, "--node-id", self.name),
+            *("--accelerator-type", o.accelerator, "--runtime-version", o.image()),
+            *(["--spot"] if o.spot else []),
+            *self._job.extra,
+        )
+
+    @property
+    def pack(self) -> Command:
+        """The archive of the code; an experiment file from elsewhere lies at its top."""
+        experiment = Path(self._job.experiment)
+        outside = ["-C", str(experiment.parent.absolute()), experiment.name] if self._file() else []
+        tar = ("tar", "-czf", str(self.archive), "--exclude=__pycache__", "-C", str(base.ROOT))
+        return Command((*tar, *CODE, *outside))
+
+    @property
+    def begin(self) -> Command:
+        """Starts the run on all workers."""
+        return self.ssh(BEGIN, command=shlex.join(["run.py", *self._job.words(self._file())]))
+
+    def _file(self) -> str:
+        """The name of an experiment file there; empty for a name of experiments/."""
+        experiment = self._job.experiment
+        return Path(experiment).name if experiment.endswith(".py") else ""
+
+    def follow(self, lines: str) -> Command:
+        """The log of worker 0 until the run ends."""
+        return self.ssh(FOLLOW, worker="0", lines=lines)
+
+    def state(self, *, patient: bool = False) -> str:
+        """State of the resource, or of its node where that is worse; "" when there is none.
+
+        patient: an error of gcloud is UNKNOWN (the network, for a while); otherwise ValueError.
+        """
+        code, state = self._state.read()
+        check(
+            patient or code == 0,
+            f"gcloud failed with exit code {code} (its message is above): {self._state.shell()}",
+        )
+        if code:
+            return UNKNOWN
+        if state == "ACTIVE":
+            node = self._node.read()[1]
+            return node if node in GONE else state
+        return state
+
+    def status(self, *, worker: str = "all", finish: bool = False) -> list[str]:
+        """How the run stands on each worker that answers: running, stopped or its exit code."""
+        script = FINISH + STATUS if finish else STATUS
+        _, printed = self.ssh(script, worker=worker).read()
+        return re.findall(r"spmd-status=(\w+)", printed)
+
+    def show_start(self) -> int:
+        """Prints the commands of a start that goes well, in order."""
+        return base.show(
+            "# The state: an empty line means create it; then wait for ACTIVE.",
+            self._state,
+            self.create,
+            self._node,
+            "# Is the run going already?",
+            self.ssh(STATUS),
+            "# Copy the code, install, start on all workers.",
+            Command(("mkdir", "-p", str(self.archive.parent))),
+            self.pack,
+            self.copy,
+            self.setup,
+            self.begin,
+            "# Follow the log of worker 0; then the exit codes.",
+            self.follow("+1"),
+            self.ssh(STATUS, worker="0"),
+            self.ssh(FINISH + STATUS),
+            "# When the state is one of " + ", ".join(sorted(GONE)) + ": from the top, after",
+            self.delete,
+        )
+
+
+def _say(text: str) -> None:
+    print(f"launch: {text}", flush=True)
