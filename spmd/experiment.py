@@ -197,7 +197,7 @@ class Experiment:
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
         rundir.same_identity(path, self.identity())
         program = self.build()
-        checkpoints = Checkpoints(path / "checkpoints", self.checkpoint)
+        checkpoints = Checkpoints(path / "checkpoints", self.checkpoint, writing=False)
         try:
             state = checkpoints.restore(
                 program.abstract_state(), program.strategy.state_shardings, step

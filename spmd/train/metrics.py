@@ -78,8 +78,9 @@ class Writer:
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
+            # Its thread ends when the disk is full; a bounded queue would then block the loop for ever.
             self._events = SummaryWriter(
-                str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10
+                str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10, max_queue=0
             )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
