@@ -15,9 +15,12 @@ COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
     "eval": "evaluate a checkpoint of a run",
     "data": "prepare | show the input data",
+    "runs": "list | status | check [DIR]: the runs below a directory, or one run",
 }
+WITHOUT_EXPERIMENT = {"runs"}
 
 USAGE = """usage: run.py [COMMAND] --experiment NAME [--field value ...]
+       run.py runs list|status|check [DIR]
        run.py --list
 
 """
@@ -63,6 +66,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         for name, path in experiment.available().items():
             print(f"{name:16}{experiment.summary_line(path)}")
         return 0
+    if command in WITHOUT_EXPERIMENT and not {"--help", "-h"} & set(words):
+        return importlib.import_module(f"spmd.commands.{command}").run(words)
     name = _take(words, "--experiment")
     if name is None and (not argv or {"--help", "-h"} & set(words)):
         print(usage())

@@ -29,9 +29,8 @@ def run(name: str, words: Sequence[str]) -> int:
         return EXIT_FAILED
     except SaveFailed as error:
         agree.say(f"error: {error}", sys.stderr)
-        if agree.joined():  # savers of this process may still wait for others
-            agree.leave(EXIT_FAILED)
-        return EXIT_FAILED
+        # at once: savers may still wait for other processes, and log writers would fail again on the way out
+        agree.leave(EXIT_FAILED)
     except agree.SaidByFirst:
         return EXIT_MISTAKE
     except (Absent, agree.Lost) as error:

@@ -151,9 +151,7 @@ class Checkpoints:
         said = agree.gather(_outcome(step, future), f"saving step {step}")
         self._pending = None
         if why := next(filter(None, said), ""):
-            if agree.is_first():
-                steps.clean(self._directory)  # the half-written step would only fill the disk
-            raise SaveFailed(_failed(self._directory, f"save step {step}", why))
+            raise _failed(self._directory, f"save step {step}", why)
 
     def close(self) -> None:
         """Waits for a save under way, in this process, and releases the thread."""
@@ -228,15 +226,51 @@ class Checkpoints:
         if not found["verified"]:
             agree.say(f"the {about} has no digests (an older version saved it): not verified")
             return leaves, ""
-        return leaves, differing(leaves)
+        digests = np.asarray(leaves.pop(DIGESTS))
+        return leaves, _differ(digest.differing(leaves, digests))
 
 
-def differing(leaves: dict[str, Any]) -> str:
-    """Which leaves are not what was saved; takes their digests out of `leaves`."""
-    stored = np.asarray(leaves.pop(DIGESTS))
-    names = digest.differing(leaves, stored)
+def _differ(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"the digest of {', '.join(names[:3])}{more} differs" if names else ""
+
+
+def examined(path: epath.Path) -> tuple[str, str]:
+    """(what is wrong with a step or "", what it consists of); on the host, one array at a time."""
+    # before any backend starts: this is no work for an accelerator, which may be in use
+    jax.config.update("jax_platforms", "cpu")
+    with jax.enable_x64(True):
+        try:
+            if bad := steps.check_manifest(path):
+                return bad, ""
+            return _verified(path)
+        except Exception as error:
+            check(not passes(error), f"cannot read {path} now: {first_line(error)}")
+            return f"unreadable: {first_line(error)}", ""
+
+
+def _verified(path: epath.Path) -> tuple[str, str]:
+    leaves = stored(path)
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    size = 0
+
+    def one(name: str) -> jax.Array:
+        abstract: dict[str, Any] = dict.fromkeys(leaves, ...)  # Orbax leaves these out
+        abstract[name] = jax.ShapeDtypeStruct(*leaves[name], sharding=host)
+        return load(path, abstract)[name]
+
+    names = sorted(leaves.keys() - {DIGESTS})
+    digests = np.asarray(one(DIGESTS)) if DIGESTS in leaves else None
+    wrong = []
+    for i, name in enumerate(names):
+        leaf = one(name)
+        size += leaf.nbytes
+        if digests is not None:
+            wrong += digest.differing({name: leaf}, digests[i : i + 1])
+    has = ["digests" if digests is not None else "", "manifest" if steps.sealed(path) else ""]
+    by = " and ".join(filter(None, has))
+    how = f"verified by {by}" if digests is not None else "readable, without digests to verify it"
+    return _differ(wrong), f"{len(names)} arrays, {tree.human_bytes(size)}, {how}"
 
 
 def load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -275,6 +309,8 @@ def first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
+    if full := _FULL.search(text):
+        return full[0]
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
@@ -330,12 +366,17 @@ def _outcome(step: int, future: concurrent.futures.Future[None]) -> str:
     return first_line(error)
 
 
-def _failed(directory: epath.Path, what: str, why: str) -> str:
+def _failed(directory: epath.Path, what: str, why: str) -> SaveFailed:
+    """What to raise; removes the half-written step, which would only fill the disk."""
+    if agree.is_first():
+        steps.clean(directory)
     full = _FULL.search(why)
     present = steps.listed(directory)
     stands = f"the checkpoint of step {present[-1]} stands" if present else "no checkpoint stands"
     todo = "Make room" if full else "Remove the cause"
-    return f"cannot {what}: {full[0] if full else why}; {stands}. {todo} and type the same command"
+    return SaveFailed(
+        f"cannot {what}: {full[0] if full else why}; {stands}. {todo} and type the same command"
+    )
 
 
 @contextlib.contextmanager
@@ -346,5 +387,5 @@ def disk_full(directory: epath.Path) -> Iterator[None]:
     except OSError as error:
         if not _FULL.search(str(error)):
             raise
-        path = error.filename or directory
-        raise SaveFailed(_failed(directory / "checkpoints", f"write {path}", str(error))) from error
+        what = f"write {error.filename or directory}"
+        raise _failed(directory / "checkpoints", what, str(error)) from error

@@ -84,9 +84,14 @@ def write_manifest(path: epath.Path) -> None:
     part.replace(path / MANIFEST)
 
 
+def sealed(path: epath.Path) -> bool:
+    """Whether a step has a manifest; not when the process was killed right after saving."""
+    return (path / MANIFEST).exists()
+
+
 def check_manifest(path: epath.Path) -> str:
     """What differs from the manifest of a step; "" when nothing does, or when it has none."""
-    if not (path / MANIFEST).exists():  # killed between the save and the manifest
+    if not sealed(path):
         return ""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
