@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -126,3 +127,41 @@ def test_killed_at_any_moment_of_saving_the_previous_step_stands(run_cli, start_
     assert resumed.returncode == 0
     left = [p.name for p in (tmp_path / "out/checkpoints").iterdir()]
     assert all(name.isdigit() for name in left)
+
+
+def start_both(start_cli, *args):
+    """Two processes of one run, two simulated devices each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = ("--runtime.coordinator", f"127.0.0.1:{port}", "--runtime.num-processes", 2)
+    cut = ("--simulate", 2, "--mesh.data", 1, "--mesh.fsdp", 4, *OUT)
+    return [start_cli(*args, *where, "--runtime.process-id", i, *cut) for i in range(2)]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
+def test_two_processes_agree_on_a_bad_step_and_on_a_failed_save(start_cli, tmp_path):
+    first, second = start_both(start_cli, *DIGITS)
+    assert first.communicate(timeout=200) and second.wait(60) == first.returncode == 0
+    newest = tmp_path / "out/checkpoints/60"
+    (newest / "manifest.json").unlink()  # so that what one process reads of the arrays decides
+    data = max(newest.rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+    both = start_both(start_cli, *DIGITS[:3], 20_000, *DIGITS[4:], "--log.every", 20)
+    shown = []
+    for line in both[0].stdout:
+        shown.append(line)
+        if line.startswith("step 80/"):
+            limited(both[1], 2**15)  # only the disk of the second one is full
+            break
+    errors = [process.communicate(timeout=200)[1] for process in both]
+    assert sum("the checkpoint of step 60 is bad" in line for line in shown) == 1
+    assert any("resuming at step 40 of" in line for line in shown)
+    assert [process.returncode for process in both] == [1, 1], errors
+    assert "cannot save step" in errors[0] and "File too large" in errors[0]
+    assert "Traceback" not in errors[0] + errors[1]
+    assert all(p.name.isdigit() for p in (tmp_path / "out/checkpoints").iterdir())
