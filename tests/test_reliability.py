@@ -142,8 +142,9 @@ def start_both(start_cli, *args):
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
 def test_two_processes_agree_on_a_bad_step_and_on_a_failed_save(start_cli, tmp_path):
-    first, second = start_both(start_cli, *DIGITS)
-    assert first.communicate(timeout=200) and second.wait(60) == first.returncode == 0
+    both = start_both(start_cli, *DIGITS)
+    errors = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
     newest = tmp_path / "out/checkpoints/60"
     (newest / "manifest.json").unlink()  # so that what one process reads of the arrays decides
     data = max(newest.rglob("d/*"), key=lambda p: p.stat().st_size)
