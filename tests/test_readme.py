@@ -26,7 +26,8 @@ def test_the_readme_shows_the_commands():
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in LINES if not line.startswith("eval") and "wide.py" not in line]
+    "line",
+    [line for line in LINES if not line.startswith(("eval", "runs")) and "wide.py" not in line],
 )
 def test_command(line, run_cli):
     done = run_cli(*words(line))
@@ -36,9 +37,11 @@ def test_command(line, run_cli):
         assert done.returncode == 0, done.stderr
 
 
-def test_eval_and_resume_follow_a_run(run_cli):
+def test_eval_and_runs_follow_a_run(run_cli):
     assert run_cli("--experiment", "digits", "--train.steps", "5").returncode == 0
-    assert run_cli("eval", "--experiment", "digits").returncode == 0
+    for line in LINES:
+        if line.startswith(("eval", "runs")):
+            assert run_cli(*words(line)).returncode == 0, line
 
 
 def test_the_experiment_file(run_cli, tmp_path):

@@ -16,10 +16,13 @@ COMMANDS = {
     "eval": "evaluate a checkpoint of a run",
     "data": "prepare | show the input data",
     "launch": "train elsewhere or in several processes: local | slurm | tpu-vm | gke",
+    "runs": "list | status | check [DIR]: the runs below a directory, or one run",
 }
 ASK_THEMSELVES = {"launch"}  # commands that have a help of their own, without an experiment
+WITHOUT_EXPERIMENT = {"runs"}
 
 USAGE = """usage: run.py [COMMAND] --experiment NAME [--field value ...]
+       run.py runs list|status|check [DIR]
        run.py --list
 
 """
@@ -65,6 +68,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         for name, path in experiment.available().items():
             print(f"{name:16}{experiment.summary_line(path)}")
         return 0
+    if command in WITHOUT_EXPERIMENT and not {"--help", "-h"} & set(words):
+        return importlib.import_module(f"spmd.commands.{command}").run(words)
     name = _take(words, "--experiment")
     module = f"spmd.commands.{command}"
     if name is None and command in ASK_THEMSELVES:

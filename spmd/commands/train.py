@@ -9,12 +9,13 @@ from spmd import experiment
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Exit code 0 when finished, 128 + signal when stopped, 1 when the loss diverged; see also
-    spmd.runtime for what a launcher starts again.
+    """Exit code 0 when finished, 128 + signal when stopped, 1 when the loss diverged or the disk is full; see
+    also spmd.runtime for what a launcher starts again.
     """
     exp, _ = experiment.override(experiment.from_file(experiment.find(name)), words)
     from spmd.runtime import EXIT_AGAIN, EXIT_FAILED, EXIT_MISTAKE, agree
     from spmd.runtime.join import Absent
+    from spmd.train.checkpoint import SaveFailed
     from spmd.train.log import NonFinite
     from spmd.train.loop import Stopped
 
@@ -26,6 +27,10 @@ def run(name: str, words: Sequence[str]) -> int:
     except NonFinite as error:
         agree.say(f"error: {error}", sys.stderr)
         return EXIT_FAILED
+    except SaveFailed as error:
+        agree.say(f"error: {error}", sys.stderr)
+        # at once: savers may still wait for other processes, and log writers would fail again on the way out
+        agree.leave(EXIT_FAILED)
     except agree.SaidByFirst:
         return EXIT_MISTAKE
     except (Absent, agree.Lost) as error:

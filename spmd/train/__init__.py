@@ -59,8 +59,8 @@ class CheckpointConfig:
 
     every: int = free(0)
     """Steps between checkpoints; 0 is once per epoch; always at the end and when stopped."""
-    keep: int = free(1)
-    """Newest checkpoints kept."""
+    keep: int = free(2)
+    """Newest checkpoints kept; with 1 there is nothing to fall back on should that one turn bad."""
     best: str = free("eval/accuracy")
     """Also keep the best by this metric."""
     best_is: Literal["highest", "lowest"] = free("highest")

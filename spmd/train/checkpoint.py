@@ -1,23 +1,58 @@
-"""Checkpoints through Orbax: the state, the data position and the configuration, on any mesh."""
+"""Checkpoints through Orbax: the state, the data position and the configuration, on any mesh; verified."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from spmd import tree
-from spmd.train import CheckpointConfig
+from spmd import digest, tree
+from spmd.fields import check
+from spmd.runtime import agree
+from spmd.train import CheckpointConfig, steps
 
 PyTree = Any
+DIGESTS = "digests"  # a leaf of our own beside those of the state
+
+# What another try, or another machine, may read: no reason to put a checkpoint aside.
+_PASSING = re.compile(
+    r"RESOURCE_EXHAUSTED|out of memory|PERMISSION_DENIED|Permission denied|UNAVAILABLE"
+    r"|UNAUTHENTICATED|DEADLINE_EXCEEDED",
+    re.IGNORECASE,
+)
+_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|Read-only file system", re.I
+)
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the message says which one stands and what to do."""
 
 
 def _flat(state: PyTree) -> dict[str, Any]:
     """`{path name: leaf}`, `.` between parts: the names a user sees are the names on disk."""
-    return {name.replace("/", "."): leaf for name, leaf in tree.named_leaves(state).items()}
+    named = tree.named_leaves(state)
+    for name in named:
+        check(
+            steps.safe(name),
+            f"the state has an array named {name!r}: in a checkpoint, names are made of letters, digits,"
+            " '_', '-' and '.', and lead nowhere",
+        )
+    flat = {name.replace("/", "."): leaf for name, leaf in named.items()}
+    check(
+        len(flat) == len(named) and DIGESTS not in flat,
+        f"the state has two arrays of one name, or one named {DIGESTS!r}: {', '.join(sorted(named))}",
+    )
+    return flat
 
 
 def _unflat(flat: dict[str, Any], like: PyTree) -> PyTree:
@@ -25,96 +60,332 @@ def _unflat(flat: dict[str, Any], like: PyTree) -> PyTree:
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved asynchronously, the newest and the best kept."""
+    """The checkpoints of one run: saved asynchronously, the newest and the best kept, bad ones put aside.
 
-    def __init__(self, directory: epath.Path, config: CheckpointConfig):
-        from orbax.checkpoint import v1 as ocp
+    Every process of a run makes the same calls in the same order.
+    """
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        keep: Any = ocp.training.preservation_policies  # its types disagree with its own protocol
-        decide: Any = ocp.training.save_decision_policies
-        sign = 1.0 if config.best_is == "highest" else -1.0
-        self._directory = directory
-        self._checkpointer = ocp.training.Checkpointer(
-            directory,
-            preservation_policy=keep.AnyPreservationPolicy(
-                [
-                    keep.LatestN(config.keep),
-                    keep.BestN(
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                        get_metric_fn=lambda m: sign * m.get(config.best, -sign * float("inf")),
-                    ),
-                ]
-            ),
-            # Whether to save is the loop's decision; the default policy drops saves while one runs.
-            save_decision_policy=decide.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
-        )
+    def __init__(self, directory: epath.Path, config: CheckpointConfig, *, writing: bool = True):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._directory, self._config = directory, config
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        if writing and agree.is_first():
+            steps.clean(directory)
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        return [c.step for c in self._checkpointer.checkpoints]
+        return agree.from_first(lambda: steps.listed(self._directory), "listing checkpoints")
+
+    def exist(self) -> bool:
+        """Whether there is any; ValueError when there were some and all of them were bad."""
+        found = self.steps()
+        aside = agree.from_first(lambda: steps.quarantined(self._directory), "listing quarantine")
+        check(bool(found) or not aside, self._none_left(aside))
+        return bool(found)
+
+    def _none_left(self, aside: dict[str, str]) -> str:
+        return (
+            f"no good checkpoint is left in {self._directory}; in {self._directory.parent / 'quarantine'}"
+            f" there are: {', '.join(aside)} (each with its reason.txt). Restore the files from a copy, or"
+            " start anew with --run.fresh"
+        )
+
+    # ---- saving
 
     def save(
         self, state: PyTree, step: int, metrics: dict[str, Any], extra: dict[str, Any]
     ) -> None:
-        """Starts saving `state`; waits only for the save before it."""
+        """Starts saving `state`; waits only for the save before it. SaveFailed when that one has failed.
+
+        metrics: those by which the best is kept. extra: JSON types, saved beside the arrays.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
         if step in self.steps():
             return
-        self._checkpointer.wait()
-        self._checkpointer.save_async(
-            step, _flat(state), force=True, metrics=metrics or None, custom_metadata=extra
-        )
+        flat = _flat(state)
+        about = extra | {"metrics": metrics}
+        try:
+            # Enqueued behind the step and copied with the rest: the host does not wait for the digests.
+            leaves = flat | {DIGESTS: digest.of(flat)}
+            path = self._directory / str(step)
+            response: Any = ocp.save_async(path, leaves, custom_metadata=about)
+            self._pending = step, self._thread.submit(self._finish, response, step)
+        except Exception as error:
+            self._pending = step, concurrent.futures.Future()
+            self._pending[1].set_exception(error)
+            if (
+                not agree.joined()
+            ):  # the others find out in their wait(), at the same place as this one
+                self.wait()
+
+    def _finish(self, response: Any, step: int) -> None:
+        """In a thread: what follows the save of one step."""
+        response.result()
+        if agree.is_first():
+            with contextlib.suppress(OSError):  # without a manifest the step is good by its digests
+                steps.write_manifest(self._directory / str(step))
+            self._drop()
+
+    def _drop(self) -> None:
+        """Deletes all but the newest and the best."""
+        present = steps.listed(self._directory)
+        sign = 1 if self._config.best_is == "highest" else -1
+        scores = []
+        for step in present:
+            metrics = steps.about(self._directory / str(step)).get("metrics", {})
+            if (value := metrics.get(self._config.best)) is not None and value == value:
+                scores.append((sign * value, step))
+        best = [max(scores)[1]] if scores else []
+        for step in set(present) - {*present[-self._config.keep :], *best}:
+            with contextlib.suppress(OSError):
+                steps.delete(self._directory, step)
+
+    def wait(self) -> None:
+        """Waits until what was started is on disk; SaveFailed, in all processes, when it cannot be."""
+        if self._pending is None:
+            return
+        step, future = self._pending
+        said = agree.gather(_outcome(step, future), f"saving step {step}")
+        self._pending = None
+        if why := next(filter(None, said), ""):
+            raise _failed(self._directory, f"save step {step}", why)
+
+    def close(self) -> None:
+        """Waits for a save under way, in this process, and releases the thread."""
+        if self._pending is not None:
+            with contextlib.suppress(Exception):
+                self._pending[1].result()
+        self._thread.shutdown(wait=False)
+
+    # ---- restoring
 
     def restore(self, like: PyTree, shardings: PyTree, step: int | None = None) -> PyTree:
-        """The state at `step` (default: the newest), each leaf placed by `shardings`.
+        """The state at `step` (default: the newest good one), each leaf placed by `shardings`.
 
-        like: shapes and dtypes. ValueError with the differing leaves when the checkpoint is of another
-        model; Orbax alone would cast dtypes silently.
+        like: shapes and dtypes. A checkpoint whose files or digests are wrong goes to quarantine/ with the
+        reason, and the next older one is taken. ValueError with the differing leaves when a good one is of
+        another model (Orbax alone would cast dtypes silently), when none is left, or when `step` is bad.
         """
-        steps = self.steps()
-        if not steps:
+        wanted, placed = _flat(like), _flat(shardings)
+        present = self.steps()
+        if not present:
             raise ValueError(f"no checkpoint in {self._directory}; train first")
-        step = steps[-1] if step is None else step
-        if step not in steps:
+        if step is not None and step not in present:
             raise ValueError(
                 f"no checkpoint of step {step} in {self._directory};"
-                f" there are: {', '.join(map(str, steps))}"
+                f" there are: {', '.join(map(str, present))}"
             )
-        wanted = _flat(like)
-        stored = self._checkpointer.metadata(step).metadata
-        self._compare(
-            step,
-            {k: (tuple(v.shape), str(v.dtype)) for k, v in stored.items()},
-            {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()},
-        )
-        placed = _flat(shardings)
+        for at in [step] if step is not None else present[::-1]:
+            leaves, bad = self._read(at, wanted, placed)
+            if not bad:
+                return _unflat(leaves, like)
+            if step is not None:
+                raise ValueError(
+                    f"the checkpoint of step {at} in {self._directory} is bad: {bad}; without --step the"
+                    " newest good one is taken"
+                )
+            became = agree.from_first(
+                lambda at=at, bad=bad: steps.quarantine(self._directory, at, bad), "quarantine"
+            )
+            agree.say(f"the checkpoint of step {at} is bad: {bad}; {became}")
+        aside = agree.from_first(lambda: steps.quarantined(self._directory), "listing quarantine")
+        raise ValueError(self._none_left(aside))
+
+    def _read(
+        self, step: int, wanted: dict[str, Any], placed: dict[str, Any]
+    ) -> tuple[dict[str, Any], str]:
+        """(the leaves, "") or ({}, what is wrong), the same in all processes."""
+        about = f"checkpoint of step {step}"
+        path = self._directory / str(step)
+        found = agree.from_first(lambda: _examine(path, wanted), about)
+        if found["bad"]:
+            return {}, found["bad"]
         abstract = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed[k]) for k, v in wanted.items()
         }
-        return _unflat(self._checkpointer.load(step, abstract), like)
+        if found["verified"]:
+            whole = next(iter(placed.values()))
+            if isinstance(whole, NamedSharding):
+                whole = NamedSharding(whole.mesh, P())
+            shape = (len(wanted), 2)
+            abstract[DIGESTS] = jax.ShapeDtypeStruct(shape, np.uint32, sharding=whole)
+        leaves: dict[str, Any] = {}
+        said = passing = ""
+        try:
+            leaves = load(path, abstract)
+        except Exception as error:
+            said = first_line(error)
+            passing = said if passes(error) else ""
+        for told in agree.gather([said, passing], about):
+            check(not told[1], f"cannot read the {about} in {self._directory} now: {told[1]}")
+            if told[0]:
+                return {}, f"unreadable: {told[0]}"
+        if not found["verified"]:
+            agree.say(f"the {about} has no digests (an older version saved it): not verified")
+            return leaves, ""
+        digests = np.asarray(leaves.pop(DIGESTS))
+        return leaves, _differ(digest.differing(leaves, digests))
 
-    def _compare(self, step: int, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-        show = lambda leaf: f"{leaf[1]}{list(leaf[0])}" if leaf else "(absent)"
-        diff = [
-            f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} here"
-            for k in sorted({*stored, *wanted})
-            if stored.get(k) != wanted.get(k)
-        ]
-        if diff:
-            more = f"\n  ... and {len(diff) - 10} more" if len(diff) > 10 else ""
-            raise ValueError(
-                f"checkpoint {self._directory / str(step)} is of another model:\n"
-                + "\n".join(diff[:10])
-                + more
-            )
 
-    def wait(self) -> None:
-        """Waits until what was started is on disk."""
-        self._checkpointer.wait()
+def _differ(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"the digest of {', '.join(names[:3])}{more} differs" if names else ""
 
-    def close(self) -> None:
-        """Waits and releases Orbax's threads."""
-        with contextlib.suppress(Exception):
-            self._checkpointer.close()
+
+def examined(path: epath.Path) -> tuple[str, str]:
+    """(what is wrong with a step or "", what it consists of); on the host, one array at a time."""
+    # before any backend starts: this is no work for an accelerator, which may be in use
+    jax.config.update("jax_platforms", "cpu")
+    with jax.enable_x64(True):
+        try:
+            if bad := steps.check_manifest(path):
+                return bad, ""
+            return _verified(path)
+        except Exception as error:
+            check(not passes(error), f"cannot read {path} now: {first_line(error)}")
+            return f"unreadable: {first_line(error)}", ""
+
+
+def _verified(path: epath.Path) -> tuple[str, str]:
+    leaves = stored(path)
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    size = 0
+
+    def one(name: str) -> jax.Array:
+        abstract: dict[str, Any] = dict.fromkeys(leaves, ...)  # Orbax leaves these out
+        abstract[name] = jax.ShapeDtypeStruct(*leaves[name], sharding=host)
+        return load(path, abstract)[name]
+
+    names = sorted(leaves.keys() - {DIGESTS})
+    digests = np.asarray(one(DIGESTS)) if DIGESTS in leaves else None
+    wrong = []
+    for i, name in enumerate(names):
+        leaf = one(name)
+        size += leaf.nbytes
+        if digests is not None:
+            wrong += digest.differing({name: leaf}, digests[i : i + 1])
+    has = ["digests" if digests is not None else "", "manifest" if steps.sealed(path) else ""]
+    by = " and ".join(filter(None, has))
+    how = f"verified by {by}" if digests is not None else "readable, without digests to verify it"
+    return _differ(wrong), f"{len(names)} arrays, {tree.human_bytes(size)}, {how}"
+
+
+def load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of a step that `abstract` asks for; waits for no other process, so that none hangs
+    when another fails.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    with _alone():
+        return dict(ocp.load(path, abstract))
+
+
+def stored(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """`{name: (shape, dtype)}` of the leaves of a step."""
+    from orbax.checkpoint import v1 as ocp
+
+    with _alone():
+        found: Any = ocp.metadata(path).metadata
+    if found is None:  # Orbax's way to say so
+        raise ValueError("Orbax finds no description of the arrays")
+    return {k: (tuple(v.shape), str(v.dtype)) for k, v in found.items()}
+
+
+def _alone() -> Any:
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    index, _ = agree.process()
+    context.multiprocessing.primary_host = index
+    context.multiprocessing.active_processes = {index}
+    return context
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what the first cause of an error says, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if full := _FULL.search(text):
+        return full[0]
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def passes(error: BaseException) -> bool:
+    """Whether an error says nothing of the files themselves."""
+    kinds = (PermissionError, MemoryError, TimeoutError, ConnectionError)
+    return isinstance(error, kinds) or bool(_PASSING.search(str(error)))
+
+
+def _examine(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """In process 0: what can be told of a step before its arrays are read."""
+    try:
+        bad = steps.check_manifest(path)
+        leaves = {} if bad else stored(path)
+    except Exception as error:
+        check(not passes(error), f"cannot read {path} now: {first_line(error)}")
+        bad, leaves = f"unreadable: {first_line(error)}", {}
+    if bad:
+        return {"bad": bad, "verified": False}
+    for name in leaves:
+        check(
+            steps.safe(name.replace("/", "\0")),
+            f"{path} holds an array named {name!r}, which could lead out of a directory: refused",
+        )
+    verified = leaves.pop(DIGESTS, None)
+    _same_model(path, leaves, {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()})
+    return {"bad": "", "verified": verified is not None}
+
+
+def _same_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    show = lambda leaf: f"{leaf[1]}{list(leaf[0])}" if leaf else "(absent)"
+    diff = [
+        f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} here"
+        for k in sorted({*stored, *wanted})
+        if stored.get(k) != wanted.get(k)
+    ]
+    if diff:
+        more = f"\n  ... and {len(diff) - 10} more" if len(diff) > 10 else ""
+        raise ValueError(f"checkpoint {path} is of another model:\n" + "\n".join(diff[:10]) + more)
+
+
+def _outcome(step: int, future: concurrent.futures.Future[None]) -> str:
+    """Waits for this process's part of a save, or until another tells of a failure; "" if all is well."""
+    key = f"spmd/save/{step}"
+    while not concurrent.futures.wait([future], 1.0 if agree.joined() else None).done:
+        with contextlib.suppress(Exception):  # nothing said yet
+            return agree.store().key_value_try_get(key)
+    error = future.exception()
+    if error is None:
+        return ""
+    if agree.joined():
+        agree.store().key_value_set(key, first_line(error), allow_overwrite=True)
+    return first_line(error)
+
+
+def _failed(directory: epath.Path, what: str, why: str) -> SaveFailed:
+    """What to raise; removes the half-written step, which would only fill the disk."""
+    if agree.is_first():
+        steps.clean(directory)
+    full = _FULL.search(why)
+    present = steps.listed(directory)
+    stands = f"the checkpoint of step {present[-1]} stands" if present else "no checkpoint stands"
+    todo = "Make room" if full else "Remove the cause"
+    return SaveFailed(
+        f"cannot {what}: {full[0] if full else why}; {stands}. {todo} and type the same command"
+    )
+
+
+@contextlib.contextmanager
+def disk_full(directory: epath.Path) -> Iterator[None]:
+    """Turns the OSError of a full or read-only disk, wherever a run meets it, into SaveFailed."""
+    try:
+        yield
+    except OSError as error:
+        if not _FULL.search(str(error)):
+            raise
+        what = f"write {error.filename or directory}"
+        raise _failed(directory / "checkpoints", what, str(error)) from error

@@ -19,7 +19,7 @@ from spmd.runtime.stop import Votes, catching
 from spmd.runtime.watchdog import Watchdog
 from spmd.strategies import base
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig, progress, rundir
-from spmd.train.checkpoint import Checkpoints
+from spmd.train.checkpoint import Checkpoints, disk_full
 from spmd.train.evaluate import evaluator
 from spmd.train.log import Clock, Log
 from spmd.train.metrics import Writer
@@ -74,7 +74,7 @@ def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> ba
         program.num_steps,
         program.data.batch_size,
     )
-    if not checkpoints.steps():
+    if not checkpoints.exist():
         with clock("compile"):
             return program.init()
     with clock("checkpoint"):
@@ -116,11 +116,13 @@ def fit(
     """Trains to program.num_steps from the newest checkpoint in `directory`; returns the summary.
 
     begin: called by process 0 when the state stands, before the first step. Raises Stopped after a signal to
-    any process, NonFinite when the loss diverges; both in all processes, at the same step.
+    any process, NonFinite when the loss diverges, SaveFailed when the disk is full; in all processes, at the
+    same step.
     """
     with (
         catching(runtime.grace) as stop,
         Watchdog(runtime.hang_timeout) as watchdog,
+        disk_full(directory),
         contextlib.ExitStack() as closing,
         agree.peers(),
     ):

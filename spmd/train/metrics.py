@@ -86,8 +86,9 @@ class Writer:
         self._lines = Lines(directory / "metrics.jsonl", step)
         self.last = self._lines.last("train/")
         if config.tensorboard:
+            # Its thread ends when the disk is full; a bounded queue would then block the loop for ever.
             self._events = _summary_writer()(
-                str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10
+                str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10, max_queue=0
             )
         if config.wandb:
             self._tracker = Tracker(directory, config.wandb, experiment)

@@ -138,3 +138,12 @@ def summary(path: epath.Path) -> dict[str, Any] | None:
 def write_summary(path: epath.Path, value: dict[str, Any]) -> None:
     """Writes summary.json."""
     _write(path / "summary.json", value)
+
+
+def lines(file: epath.Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines, none if there is no such file."""
+    found: list[dict[str, Any]] = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, TypeError):  # the torn last line of a killed process
+            found.append({**json.loads(text)})
+    return found

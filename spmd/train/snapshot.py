@@ -77,7 +77,7 @@ def restore(
     program: Program, directory: epath.Path, config: CheckpointConfig, step: int | None = None
 ) -> Snapshot:
     """A checkpoint of a run directory (default: the newest), placed on the program's mesh."""
-    checkpoints = Checkpoints(directory / "checkpoints", config)
+    checkpoints = Checkpoints(directory / "checkpoints", config, writing=False)
     try:
         abstract, shardings = program.abstract_state(), program.strategy.state_shardings
         return Snapshot(program, checkpoints.restore(abstract, shardings, step))
