@@ -28,9 +28,10 @@ def run(name: str, words: Sequence[str]) -> int:
         agree.say(f"error: {error}", sys.stderr)
         return EXIT_FAILED
     except SaveFailed as error:
-        agree.say(f"error: {error}", sys.stderr)
+        text = f"error: {error}"
+        agree.from_first(lambda: agree.say(text, sys.stderr), "the end")  # before anybody leaves
         # at once: savers may still wait for other processes, and log writers would fail again on the way out
-        agree.leave(EXIT_FAILED)
+        agree.leave(EXIT_FAILED, agreed=True)
     except agree.SaidByFirst:
         return EXIT_MISTAKE
     except (Absent, agree.Lost) as error:

@@ -147,9 +147,12 @@ def peers() -> Iterator[None]:
         leave(EXIT_AGAIN)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process at once, and the others with the same code: JAX's good-bye would wait for them."""
-    lifeline.leaving(code)
+def leave(code: int, agreed: bool = False) -> NoReturn:
+    """Ends this process at once, and the others with the same code: JAX's good-bye would wait for them.
+
+    agreed: the others know why, and leave too.
+    """
+    lifeline.leaving(code, agreed)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -59,11 +59,11 @@ class Lifeline:
         atexit.register(self.leave, 0)  # before JAX's own good-bye: handlers run last in, first out
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def leave(self, code: int) -> None:
+    def leave(self, code: int, agreed: bool = False) -> None:
         """Says good-bye: the others need not mind (0), or shall end with this code."""
         with self._lock:
             for connection in self._connections.values():
-                send_line(connection, {"code": code})
+                send_line(connection, {"code": code, "agreed": agreed})
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -80,13 +80,16 @@ class Lifeline:
 
     def _end(self, index: int, line: dict[str, Any]) -> None:
         """Process `index` is gone, or says who is."""
-        code = line.get("code", EXIT_AGAIN)
+        said_code = line.get("code")
+        code = said_code if isinstance(said_code, int) else EXIT_AGAIN
         gone = line.get("gone", index)
         name = line.get("name", self._names.get(index, "?"))
         with self._lock:
             for other, connection in self._connections.items():
                 if other != index:
-                    send_line(connection, {"code": code, "gone": gone, "name": name})
+                    send_line(connection, line | {"code": code, "gone": gone, "name": name})
+        if line.get("agreed"):
+            os._exit(code)
         said = "has left" if "code" in line and "gone" not in line else "is gone"
         sys.stdout.flush()
         os.write(
@@ -94,13 +97,13 @@ class Lifeline:
             f"\nerror: process {gone} ({name}) {said}; this one cannot go on without it. The last"
             " checkpoint stands: start the run again\n".encode(),
         )
-        os._exit(code if isinstance(code, int) else EXIT_AGAIN)
+        os._exit(code)
 
 
-def leaving(code: int) -> None:
+def leaving(code: int, agreed: bool) -> None:
     """Tells the others that this process ends with `code`."""
     for line in _MINE:
-        line.leave(code)
+        line.leave(code, agreed)
 
 
 def _keep_alive(connection: socket.socket) -> None:

@@ -70,7 +70,7 @@ def test_sigterm_to_any_process_at_any_phase(start_group, tmp_path, phase):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_at_once(start_group, tmp_path, victim):
+def test_a_killed_process_ends_the_other_at_once(start_group, victim):
     args = ("--experiment", "digits", "--train.steps", 4000, "--log.every", 10)
     group = start_group(2, *args, "--run.dir", "out", "--checkpoint.every", 20, "--simulate", 1)
     group.until("step 30/")
@@ -81,8 +81,6 @@ def test_a_killed_process_ends_the_other_at_once(start_group, tmp_path, victim):
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75, group.text()
     pid = group.processes[victim].pid
     assert re.search(rf"process {victim} \(\S+ pid {pid}\) is gone", group.err[1 - victim])
-    kept = [int(p.name) for p in (tmp_path / "out/checkpoints").iterdir() if p.name.isdigit()]
-    assert max(kept) >= 20
 
 
 def test_a_hung_process_is_left_and_named(start_group):

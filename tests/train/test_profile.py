@@ -7,9 +7,11 @@ from jax.profiler import ProfileData
 
 import spmd
 
+SHORT = ("--simulate", "2", "--optimizer.warmup-steps", "0")
+
 
 def train(directory, *words):
-    return spmd.load("digits", ["--simulate", "2", "--run.dir", str(directory), *words]).train()
+    return spmd.load("digits", [*SHORT, "--run.dir", str(directory), *words]).train()
 
 
 def traced(directory):

@@ -51,6 +51,7 @@ def test_a_run_logs_mfu_where_the_chip_is_known(tmp_path, monkeypatch, capsys, k
         row = hardware.Chip("cpu", {"float32": 1e15}, 2**34, 1e11, "none: the row that a CPU lacks")
         monkeypatch.setitem(hardware.CHIPS, "cpu", row)
     words = ["--simulate", "2", "--train.steps", "4", "--log.every", "2"]
+    words += ["--optimizer.warmup-steps", "0"]
     spmd.load("digits", [*words, "--run.dir", str(tmp_path)]).train()
     lines = [x for x in metrics.read(epath.Path(tmp_path)) if "train/loss" in x]
     assert [x["step"] for x in lines] == [2, 4]
