@@ -9,11 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from spmd import fields, mesh, optim, strategies
 from spmd.data import DataConfig
 from spmd.fields import check, closest, free
+from spmd.overrides import override as override
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
@@ -315,93 +316,3 @@ def _frames(error: BaseException, path: Path) -> list[Any]:
         for f in traceback.extract_tb(error.__traceback__)
         if Path(f.filename).resolve() == path.resolve()
     ][-1:]
-
-
-# ---- overriding
-
-
-def _swap_classes(experiment: Experiment, args: list[str]) -> tuple[Experiment, list[str]]:
-    """Applies `--strategy NAME` and `--optimizer NAME`: the class changes, shared fields stay default."""
-    rest: list[str] = []
-    words = iter(args)
-    for word in words:
-        flag, _, value = word.partition("=")
-        if flag in ("--strategy", "--optimizer"):
-            value = value or next(words, "")
-            field = flag[2:]
-            cls = (strategies if field == "strategy" else optim).named(value)
-            if type(getattr(experiment, field)) is not cls:
-                experiment = dataclasses.replace(experiment, **{field: cls()})
-        else:
-            rest.append(word)
-    return experiment, rest
-
-
-def override(
-    experiment: Experiment, args: Sequence[str], extra: type | None = None, prog: str = "run.py"
-) -> tuple[Experiment, Any]:
-    """Applies command-line words to an experiment; `extra` is a dataclass of a command's own options.
-
-    tyro exits with 2 and one message for an unknown field or a wrong type.
-    """
-    import tyro
-
-    experiment, words = _swap_classes(experiment, list(args))
-    shown: list[tuple[str, Any, Any]] = []
-    for f in dataclasses.fields(Experiment):
-        value = getattr(experiment, f.name)
-        if f.name == "name" or (
-            not dataclasses.is_dataclass(value) and f.name in ("model", "task")
-        ):
-            continue
-        kind = type(value) if dataclasses.is_dataclass(value) else _TYPES[f.name]
-        shown.append(
-            (
-                f.name,
-                Annotated[kind, tyro.conf.arg(help=_HELP[f.name])],
-                dataclasses.field(default=value),
-            )
-        )
-    if extra is not None:
-        shown.append(
-            (
-                "options",
-                Annotated[extra, tyro.conf.arg(name="")],
-                dataclasses.field(default_factory=extra),
-            )
-        )
-    made = dataclasses.make_dataclass("Fields", shown, frozen=True, kw_only=True)
-    parsed = tyro.cli(
-        made,
-        args=words,
-        prog=prog,
-        description=f"Experiment {experiment.name}. Fields and their values:",
-    )
-    values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
-    return dataclasses.replace(experiment, **values), getattr(parsed, "options", None)
-
-
-_TYPES: dict[str, Any] = {
-    "seed": int,
-    "simulate": int,
-    "param_dtype": Literal["float32", "float64", "bfloat16"],
-}
-_HELP = {
-    "model": "What is trained.",
-    "task": "Loss and metrics.",
-    "data": "Input data.",
-    "optimizer": "Optimizer, schedule, clipping, decay; --optimizer NAME changes the class"
-    f" ({', '.join(optim.OPTIMIZERS)}).",
-    "strategy": "How the devices agree; --strategy NAME changes the class"
-    f" ({', '.join(strategies.STRATEGIES)}).",
-    "mesh": "How the devices are cut; sizes multiply to the device count.",
-    "train": "How long, and how steps are dispatched.",
-    "eval": "When it is evaluated.",
-    "checkpoint": "When the state is saved.",
-    "log": "What is written.",
-    "run": "Where the run lives.",
-    "runtime": "Processes of the run, and how they stop.",
-    "seed": "Seed of parameters, data order and dropout.",
-    "param_dtype": "Type of parameters and optimizer state.",
-    "simulate": "Simulated CPU devices of each process; 0 uses the real ones.",
-}

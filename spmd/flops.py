@@ -67,9 +67,7 @@ def _repeats(eqn: Any) -> int:
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
     if eqn.primitive.name == "shard_map":
-        axes = (
-            eqn.params.get("manual_axes") or eqn.params["newly_manual_axes"]
-        )  # before, from jax 0.10
+        axes = eqn.params["newly_manual_axes"]
         return math.prod(eqn.params["mesh"].shape[axis] for axis in axes)
     return 1
 

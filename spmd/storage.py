@@ -1,10 +1,13 @@
-"""Where things lie: caches, data sets, private directories. Standard library only."""
+"""Where things lie: caches, data sets, private directories, object stores. Standard library only."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 
 def cache_root(given: str = "") -> str:
@@ -42,3 +45,22 @@ def private(path: Path) -> str:
     if any(f.st_mode & stat.S_IWOTH and not f.st_mode & stat.S_ISVTX for f in folders):
         return "lies in a directory in which anyone may replace it"
     return ""
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path is in an object store: nothing there can be appended to or renamed."""
+    return "://" in str(path)
+
+
+def ready(path: Any, field: str) -> None:
+    """ValueError when `path` is in an object store that cannot be used here; field: who asks."""
+    if not is_remote(path):
+        return
+    if not str(path).startswith("gs://"):
+        raise ValueError(f"{field}={str(path)!r}: give a local directory or gs://bucket/dir")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            f"{field}={str(path)!r} needs a package that is not installed: pip install gcsfs"
+        )
+    # Every failure is raised too; the client would print it first, with its traceback.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)

@@ -56,6 +56,10 @@ TABLE = {
     "split": (D + "--data.train-split trian", "Did you mean 'train'"),
     "run_dir": ("--experiment digits --run.dir file/out", "cannot write run directory"),
     "run_file": ("--experiment digits --run.dir file", "is a file"),
+    "run_scheme": (
+        "--experiment digits --run.dir s3://bucket/run",
+        "run.dir='s3://bucket/run': give a local directory or gs://bucket/dir",
+    ),
     "run_foreign": ("--experiment digits --run.dir foreign", "holds no run"),
     "run_corrupt": ("--experiment digits --run.dir corrupt", "not a run's configuration"),
     "run_other": (

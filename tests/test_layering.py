@@ -25,6 +25,7 @@ LAYERS = (
     ("strategies",),
     ("train",),
     ("plan", "verify", "convert"),
+    ("overrides",),
     ("experiment",),
     ("handle", "commands"),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spmd.fields import check
-from spmd.storage import cache_root, private
+from spmd.storage import cache_root, is_remote, private, ready
 
 # JAX's own threshold of a second would leave out all programs of a small model.
 _MIN_SECONDS = 0.1
@@ -31,7 +31,8 @@ def use(given: str) -> None:
     if given == "off" or (not given and config.jax_compilation_cache_dir):
         return
     place = given
-    if "://" not in given:
+    ready(given, "run.compile_cache")
+    if not is_remote(given):
         path = Path(os.path.abspath(os.path.expanduser(given))) if given else _default()
         why = private(path)
         if why and not given:

@@ -175,6 +175,7 @@ def fit(
 
         def save() -> None:
             logs.drain()  # a step is saved only once its metrics are known to be finite
+            writer.flush()
             with clock("checkpoint"):
                 extra = {
                     "data": loader.position(step, data.batch_size, len(program.source)),

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from spmd.runtime import agree
+from spmd.storage import is_remote
 from spmd.train import LogConfig
 from spmd.train.tracker import Tracker
 
+_EVERY = 30.0  # seconds between what is sent to an object store
+
 
 class Lines:
-    """A file of JSON objects with a `step`; those past the given step (lost work of a killed run) are cut."""
+    """A file of JSON objects with a `step`; those past the given step (lost work of a killed run) are cut.
+
+    In an object store, where nothing can be appended to, metrics.jsonl is a folder metrics/ with one object
+    for each start, named by the step it began at, and written anew as it grows: 00000050.jsonl.
+    """
 
     def __init__(self, path: epath.Path, step: int):
         self._kept = cut(path, step)
-        self._file: Any = open(path, "a", buffering=1)  # noqa: SIM115
+        self._file: Any = None
+        self._text: list[str] = []  # of the object
+        self._sent = 0
+        if is_remote(path):
+            self._object = _folder(path) / f"{step:08}.jsonl"
+            if self._object.exists():  # an earlier start began here too
+                self._text = [self._object.read_text()]
+        else:
+            self._file = open(path, "a", buffering=1)  # noqa: SIM115
 
     def last(self, prefix: str) -> dict[str, float]:
         """The newest kept values under names that begin so, of the last line that has any."""
@@ -32,27 +49,66 @@ class Lines:
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line."""
-        self._file.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        if self._file is not None:
+            self._file.write(text)
+        else:
+            self._text.append(text)
+
+    def flush(self) -> None:
+        """Sends what an object store has not got yet; a file has it."""
+        if len(self._text) > self._sent:
+            self._object.write_text("".join(self._text))
+            self._sent = len(self._text)
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def _folder(path: epath.Path) -> epath.Path:
+    """Where the lines of `path` are in an object store."""
+    return path.parent / path.name.removesuffix(".jsonl")
+
+
+def _parts(path: epath.Path) -> list[epath.Path]:
+    """What holds the lines of `path`, the oldest first."""
+    if not is_remote(path):
+        return [path] if path.exists() else []
+    folder = _folder(path)
+    return sorted(folder.iterdir(), key=str) if folder.exists() else []
 
 
 def cut(path: epath.Path, step: int) -> list[dict[str, Any]]:
     """Drops the lines past `step` from a file of lines; returns the others."""
     kept: list[dict[str, Any]] = []
-    if not path.exists():
-        return kept
-    for text in path.read_text().splitlines():
+    for part in _parts(path):
+        text = part.read_text()
+        own = _whole(text, step)
+        kept += own
+        wanted = "".join(json.dumps(line) + "\n" for line in own)
+        if not is_remote(path):
+            beside = path.parent / f"{path.name}.part"
+            beside.write_text(wanted)
+            beside.replace(path)
+        elif not own:
+            part.unlink()
+        elif wanted != text:
+            part.write_text(wanted)
+    return kept
+
+
+def _whole(text: str, step: int) -> list[dict[str, Any]]:
+    """The lines up to `step`."""
+    kept: list[dict[str, Any]] = []
+    for line in text.splitlines():
         try:
-            line = json.loads(text)
-            if line["step"] <= step:
-                kept.append(line)
+            value = json.loads(line)
+            if value["step"] <= step:
+                kept.append(value)
         except (ValueError, KeyError, TypeError):
             break  # the torn last line of a killed process
-    part = path.parent / f"{path.name}.part"
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    part.replace(path)
     return kept
 
 
@@ -71,6 +127,8 @@ class Writer:
         self._events: Any = None
         self._tracker: Tracker | None = None
         self._examples: Lines | None = None
+        self._directory, self._sent = directory, time.monotonic()
+        self._local: tempfile.TemporaryDirectory[str] | None = None  # of events for an object store
         agree.from_first(
             lambda: self._open(directory, step, config, experiment), "opening the metrics"
         )
@@ -81,15 +139,22 @@ class Writer:
     def _open(
         self, directory: epath.Path, step: int, config: LogConfig, experiment: dict[str, Any]
     ) -> None:
-        for path in directory.glob("examples-*.jsonl"):
+        if is_remote(directory):
+            kept = [p for p in directory.iterdir() if p.name.startswith("examples-")]
+            kept = [p.parent / f"{p.name}.jsonl" for p in kept]
+        else:
+            kept = list(directory.glob("examples-*.jsonl"))
+        for path in kept:
             cut(path, step)
         self._lines = Lines(directory / "metrics.jsonl", step)
         self.last = self._lines.last("train/")
         if config.tensorboard:
+            place = str(directory / "tensorboard")
+            if is_remote(directory):
+                self._local = tempfile.TemporaryDirectory(prefix="spmd-tensorboard-")
+                place = self._local.name
             # Its thread ends when the disk is full; a bounded queue would then block the loop for ever.
-            self._events = _summary_writer()(
-                str(directory / "tensorboard"), purge_step=step + 1, flush_secs=10, max_queue=0
-            )
+            self._events = _summary_writer()(place, purge_step=step + 1, flush_secs=10, max_queue=0)
         if config.wandb:
             self._tracker = Tracker(directory, config.wandb, experiment)
 
@@ -103,6 +168,19 @@ class Writer:
                 self._events.add_scalar(name, value, step)
         if self._tracker is not None:
             self._tracker.write(step, metrics)
+        if time.monotonic() - self._sent > _EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends what an object store has not got yet; on a disk it is there already."""
+        self._sent = time.monotonic()
+        for file in (self._lines, self._examples):
+            if file is not None:
+                file.flush()
+        if self._local is not None:
+            self._events.flush()
+            for file in Path(self._local.name).iterdir():
+                (self._directory / "tensorboard" / file.name).write_bytes(file.read_bytes())
 
     def examples(self, before: int, ids: np.ndarray) -> None:
         """The example ids [b] or [steps, b] of the steps after `before`, of this process's rows."""
@@ -112,9 +190,12 @@ class Writer:
 
     def close(self) -> None:
         """Flushes and closes."""
+        self.flush()
         for file in (self._lines, self._events, self._tracker, self._examples):
             if file is not None:
                 file.close()
+        if self._local is not None:
+            self._local.cleanup()
 
 
 def _summary_writer() -> Any:
@@ -131,6 +212,6 @@ def _summary_writer() -> Any:
 
 
 def read(directory: epath.Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl."""
-    path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of metrics.jsonl, or of the objects that stand for it."""
+    parts = _parts(directory / "metrics.jsonl")
+    return [json.loads(line) for part in parts for line in part.read_text().splitlines()]

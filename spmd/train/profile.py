@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from spmd.runtime import agree
+from spmd.storage import is_remote
 
 
 class Profile:
@@ -65,7 +66,8 @@ class Profile:
         jax.profiler.stop_trace()
         session = f"steps-{self._began + 1}-{self._at}"
         target = self._directory / "plugins" / "profile" / session
-        target.mkdir(parents=True, exist_ok=True)
+        if not is_remote(target):
+            target.mkdir(parents=True, exist_ok=True)
         index, _ = agree.process()
         for suffix in (".xplane.pb", ".trace.json.gz"):
             for file in Path(local.name).glob(f"plugins/profile/*/*{suffix}"):

@@ -15,6 +15,7 @@ from rich.table import Table
 from spmd import hardware, tree
 from spmd import mesh as meshes
 from spmd.runtime import agree
+from spmd.storage import is_remote
 from spmd.train import rundir
 
 SHOWN = 8  # arrays in the table of the largest
@@ -172,7 +173,8 @@ def end(summary: dict[str, Any], directory: Any) -> None:
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
     console.print(f"done: {summary['steps']} steps  {metrics}")
     console.print(f"seconds: {seconds}")
+    lines = "metrics/" if is_remote(directory) else "metrics.jsonl"
     console.print(
-        f"files: {rundir.shown(directory)}/ (config.json, metrics.jsonl, tensorboard/, checkpoints/,"
+        f"files: {rundir.shown(directory)}/ (config.json, {lines}, tensorboard/, checkpoints/,"
         " summary.json)"
     )

@@ -11,18 +11,28 @@ from typing import Any
 
 from etils import epath
 
+from spmd.storage import is_remote, ready
+
 
 def _write(path: epath.Path, value: Any) -> None:
-    """JSON written beside and renamed, so that a killed process leaves the old file or the new one."""
+    """JSON written beside and renamed, so that a killed process leaves the old file or the new one.
+
+    An object is written whole or not at all.
+    """
+    text = json.dumps(value, indent=1) + "\n"
+    if is_remote(path):
+        path.write_text(text)
+        return
     part = path.parent / (path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.write_text(text)
     part.replace(path)
 
 
 def locate(directory: str, name: str) -> epath.Path:
     """The run directory; a local path is made absolute (Orbax wants it), a bucket's stays as it is."""
     given = directory or f"runs/{name}"
-    return epath.Path(given if "://" in given else os.path.abspath(os.path.expanduser(given)))
+    ready(given, "run.dir")
+    return epath.Path(given if is_remote(given) else os.path.abspath(os.path.expanduser(given)))
 
 
 def shown(path: epath.Path) -> str:
@@ -51,15 +61,20 @@ def claim(
     config: the resolved configuration as JSON types. identity, defaults: as in same_identity.
     """
     path = locate(directory, name)
-    if path.exists() and not path.is_dir():
-        raise Refused(f"run directory {path} is a file; choose another with --run.dir")
-    names = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    with _reaching(path):
+        if path.exists() and not path.is_dir():
+            raise Refused(f"run directory {path} is a file; choose another with --run.dir")
+        names = sorted(p.name for p in path.iterdir()) if path.exists() else []
     entries = [n for n in names if not n.endswith(".part")]  # of a process killed while writing
     known = path / "config.json"
     if entries and not known.exists():
         raise Refused(
             f"{path} is not empty and holds no run (no config.json; it has"
             f" {', '.join(entries[:3])}); choose another with --run.dir"
+        )
+    if entries and fresh and is_remote(path):
+        raise Refused(
+            f"{path} holds a run, and an object store cannot move it aside; choose another --run.dir"
         )
     if entries and fresh:
         aside = path.parent / f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
@@ -69,8 +84,9 @@ def claim(
         print(f"moved the old run to {shown(aside)}")
     elif entries:
         same_identity(path, identity, defaults)
-    with _writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+    if not is_remote(path):  # there are no directories there
+        with _writing(path):
+            path.mkdir(parents=True, exist_ok=True)
     if not known.exists():
         record(path, name, config, identity)
     return path
@@ -83,13 +99,28 @@ def record(path: epath.Path, name: str, config: dict[str, Any], identity: dict[s
 
 
 @contextlib.contextmanager
+def _reaching(path: epath.Path) -> Iterator[None]:
+    """The first contact with an object store, whose client has errors of its own: no key, no right."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        raise Refused(f"cannot reach run directory {path}: {said}") from None
+
+
+@contextlib.contextmanager
 def _writing(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        missing = is_remote(path) and isinstance(error, FileNotFoundError)
+        why = "there is no such bucket" if missing else error.strerror or error
         raise Refused(
-            f"cannot write run directory {path}: {error.strerror or error};"
-            " choose another with --run.dir"
+            f"cannot write run directory {path}: {why}; choose another with --run.dir"
         ) from None
 
 

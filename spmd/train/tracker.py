@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from spmd.fields import check
+from spmd.storage import is_remote
 
 
 def ready(project: str) -> None:
@@ -34,7 +35,7 @@ class Tracker:
     def __init__(self, directory: epath.Path, project: str, config: dict[str, Any]):
         ready(project)
         wandb: Any = importlib.import_module("wandb")
-        local = "://" not in str(directory)
+        local = not is_remote(directory)
         try:
             self._run = wandb.init(
                 project=project,
