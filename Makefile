@@ -9,7 +9,7 @@ run: $(VENV)/.run
 	$(VENV)/bin/python run.py --experiment digits $(ARGS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

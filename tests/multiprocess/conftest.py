@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import threading
 import time
@@ -12,12 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import start
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+from tests.command import free_port, start
 
 
 class Group:

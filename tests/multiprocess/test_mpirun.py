@@ -1,0 +1,50 @@
+"""`mpirun ... python run.py ...`: ranks find each other, stop together, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.command import REPOSITORY, ROOT
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+STEPS = 3000
+
+
+@pytest.fixture
+def mpirun(tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("needs Open MPI: mpirun is not installed (apt install openmpi-bin)")
+    more = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": f"{os.environ[ROOT]}/compiled"}
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]
+    command += ["--mca", "odls_base_sigkill_timeout", "60"]  # from SIGTERM to SIGKILL; 1 s otherwise
+    command += ["--mca", "oob_tcp_if_include", "lo"]  # this test stays on the loopback interface
+    command += [sys.executable, str(REPOSITORY / "run.py"), "--experiment", "digits"]
+    command += ["--simulate", "2", "--train.steps", str(STEPS), "--log.every", "20"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return lambda: subprocess.Popen(command, cwd=tmp_path, env=os.environ | more, **pipes)
+
+
+def test_stops_together_and_resumes(mpirun, tmp_path):
+    first, text = mpirun(), ""
+    for line in first.stdout:
+        text += line
+        if line.startswith("step 100/"):
+            first.send_signal(signal.SIGTERM)  # mpirun passes it on to its ranks
+            break
+    text += first.communicate(timeout=120)[0]
+    assert "4 x cpu (cpu) in 2 processes, mesh data=4" in text
+    (step,) = re.findall(r"stopped by SIGTERM at step (\d+), state saved", text)
+    second = mpirun()
+    text, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, text
+    assert f"resuming at step {step} of {STEPS}" in text
+    assert json.loads((tmp_path / "runs/digits/summary.json").read_text())["steps"] == STEPS
