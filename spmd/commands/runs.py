@@ -145,14 +145,14 @@ def _status(path: epath.Path) -> None:
 
 def _check(path: epath.Path) -> int:
     """Prints a line for each checkpoint; returns how many are bad. Changes nothing."""
-    from spmd.train import checkpoint
+    from spmd.train import reading
 
     directory, bad = path / "checkpoints", 0
     saved = steps.listed(directory)
     if not saved:
         print(f"{path}: no checkpoint")
     for step in saved:
-        wrong, good = checkpoint.examined(directory / str(step))
+        wrong, good = reading.examined(directory / str(step))
         bad += bool(wrong)
         print(f"{path} step {step}: {f'BAD: {wrong}' if wrong else good}", flush=True)
     if bad:

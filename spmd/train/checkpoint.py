@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,20 +17,9 @@ from jax.sharding import PartitionSpec as P
 from spmd import digest, tree
 from spmd.fields import check
 from spmd.runtime import agree
-from spmd.train import CheckpointConfig, steps
+from spmd.train import CheckpointConfig, reading, steps
 
 PyTree = Any
-DIGESTS = "digests"  # a leaf of our own beside those of the state
-
-# What another try, or another machine, may read: no reason to put a checkpoint aside.
-_PASSING = re.compile(
-    r"RESOURCE_EXHAUSTED|out of memory|PERMISSION_DENIED|Permission denied|UNAVAILABLE"
-    r"|UNAUTHENTICATED|DEADLINE_EXCEEDED",
-    re.IGNORECASE,
-)
-_FULL = re.compile(
-    r"No space left on device|Disk quota exceeded|File too large|Read-only file system", re.I
-)
 
 
 class SaveFailed(RuntimeError):
@@ -49,8 +37,8 @@ def _flat(state: PyTree) -> dict[str, Any]:
         )
     flat = {name.replace("/", "."): leaf for name, leaf in named.items()}
     check(
-        len(flat) == len(named) and DIGESTS not in flat,
-        f"the state has two arrays of one name, or one named {DIGESTS!r}: {', '.join(sorted(named))}",
+        len(flat) == len(named) and reading.DIGESTS not in flat,
+        f"the state has two arrays of one name, or one named {reading.DIGESTS!r}: {', '.join(sorted(named))}",
     )
     return flat
 
@@ -109,7 +97,7 @@ class Checkpoints:
         about = extra | {"metrics": metrics}
         try:
             # Enqueued behind the step and copied with the rest: the host does not wait for the digests.
-            leaves = flat | {DIGESTS: digest.of(flat)}
+            leaves = flat | {reading.DIGESTS: digest.of(flat)}
             path = self._directory / str(step)
             response: Any = ocp.save_async(path, leaves, custom_metadata=about)
             self._pending = step, self._thread.submit(self._finish, response, step)
@@ -211,14 +199,14 @@ class Checkpoints:
             if isinstance(whole, NamedSharding):
                 whole = NamedSharding(whole.mesh, P())
             shape = (len(wanted), 2)
-            abstract[DIGESTS] = jax.ShapeDtypeStruct(shape, np.uint32, sharding=whole)
+            abstract[reading.DIGESTS] = jax.ShapeDtypeStruct(shape, np.uint32, sharding=whole)
         leaves: dict[str, Any] = {}
         said = passing = ""
         try:
-            leaves = load(path, abstract)
+            leaves = reading.load(path, abstract)
         except Exception as error:
-            said = first_line(error)
-            passing = said if passes(error) else ""
+            said = reading.first_line(error)
+            passing = said if reading.passes(error) else ""
         for told in agree.gather([said, passing], about):
             check(not told[1], f"cannot read the {about} in {self._directory} now: {told[1]}")
             if told[0]:
@@ -226,108 +214,18 @@ class Checkpoints:
         if not found["verified"]:
             agree.say(f"the {about} has no digests (an older version saved it): not verified")
             return leaves, ""
-        digests = np.asarray(leaves.pop(DIGESTS))
-        return leaves, _differ(digest.differing(leaves, digests))
-
-
-def _differ(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"the digest of {', '.join(names[:3])}{more} differs" if names else ""
-
-
-def examined(path: epath.Path) -> tuple[str, str]:
-    """(what is wrong with a step or "", what it consists of); on the host, one array at a time."""
-    # before any backend starts: this is no work for an accelerator, which may be in use
-    jax.config.update("jax_platforms", "cpu")
-    with jax.enable_x64(True):
-        try:
-            if bad := steps.check_manifest(path):
-                return bad, ""
-            return _verified(path)
-        except Exception as error:
-            check(not passes(error), f"cannot read {path} now: {first_line(error)}")
-            return f"unreadable: {first_line(error)}", ""
-
-
-def _verified(path: epath.Path) -> tuple[str, str]:
-    leaves = stored(path)
-    host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    size = 0
-
-    def one(name: str) -> jax.Array:
-        abstract: dict[str, Any] = dict.fromkeys(leaves, ...)  # Orbax leaves these out
-        abstract[name] = jax.ShapeDtypeStruct(*leaves[name], sharding=host)
-        return load(path, abstract)[name]
-
-    names = sorted(leaves.keys() - {DIGESTS})
-    digests = np.asarray(one(DIGESTS)) if DIGESTS in leaves else None
-    wrong = []
-    for i, name in enumerate(names):
-        leaf = one(name)
-        size += leaf.nbytes
-        if digests is not None:
-            wrong += digest.differing({name: leaf}, digests[i : i + 1])
-    has = ["digests" if digests is not None else "", "manifest" if steps.sealed(path) else ""]
-    by = " and ".join(filter(None, has))
-    how = f"verified by {by}" if digests is not None else "readable, without digests to verify it"
-    return _differ(wrong), f"{len(names)} arrays, {tree.human_bytes(size)}, {how}"
-
-
-def load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The leaves of a step that `abstract` asks for; waits for no other process, so that none hangs
-    when another fails.
-    """
-    from orbax.checkpoint import v1 as ocp
-
-    with _alone():
-        return dict(ocp.load(path, abstract))
-
-
-def stored(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """`{name: (shape, dtype)}` of the leaves of a step."""
-    from orbax.checkpoint import v1 as ocp
-
-    with _alone():
-        found: Any = ocp.metadata(path).metadata
-    if found is None:  # Orbax's way to say so
-        raise ValueError("Orbax finds no description of the arrays")
-    return {k: (tuple(v.shape), str(v.dtype)) for k, v in found.items()}
-
-
-def _alone() -> Any:
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    index, _ = agree.process()
-    context.multiprocessing.primary_host = index
-    context.multiprocessing.active_processes = {index}
-    return context
-
-
-def first_line(error: BaseException) -> str:
-    """The beginning of what the first cause of an error says, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    if full := _FULL.search(text):
-        return full[0]
-    return text if len(text) <= 200 else f"{text[:200]} ..."
-
-
-def passes(error: BaseException) -> bool:
-    """Whether an error says nothing of the files themselves."""
-    kinds = (PermissionError, MemoryError, TimeoutError, ConnectionError)
-    return isinstance(error, kinds) or bool(_PASSING.search(str(error)))
+        digests = np.asarray(leaves.pop(reading.DIGESTS))
+        return leaves, reading.differ(digest.differing(leaves, digests))
 
 
 def _examine(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """In process 0: what can be told of a step before its arrays are read."""
     try:
         bad = steps.check_manifest(path)
-        leaves = {} if bad else stored(path)
+        leaves = {} if bad else reading.stored(path)
     except Exception as error:
-        check(not passes(error), f"cannot read {path} now: {first_line(error)}")
-        bad, leaves = f"unreadable: {first_line(error)}", {}
+        check(not reading.passes(error), f"cannot read {path} now: {reading.first_line(error)}")
+        bad, leaves = f"unreadable: {reading.first_line(error)}", {}
     if bad:
         return {"bad": bad, "verified": False}
     for name in leaves:
@@ -335,7 +233,7 @@ def _examine(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
             steps.safe(name.replace("/", "\0")),
             f"{path} holds an array named {name!r}, which could lead out of a directory: refused",
         )
-    verified = leaves.pop(DIGESTS, None)
+    verified = leaves.pop(reading.DIGESTS, None)
     _same_model(path, leaves, {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()})
     return {"bad": "", "verified": verified is not None}
 
@@ -362,15 +260,15 @@ def _outcome(step: int, future: concurrent.futures.Future[None]) -> str:
     if error is None:
         return ""
     if agree.joined():
-        agree.store().key_value_set(key, first_line(error), allow_overwrite=True)
-    return first_line(error)
+        agree.store().key_value_set(key, reading.first_line(error), allow_overwrite=True)
+    return reading.first_line(error)
 
 
 def _failed(directory: epath.Path, what: str, why: str) -> SaveFailed:
     """What to raise; removes the half-written step, which would only fill the disk."""
     if agree.is_first():
         steps.clean(directory)
-    full = _FULL.search(why)
+    full = reading.FULL.search(why)
     present = steps.listed(directory)
     stands = f"the checkpoint of step {present[-1]} stands" if present else "no checkpoint stands"
     todo = "Make room" if full else "Remove the cause"
@@ -385,7 +283,7 @@ def disk_full(directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not _FULL.search(str(error)):
+        if not reading.FULL.search(str(error)):
             raise
         what = f"write {error.filename or directory}"
         raise _failed(directory / "checkpoints", what, str(error)) from error

@@ -116,7 +116,6 @@ def test_flipped_bits_in_fifty_random_places_are_all_noticed(saved, tmp_path):
         shutil.rmtree(run)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_without_a_manifest_the_digests_and_orbax_notice(saved, tmp_path, capsys):
     """As after a kill between a save and its manifest; flips in the file that holds the array data."""
     rng = np.random.default_rng(1)
@@ -138,8 +137,6 @@ def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-# TensorStore answers reads that Orbax no longer waits for once one of them has failed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("manifest", [True, False])
 @pytest.mark.parametrize("harm", ["unlink", "truncate"])
 def test_every_file_may_be_lost_or_cut(saved, tmp_path, harm, manifest):
