@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -25,7 +26,11 @@ def mpirun(tmp_path):
         pytest.skip("needs Open MPI: mpirun is not installed (apt install openmpi-bin)")
     more = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": f"{os.environ[ROOT]}/compiled"}
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]
-    command += ["--mca", "odls_base_sigkill_timeout", "60"]  # from SIGTERM to SIGKILL; 1 s otherwise
+    command += [
+        "--mca",
+        "odls_base_sigkill_timeout",
+        "60",
+    ]  # from SIGTERM to SIGKILL; 1 s otherwise
     command += ["--mca", "oob_tcp_if_include", "lo"]  # this test stays on the loopback interface
     command += [sys.executable, str(REPOSITORY / "run.py"), "--experiment", "digits"]
     command += ["--simulate", "2", "--train.steps", str(STEPS), "--log.every", "20"]
@@ -33,18 +38,23 @@ def mpirun(tmp_path):
     return lambda: subprocess.Popen(command, cwd=tmp_path, env=os.environ | more, **pipes)
 
 
+def plain(text):
+    """mpirun gives its ranks a terminal: without colours and line breaks."""
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+
+
 def test_stops_together_and_resumes(mpirun, tmp_path):
-    first, text = mpirun(), ""
-    for line in first.stdout:
-        text += line
-        if line.startswith("step 100/"):
-            first.send_signal(signal.SIGTERM)  # mpirun passes it on to its ranks
-            break
-    text += first.communicate(timeout=120)[0]
+    lines = tmp_path / "runs/digits/metrics.jsonl"
+    first, end = mpirun(), time.monotonic() + 200
+    while not (lines.exists() and '"step": 100' in lines.read_text()):
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)  # mpirun passes it on to its ranks
+    text = plain(first.communicate(timeout=120)[0])
     assert "4 x cpu (cpu) in 2 processes, mesh data=4" in text
     (step,) = re.findall(r"stopped by SIGTERM at step (\d+), state saved", text)
     second = mpirun()
-    text, _ = second.communicate(timeout=300)
+    text = plain(second.communicate(timeout=300)[0])
     assert second.returncode == 0, text
     assert f"resuming at step {step} of {STEPS}" in text
     assert json.loads((tmp_path / "runs/digits/summary.json").read_text())["steps"] == STEPS
