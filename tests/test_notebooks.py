@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import HARDWARE, REPOSITORY, ROOT, STRICT
+
+from tests.command import HARDWARE, REPOSITORY, ROOT, STRICT
 
 if TYPE_CHECKING:  # the gate collects this file where only the default run is installed
     from nbformat import NotebookNode
