@@ -55,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=512, help="size of the state")
     parser.add_argument("--devices", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="a small state: does it run?")
     args = parser.parse_args()
+    args.mib = 8 if args.quick else args.mib
     if args.devices:
         measure(args.devices, args.mib)
         return

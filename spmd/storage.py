@@ -52,6 +52,19 @@ def is_remote(path: Any) -> bool:
     return "://" in str(path)
 
 
+def write_whole(path: Any, text: str) -> None:
+    """Written beside and renamed, so that a killed process leaves the old file or the new one.
+
+    An object is written whole or not at all.
+    """
+    if is_remote(path):
+        path.write_text(text)
+        return
+    part = path.parent / (path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def ready(path: Any, field: str) -> None:
     """ValueError when `path` is in an object store that cannot be used here; field: who asks."""
     if not is_remote(path):

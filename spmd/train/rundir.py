@@ -11,21 +11,11 @@ from typing import Any
 
 from etils import epath
 
-from spmd.storage import is_remote, ready
+from spmd.storage import is_remote, ready, write_whole
 
 
 def _write(path: epath.Path, value: Any) -> None:
-    """JSON written beside and renamed, so that a killed process leaves the old file or the new one.
-
-    An object is written whole or not at all.
-    """
-    text = json.dumps(value, indent=1) + "\n"
-    if is_remote(path):
-        path.write_text(text)
-        return
-    part = path.parent / (path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def locate(directory: str, name: str) -> epath.Path:

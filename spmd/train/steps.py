@@ -10,8 +10,11 @@ from typing import Any
 
 from etils import epath
 
+from spmd.storage import is_remote, write_whole
+
 MANIFEST = "manifest.json"
 _ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file with our custom metadata in it
+_COMMITTED = "commit_success.txt"  # Orbax's last word in a bucket
 _SMALL = 2**20  # files up to here are hashed; larger ones are array data, which the digests cover
 _UNFINISHED = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
 _NAME = re.compile(r"[\w.\-]+")
@@ -27,8 +30,8 @@ def listed(directory: epath.Path) -> list[int]:
     if not directory.exists():
         return []
     found = [p for p in directory.iterdir() if p.name.isdigit()]
-    if "://" in str(directory):  # a bucket cannot rename: there a file says that all is written
-        found = [p for p in found if (p / "commit_success.txt").exists()]
+    if is_remote(directory):  # a bucket cannot rename: there a file says that all is written
+        found = [p for p in found if (p / _COMMITTED).exists()]
     return sorted(int(p.name) for p in found)
 
 
@@ -42,8 +45,13 @@ def clean(directory: epath.Path) -> None:
 
 def delete(directory: epath.Path, step: int) -> None:
     """Removes a step; killed amid it, no half of a step is left under its name."""
+    path = directory / str(step)
+    if is_remote(path):
+        (path / _COMMITTED).unlink()
+        _remove(path)
+        return
     gone = directory / f"{step}.deleted"
-    (directory / str(step)).rename(gone)
+    path.rename(gone)
     _remove(gone)
 
 
@@ -79,9 +87,8 @@ def _seal(files: dict[str, Any]) -> str:
 def write_manifest(path: epath.Path) -> None:
     """Lists the files of a complete step, in the step."""
     files = {name: _facts(file) for name, file in _files(path).items()}
-    part = path / f"{MANIFEST}.part"
-    part.write_text(json.dumps({"files": files, "sha256": _seal(files)}, indent=1) + "\n")
-    part.replace(path / MANIFEST)
+    text = json.dumps({"files": files, "sha256": _seal(files)}, indent=1) + "\n"
+    write_whole(path / MANIFEST, text)
 
 
 def sealed(path: epath.Path) -> bool:

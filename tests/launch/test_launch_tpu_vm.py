@@ -151,7 +151,7 @@ def test_a_broken_connection_is_taken_up_again_and_ctrl_c_leaves_the_run(cloud, 
         (root / "unreachable").unlink()
         time.sleep(1)
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-        output, _ = running.communicate(timeout=30)
+        output, _ = running.communicate(timeout=150)
         assert running.returncode == 130, output
         assert "The run goes on" in output
         before = followed()
@@ -159,7 +159,7 @@ def test_a_broken_connection_is_taken_up_again_and_ctrl_c_leaves_the_run(cloud, 
         again = _start(tmp_path, env, *VM, *RUN, *WHERE)
         _until(lambda: followed() > before)
         (root / "end").touch()
-        output, _ = again.communicate(timeout=30)
+        output, _ = again.communicate(timeout=150)
     finally:
         (root / "end").touch()
         running.kill()
