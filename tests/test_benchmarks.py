@@ -13,6 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TITLES = {
+    "digest": ["s for 1 GB"],
     "input_pipeline": ["steps per item"],
     "mnist_peers": [
         "spmd, one device, 1 per dispatch",
