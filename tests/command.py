@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,17 @@ def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def until(ready: Callable[[], bool], timeout: float = 60) -> None:
+    """Waits for `ready`; a file that is not there yet is no error."""
+    deadline = time.monotonic() + timeout
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            if ready():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def final_state(directory: str | Path, *words: str) -> dict[str, np.ndarray]:

@@ -77,7 +77,8 @@ def gather(value: Any, what: str) -> list[Any]:
     index, num = process()
     if num == 1:
         return [json.loads(json.dumps(value))]
-    return [_get(i, what) for i in range(num)] if _put(index, value) else []
+    _put(index, value)
+    return [_get(i, what) for i in range(num)]
 
 
 def from_first(function: Callable[[], T], what: str) -> T:
@@ -104,10 +105,9 @@ def _key(call: int, index: int) -> str:
     return f"spmd/agree/{call}/{index}"
 
 
-def _put(index: int, value: Any) -> bool:
+def _put(index: int, value: Any) -> None:
     _STATE["calls"] += 1
     store().key_value_set(_key(_STATE["calls"], index), json.dumps(value))
-    return True
 
 
 def _get(index: int, what: str) -> Any:

@@ -140,6 +140,8 @@ def fit(
         closing.callback(checkpoints.close)
         state = _first_state(program, checkpoints, clock)
         step = int(state.step)
+        if step:
+            stop.stands = f"the checkpoint of step {step} stands"
         agree.from_first(begin, "writing config.json")
         # ---- input
         if train.steps_per_dispatch > 1:
@@ -182,6 +184,7 @@ def fit(
                     "config": config,
                 }
                 checkpoints.save(state, step, measured, extra)
+                stop.stands = "the last complete checkpoint stands"
 
         def measure() -> None:
             nonlocal measured

@@ -15,6 +15,7 @@ import pytest
 
 from spmd.launch.base import Job
 from spmd.launch.tpu_vm import RUNTIMES, Machines, TpuVm
+from tests.command import until
 
 FAKE = Path(__file__).parent / "fake_gcloud.py"
 RUN = ("--experiment", "digits", "--run.dir", "gs://bucket/digits")
@@ -103,7 +104,7 @@ def test_starts_again_after_a_preemption(cloud, calls, tmp_path):
     env = cloud(body, "ACTIVE")
     running = _start(tmp_path, env, *VM, *RUN, *WHERE, "--spot")
     try:
-        _until(lambda: (root / "worker-1/digits/ready").exists())
+        until(lambda: (root / "worker-1/digits/ready").exists())
         (root / "second").touch()
         after = ["SUSPENDING", "SUSPENDED", "SUSPENDED", "", "PROVISIONING", "ACTIVE"]
         (root / "states").write_text("\n".join(after) + "\n")
@@ -124,7 +125,7 @@ def test_a_resource_deleted_by_hand_is_not_created_again(cloud, calls, tmp_path)
     root = tmp_path / "cloud"
     running = _start(tmp_path, cloud("echo started; exec sleep 60", "ACTIVE"), *VM, *RUN, *WHERE)
     try:
-        _until(lambda: "--follow" in (root / "calls.jsonl").read_text())
+        until(lambda: "--follow" in (root / "calls.jsonl").read_text())
         (root / "states").write_text("DELETING\n\n")
         for worker in ("worker-0", "worker-1"):
             os.kill(int((root / worker / "digits/pid").read_text()), signal.SIGKILL)
@@ -142,8 +143,8 @@ def test_a_broken_connection_is_taken_up_again_and_ctrl_c_leaves_the_run(cloud, 
     running = _start(tmp_path, env, *VM, *RUN, *WHERE)
     followed = lambda: (root / "calls.jsonl").read_text().count("--follow")
     try:
-        _until(lambda: (root / "worker-0/digits/pid").exists())
-        _until(lambda: followed() == 1)
+        until(lambda: (root / "worker-0/digits/pid").exists())
+        until(lambda: followed() == 1)
         (root / "unreachable").touch()
         _kill_tail(root)
         time.sleep(1)
@@ -157,7 +158,7 @@ def test_a_broken_connection_is_taken_up_again_and_ctrl_c_leaves_the_run(cloud, 
         before = followed()
         # Typed again, it follows the same run, and ends with it.
         again = _start(tmp_path, env, *VM, *RUN, *WHERE)
-        _until(lambda: followed() > before)
+        until(lambda: followed() > before)
         (root / "end").touch()
         output, _ = again.communicate(timeout=150)
     finally:
@@ -174,7 +175,7 @@ def test_stop_saves_keeps_the_resource_and_deletes_when_told(cloud, calls, run_c
     env = cloud(body, "ACTIVE")
     running = _start(tmp_path, env, *VM, *RUN, *WHERE)
     try:
-        _until(lambda: "started" in (root / "worker-1/digits/log").read_text())
+        until(lambda: "started" in (root / "worker-1/digits/log").read_text())
         stop = run_cli(*VM, "stop", *RUN, *WHERE[:2], env=env)
         assert stop.returncode == 0 and "is kept, and costs" in stop.stdout, stop.stderr
         output, _ = running.communicate(timeout=60)
@@ -267,15 +268,3 @@ def _kill_tail(root: Path) -> None:
                 continue
             if words[0] == b"tail" and f"--pid={pid}".encode() in words:
                 os.kill(int(entry.name), signal.SIGKILL)
-
-
-def _until(ready, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            if ready():
-                return
-        except FileNotFoundError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

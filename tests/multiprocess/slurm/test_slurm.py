@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import free_port
+from tests.command import free_port, until
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 NAME = ("--experiment", "digits")
@@ -88,7 +88,7 @@ def test_saved_after_sigterm_and_requeued(slurm, submit, log):
     trap 'sleep 1; exit 143' TERM; echo ready; while true; do sleep 0.1; done"""
     number = submit(body, "--nodes", "2")
     slurm.until(number, "RUNNING")
-    _until(lambda: log(number).count("ready") == 2)
+    until(lambda: log(number).count("ready") == 2, timeout=30)
     slurm.run("scancel", "--signal=TERM", number)  # what --signal does near the time limit
     job = slurm.until(number, "COMPLETED", "FAILED", "CANCELLED")
     text = log(number)
@@ -122,12 +122,12 @@ def test_a_lost_task_starts_the_job_again_so_often(slurm, submit, log, ending, c
 def test_stop_ends_the_job_for_good(slurm, submit, log, run_cli):
     number = submit("trap 'echo saved; exit 143' TERM; echo ready; while true; do sleep 0.1; done")
     slurm.until(number, "RUNNING")
-    _until(lambda: "ready" in log(number))
+    until(lambda: "ready" in log(number), timeout=30)
     stopped = run_cli("launch", "slurm", "stop", *NAME, env=slurm.env)
     assert stopped.returncode == 0, stopped.stderr
     job = slurm.until(number, "COMPLETED", "FAILED", "CANCELLED")
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
-    _until(lambda: "saved" in log(number))
+    until(lambda: "saved" in log(number), timeout=30)
     assert "requeued" not in log(number)
 
 
@@ -138,7 +138,7 @@ def test_trains_on_two_nodes_and_goes_on_after_a_preemption(slurm, run_cli, tmp_
     env = slurm.env | {"JAX_PLATFORMS": "cpu", "SPMD_COORDINATOR": f"127.0.0.1:{free_port()}"}
     done = run_cli("launch", "slurm", *NAME, *options, "--", "--comment=real", env=env)
     (number,) = re.findall(r"as job (\d+)", done.stdout)
-    _until(lambda: "step 100/" in log(number), timeout=200)
+    until(lambda: "step 100/" in log(number), timeout=200)
     slurm.run("scancel", "--signal=TERM", number)  # what --signal does near the time limit
     job = slurm.until(number, "COMPLETED", "FAILED", "CANCELLED", timeout=400)
     text = log(number)
@@ -148,17 +148,3 @@ def test_trains_on_two_nodes_and_goes_on_after_a_preemption(slurm, run_cli, tmp_
     assert f"resuming at step {stopped} of {steps}" in text
     summary = json.loads(Path(tmp_path / "runs/digits/summary.json").read_text())
     assert summary["steps"] == steps
-
-
-def _until(ready, timeout: float = 30) -> None:
-    import time
-
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            if ready():
-                return
-        except FileNotFoundError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
