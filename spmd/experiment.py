@@ -141,6 +141,7 @@ class Experiment:
                 batch=batch,
                 accumulate=self.train.accumulate,
                 ema=self.optimizer.ema,
+                skip=self.train.nonfinite == "skip",
             )
         )
         return Program(

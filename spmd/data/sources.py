@@ -12,7 +12,7 @@ from spmd.fields import check, closest
 
 
 class ArraySource:
-    """Examples `start` to `stop` of arrays with a common first dim; `take` is one fancy index each."""
+    """Examples `start` to `stop` of arrays with a common first dim; `take` is one gather each."""
 
     def __init__(
         self,
@@ -21,7 +21,8 @@ class ArraySource:
         start: int = 0,
         stop: int | None = None,
     ):
-        arrays = {name: np.asanyarray(a) for name, a in arrays.items()}
+        # A mapped file as a plain array: its own indexing, in Python, takes twice as long as take.
+        arrays = {name: np.asarray(a) for name, a in arrays.items()}
         for name, (shape, dtype) in (features or {}).items():
             check(
                 name in arrays,
@@ -47,4 +48,4 @@ class ArraySource:
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Examples at `indices` int64 [N]."""
         at = indices + self._start
-        return {name: a[at] for name, a in self._arrays.items()}
+        return {name: a.take(at, axis=0) for name, a in self._arrays.items()}

@@ -49,6 +49,7 @@ class Parts(NamedTuple):
 
     task: spmd.tasks.Task. batch: abstract global batch. rate: learning rate by step.
     ema: decay of the moving average of the parameters; 0 is off.
+    skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
     """
 
     task: Any
@@ -58,6 +59,7 @@ class Parts(NamedTuple):
     batch: Any
     accumulate: int = 1
     ema: float = 0.0
+    skip: bool = False
 
 
 def widened(params: PyTree) -> PyTree:
@@ -123,7 +125,7 @@ def update(
     parts: Parts, state: TrainState, grads: PyTree, sums: PyTree, model_state: PyTree
 ) -> tuple[TrainState, Metrics]:
     """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
-    on shards. A step with a non-finite loss or gradient changes nothing but the step count.
+    on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
     """
     metrics = {
         name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
@@ -143,9 +145,10 @@ def update(
         opt_state=opt_state,
         ema=averaged(parts, state, params),
     )
-    # Donation makes a host-side skip impossible: the choice is made here.
-    kept = tree.select(finite, new, state)
-    return dataclasses.replace(kept, step=state.step + 1), metrics
+    if parts.skip:
+        # Donation makes a host-side skip impossible. To choose costs a pass over the state.
+        new = tree.select(finite, new, state)
+    return dataclasses.replace(new, step=state.step + 1), metrics
 
 
 def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:

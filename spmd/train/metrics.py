@@ -164,8 +164,8 @@ class Writer:
             return
         self._lines.write({"step": step, "time": round(time.time(), 3)} | metrics)
         if self._events is not None:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, step)
+            # One event for all: add_scalar takes 0.6 ms for ten.
+            self._events.file_writer.add_summary(_summary(metrics), step)
         if self._tracker is not None:
             self._tracker.write(step, metrics)
         if time.monotonic() - self._sent > _EVERY:
@@ -209,6 +209,13 @@ def _summary_writer() -> Any:
         if hide:
             del sys.modules["torch"]
     return SummaryWriter
+
+
+def _summary(metrics: dict[str, float]) -> Any:
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+    return Summary(value=scalars)
 
 
 def read(directory: epath.Path) -> list[dict[str, float]]:
