@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TITLES = {
     "digest": ["s for 1 GB"],
     "input_pipeline": ["steps per item"],
+    "votes": ["of 50 ms steps"],
     "mnist_peers": [
         "spmd, one device, 1 per dispatch",
         "2 simulated devices, allreduce, 32 per dispatch",

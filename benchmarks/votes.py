@@ -1,0 +1,117 @@
+"""What the loop's care costs in a run of two processes: stop votes, watchdog and phases, as a share of a step.
+
+python benchmarks/votes.py [--rounds 10]
+
+Blocks of steps with and without that care take turns. It is a few hundred microseconds a step, so for steps of
+50 ms and more below one percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+STEPS = 20  # in a block
+IN_FLIGHT = 2
+WIDTHS = (512, 2048)
+
+
+def measure(rounds: int, quick: bool) -> None:
+    """One process of the run: takes the blocks; the first prints the rows."""
+    import jax
+    import numpy as np
+
+    from spmd import mesh
+    from spmd.runtime import RuntimeConfig, agree
+    from spmd.runtime.join import join
+    from spmd.runtime.stop import Votes
+    from spmd.runtime.watchdog import Watchdog
+    from spmd.train.log import Clock
+
+    join(RuntimeConfig(), {})
+    cut = mesh.make(mesh.MeshConfig())
+    votes, watchdog = Votes(cut), Watchdog(RuntimeConfig().hang_timeout)
+    placed = jax.NamedSharding(cut, jax.P())
+
+    def entering(phase: str) -> contextlib.AbstractContextManager[None]:
+        watchdog.beat(phase, 0)
+        return contextlib.nullcontext()
+
+    clock = Clock(entering)
+
+    def block(careful: bool, step, state) -> tuple[float, jax.Array]:
+        pending = []
+        if os.getppid() == 1:  # nobody reads the table any more
+            sys.exit()
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            with clock("step") if careful else contextlib.nullcontext():
+                state, metric = step(state)
+                pending.append((metric, votes.cast(0)) if careful else (metric,))
+            with clock("step") if careful else contextlib.nullcontext():
+                if len(pending) > IN_FLIGHT:
+                    [np.asarray(x) for x in pending.pop(0)]
+        jax.block_until_ready((state, pending))
+        return (time.perf_counter() - start) / STEPS, state
+
+    for width in WIDTHS[:1] if quick else WIDTHS:
+
+        def step(x):
+            for _ in range(8):
+                x = jax.numpy.tanh(x @ x) / 2
+            return x, x.sum()
+
+        jitted = jax.jit(step, out_shardings=placed, donate_argnums=0)
+        whole = np.eye(width, dtype=np.float32)
+        state = jax.make_array_from_callback(whole.shape, placed, lambda i, x=whole: x[i])
+        _, state = block(True, jitted, state)
+        pairs = []
+        for turn in range(rounds):
+            seconds = {}
+            for careful in (turn % 2 == 0, turn % 2 == 1):
+                seconds[careful], state = block(careful, jitted, state)
+            pairs.append((seconds[False], seconds[True] - seconds[False]))
+        plain, extra = (statistics.median(x) for x in zip(*pairs, strict=True))
+        row = f"{plain * 1e3:>8.2f}  {extra * 1e6:>9.0f}  {extra / plain:>9.2%}"
+        agree.say(f"{row}  {extra / max(plain, 0.05):>14.2%}")
+    agree.leave(0)
+
+
+def main() -> None:
+    """Starts the two processes; prints one table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="one short round: does it run?")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.rounds = 2 if args.quick else args.rounds
+    if args.child:
+        measure(args.rounds, args.quick)
+        return
+    print(f"{'ms/step':>8}  {'care, us':>9}  {'share':>9}  {'of 50 ms steps':>14}", flush=True)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    ours = {"SPMD_COORDINATOR": f"127.0.0.1:{port}", "SPMD_NUM_PROCESSES": "2"}
+    command = [sys.executable, *sys.argv, "--child"]
+    environment = os.environ | ours | {"JAX_PLATFORMS": "cpu"}
+    children = [
+        subprocess.Popen(command, env=environment | {"SPMD_PROCESS_ID": str(i)}) for i in range(2)
+    ]
+    if any([child.wait() for child in children]):
+        raise SystemExit("a process failed")
+
+
+if __name__ == "__main__":
+    main()
