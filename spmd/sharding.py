@@ -40,7 +40,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-
 def sequence_parallel(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
     """Rules by which norms and residuals are cut over `tensor` too, along time (Korthikanti et al. 2022,
     arXiv 2205.05198).
