@@ -252,7 +252,7 @@ def _matrix_axes(dims: Sequence[str | None]) -> tuple[tuple[int, ...], tuple[int
 
 def _is_hidden_matrix(dims: tuple[str, ...]) -> bool:
     """Neither an embedding, a head or a first layer, nor a bias of stacked or attention layers."""
-    return not {"vocab", "classes", "input"} & {*dims} and bool(_matrix_axes(dims)[0])
+    return not {"vocab", "position", "classes", "input"} & {*dims} and bool(_matrix_axes(dims)[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,11 +318,11 @@ def named(name: str) -> type[Optimizer]:
 
 
 def decay_mask(params: Any, dims: dict[str, Any]) -> Any:
-    """True where weight decay applies: two or more dims, the stacked `layers` dim not counted."""
+    """True where weight decay applies: a matrix or more, so no biases, be they of stacked layers or heads."""
     from spmd import tree
 
     def decays(name: str, x: Any) -> bool:
-        stacked = 1 if dims.get(name) and dims[name][0] == "layers" else 0
-        return len(x.shape) - stacked >= 2
+        known = dims.get(name)
+        return bool(_matrix_axes(known)[0]) if known else len(x.shape) >= 2
 
     return tree.map_named(decays, params)

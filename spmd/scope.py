@@ -15,15 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+Dims = tuple[str | None, ...]
+
 
 @dataclasses.dataclass
 class Scope:
-    """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples."""
+    """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples; platform: of the
+    devices that will run it ("" is the default backend's).
+    """
 
     axes: tuple[str, ...] = ()
     keys: jax.Array | None = None
     weight: jax.Array | None = None
-    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None = None
+    constrain: Callable[[jax.Array, Dims], jax.Array] | None = None
+    blockwise: Callable[[Callable[..., Any], tuple[Dims, ...], Dims], Callable[..., Any]] | None = (
+        None
+    )
+    platform: str = ""
     calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
 
 
@@ -97,6 +105,21 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """Asks for a placement by logical dims; without a scope, and on one device, nothing happens."""
     rule = current().constrain
     return x if rule is None else rule(x, dims)
+
+
+def blockwise(
+    fn: Callable[..., Any], in_dims: tuple[Dims, ...], out_dims: Dims
+) -> Callable[..., Any]:
+    """`fn` on each device's block of its arrays, cut by logical dims: for kernels that the compiler cannot
+    partition. Without a scope, `fn` itself.
+    """
+    rule = current().blockwise
+    return fn if rule is None else rule(fn, in_dims, out_dims)
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: of the devices that will run what is traced."""
+    return current().platform or jax.default_backend()
 
 
 def varying(tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,8 @@ Dims = tuple[str | None, ...]
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "time": ("context",),
+    "residual_time": ("context",),  # between the blocks: see sequence_parallel
+    "position": (),
     "layers": (),
     "embed": (),
     "mlp": ("tensor",),
@@ -36,6 +38,15 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "channels": (),
     "classes": (),
 }
+
+
+
+def sequence_parallel(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
+    """Rules by which norms and residuals are cut over `tensor` too, along time (Korthikanti et al. 2022,
+    arXiv 2205.05198).
+    """
+    return {**rules, "residual_time": (*rules["residual_time"], "tensor")}
+
 
 # Below this, one all-gather costs more than the memory it saves.
 MIN_FSDP_ELEMENTS = 1024
@@ -170,11 +181,25 @@ def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
 
 
-def constrainer(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
-    """The `scope.constrain` of a jitted program: logical dims of an activation to a constraint."""
+def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
+    """What a jitted program on `mesh` binds in its scope: where logical dims of activations lie."""
+
+    def spec(shape: Sequence[int], dims: Dims) -> P:
+        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=rules)
 
     def constrain(x: jax.Array, dims: Dims) -> jax.Array:
-        spec = spec_of("activation", x.shape, dims, mesh, fsdp=False, rules=rules)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(x.shape, dims)))
 
-    return constrain
+    def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Dims) -> Any:
+        def run(*args: jax.Array) -> jax.Array:
+            ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
+            shape = jax.eval_shape(fn, *args).shape
+            # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
+            return jax.shard_map(
+                fn, mesh=mesh, in_specs=ins, out_specs=spec(shape, out_dims), check_vma=False
+            )(*args)
+
+        return run
+
+    platform = mesh.devices.flat[0].platform
+    return {"constrain": constrain, "blockwise": blockwise, "platform": platform}

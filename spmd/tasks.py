@@ -1,6 +1,6 @@
 """What is learned: a model, its loss as sums with global weights, its metrics."""
 
-# B batch, C classes
+# B batch, C classes, T time, D embed, V vocab
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Task(NamedTuple):
       scale = coefficient / global weight for each term, known before the backward pass.
     evaluate: (params, model_state, batch) -> Sums.
     predict: (params, model_state, batch) -> logits.
+    call: (params, model_state, fn) -> fn(module), as in evaluation: for what a model can do beside (decoding).
     whole_batch: layers that take statistics over the batch they see; only a jitted whole batch is right.
     """
 
@@ -40,6 +41,7 @@ class Task(NamedTuple):
     loss: Callable[..., tuple[jax.Array, tuple[Sums, PyTree]]]
     evaluate: Callable[[PyTree, PyTree, Batch], Sums]
     predict: Callable[[PyTree, PyTree, Batch], jax.Array]
+    call: Callable[..., Any]
     whole_batch: tuple[str, ...] = ()
 
     def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -55,15 +57,21 @@ class Network(NamedTuple):
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[jax.Array, PyTree]]
+    call: Callable[..., tuple[Any, PyTree]]
     dims: dict[str, tuple[str, ...] | None]
     whole_batch: tuple[str, ...]
+
+    def evaluated(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
+        """fn(module), without dropout, with the statistics of training."""
+        return self.call(params, model_state, fn, train=False)[0]
 
 
 def network(model: Any, param_dtype: str = "float32") -> Network:
     """model: a config with `build(rngs)`, or an NNX module class that takes `rngs`.
 
-    apply(params, model_state, x, train=...) -> (output, new model_state). ValueError for modules that
-    hold random state: their masks would depend on the mesh.
+    call(params, model_state, fn, train=...) -> (fn(module), new model_state); apply calls the module itself,
+    apply(params, model_state, x, train=...). ValueError for modules that hold random state: their masks
+    would depend on the mesh.
     """
     build = model.build if hasattr(model, "build") else lambda rngs: model(rngs=rngs)
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
@@ -92,12 +100,17 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
         cast = lambda x: x.astype(param_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
         return jax.tree.map(cast, nnx.as_pure(params)), jax.tree.map(cast, nnx.as_pure(rest))
 
-    def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
+    def call(
+        params: PyTree, model_state: PyTree, fn: Callable[[Any], Any], *, train: bool
+    ) -> tuple[Any, PyTree]:
         module = nnx.merge(graphs[train], params, model_state)
-        out = module(*args)
+        out = fn(module)
         return out, nnx.as_pure(nnx.state(module, nnx.Not(nnx.Param)))
 
-    return Network(init, apply, dims, whole_batch)
+    def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
+        return call(params, model_state, lambda module: module(*args), train=train)
+
+    return Network(init, apply, call, dims, whole_batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,15 +176,132 @@ class Classification:
             weigh=lambda batch: {"loss": jnp.sum(batch["weight"])},
             loss=loss,
             predict=predict,
+            call=net.evaluated,
             whole_batch=net.whole_batch,
             evaluate=lambda p, s, batch: sums(predict(p, s, batch), batch, 0.0),
         )
 
     def _input(self, batch: Batch) -> jax.Array:
-        check(
-            self.input in batch,
-            f"the batch has no feature {self.input!r}."
-            f"{closest(self.input, batch)} It has: {', '.join(batch)}",
-        )
-        x = batch[self.input]
+        x = _feature(batch, self.input)
         return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """The next token: cross-entropy over the tokens that count, those with a target of at least 0."""
+
+    inputs: tuple[str, ...] = ("tokens", "positions", "segments")
+    """What the model is called with, in order; the last two only where the batch has them."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition as a second loss (PaLM: 1e-4): keeps logits small; 0 is off."""
+    chunks: int = 1
+    """Parts of the sequence whose logits are held at once; more is less memory, and slower."""
+
+    def __post_init__(self) -> None:
+        check(self.z_loss >= 0, f"task.z_loss={self.z_loss} must not be negative")
+        check(bool(self.inputs), "task.inputs must name at least the tokens")
+        check(self.chunks >= 1, f"task.chunks={self.chunks} must be at least 1")
+
+    def build(self, model: Any, param_dtype: str = "float32") -> Task:
+        """The task of a model that maps tokens [B, T] to logits [B, T, V]; with chunks, by its methods `hidden`
+        and `logits`. The batch: tokens, targets [B, T], and perhaps positions and segments [B, T].
+        """
+        net = network(model, param_dtype)
+        terms = ("loss", "z_loss") if self.z_loss else ("loss",)
+
+        def loss(params, model_state, batch, step_key, scale):
+            keys_B = scope.example_keys(step_key, batch["example_id"])
+            with scope.bind(keys=keys_B, weight=batch["weight"], calls=0):
+                sums, model_state = net.call(
+                    params, model_state, lambda module: self._sums(module, batch), train=True
+                )
+            total = sum(sums[term][0] * scale[term].astype(sums[term][0].dtype) for term in terms)
+            return total, (sums, model_state)
+
+        def predict(params, model_state, batch):
+            return net.evaluated(params, model_state, lambda m: m(*self._inputs(batch)))
+
+        return Task(
+            init=net.init,
+            dims=net.dims,
+            coefficients={"loss": 1.0, "z_loss": self.z_loss},
+            weigh=lambda batch: dict.fromkeys(terms, _token_weights(batch).sum()),
+            loss=loss,
+            predict=predict,
+            call=net.evaluated,
+            whole_batch=net.whole_batch,
+            evaluate=lambda p, s, batch: net.evaluated(p, s, lambda m: self._sums(m, batch)),
+        )
+
+    def _sums(self, module: Any, batch: Batch) -> Sums:
+        weight_BT = _token_weights(batch)
+        target_BT = _feature(batch, "targets")
+        if self.chunks == 1:
+            totals = self._totals(module(*self._inputs(batch)), target_BT, weight_BT)
+        else:
+            totals = self._chunked(module, batch, target_BT, weight_BT)
+        return {name: (total, weight_BT.sum()) for name, total in totals.items()}
+
+    def _totals(
+        self, logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Sums over these tokens."""
+        each = losses.token_losses(logits_BTV, target_BT)
+        by_name = {"loss": each.loss_BT, "accuracy": each.right_BT}
+        if self.z_loss:
+            by_name["z_loss"] = jnp.square(each.partition_BT)
+        return {n: jnp.sum(x * weight_BT.astype(x.dtype)) for n, x in by_name.items()}
+
+    def _chunked(
+        self, module: Any, batch: Batch, target_BT: jax.Array, weight_BT: jax.Array
+    ) -> dict[str, jax.Array]:
+        """As _totals, but the logits of a chunk are made, reduced and, in the backward pass, made again.
+
+        Chunk m takes tokens m, m + M, ..., so that a cut of time over devices stays as it is.
+        """
+        check(
+            hasattr(module, "hidden") and hasattr(module, "logits"),
+            f"task.chunks={self.chunks} needs a model with methods hidden and logits, as"
+            " spmd.models.transformer has them; use task.chunks=1",
+        )
+        time = target_BT.shape[1]
+        check(
+            time % self.chunks == 0,
+            f"task.chunks={self.chunks} does not divide the {time} tokens of a sequence",
+        )
+
+        def split(x: jax.Array) -> jax.Array:
+            x = x.reshape(x.shape[0], time // self.chunks, self.chunks, *x.shape[2:])
+            return jnp.moveaxis(x, 2, 0)
+
+        @jax.checkpoint
+        def totals(x_BTD, target_BT, weight_BT):
+            return self._totals(module.logits(x_BTD), target_BT, weight_BT)
+
+        def add(sums, chunk):
+            return jax.tree.map(jnp.add, sums, totals(*chunk)), None
+
+        x_BTD = module.hidden(*self._inputs(batch))
+        chunks = jax.tree.map(split, (x_BTD, target_BT, weight_BT))
+        shapes = jax.eval_shape(totals, *jax.tree.map(lambda x: x[0], chunks))
+        zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        return jax.lax.scan(add, zeros, chunks)[0]
+
+    def _inputs(self, batch: Batch) -> list[jax.Array | None]:
+        first, *rest = self.inputs
+        return [_feature(batch, first), *(batch.get(name) for name in rest)]
+
+
+def _token_weights(batch: Batch) -> jax.Array:
+    """[B, T] the example's weight where there is a target, else 0."""
+    weight_B = batch["weight"]
+    counts_BT = _feature(batch, "targets") >= 0
+    return jnp.where(counts_BT, weight_B[:, None], jnp.zeros((), weight_B.dtype))
+
+
+def _feature(batch: Batch, name: str) -> jax.Array:
+    check(
+        name in batch,
+        f"the batch has no feature {name!r}.{closest(name, batch)} It has: {', '.join(batch)}",
+    )
+    return batch[name]

@@ -1,9 +1,10 @@
 """Layers whose randomness and statistics do not depend on the mesh."""
 
-# B batch, H height, W width, C channels, D input features, F output features
+# B batch, H height, W width, C channels, D input features, F output features, V rows of a table
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,145 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...], init: I
     if len(dims) != len(shape):
         raise ValueError(f"{len(dims)} logical dims {dims} for a parameter of shape {shape}")
     return nnx.Param(init(rngs.params(), shape, jnp.float32), dims=dims)
+
+
+def stacked(
+    rngs: nnx.Rngs, layers: int, shape: tuple[int, ...], dims: tuple[str, ...], init: Init
+) -> nnx.Param:
+    """One parameter of `layers` layers, each drawn on its own, stacked first; 0 layers: of one, unstacked."""
+    if not layers:
+        return param(rngs, shape, dims, init)
+
+    def each(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.vmap(lambda k: init(k, shape[1:], dtype))(jax.random.split(key, layers))
+
+    return param(rngs, (layers, *shape), ("layers", *dims), each)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def contract(spec: str, dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """einsum(spec, x, kernel) computed in x's type, returned as `dtype`; the kernel's gradient is summed in
+    the kernel's own type, over tokens and over devices.
+
+    Differentiated as written, a bfloat16 product would sum the gradients of float32 parameters in bfloat16.
+    """
+    return jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+def _contract_forward(spec, dtype, x, kernel):
+    return contract.fun(spec, dtype, x, kernel), (x, kernel)
+
+
+def _contract_backward(spec, dtype, kept, gradient):
+    x, kernel = kept
+    (left, right), out = spec.split("->")[0].split(","), spec.split("->")[1]
+    gradient = gradient.astype(x.dtype)
+    for_x = jnp.einsum(f"{out},{right}->{left}", gradient, kernel.astype(x.dtype))
+    for_kernel = jnp.einsum(
+        f"{left},{out}->{right}", x, gradient, preferred_element_type=kernel.dtype
+    )
+    return for_x, for_kernel
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lookup(dtype: Any, table_VD: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table as `dtype`, NaN for an index that it does not have; the gradient is summed in the
+    table's own type.
+    """
+    return table_VD.astype(dtype).at[index].get(mode="fill")
+
+
+def _lookup_forward(dtype, table_VD, index):
+    return lookup.fun(dtype, table_VD, index), (table_VD, index)
+
+
+def _lookup_backward(dtype, kept, gradient):
+    table_VD, index = kept
+    rows = gradient.astype(table_VD.dtype)
+    return jnp.zeros_like(table_VD).at[index].add(rows, mode="drop"), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+class Linear(nnx.Module):
+    """einsum(spec, x, kernel) + bias, of `layers` stacked layers (0: of one, unstacked).
+
+    spec: as of einsum; dims, sizes: of one layer's kernel. std: of the initial kernel; 0 is 1 / sqrt(fan-in),
+    truncated (lecun). gain: a factor on it.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        spec: str,
+        sizes: tuple[int, ...],
+        dims: tuple[str, ...],
+        *,
+        layers: int = 0,
+        bias: bool = False,
+        std: float = 0.0,
+        gain: float = 1.0,
+    ):
+        right, out = spec.split(",")[1].split("->")
+        outer = tuple(i for i, letter in enumerate(right) if letter in out)
+        inner = tuple(i for i in range(len(right)) if i not in outer)
+        init: Init = jax.nn.initializers.normal(std * gain)
+        if not std:
+            init = jax.nn.initializers.variance_scaling(
+                gain**2, "fan_in", "truncated_normal", in_axis=inner, out_axis=outer
+            )
+        self.kernel = stacked(rngs, layers, sizes, dims, init)
+        shape, names = (tuple(x[i] for i in outer) for x in (sizes, dims))
+        zeros = jax.nn.initializers.zeros
+        self.bias = stacked(rngs, layers, shape, names, zeros) if bias else None
+        self.spec = spec
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = contract(self.spec, x.dtype, x, self.kernel[...])
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        wide = tree.wide(x.dtype)  # so that the gradient of the bias is summed in it
+        bias = bias.astype(wide).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return (y.astype(wide) + bias).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """Normalises the last dim: by its root mean square (Zhang and Sennrich 2019), or `centred` (layer norm, Ba
+    et al. 2016). At least float32 inside.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        size: int,
+        dim: str,
+        *,
+        layers: int = 0,
+        centred: bool = False,
+        bias: bool = False,
+        epsilon: float = 1e-5,
+    ):
+        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+        self.scale = stacked(rngs, layers, (size,), (dim,), ones)
+        self.bias = stacked(rngs, layers, (size,), (dim,), zeros) if bias else None
+        self.centred, self.epsilon = centred, epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = tree.wide(x.dtype)
+        y = x.astype(wide)
+        last = (1,) * (x.ndim - 1) + (-1,)
+        if self.centred:
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        y *= self.scale[...].astype(wide).reshape(last)
+        if self.bias is not None:
+            y += self.bias[...].astype(wide).reshape(last)
+        return y.astype(x.dtype)
 
 
 class Dense(nnx.Module):

@@ -31,7 +31,7 @@ def build(parts: base.Parts) -> base.Strategy:
     grads_of = grad.accumulated(grad.plain(task.loss), parts.accumulate)
 
     def local(params, model_state, batch, step_key):
-        with scope.bind(axes=axes):
+        with scope.bind(axes=axes, platform=mesh.devices.flat[0].platform):
             scale = task.scale(jax.tree.map(scope.batch_sum, task.weigh(batch)))
             grads, sums, model_state = grads_of(params, model_state, batch, step_key, scale)
             return *jax.tree.map(scope.batch_sum, (grads, sums)), model_state

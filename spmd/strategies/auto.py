@@ -8,19 +8,21 @@ from spmd import grad, scope, sharding
 from spmd.strategies import base
 
 
-def build(parts: base.Parts, *, zero: int) -> base.Strategy:
+def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Strategy:
     """zero 3: mesh.fsdp cuts parameters and optimizer state. zero 1: the optimizer state only, the update
     runs on shards, and the new parameters are gathered (Rajbhandari et al. 2020, section 5).
+    sequence_parallel: norms and residuals are cut over mesh.tensor, along time.
     """
     params, _ = base.abstract_params(parts)
     place = lambda fsdp: sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=fsdp)
     cut = place(True)
     shardings = base.shardings_of(parts, params=cut if zero == 3 else place(False), moments=cut)
     grads_of = grad.accumulated(grad.plain(parts.task.loss), parts.accumulate)
-    constrain = sharding.constrainer(parts.mesh)
+    rules = sharding.sequence_parallel() if sequence_parallel else sharding.RULES
+    placement = sharding.placement(parts.mesh, rules)
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
-        with scope.bind(constrain=constrain):
+        with scope.bind(**placement):
             scale = parts.task.scale(parts.task.weigh(batch))
             grads, sums, model_state = grads_of(
                 state.params, state.model_state, batch, base.step_key(state), scale

@@ -39,11 +39,11 @@ def _batches(mesh: Mesh, source: Any, batch_size: int) -> Iterator[dict[str, jax
 
 def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
     """Measures `source` on `mesh`; sums stay on the devices until the end."""
-    constrain = sharding.constrainer(mesh)
+    placement = sharding.placement(mesh)
 
     @jax.jit
     def measure(params, model_state, batch):
-        with scope.bind(constrain=constrain):
+        with scope.bind(**placement):
             return task.evaluate(params, model_state, batch)
 
     add = jax.jit(lambda a, b: jax.tree.map(operator.add, a, b))
@@ -66,12 +66,12 @@ def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
 
 def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any], Any]:
     """(params, model_state, source) -> the task's outputs for each example, as numpy arrays [N, ...]."""
-    constrain = sharding.constrainer(mesh)
+    placement = sharding.placement(mesh)
 
     # Replicated, so that each process can read all rows.
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def outputs(params, model_state, batch):
-        with scope.bind(constrain=constrain):
+        with scope.bind(**placement):
             return task.predict(params, model_state, batch)
 
     def predict(params: Any, model_state: Any, source: Any) -> Any:

@@ -1,0 +1,150 @@
+"""Causal attention over packed documents: XLA, cuDNN or splash, rotary positions, a cache for decoding."""
+
+# B batch, T time, S cached time, H query heads, G key and value heads, K head_dim
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spmd import scope, tree
+from spmd.fields import check
+
+Implementation = Literal["xla", "cudnn", "splash"]
+
+
+class Place(NamedTuple):
+    """Where the tokens stand. positions: [B, T] or [1, T]; segments: [B, T], None is one document for each
+    row; rotary: (cosines, sines), each [B or 1, T, 1, K / 2], None without rotary positions.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None
+    rotary: tuple[jax.Array, jax.Array] | None
+
+
+def rotary(positions_BT: jax.Array, head_dim: int, theta: float, dtype: Any) -> Any:
+    """Cosines and sines of the angles position * theta^(-2i / K) (Su et al. 2021, arXiv 2104.09864)."""
+    wide = tree.wide(dtype)
+    rate_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
+    angle = positions_BT.astype(wide)[:, :, None, None] * rate_K.reshape(1, 1, 1, -1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTHK: jax.Array, angles: Any) -> jax.Array:
+    """Turns each pair (x[i], x[i + K/2]): the halves of a head, in the order of Llama's weights at Hugging Face."""
+    cos, sin = angles
+    a, b = jnp.split(x_BTHK.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    implementation: Implementation,
+) -> jax.Array:
+    """Each token attends to itself and what stands before it in its document: [B, T, H, K].
+
+    Softmax in at least float32. ValueError where the asked-for implementation cannot run: there is no
+    silent fall back to a slower one.
+    """
+    if implementation == "splash":
+        return _splash(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+    if implementation == "cudnn":
+        _check_cudnn(q_BTHK)
+    mask = None
+    if segments_BT is not None:
+        mask = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation=implementation
+    )
+
+
+def attend_cached(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """Attention to the slots of a cache, slot s holding position s, up to the query's own position."""
+    slots = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)
+    mask = slots.reshape(1, 1, -1) <= positions_BT[:, :, None]
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BSGK, v_BSGK, mask=mask[:, None], implementation="xla"
+    )
+
+
+def _check_cudnn(q_BTHK: jax.Array) -> None:
+    platform, head_dim = scope.platform(), q_BTHK.shape[-1]
+    instead = "use --model.attention xla"
+    check(
+        platform in ("gpu", "cuda"),
+        f"model.attention=cudnn runs on NVIDIA GPUs, this run is on {platform}; {instead}",
+    )
+    check(
+        q_BTHK.dtype in (jnp.bfloat16, jnp.float16),
+        f"model.attention=cudnn computes in 16 bits, given {q_BTHK.dtype};"
+        f" set --model.dtype bfloat16, or {instead}",
+    )
+    check(
+        head_dim % 8 == 0 and head_dim <= 256,
+        f"model.attention=cudnn takes a head dim that is a multiple of 8 and at most 256, given {head_dim};"
+        f" change model.head_dim, or {instead}",
+    )
+
+
+def _splash(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+    """The TPU's block-sparse flash kernel; one program for each block of batch and heads."""
+    platform, (_, time, heads, head_dim) = scope.platform(), q_BTHK.shape
+    instead = "use --model.attention xla"
+    check(
+        platform == "tpu",
+        f"model.attention=splash runs on TPUs, this run is on {platform}; {instead}",
+    )
+    check(
+        time % 128 == 0,
+        f"model.attention=splash takes sequences of a multiple of 128 tokens, given {time};"
+        f" change the data's length, or {instead}",
+    )
+    if segments_BT is None:
+        segments_BT = jnp.ones(q_BTHK.shape[:2], jnp.int32)
+    row = ("batch", None, "heads", None)  # the kernel sees all of a sequence
+    run = scope.blockwise(
+        functools.partial(_splash_block, scale=head_dim**-0.5),
+        (row, ("batch", None, "kv_heads", None), ("batch", None, "kv_heads", None), ("batch", None)),
+        row,
+    )
+    return run(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+
+
+def _splash_block(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array, scale: float
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, time, heads, _ = q_BTHK.shape
+    block = next(size for size in (512, 256, 128) if time % size == 0)
+    sizes = kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((time, time))] * heads)
+    splash = kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+
+    def row(q_THK: jax.Array, k_TGK: jax.Array, v_TGK: jax.Array, segments_T: jax.Array):
+        q_HTK, k_GTK, v_GTK = (x.swapaxes(0, 1) for x in (q_THK, k_TGK, v_TGK))
+        segments = kernel.SegmentIds(q=segments_T, kv=segments_T)
+        return splash(q_HTK * scale, k_GTK, v_GTK, segment_ids=segments).swapaxes(0, 1)
+
+    return jax.vmap(row)(q_BTHK, k_BTGK, v_BTGK, segments_BT)

@@ -1,0 +1,305 @@
+"""The decoder: published sizes, causality by gradients, packed documents, its forms against each other."""
+
+# B batch, T time, V vocab
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spmd import tasks, tree
+from spmd.models.transformer import CACHE_DIMS, Transformer
+
+GPT2 = Transformer(
+    vocab=50257,
+    length=1024,
+    layers=12,
+    embed=768,
+    heads=12,
+    norm="layer",
+    activation="gelu",
+    position="learned",
+    bias=True,
+    tied=True,
+)
+LLAMA3 = Transformer(
+    vocab=128256, length=8192, layers=32, embed=4096, heads=32, kv_heads=8, mlp=14336
+)
+PUBLISHED = {
+    "gpt2": (GPT2, 124_439_808),
+    "gpt2-xl": (dataclasses.replace(GPT2, layers=48, embed=1600, heads=25), 1_557_611_200),
+    "llama3-8b": (LLAMA3, 8_030_261_248),
+    "llama3-70b": (
+        dataclasses.replace(LLAMA3, layers=80, embed=8192, heads=64, mlp=28672),
+        70_553_706_496,
+    ),
+}
+
+SMALL = {"vocab": 61, "length": 16, "layers": 3, "embed": 32, "heads": 4}
+KINDS = {
+    "gpt2": Transformer(
+        **SMALL, norm="layer", activation="gelu", position="learned", bias=True, tied=True
+    ),
+    "llama": Transformer(**SMALL, kv_heads=2, mlp=48, init_std=0.0),
+    "all": Transformer(
+        **SMALL, kv_heads=1, head_dim=10, qk_norm=True, logit_cap=5.0, vocab_multiple=8
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+def started(model, **task):
+    built = tasks.LanguageModel(**task).build(model)
+    return built, *built.init(jax.random.key(0))
+
+
+def packed(rows=3, time=16, vocab=61, seed=0):
+    """Documents of different lengths, one after the other in each row, then padding."""
+    rng = np.random.default_rng(seed)
+    batch = {
+        "tokens": rng.integers(0, vocab, (rows, time)),
+        "targets": rng.integers(0, vocab, (rows, time)),
+        "segments": np.zeros((rows, time)),
+        "positions": np.zeros((rows, time)),
+    }
+    for row in range(rows):
+        ends = np.sort(rng.choice(np.arange(1, time + 1), 3, replace=False))
+        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), 1):
+            batch["segments"][row, start:end] = number
+            batch["positions"][row, start:end] = np.arange(end - start)
+            batch["targets"][row, end - 1] = -1
+    batch["targets"][batch["segments"] == 0] = -1
+    return {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()} | {
+        "example_id": jnp.arange(rows, dtype=jnp.int32) + 7,
+        "weight": jnp.asarray([1.0, 1.0, 0.0][:rows]),
+    }
+
+
+def gradient(task, params, batch):
+    """(loss sum by name, gradient) of one step with dropout."""
+
+    def loss(params):
+        scale = task.scale(task.weigh(batch))
+        total, (sums, _) = task.loss(params, {}, batch, jax.random.key(3), scale)
+        return total, sums
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+def assert_close(a, b, rtol=1e-4):
+    for (name, x), y in zip(tree.named_leaves(a).items(), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(abs(y).max()), err_msg=name)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_the_published_ones(name):
+    model, size = PUBLISHED[name]
+    task = tasks.LanguageModel().build(model)
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    assert tree.num_elements(params) == size
+    for leaf, x in tree.named_leaves(params).items():
+        assert len(task.dims[leaf]) == x.ndim, leaf
+        assert (task.dims[leaf][0] == "layers") == leaf.startswith("blocks/"), leaf
+
+
+def test_a_token_sees_its_document_up_to_itself(kind):
+    task, params, _ = started(kind)
+    batch = packed()
+    tables = task.call(params, {}, lambda m: m.embed.table.shape)
+    segments = np.asarray(batch["segments"])
+
+    def logits(nudge_BTD, row, time):
+        """A logit as a function of a nudge to each token's embedding."""
+
+        def run(module):
+            class Nudged(type(module.embed)):
+                def __call__(self, index, dtype):
+                    return super().__call__(index, dtype) + nudge_BTD
+
+            module.embed.__class__ = Nudged
+            return module(*(batch[k] for k in ("tokens", "positions", "segments")))
+
+        return task.call(params, {}, run)[row, time, 0]
+
+    zero = jnp.zeros((*batch["tokens"].shape, tables[1]))
+    for row, time in ((0, 5), (1, 11), (2, 15)):
+        reached = np.abs(jax.grad(logits)(zero, row, time)).sum(-1) > 0
+        want = np.zeros_like(reached)
+        want[row, : time + 1] = segments[row, : time + 1] == segments[row, time]
+        np.testing.assert_array_equal(reached, want)
+
+
+def test_packed_documents_are_as_if_alone(kind):
+    task, params, _ = started(kind)
+    batch = packed()
+    together = task.predict(params, {}, batch)
+    for row in range(2):
+        for number in range(1, 4):
+            (where,) = np.nonzero(np.asarray(batch["segments"][row]) == number)
+            alone = task.predict(params, {}, {"tokens": batch["tokens"][row : row + 1, where]})
+            np.testing.assert_allclose(together[row, where], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_scanned_unrolled_and_remat_agree(kind):
+    kind = dataclasses.replace(kind, dropout=0.2)
+    task, params, _ = started(kind)
+    batch = packed()
+    want = gradient(task, params, batch)
+    plain = gradient(started(dataclasses.replace(kind, dropout=0.0))[0], params, batch)
+    assert abs(float(plain[0][0] - want[0][0])) > 1e-4  # dropout does something
+    variants = [{"scan": False}, {"remat": "full"}, {"remat": "dots", "scan": False}]
+    for change in [*variants, {"remat": "named"}]:
+        other = started(dataclasses.replace(kind, **change))[0]
+        assert_close(gradient(other, params, batch), want)
+
+
+def test_unrolled_layers_give_one_concatenation():
+    task, params, _ = started(dataclasses.replace(KINDS["llama"], scan=False))
+    text = str(jax.make_jaxpr(lambda p: gradient(task, p, packed()))(params))
+    assert " concatenate[" in text and " pad[" not in text.replace("padding", "")
+
+
+@pytest.mark.parametrize("remat,products", [("full", 1), ("dots", 0), ("named", 0.5), ("none", 0)])
+def test_remat_computes_anew_what_its_policy_says(remat, products):
+    """Products with weights in the jaxpr of the gradient, against one forward and two backward."""
+    model = dataclasses.replace(KINDS["llama"], remat=remat, scan=False, layers=1)
+    task, params, _ = started(model)
+    jaxpr = jax.make_jaxpr(lambda p: gradient(task, p, packed()))(params)
+    count = weight_products(jaxpr.jaxpr)
+    in_block = 7  # query, key, value, out, up, gate, down
+    # named keeps query, key, value and what attention gives; the last product is never needed again
+    again = {"full": in_block - 1, "dots": 0, "none": 0, "named": 3}[remat]
+    assert count == 3 * (in_block + 1) + again, products
+
+
+def weight_products(jaxpr):
+    """dot_generals without batch dims."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found += not eqn.params["dimension_numbers"][1][0]
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(item, "jaxpr", item)
+                found += weight_products(inner) if hasattr(inner, "eqns") else 0
+    return found
+
+
+def test_cached_logits_are_the_full_ones(kind):
+    """Prompts of different lengths at once, then token by token."""
+    task, params, _ = started(kind)
+    tokens = packed()["tokens"]
+    full = task.predict(params, {}, {"tokens": tokens})
+    lengths = np.array([3, 7, 5])
+    place = np.arange(7)[None].repeat(3, 0)
+    place = np.where(place < lengths[:, None], place, -1).astype(np.int32)
+
+    def decode(tokens, positions, cache):
+        return task.call(params, {}, lambda m: m.decode(tokens, positions, cache))
+
+    cache = task.call(params, {}, lambda m: m.cache(3, 16))
+    assert all(x.ndim == len(CACHE_DIMS) for x in cache.values())
+    logits, cache = jax.jit(decode)(tokens[:, :7], place, cache)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], full[row, :length], rtol=1e-5, atol=1e-5)
+    step = jax.jit(decode)
+    for _ in range(16 - max(lengths)):
+        now = jnp.take_along_axis(tokens, lengths[:, None], 1)
+        logits, cache = step(now, jnp.asarray(lengths[:, None], jnp.int32), cache)
+        want = full[np.arange(3), lengths]
+        np.testing.assert_allclose(logits[:, 0], want, rtol=1e-5, atol=1e-5)
+        lengths = lengths + 1
+
+
+def test_bfloat16_computes_near_and_sums_in_float32(kind):
+    model = dataclasses.replace(kind, dtype="bfloat16")
+    task, params, _ = started(model)
+    batch = packed()
+    (loss, sums), grads = gradient(task, params, batch)
+    (exact, _), _ = gradient(started(kind)[0], params, batch)
+    assert loss.dtype == sums["loss"][0].dtype == jnp.float32
+    assert float(loss) == pytest.approx(float(exact), rel=2e-2)
+    assert loss != exact
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    # A sum of gradients over tokens in bfloat16 would show as a reduction with a result in it.
+    jaxpr = str(jax.make_jaxpr(lambda p: gradient(task, p, batch))(params))
+    scatters = [line for line in jaxpr.splitlines() if "scatter-add" in line or "add_any" in line]
+    assert not [line for line in scatters if "bf16[61" in line or "bf16[64" in line]
+
+
+def test_table_rows_beyond_the_vocabulary_are_never_predicted():
+    task, params, _ = started(KINDS["all"])
+    logits = task.predict(params, {}, packed())
+    assert logits.shape[-1] == 64
+    assert jax.nn.softmax(logits)[..., 61:].max() == 0
+
+
+def test_the_loss_starts_at_that_of_chance(kind):
+    task, params, _ = started(dataclasses.replace(kind, init_std=0.02))
+    sums = task.evaluate(params, {}, packed())
+    assert float(sums["loss"][0] / sums["loss"][1]) == pytest.approx(np.log(61), rel=0.02)
+
+
+def test_initial_weights():
+    task, params, _ = started(dataclasses.replace(KINDS["llama"], embed=256, mlp=512))
+    leaves = tree.named_leaves(params)
+    std = lambda name: float(jnp.std(leaves[name]))
+    assert std("blocks/attention/query/kernel") == pytest.approx(256**-0.5, rel=0.02)
+    assert std("blocks/mlp/down/kernel") == pytest.approx((512 * 6) ** -0.5, rel=0.02)
+    layers = leaves["blocks/mlp/up/kernel"]
+    assert abs(layers[0] - layers[1]).max() > 0
+    _, params, _ = started(KINDS["gpt2"])
+    leaves = tree.named_leaves(params)
+    assert std("blocks/mlp/up/kernel") == pytest.approx(0.02, rel=0.05)
+    assert std("blocks/attention/out/kernel") == pytest.approx(0.02 / 6**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"heads": 5}, "model.embed=32 does not divide by model.heads=5"),
+        ({"kv_heads": 3}, "use one of 1, 2, 4"),
+        ({"head_dim": 5}, "head dim must be even, given 5"),
+        ({"layers": 0}, "model.layers=0 must be at least 1"),
+        ({"dropout": 1.0}, "model.dropout=1.0"),
+        ({"logit_cap": -1.0}, "model.logit_cap=-1.0"),
+    ],
+)
+def test_mistakes_in_the_configuration(change, message):
+    with pytest.raises(ValueError, match=message):
+        Transformer(**SMALL | change)
+
+
+def test_a_sequence_longer_than_the_model():
+    task, params, _ = started(KINDS["gpt2"])
+    with pytest.raises(ValueError, match=r"17 tokens is longer than model.length=16"):
+        task.predict(params, {}, {"tokens": jnp.zeros((1, 17), jnp.int32)})
+
+
+def test_a_token_outside_the_vocabulary_is_loud():
+    task, params, _ = started(KINDS["llama"])
+    batch = packed()
+    bad = batch | {"tokens": batch["tokens"].at[0, 0].set(61)}
+    assert np.isfinite(task.evaluate(params, {}, batch)["loss"][0])
+    assert np.isnan(task.evaluate(params, {}, bad)["loss"][0])
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"attention": "cudnn"}, "runs on NVIDIA GPUs, this run is on cpu; use --model.attention"),
+        ({"attention": "splash"}, "runs on TPUs, this run is on cpu; use --model.attention xla"),
+    ],
+)
+def test_attention_asked_for_by_name_fails_loudly(change, message):
+    task, params, _ = started(dataclasses.replace(KINDS["llama"], **change))
+    with pytest.raises(ValueError, match=message):
+        task.predict(params, {}, packed())
