@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from spmd.data.tokenizer import Tokenizer
     from spmd.data.windows import Mixed, Windows
 
-PADDED = 128  # a model's vocabulary may be the tokenizer's, rounded up to a multiple of this
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sequences(DataConfig):
@@ -51,18 +49,25 @@ class Sequences(DataConfig):
         object.__setattr__(self, "features", dict.fromkeys(names, shape))
         super().__post_init__()
 
+    def texts(self) -> list[Text]:
+        """The texts that are read."""
+        raise NotImplementedError
+
     def check_model(self, model: Any) -> None:
-        """ValueError when the model's vocabulary is not the tokenizer's."""
-        vocab = getattr(model, "vocab", None)
+        """ValueError when the model has another vocabulary than the tokenizer, or takes shorter sequences."""
+        length, vocab = (getattr(model, name, None) for name in ("length", "vocab"))
+        check(
+            length is None or self.sequence_length <= length,
+            f"data.sequence_length={self.sequence_length} is more than model.length={length}; lower one"
+            " or raise the other",
+        )
         if vocab is None:
             return
         size = self.open_tokenizer().vocab_size
-        most = -(-size // PADDED) * PADDED
         check(
-            size <= vocab <= most,
+            vocab == size,
             f"model.vocab={vocab} is not the vocabulary of data.tokenizer={self.tokenizer}, which has"
-            f" {size} tokens; use --model.vocab {size}"
-            + (f", or up to {most}, rounded up for the mesh" if most > size else ""),
+            f" {size} tokens; use --model.vocab {size}, or another tokenizer",
         )
 
 
@@ -96,6 +101,14 @@ class Text(Sequences):
             f"data.eval_fraction={self.eval_fraction} must be between 0 and 1",
         )
 
+    def texts(self) -> list[Text]:
+        """This one."""
+        return [self]
+
+    def tfds(self) -> TFDS:
+        """The TFDS set by itself."""
+        return TFDS(name=self.name, dir=self.dir, cache_dir=self.cache_dir)
+
     def documents(self) -> dict[Split, Documents]:
         """Where the text of each split lies; `eval` is absent when it is a part of the training text."""
         from spmd.data import corpus
@@ -110,9 +123,8 @@ class Text(Sequences):
             options = {"train": "data.files", "eval": "data.eval_files"}
             found = {s: corpus.of_files(g, self.field, options[s]) for s, g in given.items() if g}
         else:
-            config = TFDS(name=self.name, dir=self.dir, cache_dir=self.cache_dir)
             given = {"train": self.train_split, "eval": self.eval_split}
-            found = {s: corpus.of_tfds(config, g, self.field) for s, g in given.items() if g}
+            found = {s: corpus.of_tfds(self.tfds(), g, self.field) for s, g in given.items() if g}
         return found  # type: ignore[return-value]
 
     def open_tokenizer(self) -> Tokenizer:
