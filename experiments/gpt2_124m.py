@@ -2,7 +2,7 @@
 
 python run.py --experiment gpt2_124m --data.files 'DIR/*.jsonl' --data.tokenizer FILE --model.attention cudnn
 
-Half a million tokens a step, 300 billion in all: about 4 days on 8 A100 (nanoGPT); expect 2.85 on OpenWebText.
+Half a million tokens a step, 300 billion in all: 4 days on 8 A100 (nanoGPT); expect 2.85 on OpenWebText.
 A TFDS text set: --data.name NAME. FILE is GPT-2's tokenizer.json. Not run to its end here.
 """
 

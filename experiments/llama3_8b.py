@@ -3,8 +3,8 @@
 python run.py --experiment llama3_8b --data.files 'DIR/*.jsonl' --data.tokenizer FILE --mesh.fsdp -1
 
 Four million tokens a step; the state takes 96 GB with AdamW in float32. A TFDS text set: --data.name NAME.
-FILE is Llama 3's tokenizer.json. The steps are a budget to be set: Meta trained on 15 trillion tokens. Not run
-to its end here.
+FILE is Llama 3's tokenizer.json. The steps are a budget to be set: Meta trained on 15 trillion tokens. Not
+run to its end here.
 """
 
 from spmd import Experiment

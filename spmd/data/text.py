@@ -44,6 +44,11 @@ class Sequences(DataConfig):
         for name, least in (("sequence_length", 1), ("stride", 0)):
             value = getattr(self, name)
             check(value >= least, f"data.{name}={value} must be at least {least}")
+        check(
+            self.stride <= self.sequence_length,
+            f"data.stride={self.stride} must be at most data.sequence_length={self.sequence_length}:"
+            " tokens between the windows would never be read",
+        )
         shape = ((self.sequence_length,), "int32")
         names = ("tokens", "targets", "segments", "positions")
         object.__setattr__(self, "features", dict.fromkeys(names, shape))
