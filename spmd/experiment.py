@@ -123,7 +123,9 @@ class Experiment:
             f" ({mesh.describe(cut)}) x train.accumulate={self.train.accumulate}; use"
             f" {max(batch_size // rows, 1) * rows} or {(batch_size // rows + 1) * rows}",
         )
-        source = source if source is not None else self.data.open("train")
+        if source is None:
+            source = self.data.open("train")
+            self.data.check_model(self.model)
         num_steps = self.train.num_steps(batch_size, len(source))
         task = self.task.build(self.model, self.param_dtype)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))

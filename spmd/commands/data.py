@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from spmd import experiment
 from spmd.data import TFDS, data_root
+from spmd.data.text import Sequences
 from spmd.fields import check, closest
 
 ACTIONS = ("prepare", "show")
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """`prepare` runs the TFDS builder; `show` prints splits, features and an example."""
+    """`prepare` runs the TFDS builder and tokenizes text; `show` prints splits, features and an example."""
     words = list(words)
     action = words.pop(0) if words and not words[0].startswith("-") else ""
     check(
@@ -30,7 +32,25 @@ def run(name: str, words: Sequence[str]) -> int:
 
 
 def _prepare(data: Any) -> None:
+    if isinstance(data, Sequences):
+        _prepare_sets(data)
+        for split in ("train", "eval"):
+            print(f"{split}: {len(data.open(split))} windows of {data.sequence_length} tokens")
+        return
     check(isinstance(data, TFDS), f"{type(data).__name__} data needs no preparation")
+    _prepare_tfds(data)
+
+
+def _prepare_sets(data: Sequences) -> None:
+    """The TFDS sets that a text needs and that are not there."""
+    from spmd.data import tfds
+
+    for text in data.texts():
+        if text.name and tfds.prepared_dir(text.tfds()) is None:
+            _prepare_tfds(text.tfds())
+
+
+def _prepare_tfds(data: Any) -> None:
     from spmd.data import tfds
 
     tfds.prepare(data, data_root(data.dir))
@@ -49,7 +69,12 @@ def _show(data: Any) -> None:
                 f"  {feature}: {value.dtype}{list(value.shape[1:])}"
                 + (f", first {value[0]}" if value[0].size == 1 else "")
             )
-        if split == "train":
+        if split == "train" and isinstance(data, Sequences):
+            tokenizer = data.open_tokenizer()
+            shown = first["tokens"][0][first["segments"][0] > 0]
+            print(f"vocabulary: {tokenizer.vocab_size}; the first window:")
+            print(textwrap.indent(tokenizer.decode(shown), "    "))
+        elif split == "train":
             _draw(first)
 
 

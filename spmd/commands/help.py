@@ -10,6 +10,7 @@ from typing import Any
 
 from spmd import mesh, optim, strategies
 from spmd.data import TFDS, Augment
+from spmd.data.text import Text
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
@@ -21,7 +22,7 @@ SHARED: dict[str, tuple[type, ...]] = {
     "log": (LogConfig,),
     "run": (RunConfig,),
     "runtime": (RuntimeConfig,),
-    "data": (TFDS,),
+    "data": (TFDS, Text),
     "data.augment": (Augment,),
     "optimizer": tuple(optim.OPTIMIZERS.values()),
     "strategy": tuple(strategies.STRATEGIES.values()),
@@ -54,7 +55,7 @@ def shared_fields() -> str:
         ),
     ]
     for prefix, classes in SHARED.items():
-        if len(classes) > 1:
+        if len(classes) > 1 and prefix != "data":
             names = "|".join(cls.name for cls in classes)  # type: ignore[attr-defined]
             lines.append((f"--{prefix}", names, "", "Changes the class."))
         seen: set[str] = set()

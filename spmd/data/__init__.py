@@ -15,6 +15,8 @@ from spmd.storage import data_root as data_root
 if TYPE_CHECKING:
     import numpy as np
 
+    from spmd.data.tokenizer import Tokenizer
+
 Split = Literal["train", "eval"]
 Features = Mapping[str, tuple[tuple[int, ...], str]]
 
@@ -114,6 +116,13 @@ class DataConfig:
     def open(self, split: Split) -> Source:
         """The source of a split."""
         raise NotImplementedError
+
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer of a text; ValueError where the data is none."""
+        raise ValueError(f"{type(self).__name__} data is no text: it has no tokenizer")
+
+    def check_model(self, model: Any) -> None:
+        """ValueError when the model does not fit the data; called when the data has been opened."""
 
     def abstract_batch(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype) of a batch, without touching data."""

@@ -1,13 +1,15 @@
 """Batches in an order that is a pure function of (seed, epoch, index): no state but the step.
 
 Position p of the endless stream is example `permutation(seed, p // n)[p % n]`: epochs follow one another
-without a gap, nothing is dropped or repeated, and any step can be had without those before it.
+without a gap, nothing is dropped or repeated, and any step can be had without those before it. A mixture of
+sources brings its own order, as pure.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,10 +21,13 @@ from spmd.data.augment import Transform
 
 
 class Order:
-    """Stream position -> example index; one shuffle for each epoch, the last two kept."""
+    """Stream position -> example index; one shuffle for each epoch, the last two kept.
 
-    def __init__(self, seed: int, num_examples: int):
-        self._seed, self._n = seed, num_examples
+    more: further numbers that the shuffle depends on.
+    """
+
+    def __init__(self, seed: int, num_examples: int, *more: int):
+        self._seed, self._n, self._more = seed, num_examples, more
         self._epochs: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -31,7 +36,7 @@ class Order:
             if epoch not in self._epochs:
                 for old in [e for e in self._epochs if abs(e - epoch) > 1]:
                     del self._epochs[old]
-                bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
+                bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch, *self._more]))
                 self._epochs[epoch] = np.random.Generator(bits).permutation(self._n)
             return self._epochs[epoch]
 
@@ -47,6 +52,15 @@ class Order:
         return out
 
 
+@runtime_checkable
+class Ordered(Protocol):
+    """A source with an order of its own: a pure function of (seed, stream position)."""
+
+    def order(self, seed: int) -> Any:
+        """Stream positions int64 [N] -> example indices, by [...]; asked by several threads."""
+        ...
+
+
 class _Reads:
     """Random access to reads, each a list of dispatches: what grain's threads call.
 
@@ -56,7 +70,7 @@ class _Reads:
     def __init__(
         self,
         source: Source,
-        order: Order,
+        order: Any,
         batch_size: int,
         rows: np.ndarray,
         start: int,
@@ -123,7 +137,7 @@ def train_batches(
     num_bytes = sum(x.nbytes for x in example.values()) * len(rows) * steps_per_dispatch
     reads = _Reads(
         source,
-        Order(seed, len(source)),
+        source.order(seed) if isinstance(source, Ordered) else Order(seed, len(source)),
         batch_size,
         rows,
         start,

@@ -8,18 +8,16 @@ import io
 import json
 import os
 import re
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spmd.data import TFDS, Features, cache_root, data_root
-from spmd.data.builders import EMBEDDED, builder
+from spmd.data import cache as caches
+from spmd.data.builders import EMBEDDED, RUNNING, builder
 from spmd.data.sources import ArraySource
 from spmd.fields import check, closest
 
@@ -40,7 +38,8 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
 
 def prepared_dir(config: TFDS) -> Path | None:
     """Where the prepared set lies (the newest version unless one is named), or None."""
-    version = parse_name(config.name)[2]
+    name, _, version = parse_name(config.name)
+    version = version or RUNNING.get(name)
     for versions in _prepared(config):
         chosen = [p for p in versions if version in (None, p.name)]
         if chosen:
@@ -124,8 +123,8 @@ def prepare(config: TFDS, root: str) -> None:
 
     name, _, version = parse_name(config.name)
     given = root == data_root(config.dir)
-    fields = "--data.dir or TFDS_DATA_DIR" if given else "--data.cache-dir or SPMD_CACHE_DIR"
-    _scratch(Path(root), fields).rmdir()
+    fields = "--data.dir or TFDS_DATA_DIR" if given else caches.FIELDS
+    caches.scratch(Path(root), fields).rmdir()
     with quiet():
         if name in EMBEDDED:
             embedded = builder(name, root)
@@ -151,12 +150,21 @@ def prepare(config: TFDS, root: str) -> None:
         stock.download_and_prepare()
 
 
-def open_split(config: TFDS, split: str) -> ArraySource:
-    """The decoded arrays of `split` (`train`, `train[:90%]`), mapped from the cache."""
+class Slice(NamedTuple):
+    """Examples `start` to `stop` of the split `name`, which has `total`."""
+
+    directory: Path
+    name: str
+    start: int
+    stop: int
+    total: int
+
+
+def locate(config: TFDS, split: str) -> Slice:
+    """Where the examples of `split` (`train`, `train[:90%]`) lie."""
     match = _SPLIT.fullmatch(split)
     if not match:
         raise ValueError(f"split {split!r} is not NAME or NAME[start:stop] (numbers or percent)")
-    check(bool(config.features), "data.features is empty; declare {name: (shape, dtype)}")
     directory = find(config)
     info = json.loads((directory / "dataset_info.json").read_text())
     sizes = {s["name"]: sum(map(int, s.get("shardLengths", ()))) for s in info["splits"]}
@@ -171,16 +179,23 @@ def open_split(config: TFDS, split: str) -> ArraySource:
         f"{directory} is stored as {info.get('fileFormat')}, which needs TensorFlow to read; prepare"
         " it anew as array_record: python run.py data prepare --experiment NAME --data.dir DIR",
     )
-    cache = _cache(config, directory, name)
-    if not _complete(cache, sizes[name]):
-        _build(config, directory, name, sizes[name], cache)
+    bound = lambda text, default: default if text is None else _bound(text, sizes[name], split)
+    return Slice(
+        directory, name, bound(match["start"], 0), bound(match["stop"], sizes[name]), sizes[name]
+    )
+
+
+def open_split(config: TFDS, split: str) -> ArraySource:
+    """The decoded arrays of `split` (`train`, `train[:90%]`), mapped from the cache."""
+    check(bool(config.features), "data.features is empty; declare {name: (shape, dtype)}")
+    part = locate(config, split)
+    cache = _cache(config, part.directory, part.name)
+    if caches.facts(cache).get("examples") != part.total:
+        _build(config, part.directory, part.name, part.total, cache)
     arrays = {
         f: np.load(cache / f"{f}.npy", mmap_mode="r", allow_pickle=False) for f in config.features
     }
-    bound = lambda text, default: default if text is None else _bound(text, sizes[name], split)
-    return ArraySource(
-        arrays, config.features, bound(match["start"], 0), bound(match["stop"], sizes[name])
-    )
+    return ArraySource(arrays, config.features, part.start, part.stop)
 
 
 def _bound(text: str, total: int, split: str) -> int:
@@ -193,47 +208,47 @@ def _bound(text: str, total: int, split: str) -> int:
     return value + total if number < 0 else value
 
 
-def _cache(config: TFDS, directory: Path, split: str) -> Path:
-    """The cache directory of a split, keyed by its content and by the features kept."""
+def fingerprint(directory: Path, split: str) -> str:
+    """What a prepared split's content is known by."""
     key = hashlib.sha256()
     for name in ("dataset_info.json", "features.json"):
         key.update((directory / name).read_bytes())
     for shard in sorted(directory.glob(f"*-{split}.*")):
         stat = shard.stat()
         key.update(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    key.update(
-        repr((split, sorted((k, tuple(s), d) for k, (s, d) in config.features.items()))).encode()
-    )
+    return key.hexdigest()
+
+
+def _cache(config: TFDS, directory: Path, split: str) -> Path:
+    """The cache directory of a split, keyed by its content and by the features kept."""
+    kept = sorted((k, tuple(s), d) for k, (s, d) in config.features.items())
+    key = hashlib.sha256(repr((fingerprint(directory, split), split, kept)).encode())
     base = Path(cache_root(config.cache_dir)) / "decoded"
     return base / f"{parse_name(config.name)[0]}-{split}-{key.hexdigest()[:16]}"
 
 
-def _complete(cache: Path, num: int) -> bool:
-    """Whether a cache was written to its end and still has its sizes."""
-    try:
-        sizes = json.loads((cache / "complete.json").read_text())
-        return sizes["examples"] == num and all(
-            (cache / name).stat().st_size == size for name, size in sizes["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> None:
-    """Decodes a split into .npy files beside and renames: a half-written cache is never read."""
+def reader(config: TFDS, directory: Path, split: str, features: Iterable[str]) -> Any:
+    """TFDS's random access to a split, checked for `features`; quiet."""
     import tensorflow_datasets as tfds
 
     with quiet():
         built: Any = tfds.builder_from_directory(str(directory))
-        reader = built.as_data_source(split=split)
-        first = reader[0]
-    known = list(reader.dataset_info.features)
-    for feature in config.features:
+        opened = built.as_data_source(split=split)
+        known = list(opened.dataset_info.features)
+    for feature in features:
         check(
             feature in known,
             f"data set {config.name!r} has no feature {feature!r}."
             f"{closest(feature, known)} It has: {', '.join(known)}",
         )
+    return opened
+
+
+def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> None:
+    """Decodes a split into .npy files."""
+    examples = reader(config, directory, split, config.features)
+    with quiet():
+        first = examples[0]
     for feature, (shape, dtype) in config.features.items():
         value = np.asarray(first[feature])
         fits = value.dtype == dtype or (value.dtype == np.int64 and dtype == "int32")
@@ -242,29 +257,14 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
             f"feature {feature!r} of {config.name!r} is {value.dtype}{list(value.shape)}, the"
             f" experiment declares {dtype}{list(shape)}",
         )
-    part = _scratch(cache.parent, "--data.cache-dir or SPMD_CACHE_DIR", f".{cache.name}.")
-    try:
+
+    def write(part: Path) -> dict[str, Any]:
         with quiet():
-            show = _progress(f"decoding {config.name} {split}", num)
-            _decode(config.features, reader, num, part, show)
-        if cache.exists() and not _complete(cache, num):
-            shutil.rmtree(cache, ignore_errors=True)
-        with contextlib.suppress(FileExistsError, OSError):  # another process was faster
-            part.rename(cache)
-        check(_complete(cache, num), f"the cache {cache} could not be written")
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            show = caches.progress(f"decoding {config.name} {split}", num, large=10_000)
+            _decode(config.features, examples, num, part, show)
+        return {"examples": num}
 
-
-def _scratch(parent: Path, fields: str, prefix: str = ".spmd.") -> Path:
-    """A fresh directory in `parent`; ValueError naming `fields` where that cannot be written."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the directory {parent}: {error.strerror}; choose another with {fields}"
-        ) from None
+    caches.build(cache, write)
 
 
 def _decode(
@@ -296,18 +296,3 @@ def _decode(
             progress(done)
     for array in out.values():
         array.flush()
-    files = {f"{name}.npy": (part / f"{name}.npy").stat().st_size for name in out}
-    (part / "complete.json").write_text(json.dumps({"examples": num, "files": files}))
-
-
-def _progress(label: str, num: int) -> Callable[[int], None]:
-    """Says so when a large set is decoded, on one line of standard error."""
-    shown = {"tenth": -1}
-
-    def show(done: int) -> None:
-        tenth = done * 10 // num
-        if num >= 10_000 and tenth > shown["tenth"]:
-            shown["tenth"] = tenth
-            print(f"{label}: {tenth * 10} %", file=sys.stderr, flush=True)
-
-    return show

@@ -1,0 +1,54 @@
+"""A character-level model of Shakespeare: nanoGPT's small CPU setting.
+
+python run.py --experiment lm_shakespeare --data.dir DIR    # 2 CPU cores, 3 minutes; expect LOSS
+
+The stock TFDS set cuts the text where nanoGPT does: `train` is its first 90 % of the characters, `validation`
+and `test` together the last 10 %. Evaluation reads all of these once; nanoGPT takes the mean of 20 batches.
+Training windows begin at any character, as nanoGPT's do (stride=1), but each is drawn once before any again.
+"""
+
+from spmd import Experiment
+from spmd.data.text import Text
+from spmd.models.transformer import Transformer
+from spmd.optim import AdamW
+from spmd.tasks import LanguageModel
+from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
+
+
+def config() -> Experiment:
+    """GPT-2's architecture, 4 layers, 128 wide, on windows of 64 characters."""
+    return Experiment(
+        model=Transformer(
+            vocab=65,
+            length=64,
+            layers=4,
+            heads=4,
+            embed=128,
+            norm="layer",
+            activation="gelu",
+            position="learned",
+            tied=True,
+            scan=False,
+        ),
+        task=LanguageModel(),
+        data=Text(
+            name="tiny_shakespeare",
+            eval_split="validation+test",
+            tokenizer="chars",
+            sequence_length=64,
+            stride=1,
+            batch_size=12,
+            eval_batch_size=128,
+        ),
+        optimizer=AdamW(
+            learning_rate=1e-3,
+            final_fraction=0.1,
+            warmup_steps=100,
+            b2=0.99,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        train=TrainConfig(steps=2000),
+        eval=EvalConfig(every=500),
+        checkpoint=CheckpointConfig(every=1000, best="eval/loss", best_is="lowest"),
+    )
