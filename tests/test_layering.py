@@ -24,7 +24,7 @@ LAYERS = (
     ("grad",),
     ("strategies",),
     ("train",),
-    ("plan", "verify", "convert"),
+    ("plan", "verify", "convert", "sample"),
     ("overrides",),
     ("experiment",),
     ("handle", "commands"),

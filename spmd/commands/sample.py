@@ -1,0 +1,103 @@
+"""run.py sample: continues prompts with the language model of a run, on any mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from spmd import experiment
+from spmd.fields import check
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from spmd.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is continued, and how."""
+
+    prompt: tuple[str, ...] = ()
+    """Texts to continue, all in one batch; none starts a document where the tokenizer can."""
+    tokens: int = 200
+    """Most tokens to add to each."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability."""
+    draw: Annotated[int, tyro.conf.arg(name="draw-seed")] = 0
+    """Seed of the draws; the experiment's own seed stays what the run was trained with."""
+    step: int = -1
+    """Step of the checkpoint; -1 is the newest."""
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Prints each prompt with what follows it: one as it comes, several one after the other."""
+    exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
+    tokenizer = exp.data.open_tokenizer()
+    from spmd import sample
+
+    choice = sample.Choice(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
+    )
+    texts = options.prompt or ("",)
+    prompts = [_ids(tokenizer, text) for text in texts]
+    check(options.draw >= 0, f"--draw-seed {options.draw} must not be negative")
+    snapshot = exp.restore(None if options.step < 0 else options.step)
+    drawn = sample.tokens(
+        snapshot,
+        prompts,
+        num_tokens=options.tokens,
+        choice=choice,
+        seed=options.draw,
+        end=tokenizer.end,
+    )
+    if len(texts) == 1:
+        sys.stdout.write(texts[0])
+        for text in stream(tokenizer, (int(token[0]) for token in drawn)):
+            print(text, end="", flush=True)
+        print()
+        return 0
+    columns = list(drawn)
+    for i, text in enumerate(texts):
+        added = "".join(stream(tokenizer, (int(token[i]) for token in columns)))
+        print(f"--- {i + 1}\n{text}{added}")
+    return 0
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """A prompt's tokens, behind what begins a document."""
+    import numpy as np
+
+    (ids,) = tokenizer.encode([text])
+    start = tokenizer.begin if tokenizer.begin is not None else tokenizer.end
+    if tokenizer.begin is not None or not text:
+        check(
+            start is not None,
+            "an empty prompt: this tokenizer has no token that begins a document; give --prompt TEXT",
+        )
+        ids = np.concatenate([[start], ids])
+    return np.asarray(ids, np.int32)
+
+
+def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Text as its tokens come, up to the end of the document; characters of several tokens when whole."""
+    held: list[int] = []
+    shown = ""
+    for token in tokens:
+        if token == tokenizer.end:
+            break
+        held.append(token)
+        text = tokenizer.decode(held)
+        if text.endswith("\ufffd") and len(text) - len(shown) < 8:
+            continue
+        yield text[len(shown) :]
+        shown = text
+    yield tokenizer.decode(held)[len(shown) :]
