@@ -14,16 +14,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 @dataclasses.dataclass
 class Scope:
-    """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples."""
+    """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples.
+
+    watched: verify looks on: modules name their outputs, and the update returns the gradients.
+    """
 
     axes: tuple[str, ...] = ()
     keys: jax.Array | None = None
     weight: jax.Array | None = None
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None = None
+    watched: bool = False
     calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
 
 
@@ -107,3 +112,8 @@ def varying(tree: Any) -> Any:
     """
     axes = current().axes
     return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
+
+
+def tap(name: str, x: jax.Array) -> jax.Array:
+    """Names a tensor, for verify to find where a run departs and for remat policies; costs nothing."""
+    return checkpoint_name(x, name)

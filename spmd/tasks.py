@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -94,10 +97,47 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
 
     def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
         module = nnx.merge(graphs[train], params, model_state)
-        out = module(*args)
+        with watching(module):
+            out = module(*args)
         return out, nnx.as_pure(nnx.state(module, nnx.Not(nnx.Param)))
 
     return Network(init, apply, dims, whole_batch)
+
+
+@contextlib.contextmanager
+def watching(model: nnx.Module) -> Iterator[None]:
+    """Under scope.bind(watched=True) each submodule names its output by its path: `layers/0`, and
+    `dropout#2` when it is called a second time. So a model needs no taps of its own.
+    """
+    if not scope.current().watched:
+        yield
+        return
+    paths = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
+    calls: Counter[str] = Counter()
+
+    def named(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def __call__(self, *args, **kwargs):
+            out = call(self, *args, **kwargs)
+            path = paths.get(id(self))
+            if not path:  # the model itself, or a copy that a transformation made
+                return out
+            calls[path] += 1
+            name = path if calls[path] == 1 else f"{path}#{calls[path]}"
+            return jax.tree.map(lambda x: scope.tap(name, x) if isinstance(x, jax.Array) else x, out)
+
+        return __call__
+
+    with contextlib.ExitStack() as undo:
+        definers = {
+            next((cls for cls in type(module).__mro__ if "__call__" in vars(cls)), None)
+            for _, module in nnx.iter_modules(model)
+        }
+        for cls in definers - {None}:
+            call = vars(cls)["__call__"]
+            undo.callback(setattr, cls, "__call__", call)
+            setattr(cls, "__call__", named(call))
+        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +160,7 @@ class Classification:
     def build(self, model: Any, param_dtype: str = "float32") -> Task:
         """The task of a model that maps [B, ...] to logits [B, C]."""
         net = network(model, param_dtype)
+        real = jnp.promote_types(param_dtype, jnp.float32)
 
         def sums(logits_BC: jax.Array, batch: Batch, smoothing: float) -> Sums:
             def against(label_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -147,14 +188,14 @@ class Classification:
             keys_B = scope.example_keys(step_key, batch["example_id"])
             with scope.bind(keys=keys_B, weight=batch["weight"], calls=0):
                 logits_BC, model_state = net.apply(
-                    params, model_state, self._input(batch), train=True
+                    params, model_state, self._input(batch, real), train=True
                 )
             metrics = sums(logits_BC, batch, self.label_smoothing)
             total = metrics["loss"][0]
             return total * scale["loss"].astype(total.dtype), (metrics, model_state)
 
         def predict(params, model_state, batch):
-            return net.apply(params, model_state, self._input(batch), train=False)[0]
+            return net.apply(params, model_state, self._input(batch, real), train=False)[0]
 
         return Task(
             init=net.init,
@@ -167,11 +208,15 @@ class Classification:
             evaluate=lambda p, s, batch: sums(predict(p, s, batch), batch, 0.0),
         )
 
-    def _input(self, batch: Batch) -> jax.Array:
+    def _input(self, batch: Batch, real: Any) -> jax.Array:
+        """The feature in floating point, as wide as `real` at least."""
         check(
             self.input in batch,
             f"the batch has no feature {self.input!r}."
             f"{closest(self.input, batch)} It has: {', '.join(batch)}",
         )
         x = batch[self.input]
-        return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+        if x.dtype == jnp.uint8:
+            return x.astype(real) / 255
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(jnp.promote_types(x.dtype, real)) if floating else x

@@ -1,0 +1,228 @@
+"""The parallel run computes what one device computes: proven step by step, or the place where it departs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from spmd import scope, tree
+from spmd.data import augment, loader
+from spmd.mesh import AXES
+from spmd.sharding import RULES
+from spmd.strategies import base
+from spmd.train.loop import Program
+from spmd.verify import compare, named
+from spmd.verify.compare import Leaf, Off
+from spmd.verify.report import Fault, Report, Result
+
+Sizes = Mapping[str, int]
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
+
+
+class Precision(NamedTuple):
+    """One pass over the steps. decides: float64, where only a fault makes a difference that is not rounding."""
+
+    name: str
+    param_dtype: Any
+    decides: bool
+
+    @staticmethod
+    def own(param_dtype: str, dtype: str) -> Precision:
+        """The experiment's: named by the narrowest type in it."""
+        narrow = "bfloat16" if "bfloat16" in (param_dtype, dtype) else dtype or param_dtype
+        return Precision(narrow, param_dtype, False)
+
+
+DECISIVE = Precision("float64", "float64", True)
+Build = Callable[[Precision, Sizes | None], Program]  # None: the reference, strategy auto
+
+
+@dataclasses.dataclass
+class Case:
+    """One mesh under way. state: the strategy's own, carried from step to step."""
+
+    result: Result
+    sizes: Sizes
+    program: Program
+    state: base.TrainState
+
+
+def run(
+    build: Build,
+    meshes: Sequence[Sizes] | None,
+    own: Precision,
+    num_steps: int,
+    num_devices: int,
+    strategy: str,
+) -> Report:
+    """Compares `meshes` (None: all of num_devices) with one device over `num_steps` steps, in float64 and in
+    the experiment's `own` precision.
+
+    ValueError when the only mesh cannot be cut; of several, those are reported as skipped.
+    """
+    results: dict[str, Result] = {}
+    precisions = [DECISIVE] + ([own] if own.name != DECISIVE.name else [])
+    for precision in precisions:
+        with jax.enable_x64(precision.param_dtype == "float64"):
+            reference = build(precision, None)
+            cuts = list(meshes or factorisations(num_devices, model_axes(reference)))
+            cases = []
+            for sizes in cuts:
+                result = results.setdefault(describe(sizes), Result(describe(sizes), strategy))
+                if result.fault or result.skipped:
+                    continue
+                try:
+                    program = build(precision, sizes)
+                    cases.append(Case(result, sizes, program, program.init()))
+                except ValueError as error:
+                    if meshes is not None:
+                        raise
+                    result.skipped = str(error)
+            _compare(build, precision, reference, cases, num_steps)
+    steps = min(num_steps, reference.num_steps)
+    return Report(reference.name, steps, own.name, TOLERANCE, list(results.values()))
+
+
+def describe(sizes: Sizes) -> str:
+    """`data=4 fsdp=2`."""
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
+def model_axes(program: Program) -> list[str]:
+    """The axes that can cut this model: the batch's, and those that a rule gives to one of its dims."""
+    dims = {dim for named_dims in program.task.dims.values() for dim in named_dims or () if dim}
+    used = {"replica", "data", "fsdp"} | {axis for dim in dims for axis in RULES[dim]}
+    return [axis for axis in AXES if axis in used]
+
+
+def factorisations(number: int, axes: Sequence[str]) -> Iterator[Sizes]:
+    """Every way to write `number` as a product over `axes`, those with few axes first."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    found = [f for f in itertools.product(divisors, repeat=len(axes)) if math.prod(f) == number]
+    for factors in sorted(found, key=lambda f: sum(size > 1 for size in f)):
+        yield dict(zip(axes, factors, strict=True))
+
+
+def batches(program: Program, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
+    """The run's first batches; every second one padded unevenly over the devices, since a mean of means is
+    right as long as all devices hold equally many examples.
+    """
+    data = program.data
+    found = loader.train_batches(
+        program.source,
+        batch_size=data.batch_size,
+        seed=program.seed,
+        stop=num_steps,
+        threads=data.threads,
+        buffer=data.buffer,
+        transform=augment.transform(data, program.source, program.seed),
+    )
+    for step, batch in enumerate(found):
+        if step % 2:
+            first, num = data.batch_size * 5 // 8, data.batch_size * 9 // 32
+            weight_B = batch["weight"].copy()
+            weight_B[first : first + num] = 0
+            batch = batch | {"weight": weight_B}
+        yield batch
+
+
+def _step(program: Program, state: base.TrainState, batch: Any) -> tuple[base.TrainState, Any]:
+    """The program's own step, watched; the state is donated."""
+    with scope.bind(watched=True):
+        return program.strategy.step(state, jax.device_put(batch, program.strategy.batch_shardings))
+
+
+def place(reference: base.TrainState, own: base.TrainState, to: base.Strategy) -> base.TrainState:
+    """The state of one device in a strategy's own layout.
+
+    A field that both have in the same shapes is taken over. Parameters of another layout go through
+    with_params. What only the strategy has (residuals, queues) it keeps, as its last step left it.
+    """
+    shapes = lambda part: [(k, np.shape(v)) for k, v in tree.named_leaves(part).items()]
+    taken = {}
+    for field in dataclasses.fields(reference):
+        theirs, ours = getattr(reference, field.name), getattr(own, field.name)
+        if shapes(theirs) == shapes(ours):
+            taken[field.name] = jax.device_put(theirs, getattr(to.state_shardings, field.name))
+    placed = dataclasses.replace(own, **taken)
+    return placed if "params" in taken else to.with_params(placed, reference.params)
+
+
+def _compare(
+    build: Build, precision: Precision, reference: Program, cases: list[Case], num_steps: int
+) -> None:
+    """All cases side by side, so that one state and one result of the reference are held at a time."""
+    num_steps = min(num_steps, reference.num_steps)
+    tolerance = TOLERANCE[precision.name]
+    state = reference.init()
+    for step, batch in enumerate(batches(reference, num_steps)):
+        before = jax.tree.map(np.array, state)
+        state, metrics = _step(reference, state, batch)
+        want = compare.host(compare.outputs(state, metrics))
+        if not np.isfinite(want["metrics/loss"]):
+            raise ValueError(
+                f"on one device the loss of step {step + 1} is {want['metrics/loss']} in"
+                f" {precision.name}: nothing can be compared with that; try a lower learning rate"
+            )
+        for case in [case for case in cases if not case.result.fault]:
+            placed = place(before, case.state, case.program.strategy)
+            case.state, metrics = _step(case.program, placed, batch)
+            found = compare.leaves(want, compare.outputs(case.state, metrics))
+            case.result.add(precision.name, step, found)
+            if precision.decides and any(not leaf.error <= tolerance for leaf in found.values()):
+                case.result.fault = _locate(build, reference, case, step, before, batch, found)
+            if step in (0, num_steps - 1) or case.result.fault:
+                worst = max(leaf.error for leaf in found.values())
+                said = "DEPARTS" if case.result.fault else "agrees"
+                print(
+                    f"{precision.name} step {step + 1}/{num_steps}: {case.result.mesh} {said} ({worst:.1e})",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def _locate(
+    build: Build,
+    reference: Program,
+    case: Case,
+    step: int,
+    before: base.TrainState,
+    batch: Any,
+    found: Mapping[str, Leaf],
+) -> Fault:
+    """Where the step departs first, and which axes alone show it."""
+
+    def tensors(program: Program, own: base.TrainState) -> list[named.Named]:
+        placed = place(before, own, program.strategy)
+        rows = jax.device_put(batch, program.strategy.batch_shardings)
+        with scope.bind(watched=True):
+            return named.tensors(program.strategy, placed, rows)
+
+    tolerance = TOLERANCE[DECISIVE.name]
+    activations = compare.activations(
+        tensors(reference, before), tensors(case.program, case.state)
+    )
+    off: list[Off] = compare.wrong(found, activations, tolerance)
+    used = {axis: size for axis, size in case.sizes.items() if size > 1}
+    suspects = list(used) if len(used) == 1 else []
+    for axis, size in used.items() if len(used) > 1 else ():
+        try:
+            program = build(DECISIVE, {axis: size})
+        except ValueError:
+            continue
+        want = compare.host(
+            compare.outputs(*_step(reference, place(before, before, reference.strategy), batch))
+        )
+        got = _step(program, place(before, program.init(), program.strategy), batch)
+        alone = compare.leaves(want, compare.outputs(*got))
+        if any(not leaf.error <= tolerance for leaf in alone.values()):
+            suspects.append(axis)
+    padded = bool((np.asarray(batch["weight"]) == 0).any())
+    return Fault(step + 1, padded, off, suspects, list(used))
