@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import losses, scope
+from spmd import losses, scope, tree
 from spmd.fields import check, closest
 
 Batch = Mapping[str, jax.Array]
@@ -112,26 +112,40 @@ def watching(model: nnx.Module) -> Iterator[None]:
     if not scope.current().watched:
         yield
         return
-    paths = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
+    modules = dict(nnx.iter_modules(model))
+    paths = {id(module): "/".join(map(str, path)) for path, module in modules.items()}
+    copies: list[nnx.Module] = []  # held, so that no id is used twice
     calls: Counter[str] = Counter()
+
+    def path_of(module: nnx.Module) -> str:
+        """Also of a copy that a scan over layers made, when the model has one module of its class."""
+        if id(module) not in paths:
+            copies.append(module)
+            same = [id(m) for m in modules.values() if type(m) is type(module)]
+            root = paths[same[0]] if len(same) == 1 else type(module).__name__
+            for path, inner in nnx.iter_modules(module):
+                paths[id(inner)] = "/".join(map(str, (root, *path)))
+        return paths[id(module)]
 
     def named(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def __call__(self, *args, **kwargs):
+            path = path_of(self)
             out = call(self, *args, **kwargs)
-            path = paths.get(id(self))
-            if not path:  # the model itself, or a copy that a transformation made
+            if not path:  # the model itself: its output is that of its last module
                 return out
             calls[path] += 1
             name = path if calls[path] == 1 else f"{path}#{calls[path]}"
-            return jax.tree.map(lambda x: scope.tap(name, x) if isinstance(x, jax.Array) else x, out)
+            return jax.tree.map(
+                lambda x: scope.tap(name, x) if isinstance(x, jax.Array) else x, out
+            )
 
         return __call__
 
     with contextlib.ExitStack() as undo:
         definers = {
             next((cls for cls in type(module).__mro__ if "__call__" in vars(cls)), None)
-            for _, module in nnx.iter_modules(model)
+            for module in modules.values()
         }
         for cls in definers - {None}:
             call = vars(cls)["__call__"]
@@ -160,7 +174,7 @@ class Classification:
     def build(self, model: Any, param_dtype: str = "float32") -> Task:
         """The task of a model that maps [B, ...] to logits [B, C]."""
         net = network(model, param_dtype)
-        real = jnp.promote_types(param_dtype, jnp.float32)
+        real = tree.wide(jnp.dtype(param_dtype))
 
         def sums(logits_BC: jax.Array, batch: Batch, smoothing: float) -> Sums:
             def against(label_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -218,5 +232,5 @@ class Classification:
         x = batch[self.input]
         if x.dtype == jnp.uint8:
             return x.astype(real) / 255
-        floating = jnp.issubdtype(x.dtype, jnp.floating)
-        return x.astype(jnp.promote_types(x.dtype, real)) if floating else x
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < real.itemsize
+        return x.astype(real) if narrow else x

@@ -19,7 +19,7 @@ from spmd.sharding import RULES
 from spmd.strategies import base
 from spmd.train.loop import Program
 from spmd.verify import compare, named
-from spmd.verify.compare import Leaf, Off
+from spmd.verify.compare import Leaf
 from spmd.verify.report import Fault, Report, Result
 
 Sizes = Mapping[str, int]
@@ -46,12 +46,14 @@ Build = Callable[[Precision, Sizes | None], Program]  # None: the reference, str
 
 @dataclasses.dataclass
 class Case:
-    """One mesh under way. state: the strategy's own, carried from step to step."""
+    """One mesh under way. own: the strategy's state, carried from step to step; None where its layout is that
+    of the reference.
+    """
 
     result: Result
     sizes: Sizes
     program: Program
-    state: base.TrainState
+    own: base.TrainState | None
 
 
 def run(
@@ -71,6 +73,8 @@ def run(
     precisions = [DECISIVE] + ([own] if own.name != DECISIVE.name else [])
     for precision in precisions:
         with jax.enable_x64(precision.param_dtype == "float64"):
+            if results and all(result.fault or result.skipped for result in results.values()):
+                break
             reference = build(precision, None)
             cuts = list(meshes or factorisations(num_devices, model_axes(reference)))
             cases = []
@@ -80,7 +84,7 @@ def run(
                     continue
                 try:
                     program = build(precision, sizes)
-                    cases.append(Case(result, sizes, program, program.init()))
+                    cases.append(Case(result, sizes, program, own_state(reference, program)))
                 except ValueError as error:
                     if meshes is not None:
                         raise
@@ -139,20 +143,34 @@ def _step(program: Program, state: base.TrainState, batch: Any) -> tuple[base.Tr
         return program.strategy.step(state, jax.device_put(batch, program.strategy.batch_shardings))
 
 
-def place(reference: base.TrainState, own: base.TrainState, to: base.Strategy) -> base.TrainState:
-    """The state of one device in a strategy's own layout.
+def _shapes(part: Any) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in tree.named_leaves(part).items()}
 
-    A field that both have in the same shapes is taken over. Parameters of another layout go through
-    with_params. What only the strategy has (residuals, queues) it keeps, as its last step left it.
+
+def own_state(reference: Program, program: Program) -> base.TrainState | None:
+    """A first state, where the layout of the strategy's state is not that of one device."""
+    same = _shapes(reference.abstract_state()) == _shapes(program.abstract_state())
+    return None if same else program.init()
+
+
+def place(
+    state: base.TrainState, own: base.TrainState | None, to: base.Strategy
+) -> base.TrainState:
+    """The state of one device (on the host) in a strategy's layout, to start a step from.
+
+    Fields of the same shapes are taken over; parameters of another layout go through with_params. What only
+    the strategy has (residuals, queues) stays as its last step left it: `own`.
     """
-    shapes = lambda part: [(k, np.shape(v)) for k, v in tree.named_leaves(part).items()]
-    taken = {}
-    for field in dataclasses.fields(reference):
-        theirs, ours = getattr(reference, field.name), getattr(own, field.name)
-        if shapes(theirs) == shapes(ours):
-            taken[field.name] = jax.device_put(theirs, getattr(to.state_shardings, field.name))
+    if own is None:
+        return jax.device_put(state, to.state_shardings)
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    taken = {
+        name: jax.device_put(part, getattr(to.state_shardings, name))
+        for name, part in fields.items()
+        if _shapes(part) == _shapes(getattr(own, name))
+    }
     placed = dataclasses.replace(own, **taken)
-    return placed if "params" in taken else to.with_params(placed, reference.params)
+    return placed if "params" in taken else to.with_params(placed, state.params)
 
 
 def _compare(
@@ -160,7 +178,6 @@ def _compare(
 ) -> None:
     """All cases side by side, so that one state and one result of the reference are held at a time."""
     num_steps = min(num_steps, reference.num_steps)
-    tolerance = TOLERANCE[precision.name]
     state = reference.init()
     for step, batch in enumerate(batches(reference, num_steps)):
         before = jax.tree.map(np.array, state)
@@ -172,57 +189,65 @@ def _compare(
                 f" {precision.name}: nothing can be compared with that; try a lower learning rate"
             )
         for case in [case for case in cases if not case.result.fault]:
-            placed = place(before, case.state, case.program.strategy)
-            case.state, metrics = _step(case.program, placed, batch)
-            found = compare.leaves(want, compare.outputs(case.state, metrics))
+            placed = place(before, case.own, case.program.strategy)
+            new, metrics = _step(case.program, placed, batch)
+            found = compare.leaves(want, compare.outputs(new, metrics))
             case.result.add(precision.name, step, found)
-            if precision.decides and any(not leaf.error <= tolerance for leaf in found.values()):
-                case.result.fault = _locate(build, reference, case, step, before, batch, found)
-            if step in (0, num_steps - 1) or case.result.fault:
+            if precision.decides and _departs(found):
+                moment = Moment(step, before, batch, want)
+                case.result.fault = _locate(build, reference, case, moment, found)
+            case.own = None if case.own is None else new
+            if step == 0 or case.result.fault:
+                said = "departs" if case.result.fault else "agrees"
                 worst = max(leaf.error for leaf in found.values())
-                said = "DEPARTS" if case.result.fault else "agrees"
                 print(
-                    f"{precision.name} step {step + 1}/{num_steps}: {case.result.mesh} {said} ({worst:.1e})",
+                    f"{precision.name}  {case.result.mesh}: step {step + 1} of {num_steps} {said}"
+                    f" ({worst:.1e})",
                     file=sys.stderr,
                     flush=True,
                 )
 
 
+class Moment(NamedTuple):
+    """A step to be looked into: the state before it, and what one device made of it (both on the host)."""
+
+    step: int
+    before: base.TrainState
+    batch: Mapping[str, np.ndarray]
+    want: Mapping[str, np.ndarray]
+
+
+def _departs(found: Mapping[str, Leaf]) -> bool:
+    return any(not leaf.error <= TOLERANCE[DECISIVE.name] for leaf in found.values())
+
+
 def _locate(
-    build: Build,
-    reference: Program,
-    case: Case,
-    step: int,
-    before: base.TrainState,
-    batch: Any,
-    found: Mapping[str, Leaf],
+    build: Build, reference: Program, case: Case, moment: Moment, found: Mapping[str, Leaf]
 ) -> Fault:
     """Where the step departs first, and which axes alone show it."""
 
-    def tensors(program: Program, own: base.TrainState) -> list[named.Named]:
-        placed = place(before, own, program.strategy)
-        rows = jax.device_put(batch, program.strategy.batch_shardings)
+    def tensors(program: Program, own: base.TrainState | None) -> list[named.Named]:
+        placed = place(moment.before, own, program.strategy)
+        rows = jax.device_put(moment.batch, program.strategy.batch_shardings)
         with scope.bind(watched=True):
             return named.tensors(program.strategy, placed, rows)
 
-    tolerance = TOLERANCE[DECISIVE.name]
-    activations = compare.activations(
-        tensors(reference, before), tensors(case.program, case.state)
-    )
-    off: list[Off] = compare.wrong(found, activations, tolerance)
-    used = {axis: size for axis, size in case.sizes.items() if size > 1}
-    suspects = list(used) if len(used) == 1 else []
-    for axis, size in used.items() if len(used) > 1 else ():
+    def alone(axis: str, size: int) -> bool:
         try:
             program = build(DECISIVE, {axis: size})
         except ValueError:
-            continue
-        want = compare.host(
-            compare.outputs(*_step(reference, place(before, before, reference.strategy), batch))
-        )
-        got = _step(program, place(before, program.init(), program.strategy), batch)
-        alone = compare.leaves(want, compare.outputs(*got))
-        if any(not leaf.error <= tolerance for leaf in alone.values()):
-            suspects.append(axis)
-    padded = bool((np.asarray(batch["weight"]) == 0).any())
-    return Fault(step + 1, padded, off, suspects, list(used))
+            return False
+        own = own_state(reference, program)
+        placed = place(moment.before, own, program.strategy)
+        new, metrics = _step(program, placed, moment.batch)
+        return _departs(compare.leaves(moment.want, compare.outputs(new, metrics)))
+
+    forward = compare.activations(tensors(reference, None), tensors(case.program, case.own))
+    used = {axis: size for axis, size in case.sizes.items() if size > 1}
+    return Fault(
+        step=moment.step + 1,
+        padded=bool((moment.batch["weight"] == 0).any()),
+        off=compare.wrong(found, forward, TOLERANCE[DECISIVE.name]),
+        axes=[axis for axis, size in used.items() if len(used) == 1 or alone(axis, size)],
+        used=list(used),
+    )

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -39,8 +38,7 @@ def tensors(strategy: base.Strategy, state: Any, batch: Any) -> list[Named]:
     The equations are those of strategy.step, traced with scope.bind(watched=True) around it.
     """
     shardings = (strategy.state_shardings, strategy.batch_shardings)
-    jaxpr, shapes = jax.make_jaxpr(strategy.step, return_shape=True)(state, batch)
-    del shapes
+    jaxpr = jax.make_jaxpr(strategy.step)(state, batch)
     labels: list[Named] = []
 
     def run(state: Any, batch: Any) -> list[jax.Array]:
@@ -68,36 +66,43 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: list[Nam
     return [read(atom) for atom in jaxpr.outvars]
 
 
+# Equations that hold a jaxpr and are no more than that jaxpr, once nothing is differentiated.
+CALLS = frozenset(
+    ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call")
+    + ("custom_vjp_call", "custom_vjp_call_jaxpr")
+)
+LEADS: dict[str, Lead] = {"scan": "loop", "shard_map": "devices"}
+
+
 def _equation(eqn: Any, index: int, inputs: list[Any], found: list[Named]) -> list[Any]:
-    inner = _body(eqn)
-    # The backward pass of a rematerialised block names its tensors a second time: left out.
-    if inner is None or eqn.params.get("differentiated") or not _names(inner):
-        functions, params = eqn.primitive.get_bind_params(eqn.params)
-        out = eqn.primitive.bind(*functions, *inputs, **params)
+    kind, params = eqn.primitive.name, eqn.params
+    if kind not in CALLS and kind not in LEADS:
+        out = eqn.primitive.bind(*inputs, **params)
         outputs = list(out) if eqn.primitive.multiple_results else [out]
-        if eqn.primitive.name == "name":
-            found.append(Named(eqn.params["name"], (index,), (), outputs[0]))
+        if kind == "name":
+            found.append(Named(params["name"], (index,), (), outputs[0]))
         return outputs
+    closed = params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"]
     labels: list[Named] = []
 
     def body(*args: Any) -> list[Any]:
         labels.clear()
-        closed = eqn.params[_key(eqn)]
+        inner = getattr(closed, "jaxpr", closed)  # a closed one holds the open one
         return _run(inner, getattr(closed, "consts", ()), args, labels)
 
-    lead: Lead | None = {"scan": "loop", "shard_map": "devices"}.get(eqn.primitive.name)  # type: ignore[assignment]
-    values: Sequence[Any]
+    lead = LEADS.get(kind)
     if lead == "loop":
-        outputs, values = _scan(eqn.params, body, labels, inputs)
+        outputs, values = _scan(params, body, labels, inputs)
     elif lead == "devices":
-        outputs, values = _shard_map(eqn.params, body, labels, inputs)
+        outputs, values = _shard_map(params, body, labels, inputs)
     else:
-        outputs = body(*inputs)
-        values = [label.value for label in labels]
-    found.extend(
-        label._replace(value=value).within(index, lead)
-        for label, value in zip(labels, values, strict=True)
-    )
+        outputs, values = body(*inputs), [label.value for label in labels]
+    # The backward pass of a rematerialised block names its tensors a second time: left out.
+    if not params.get("differentiated"):
+        found += [
+            label._replace(value=value).within(index, lead)
+            for label, value in zip(labels, values, strict=True)
+        ]
     return outputs
 
 
@@ -141,28 +146,6 @@ def _shard_map(
         axis_names=set(manual),
     )
     return mapped(*inputs)
-
-
-def _key(eqn: Any) -> str:
-    return "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
-
-
-def _body(eqn: Any) -> Any:
-    """The jaxpr within an equation that is gone into; None for the others."""
-    if eqn.primitive.name in ("while", "cond"):
-        return None
-    inner = eqn.params.get(_key(eqn))
-    inner = getattr(inner, "jaxpr", inner)  # a closed one holds the open one
-    return inner if hasattr(inner, "eqns") else None
-
-
-@functools.cache
-def _names(jaxpr: Any) -> bool:
-    """Whether a jaxpr names a tensor, at any depth that is gone into."""
-    return any(
-        eqn.primitive.name == "name" or ((inner := _body(eqn)) is not None and _names(inner))
-        for eqn in jaxpr.eqns
-    )
 
 
 def aligned(want: Named, got: Named) -> tuple[np.ndarray, np.ndarray] | None:

@@ -80,7 +80,9 @@ class Result:
 
     def worst(self, precision: str, group: str) -> float | None:
         """The largest relative difference in a group of GROUPS; None when not compared."""
-        errors = [x.error for name, x in self.leaves.get(precision, {}).items() if _in(name) == group]
+        errors = [
+            x.error for name, x in self.leaves.get(precision, {}).items() if _in(name) == group
+        ]
         return max(errors) if errors else None
 
     @property
