@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spmd.verify import Report
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+ONE_PROCESS = "verify compares with one device and runs in one process; there, use --simulate 8"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,10 +211,7 @@ class Experiment:
         from spmd import verify
 
         check(steps >= 1, f"steps={steps} must be at least 1")
-        check(
-            not self.setup(),
-            "verify compares with one device and runs in one process: use --simulate 8 there",
-        )
+        check(not self.setup(), ONE_PROCESS)
         devices = jax.devices()[: self.simulate or None]
         check(
             len(devices) > 1,

@@ -132,7 +132,7 @@ def watching(model: nnx.Module) -> Iterator[None]:
         def __call__(self, *args, **kwargs):
             path = path_of(self)
             out = call(self, *args, **kwargs)
-            if not path:  # the model itself: its output is that of its last module
+            if not path:  # the model itself, whose output the loss shows
                 return out
             calls[path] += 1
             name = path if calls[path] == 1 else f"{path}#{calls[path]}"
@@ -143,14 +143,12 @@ def watching(model: nnx.Module) -> Iterator[None]:
         return __call__
 
     with contextlib.ExitStack() as undo:
-        definers = {
-            next((cls for cls in type(module).__mro__ if "__call__" in vars(cls)), None)
-            for module in modules.values()
-        }
-        for cls in definers - {None}:
+        bases = [cls for module in modules.values() for cls in type(module).__mro__]
+        # The class that defines it: an inherited one would be named twice.
+        for cls in {cls for cls in bases if "__call__" in vars(cls)}:
             call = vars(cls)["__call__"]
             undo.callback(setattr, cls, "__call__", call)
-            setattr(cls, "__call__", named(call))
+            cls.__call__ = named(call)
         yield
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from spmd import experiment
 from spmd.fields import check
@@ -31,6 +32,9 @@ def run(name: str, words: Sequence[str]) -> int:
     exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
     from spmd.runtime import EXIT_FAILED
 
+    folder = Path(options.json).parent
+    check(folder.is_dir(), f"json={options.json}: there is no directory {folder}")
+    check(not exp.setup(), experiment.ONE_PROCESS)
     if not exp.simulate and _alone():
         print("one device only: simulating 8", file=sys.stderr)
         exp = dataclasses.replace(exp, simulate=8)
@@ -41,8 +45,7 @@ def run(name: str, words: Sequence[str]) -> int:
     else:
         print(report)
         if options.json:
-            with open(options.json, "w") as file:
-                file.write(f"{text}\n")
+            Path(options.json).write_text(f"{text}\n")
     return 0 if report.proven else EXIT_FAILED
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spmd import scope, tree
+from spmd import flops, scope, tree
 from spmd.data import augment, loader
 from spmd.mesh import AXES
 from spmd.sharding import RULES
@@ -23,24 +23,27 @@ from spmd.verify.compare import Leaf
 from spmd.verify.report import Fault, Report, Result
 
 Sizes = Mapping[str, int]
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
+# Of a float64 step, and of one whose model computes in a narrower type whatever its parameters are.
+DECIDED = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+# Of the loss in the experiment's own precision, for information.
+EXPECTED = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
 
 
 class Precision(NamedTuple):
-    """One pass over the steps. decides: float64, where only a fault makes a difference that is not rounding."""
+    """One pass over the steps; in float64, which decides, only a fault makes more than rounding."""
 
     name: str
     param_dtype: Any
-    decides: bool
+    decides: bool = False
 
     @staticmethod
     def own(param_dtype: str, dtype: str) -> Precision:
         """The experiment's: named by the narrowest type in it."""
         narrow = "bfloat16" if "bfloat16" in (param_dtype, dtype) else dtype or param_dtype
-        return Precision(narrow, param_dtype, False)
+        return Precision(narrow, param_dtype)
 
 
-DECISIVE = Precision("float64", "float64", True)
+DECISIVE = Precision("float64", "float64", decides=True)
 Build = Callable[[Precision, Sizes | None], Program]  # None: the reference, strategy auto
 
 
@@ -69,29 +72,26 @@ def run(
 
     ValueError when the only mesh cannot be cut; of several, those are reported as skipped.
     """
-    results: dict[str, Result] = {}
-    precisions = [DECISIVE] + ([own] if own.name != DECISIVE.name else [])
-    for precision in precisions:
-        with jax.enable_x64(precision.param_dtype == "float64"):
-            if results and all(result.fault or result.skipped for result in results.values()):
-                break
-            reference = build(precision, None)
-            cuts = list(meshes or factorisations(num_devices, model_axes(reference)))
-            cases = []
-            for sizes in cuts:
-                result = results.setdefault(describe(sizes), Result(describe(sizes), strategy))
-                if result.fault or result.skipped:
-                    continue
-                try:
-                    program = build(precision, sizes)
-                    cases.append(Case(result, sizes, program, own_state(reference, program)))
-                except ValueError as error:
-                    if meshes is not None:
-                        raise
-                    result.skipped = str(error)
-            _compare(build, precision, reference, cases, num_steps)
-    steps = min(num_steps, reference.num_steps)
-    return Report(reference.name, steps, own.name, TOLERANCE, list(results.values()))
+    with jax.enable_x64(True):
+        reference = build(DECISIVE, None)
+        narrow = flops.of_step(reference.task, reference.abstract_batch())
+        tolerance = max((DECIDED.get(dtype, 0.0) for dtype in narrow), default=0.0)
+        proof = Proof(build, reference, min(num_steps, reference.num_steps), tolerance or 1e-9)
+        cuts = list(meshes or factorisations(num_devices, model_axes(reference)))
+        results = [Result(describe(sizes), strategy) for sizes in cuts]
+        proof.compare(DECISIVE, cuts, results, skip=meshes is None)
+    if all(result.skipped for result in results):
+        raise ValueError(
+            f"no mesh of {num_devices} devices can be cut; {results[0].mesh}: {results[0].skipped}"
+        )
+    left = [(cut, result) for cut, result in zip(cuts, results, strict=True) if result.sound]
+    if left and own.name != DECISIVE.name:
+        with jax.enable_x64(own.param_dtype == "float64"):
+            beside = dataclasses.replace(proof, reference=build(own, None))
+            beside.compare(own, *zip(*left, strict=True), skip=False)
+    return Report(
+        reference.name, proof.num_steps, proof.tolerance, own.name, EXPECTED[own.name], results
+    )
 
 
 def describe(sizes: Sizes) -> str:
@@ -173,41 +173,6 @@ def place(
     return placed if "params" in taken else to.with_params(placed, state.params)
 
 
-def _compare(
-    build: Build, precision: Precision, reference: Program, cases: list[Case], num_steps: int
-) -> None:
-    """All cases side by side, so that one state and one result of the reference are held at a time."""
-    num_steps = min(num_steps, reference.num_steps)
-    state = reference.init()
-    for step, batch in enumerate(batches(reference, num_steps)):
-        before = jax.tree.map(np.array, state)
-        state, metrics = _step(reference, state, batch)
-        want = compare.host(compare.outputs(state, metrics))
-        if not np.isfinite(want["metrics/loss"]):
-            raise ValueError(
-                f"on one device the loss of step {step + 1} is {want['metrics/loss']} in"
-                f" {precision.name}: nothing can be compared with that; try a lower learning rate"
-            )
-        for case in [case for case in cases if not case.result.fault]:
-            placed = place(before, case.own, case.program.strategy)
-            new, metrics = _step(case.program, placed, batch)
-            found = compare.leaves(want, compare.outputs(new, metrics))
-            case.result.add(precision.name, step, found)
-            if precision.decides and _departs(found):
-                moment = Moment(step, before, batch, want)
-                case.result.fault = _locate(build, reference, case, moment, found)
-            case.own = None if case.own is None else new
-            if step == 0 or case.result.fault:
-                said = "departs" if case.result.fault else "agrees"
-                worst = max(leaf.error for leaf in found.values())
-                print(
-                    f"{precision.name}  {case.result.mesh}: step {step + 1} of {num_steps} {said}"
-                    f" ({worst:.1e})",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-
 class Moment(NamedTuple):
     """A step to be looked into: the state before it, and what one device made of it (both on the host)."""
 
@@ -217,37 +182,92 @@ class Moment(NamedTuple):
     want: Mapping[str, np.ndarray]
 
 
-def _departs(found: Mapping[str, Leaf]) -> bool:
-    return any(not leaf.error <= TOLERANCE[DECISIVE.name] for leaf in found.values())
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What meshes are compared with. tolerance: of the decision, for each leaf."""
 
+    build: Build
+    reference: Program
+    num_steps: int
+    tolerance: float
 
-def _locate(
-    build: Build, reference: Program, case: Case, moment: Moment, found: Mapping[str, Leaf]
-) -> Fault:
-    """Where the step departs first, and which axes alone show it."""
+    def compare(
+        self, precision: Precision, cuts: Sequence[Sizes], results: Sequence[Result], *, skip: bool
+    ) -> None:
+        """All meshes side by side, so that one state and one step of the reference are held at a time.
 
-    def tensors(program: Program, own: base.TrainState | None) -> list[named.Named]:
-        placed = place(moment.before, own, program.strategy)
-        rows = jax.device_put(moment.batch, program.strategy.batch_shardings)
-        with scope.bind(watched=True):
-            return named.tensors(program.strategy, placed, rows)
+        skip: notes meshes that cannot be cut, instead of raising.
+        """
+        cases = []
+        for sizes, result in zip(cuts, results, strict=True):
+            try:
+                program = self.build(precision, sizes)
+                cases.append(Case(result, sizes, program, own_state(self.reference, program)))
+            except ValueError as error:
+                if not skip:
+                    raise
+                result.skipped = str(error)
+        state = self.reference.init()
+        for step, batch in enumerate(batches(self.reference, self.num_steps)):
+            before = jax.tree.map(np.array, state)
+            state, metrics = _step(self.reference, state, batch)
+            moment = Moment(step, before, batch, compare.host(compare.outputs(state, metrics)))
+            if not np.isfinite(loss := moment.want["metrics/loss"]):
+                raise ValueError(
+                    f"on one device the loss of step {step + 1} is {loss} in {precision.name}: nothing"
+                    " can be compared with that; try a lower learning rate"
+                )
+            for case in [case for case in cases if case.result.sound]:
+                self._one(precision, case, moment)
 
-    def alone(axis: str, size: int) -> bool:
-        try:
-            program = build(DECISIVE, {axis: size})
-        except ValueError:
-            return False
-        own = own_state(reference, program)
-        placed = place(moment.before, own, program.strategy)
-        new, metrics = _step(program, placed, moment.batch)
-        return _departs(compare.leaves(moment.want, compare.outputs(new, metrics)))
+    def _one(self, precision: Precision, case: Case, moment: Moment) -> None:
+        """One step of one mesh."""
+        placed = place(moment.before, case.own, case.program.strategy)
+        new, metrics = _step(case.program, placed, moment.batch)
+        found = compare.leaves(moment.want, compare.outputs(new, metrics))
+        case.result.add(precision.name, found)
+        if precision.decides and self._departs(found):
+            case.result.fault = self._locate(case, moment, found)
+        case.own = None if case.own is None else new
+        if moment.step == 0 or case.result.fault:
+            print(
+                f"{precision.name}  {case.result.mesh}: step {moment.step + 1} of {self.num_steps}"
+                f" {'departs' if case.result.fault else 'agrees'}"
+                f" ({max(leaf.error for leaf in found.values()):.1e})",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    forward = compare.activations(tensors(reference, None), tensors(case.program, case.own))
-    used = {axis: size for axis, size in case.sizes.items() if size > 1}
-    return Fault(
-        step=moment.step + 1,
-        padded=bool((moment.batch["weight"] == 0).any()),
-        off=compare.wrong(found, forward, TOLERANCE[DECISIVE.name]),
-        axes=[axis for axis, size in used.items() if len(used) == 1 or alone(axis, size)],
-        used=list(used),
-    )
+    def _departs(self, found: Mapping[str, Leaf]) -> bool:
+        return any(not leaf.error <= self.tolerance for leaf in found.values())
+
+    def _locate(self, case: Case, moment: Moment, found: Mapping[str, Leaf]) -> Fault:
+        """Where the step departs first, and which axes alone show it."""
+
+        def tensors(program: Program, own: base.TrainState | None) -> list[named.Named]:
+            placed = place(moment.before, own, program.strategy)
+            rows = jax.device_put(moment.batch, program.strategy.batch_shardings)
+            with scope.bind(watched=True):
+                return named.tensors(program.strategy, placed, rows)
+
+        def alone(axis: str, size: int) -> bool:
+            try:
+                program = self.build(DECISIVE, {axis: size})
+            except ValueError:
+                return False
+            own = own_state(self.reference, program)
+            placed = place(moment.before, own, program.strategy)
+            new, metrics = _step(program, placed, moment.batch)
+            return self._departs(compare.leaves(moment.want, compare.outputs(new, metrics)))
+
+        forward = compare.activations(
+            tensors(self.reference, None), tensors(case.program, case.own)
+        )
+        used = {axis: size for axis, size in case.sizes.items() if size > 1}
+        return Fault(
+            step=moment.step + 1,
+            padded=bool((moment.batch["weight"] == 0).any()),
+            off=compare.wrong(found, forward, self.tolerance),
+            axes=[axis for axis, size in used.items() if len(used) == 1 or alone(axis, size)],
+            used=list(used),
+        )

@@ -67,10 +67,8 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: list[Nam
 
 
 # Equations that hold a jaxpr and are no more than that jaxpr, once nothing is differentiated.
-CALLS = frozenset(
-    ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call")
-    + ("custom_vjp_call", "custom_vjp_call_jaxpr")
-)
+CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
+CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 LEADS: dict[str, Lead] = {"scan": "loop", "shard_map": "devices"}
 
 

@@ -49,8 +49,8 @@ class Fault:
         else:
             axes = f"by no axis alone, only by {' x '.join(self.used)} together"
         text = (
-            f"departs at step {self.step}{rows}, in the {self.stage}: {name}, norm {leaf.mesh_norm:.9g} instead of"
-            f" {leaf.norm:.9g} (difference {leaf.error:.1e} of it); {axes}"
+            f"departs at step {self.step}{rows}, in the {self.stage}: {name}, norm"
+            f" {leaf.mesh_norm:.9g} instead of {leaf.norm:.9g} (difference {leaf.error:.1e} of it); {axes}"
         )
         if not leaf.copies:
             text += "\n  devices that should hold the same values of it do not: a sum over them is missing"
@@ -63,7 +63,7 @@ class Fault:
 
 @dataclasses.dataclass
 class Result:
-    """One mesh. leaves: precision -> name -> the step where it differed most; skipped: why it cannot be cut."""
+    """One mesh. leaves: precision -> name -> the worst of all steps; skipped: why it cannot be cut."""
 
     mesh: str
     strategy: str
@@ -71,7 +71,7 @@ class Result:
     fault: Fault | None = None
     leaves: dict[str, dict[str, Leaf]] = dataclasses.field(default_factory=dict)
 
-    def add(self, precision: str, step: int, found: Mapping[str, Leaf]) -> None:
+    def add(self, precision: str, found: Mapping[str, Leaf]) -> None:
         """Keeps the worst of each leaf."""
         known = self.leaves.setdefault(precision, {})
         for name, leaf in found.items():
@@ -86,6 +86,11 @@ class Result:
         return max(errors) if errors else None
 
     @property
+    def sound(self) -> bool:
+        """Neither skipped nor found to depart."""
+        return not self.skipped and self.fault is None
+
+    @property
     def verdict(self) -> str:
         """skipped, departs or proven."""
         return "skipped" if self.skipped else "departs" if self.fault else "proven"
@@ -98,12 +103,15 @@ def _in(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """steps: compared; own: the experiment's precision, reported beside float64, which decides."""
+    """steps: compared. tolerance: of every leaf in float64, which decides. own: the experiment's precision,
+    reported beside it, and what its loss should keep to.
+    """
 
     experiment: str
     steps: int
+    tolerance: float
     own: str
-    tolerance: Mapping[str, float]
+    own_tolerance: float
     results: list[Result]
 
     @property
@@ -119,7 +127,8 @@ class Report:
             "proven": self.proven,
             "steps": self.steps,
             "decides": "float64",
-            "tolerance": {name: self.tolerance[name] for name in {"float64", self.own}},
+            "tolerance": self.tolerance,
+            "own": {"precision": self.own, "tolerance_of_loss": self.own_tolerance},
             "meshes": [
                 {
                     "mesh": result.mesh,
@@ -139,7 +148,7 @@ class Report:
     def __str__(self) -> str:
         out = io.StringIO()
         console = Console(file=out, width=110, highlight=False)
-        title = f"{self.experiment}: {self.steps} steps against one device, largest relative difference of a norm"
+        title = f"{self.experiment}, {self.steps} steps against one device: largest relative differences"
         table = Table(title=title, box=None, pad_edge=False, title_justify="left")
         beside = [] if self.own == "float64" else [f"{self.own} loss", "grads"]
         for column in ("mesh", "strategy", "loss", "grads", "params", "opt", "other", *beside, ""):
@@ -156,7 +165,19 @@ class Report:
                 console.print(f"{result.mesh} {result.fault}", soft_wrap=True)
             if result.skipped:
                 console.print(f"{result.mesh} skipped: {result.skipped}", soft_wrap=True)
-        return out.getvalue().rstrip()
+            if (loss := result.worst(self.own, "loss") or 0.0) > self.own_tolerance:
+                console.print(
+                    f"{result.mesh}: the {self.own} loss differs by {loss:.1e}, more than the"
+                    f" {self.own_tolerance:.0e} that rounding makes",
+                    soft_wrap=True,
+                )
+        if self.tolerance > 1e-9:
+            console.print(
+                "the model computes in a type of its own beside float64 parameters (a dtype in its"
+                f" layers): decided at {self.tolerance:.0e} instead of 1e-9",
+                soft_wrap=True,
+            )
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
 def _plain(leaf: Leaf) -> dict[str, Any]:
