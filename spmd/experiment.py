@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, Train
 if TYPE_CHECKING:
     from spmd.train.loop import Program
     from spmd.train.snapshot import Snapshot
+    from spmd.verify import Report
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+ONE_PROCESS = "verify compares with one device and runs in one process; there, use --simulate 8"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +96,9 @@ class Experiment:
         several = join(self.runtime, self._facts())
         if self.simulate:
             mesh.simulate(self.simulate)
-        if self.param_dtype == "float64":
-            jax.config.update("jax_enable_x64", True)
+        config: Any = jax.config
+        if self.param_dtype == "float64" and not config.jax_enable_x64:
+            config.update("jax_enable_x64", True)
         return several
 
     def _facts(self) -> dict[str, Any]:
@@ -198,6 +202,47 @@ class Experiment:
             begin=lambda: rundir.record(path, *place[1:]),
         )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
+
+    def verify(self, steps: int = 20, *, all_meshes: bool = False) -> Report:
+        """The step on this experiment's mesh, or on every mesh of its devices, against one device's.
+
+        ValueError in a run of several processes, for a mesh that cannot be cut, or when one device is all
+        there is.
+        """
+        import jax
+
+        from spmd import verify
+
+        check(steps >= 1, f"steps={steps} must be at least 1")
+        check(not self.setup(), ONE_PROCESS)
+        devices = jax.devices()[: self.simulate or None]
+        check(
+            len(devices) > 1,
+            f"there is one device ({devices[0].device_kind}), and nothing to compare it with: use"
+            " --simulate 8",
+        )
+        source = self.data.open("train")
+
+        def build(precision: verify.Precision, sizes: verify.Sizes | None) -> Program:
+            model = self.model
+            if precision.decides and getattr(model, "dtype", ""):
+                model = dataclasses.replace(model, dtype="")
+            cut = mesh.MeshConfig(**({"data": 1} | dict(sizes or {})))
+            num = math.prod(cut.sizes().values())
+            other = dataclasses.replace(
+                self,
+                model=model,
+                mesh=cut,
+                param_dtype=precision.param_dtype,
+                strategy=self.strategy if sizes is not None else strategies.Auto(),
+            )
+            return other.build(devices[:num], source=source)
+
+        own = verify.Precision.own(self.param_dtype, getattr(self.model, "dtype", ""))
+        sizes = self.mesh.resolve(len(devices))
+        return verify.run(
+            build, [sizes] if not all_meshes else None, own, steps, len(devices), self.strategy.name
+        )
 
     def restore(self, step: int | None = None) -> Snapshot:
         """A checkpoint of the run directory (default: the newest) on this experiment's mesh.

@@ -14,6 +14,7 @@ from spmd.experiment import Experiment, Run
 if TYPE_CHECKING:
     from spmd.train.loop import Program
     from spmd.train.snapshot import Snapshot
+    from spmd.verify import Report
 
 
 def load(name: str, args: Sequence[str] = ()) -> Handle:
@@ -57,6 +58,12 @@ class Handle:
         call goes on from there.
         """
         return self.experiment.train_run()
+
+    def verify(self, steps: int = 20, *, all_meshes: bool = False) -> Report:
+        """Whether the step on the mesh (or on all meshes of the devices) is that of one device:
+        `report.proven`, `print(report)`, `report.results[0].fault`.
+        """
+        return self.experiment.verify(steps, all_meshes=all_meshes)
 
     def restore(self, step: int | None = None) -> Snapshot:
         """A checkpoint of the run directory, the newest unless `step` names one."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Dims = tuple[str | None, ...]
 
@@ -22,6 +23,8 @@ Dims = tuple[str | None, ...]
 class Scope:
     """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples; platform: of the
     devices that will run it ("" is the default backend's).
+
+    watched: verify looks on: modules name their outputs, and the update returns the gradients.
     """
 
     axes: tuple[str, ...] = ()
@@ -32,6 +35,7 @@ class Scope:
         None
     )
     platform: str = ""
+    watched: bool = False
     calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
 
 
@@ -130,3 +134,8 @@ def varying(tree: Any) -> Any:
     """
     axes = current().axes
     return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
+
+
+def tap(name: str, x: jax.Array) -> jax.Array:
+    """Names a tensor, for verify to find where a run departs and for remat policies; costs nothing."""
+    return checkpoint_name(x, name)

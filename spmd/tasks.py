@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import losses, scope
+from spmd import losses, scope, tree
 from spmd.fields import check, closest
 
 Batch = Mapping[str, jax.Array]
@@ -104,13 +107,62 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
         params: PyTree, model_state: PyTree, fn: Callable[[Any], Any], *, train: bool
     ) -> tuple[Any, PyTree]:
         module = nnx.merge(graphs[train], params, model_state)
-        out = fn(module)
+        with watching(module):
+            out = fn(module)
         return out, nnx.as_pure(nnx.state(module, nnx.Not(nnx.Param)))
 
     def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
         return call(params, model_state, lambda module: module(*args), train=train)
 
     return Network(init, apply, call, dims, whole_batch)
+
+
+@contextlib.contextmanager
+def watching(model: nnx.Module) -> Iterator[None]:
+    """Under scope.bind(watched=True) each submodule names its output by its path: `layers/0`, and
+    `dropout#2` when it is called a second time. So a model needs no taps of its own.
+    """
+    if not scope.current().watched:
+        yield
+        return
+    modules = dict(nnx.iter_modules(model))
+    paths = {id(module): "/".join(map(str, path)) for path, module in modules.items()}
+    copies: list[nnx.Module] = []  # held, so that no id is used twice
+    calls: Counter[str] = Counter()
+
+    def path_of(module: nnx.Module) -> str:
+        """Also of a copy that a scan over layers made, when the model has one module of its class."""
+        if id(module) not in paths:
+            copies.append(module)
+            same = [id(m) for m in modules.values() if type(m) is type(module)]
+            root = paths[same[0]] if len(same) == 1 else type(module).__name__
+            for path, inner in nnx.iter_modules(module):
+                paths[id(inner)] = "/".join(map(str, (root, *path)))
+        return paths[id(module)]
+
+    def named(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def __call__(self, *args, **kwargs):
+            path = path_of(self)
+            out = call(self, *args, **kwargs)
+            if not path:  # the model itself, whose output the loss shows
+                return out
+            calls[path] += 1
+            name = path if calls[path] == 1 else f"{path}#{calls[path]}"
+            return jax.tree.map(
+                lambda x: scope.tap(name, x) if isinstance(x, jax.Array) else x, out
+            )
+
+        return __call__
+
+    with contextlib.ExitStack() as undo:
+        bases = [cls for module in modules.values() for cls in type(module).__mro__]
+        # The class that defines it: an inherited one would be named twice.
+        for cls in {cls for cls in bases if "__call__" in vars(cls)}:
+            call = vars(cls)["__call__"]
+            undo.callback(setattr, cls, "__call__", call)
+            cls.__call__ = named(call)
+        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +185,7 @@ class Classification:
     def build(self, model: Any, param_dtype: str = "float32") -> Task:
         """The task of a model that maps [B, ...] to logits [B, C]."""
         net = network(model, param_dtype)
+        real = tree.wide(jnp.dtype(param_dtype))
 
         def sums(logits_BC: jax.Array, batch: Batch, smoothing: float) -> Sums:
             def against(label_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -160,14 +213,14 @@ class Classification:
             keys_B = scope.example_keys(step_key, batch["example_id"])
             with scope.bind(keys=keys_B, weight=batch["weight"], calls=0):
                 logits_BC, model_state = net.apply(
-                    params, model_state, self._input(batch), train=True
+                    params, model_state, self._input(batch, real), train=True
                 )
             metrics = sums(logits_BC, batch, self.label_smoothing)
             total = metrics["loss"][0]
             return total * scale["loss"].astype(total.dtype), (metrics, model_state)
 
         def predict(params, model_state, batch):
-            return net.apply(params, model_state, self._input(batch), train=False)[0]
+            return net.apply(params, model_state, self._input(batch, real), train=False)[0]
 
         return Task(
             init=net.init,
@@ -181,9 +234,13 @@ class Classification:
             evaluate=lambda p, s, batch: sums(predict(p, s, batch), batch, 0.0),
         )
 
-    def _input(self, batch: Batch) -> jax.Array:
+    def _input(self, batch: Batch, real: Any) -> jax.Array:
+        """The feature in floating point, as wide as `real` at least."""
         x = _feature(batch, self.input)
-        return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+        if x.dtype == jnp.uint8:
+            return x.astype(real) / 255
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < real.itemsize
+        return x.astype(real) if narrow else x
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
     "eval": "evaluate a checkpoint of a run",
     "sample": "continue prompts with the language model of a run",
+    "verify": "prove that the mesh computes what one device computes, or say where it departs",
     "data": "prepare | show the input data",
     "launch": "train elsewhere or in several processes: local | slurm | tpu-vm | gke",
     "runs": "list | status | check [DIR]: the runs below a directory, or one run",

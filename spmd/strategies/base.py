@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import sharding, tree
+from spmd import scope, sharding, tree
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -133,6 +133,8 @@ def update(
     }
     metrics["grad_norm"] = tree.global_norm(grads)
     metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
+    if scope.current().watched:
+        metrics |= {f"grads/{name}": grad for name, grad in tree.named_leaves(grads).items()}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["finite"] = finite.astype(jnp.float32)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
