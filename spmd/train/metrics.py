@@ -212,10 +212,11 @@ def _summary_writer() -> Any:
 
 
 def _summary(metrics: dict[str, float]) -> Any:
-    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.proto import summary_pb2
 
-    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-    return Summary(value=scalars)
+    made: Any = summary_pb2  # protobuf makes its classes at run time
+    scalars = [made.Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
+    return made.Summary(value=scalars)
 
 
 def read(directory: epath.Path) -> list[dict[str, float]]:
