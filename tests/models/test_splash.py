@@ -1,6 +1,6 @@
 """Splash attention, partitioned and compiled for TPUs that are not there.
 
-libtpu reads its settings when it is loaded, so it has a process of its own; libtpu comes with requirements/tpu.txt.
+libtpu (requirements/tpu.txt) reads its settings when it is loaded, so it has a process of its own.
 """
 
 from __future__ import annotations
