@@ -18,8 +18,8 @@ Implementation = Literal["xla", "cudnn", "splash"]
 
 
 class Place(NamedTuple):
-    """Where the tokens stand. positions: [B, T] or [1, T]; segments: [B, T], None is one document for each
-    row; rotary: (cosines, sines), each [B or 1, T, 1, K / 2], None without rotary positions.
+    """Where the tokens stand. positions: [B, T]; segments: [B, T], None is one document for each row;
+    rotary: (cosines, sines), each [B, T, 1, K / 2], None without rotary positions.
     """
 
     positions_BT: jax.Array
