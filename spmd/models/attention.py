@@ -18,8 +18,8 @@ Implementation = Literal["xla", "cudnn", "splash"]
 
 
 class Place(NamedTuple):
-    """Where the tokens stand. positions: [B, T] or [1, T]; segments: [B, T], None is one document for each
-    row; rotary: (cosines, sines), each [B or 1, T, 1, K / 2], None without rotary positions.
+    """Where the tokens stand. positions: [B, T]; segments: [B, T], None is one document for each row;
+    rotary: (cosines, sines), each [B, T, 1, K / 2], None without rotary positions.
     """
 
     positions_BT: jax.Array
@@ -171,6 +171,7 @@ def _splash_block(
     def row(q_THK: jax.Array, k_TGK: jax.Array, v_TGK: jax.Array, segments_T: jax.Array):
         q_HTK, k_GTK, v_GTK = (x.swapaxes(0, 1) for x in (q_THK, k_TGK, v_TGK))
         segments = kernel.SegmentIds(q=segments_T, kv=segments_T)
-        return splash(q_HTK * scale, k_GTK, v_GTK, segment_ids=segments).swapaxes(0, 1)
+        out_HTK: Any = splash(q_HTK * scale, k_GTK, v_GTK, segment_ids=segments)
+        return out_HTK.swapaxes(0, 1)
 
     return jax.vmap(row)(q_BTHK, k_BTGK, v_BTGK, segments_BT)

@@ -126,7 +126,7 @@ class Linear(nnx.Module):
                 gain**2, "fan_in", "truncated_normal", in_axis=inner, out_axis=outer
             )
         self.kernel = stacked(rngs, layers, sizes, dims, init)
-        shape, names = (tuple(x[i] for i in outer) for x in (sizes, dims))
+        shape, names = tuple(sizes[i] for i in outer), tuple(dims[i] for i in outer)
         zeros = jax.nn.initializers.zeros
         self.bias = stacked(rngs, layers, shape, names, zeros) if bias else None
         self.spec = spec

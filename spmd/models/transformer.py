@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
             f"a sequence of {time} tokens is longer than model.length={config.length}",
         )
         if positions_BT is None:
-            positions_BT = jnp.arange(time, dtype=jnp.int32).reshape(1, -1)
+            positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
         x_BTD = self.embed(tokens_BT, self._dtype)
         angles = None
         if self.position is not None:

@@ -313,16 +313,3 @@ def test_a_token_outside_the_vocabulary_is_loud():
     bad = batch | {"tokens": batch["tokens"].at[0, 0].set(61)}
     assert np.isfinite(task.evaluate(params, {}, batch)["loss"][0])
     assert np.isnan(task.evaluate(params, {}, bad)["loss"][0])
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"attention": "cudnn"}, "runs on NVIDIA GPUs, this run is on cpu; use --model.attention"),
-        ({"attention": "splash"}, "runs on TPUs, this run is on cpu; use --model.attention xla"),
-    ],
-)
-def test_attention_asked_for_by_name_fails_loudly(change, message):
-    task, params, _ = started(dataclasses.replace(KINDS["llama"], **change))
-    with pytest.raises(ValueError, match=message):
-        task.predict(params, {}, packed())
