@@ -21,6 +21,7 @@ from spmd.strategies import AllReduce, Auto, base
 from spmd.verify import compare
 from tests.test_user_experiment import write
 
+pytestmark = pytest.mark.usefixtures("devices")  # all eight, before --simulate 4
 WORDS = ["--simulate", "4", "--model.hidden", "32", "--model.dropout", "0.2"]
 ADAMW = ["--optimizer", "adamw", "--optimizer.ema", "0.9", "--optimizer.clip-norm", "1.0"]
 
@@ -148,7 +149,7 @@ class Stack(nnx.Module):
 
     def __init__(self, rngs):
         self.first = nnx.Linear(64, 16, rngs=rngs)
-        self.blocks = nnx.vmap(Block)(rngs.fork(split=3))
+        self.blocks = nnx.vmap(Block)(rngs.split(3))
         self.head = nnx.Linear(16, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -177,7 +178,8 @@ def test_a_fault_in_one_layer_of_a_scan():
         "activation head[0]",
     ]
     assert "activation first[0]" not in names and "activation blocks[0,0]" not in names
-    assert vars(Block)["__call__"].__name__ != "named" and "activation blocks[1,1]" in names
+    assert "activation blocks[1,1]" in names
+    assert not hasattr(Block.__call__, "__wrapped__")  # the class is as it was
 
 
 # ---- sound runs
@@ -203,7 +205,7 @@ def test_batch_norm_accumulation_clipping_and_bfloat16():
     ).experiment
     exp = dataclasses.replace(exp, model=CNN(features=(8,), dropout=0.3, dtype="bfloat16"))
     report = proven(Handle(exp).verify(3), "data=2 fsdp=2")
-    assert report.own == "bfloat16" and report.results[0].worst("bfloat16", "loss") > 1e-7
+    assert report.own == "bfloat16" and report.results[0].worst("bfloat16", "grads") > 1e-4
     compared = report.results[0].leaves["float64"]
     for name in (
         "grads/convs/0/kernel",
@@ -217,10 +219,9 @@ def test_batch_norm_accumulation_clipping_and_bfloat16():
     )
 
 
-def test_both_strategies_from_the_command_line(run_cli, tmp_path):
-    words = ["verify", "--experiment", "digits", "--simulate", "2", "--steps", "2"]
-    small = ["--model.hidden", "32", "--all-meshes"]
-    done = run_cli(*words, *small, "--json", "out.json")
+def test_every_mesh_from_the_command_line(run_cli, tmp_path):
+    words = ["verify", "--experiment", "digits", "--model.hidden", "32", "--simulate", "2"]
+    done = run_cli(*words, "--steps", "2", "--all-meshes", "--json", "out.json")
     assert done.returncode == 0, done.stderr
     assert "float64  fsdp=2: step 1 of 2 agrees" in done.stderr
     assert done.stdout.count(" proven") == 4
@@ -229,15 +230,15 @@ def test_both_strategies_from_the_command_line(run_cli, tmp_path):
         f"{axis}=2" for axis in ("replica", "data", "fsdp", "tensor")
     }
     assert found["meshes"][0]["leaves"]["float64"]["grads/head/bias"]["error"] < 1e-10
-    done = run_cli(*words, *small, "--strategy", "allreduce", "--json", "-")
-    assert done.returncode == 0, done.stderr
-    verdicts = {m["mesh"]: m["verdict"] for m in json.loads(done.stdout)["meshes"]}
-    assert verdicts == {
-        "replica=2": "proven",
-        "data=2": "proven",
-        "fsdp=2": "skipped",
-        "tensor=2": "skipped",
-    }
+
+
+def test_meshes_that_a_strategy_refuses_are_skipped():
+    words = ["--simulate", "2", "--model.hidden", "32", "--strategy", "allreduce"]
+    report = spmd.load("digits", words).verify(2, all_meshes=True)
+    proven(report, "replica=2", "data=2")
+    skipped = {result.mesh: result.skipped for result in report.results if result.skipped}
+    assert skipped.keys() == {"fsdp=2", "tensor=2"}
+    assert "mesh.fsdp=2 must be 1" in skipped["fsdp=2"] and skipped["fsdp=2"] in str(report)
 
 
 def test_a_users_own_experiment(run_cli, tmp_path):
@@ -248,17 +249,8 @@ def test_a_users_own_experiment(run_cli, tmp_path):
     assert "data=2 fsdp=4" in done.stdout and "proven" in done.stdout
     text = (tmp_path / "rings.py").read_text().replace("return self.head(x)", WRONG)
     (tmp_path / "rings.py").write_text(text.replace("import nnx", "import nnx\nimport jax", 1))
-    done = run_cli(
-        "verify",
-        "--experiment",
-        "rings.py",
-        "--simulate",
-        "2",
-        "--steps",
-        "1",
-        "--strategy",
-        "allreduce",
-    )
+    words = ["--experiment", "rings.py", "--simulate", "2", "--strategy", "allreduce"]
+    done = run_cli("verify", *words, "--steps", "1")
     assert done.returncode == 1, done.stderr
     assert "in the forward: activation head," in done.stdout and "axis data" in done.stdout
 

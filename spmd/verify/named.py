@@ -108,12 +108,12 @@ def _scan(
     params: Any, body: Callable[..., list[Any]], labels: list[Named], inputs: list[Any]
 ) -> tuple[list[Any], list[Any]]:
     """(outputs, the named values of all iterations stacked)."""
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
-    consts, carry, xs = (
-        inputs[:num_consts],
-        inputs[num_consts : num_consts + num_carry],
-        inputs[num_consts + num_carry :],
-    )
+    if "ft_in" in params:  # JAX 0.12
+        consts, carry, xs = (list(part) for part in params["ft_in"].update(inputs).unpack())
+    else:
+        first, num = params["num_consts"], params["num_carry"]
+        consts, carry, xs = inputs[:first], inputs[first : first + num], inputs[first + num :]
+    num_carry = len(carry)
 
     def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
         out = body(*consts, *carry, *x)
