@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 STEPS = 20  # in a block
 IN_FLIGHT = 2
-WIDTHS = (512, 2048)
+WIDTHS = (256, 512)
 
 
 def measure(rounds: int, quick: bool) -> None:
@@ -39,7 +39,7 @@ def measure(rounds: int, quick: bool) -> None:
     join(RuntimeConfig(), {})
     cut = mesh.make(mesh.MeshConfig())
     votes, watchdog = Votes(cut), Watchdog(RuntimeConfig().hang_timeout)
-    placed = jax.NamedSharding(cut, jax.P())
+    placed, spread = (jax.NamedSharding(cut, spec) for spec in (jax.P(), jax.P("data")))
 
     def entering(phase: str) -> contextlib.AbstractContextManager[None]:
         watchdog.beat(phase, 0)
@@ -64,10 +64,16 @@ def measure(rounds: int, quick: bool) -> None:
 
     for width in WIDTHS[:1] if quick else WIDTHS:
 
-        def step(x):
-            for _ in range(8):
-                x = jax.numpy.tanh(x @ x) / 2
-            return x, x.sum()
+        def loss(weights, x):
+            for _ in range(4):
+                x = jax.numpy.tanh(x @ weights)
+            return x.sum()
+
+        def step(weights):
+            """Data parallel: the gradient is summed over the processes, as in any real step."""
+            x = jax.lax.with_sharding_constraint(jax.numpy.ones((2 * width, width)), spread)
+            total, grad = jax.value_and_grad(loss)(weights, x)
+            return weights - 1e-6 * grad, total
 
         jitted = jax.jit(step, out_shardings=placed, donate_argnums=0)
         whole = np.eye(width, dtype=np.float32)

@@ -77,13 +77,15 @@ def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     import numpy as np
 
     (ids,) = tokenizer.encode([text])
-    start = tokenizer.begin if tokenizer.begin is not None else tokenizer.end
-    if tokenizer.begin is not None or not text:
+    first = tokenizer.begin
+    if first is None and not text:
+        first = tokenizer.end  # after which another document begins
         check(
-            start is not None,
+            first is not None,
             "an empty prompt: this tokenizer has no token that begins a document; give --prompt TEXT",
         )
-        ids = np.concatenate([[start], ids])
+    if first is not None:
+        ids = np.concatenate([np.array([first]), ids])
     return np.asarray(ids, np.int32)
 
 
