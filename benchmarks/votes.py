@@ -69,7 +69,7 @@ def measure(rounds: int, quick: bool) -> None:
                 x = jax.numpy.tanh(x @ weights)
             return x.sum()
 
-        def step(weights):
+        def step(weights, width=width):
             """Data parallel: the gradient is summed over the processes, as in any real step."""
             x = jax.lax.with_sharding_constraint(jax.numpy.ones((2 * width, width)), spread)
             total, grad = jax.value_and_grad(loss)(weights, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ NEEDS_TENSORFLOW = "data prepare --experiment mnist"
 
 
 def words(line):
-    found = line.split()
+    found = shlex.split(line)
     trains = found[0] == "--experiment" and "--list" not in found
     return [*found, "--train.steps", "5"] if trains else found
 
@@ -27,7 +28,7 @@ def test_the_readme_shows_the_commands():
 
 @pytest.mark.parametrize(
     "line",
-    [line for line in LINES if not line.startswith(("eval", "runs")) and "wide.py" not in line],
+    [x for x in LINES if not x.startswith(("eval", "runs", "sample")) and "wide.py" not in x],
 )
 def test_command(line, run_cli):
     done = run_cli(*words(line))
@@ -42,6 +43,13 @@ def test_eval_and_runs_follow_a_run(run_cli):
     for line in LINES:
         if line.startswith(("eval", "runs")):
             assert run_cli(*words(line)).returncode == 0, line
+
+
+def test_sampling_follows_a_run(run_cli):
+    assert run_cli("--experiment", "lm_stdlib", "--train.steps", "5").returncode == 0
+    (line,) = (line for line in LINES if line.startswith("sample"))
+    done = run_cli(*words(line), "--tokens", "10")
+    assert done.returncode == 0 and done.stdout.startswith("def main("), done.stderr
 
 
 def test_the_experiment_file(run_cli, tmp_path):
