@@ -55,7 +55,9 @@ def _contract(spec: str, dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Arr
 
 
 def _contract_forward(spec, dtype, x, kernel):
-    return _contract(spec, dtype, x, kernel), (x, kernel)
+    # The product itself, not a call of _contract, into which remat's policies do not look.
+    product = jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=dtype)
+    return product, (x, kernel)
 
 
 def _contract_backward(spec, dtype, kept, gradient):
@@ -86,7 +88,7 @@ def _lookup(dtype: Any, table_VD: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _lookup_forward(dtype, table_VD, index):
-    return _lookup(dtype, table_VD, index), (table_VD, index)
+    return table_VD.astype(dtype).at[index].get(mode="fill"), (table_VD, index)
 
 
 def _lookup_backward(dtype, kept, gradient):
