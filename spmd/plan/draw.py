@@ -14,6 +14,7 @@ from spmd.plan.shardings import GROUPS, Array, Report
 
 DRAWN = 3  # arrays
 BLOCKS = 8  # rows and columns of a drawing
+WIDTH = 120  # eight blocks, each with the numbers of two devices and how many more
 COLOURS = ("blue", "green", "magenta", "cyan", "red", "yellow")
 
 
@@ -22,9 +23,9 @@ def plot(made: Report, place: str) -> None:
     network.
     """
     if place == "terminal":
-        _draw(made, Console(highlight=False))
+        _draw(made, Console(width=WIDTH, highlight=False))
         return
-    console = Console(file=io.StringIO(), record=True, width=160, highlight=False)
+    console = Console(file=io.StringIO(), record=True, width=WIDTH, highlight=False)
     _draw(made, console)
     console.save_html(place)
 
@@ -41,7 +42,9 @@ def _draw(made: Report, console: Console) -> None:
 
 
 def _blocks(array: Array, console: Console) -> None:
-    """The two dims that are cut, else the largest, as rows and columns of blocks."""
+    """The two dims that are cut, else the largest, as rows and columns of blocks; devices are numbered by
+    their place in the mesh, since where a chip lies in its slice is not known here.
+    """
     shape = array.shape
     shard = array.sharding.shard_shape(shape)
     ways = [size // part for size, part in zip(shape, shard, strict=True)]
@@ -77,4 +80,4 @@ def _label(array: Array, dim: int, ways: int) -> str:
 def _devices(ids: list[int]) -> str:
     if len(ids) > 2 and ids[-1] - ids[0] == len(ids) - 1:
         return f"{ids[0]}-{ids[-1]}"
-    return " ".join(map(str, ids[:3])) + (f" +{len(ids) - 3}" if len(ids) > 3 else "")
+    return " ".join(map(str, ids[:2])) + (f" +{len(ids) - 2}" if len(ids) > 2 else "")
