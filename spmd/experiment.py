@@ -20,11 +20,15 @@ from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from spmd.plan import shardings
     from spmd.train.loop import Program
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+UNREAD_STEPS = (
+    1_000_000  # of a plan: epochs of data not opened have no number; only the schedule asks
+)
 ONE_PROCESS = "verify compares with one device and runs in one process; there, use --simulate 8"
 
 
@@ -243,6 +247,27 @@ class Experiment:
         return verify.run(
             build, [sizes] if not all_meshes else None, own, steps, len(devices), self.strategy.name
         )
+
+    def plan(self, target: str = "") -> shardings.Report:
+        """How the state lies on `target` (`h100:64`, `v5p:4x4x4`; default: `cpu:8`, or what `simulate` says).
+
+        The program is that of a run, on simulated devices of that number, with its data left closed.
+        ValueError for a target that is not known, and for a state that cannot be cut so.
+        """
+        from spmd.plan import shardings, targets
+
+        check(
+            not (target and self.simulate),
+            f"--target {target} and --simulate {self.simulate} both say how many devices there are; give one",
+        )
+        planned_for = targets.parse(target or f"cpu:{self.simulate or 8}")
+        planned = dataclasses.replace(
+            self,
+            simulate=planned_for.num_devices,
+            runtime=RuntimeConfig(num_processes=1),  # alone, also on a node of a cluster
+            train=dataclasses.replace(self.train, steps=self.train.steps or UNREAD_STEPS),
+        )
+        return shardings.report(planned.build(source=()), planned_for, self.strategy)
 
     def restore(self, step: int | None = None) -> Snapshot:
         """A checkpoint of the run directory (default: the newest) on this experiment's mesh.

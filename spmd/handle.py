@@ -12,6 +12,7 @@ from spmd import experiment
 from spmd.experiment import Experiment, Run
 
 if TYPE_CHECKING:
+    from spmd.plan import shardings
     from spmd.train.loop import Program
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
@@ -64,6 +65,12 @@ class Handle:
         `report.proven`, `print(report)`, `report.results[0].fault`.
         """
         return self.experiment.verify(steps, all_meshes=all_meshes)
+
+    def plan(self, target: str = "") -> shardings.Report:
+        """How the state lies on devices that need not be there (`h100:64`, `v5p:4x4x4`): print it, or take
+        `.arrays`, `.totals`.
+        """
+        return self.experiment.plan(target)
 
     def restore(self, step: int | None = None) -> Snapshot:
         """A checkpoint of the run directory, the newest unless `step` names one."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd import tree
@@ -55,7 +55,7 @@ def spec_of(
     name: str,
     shape: Sequence[int],
     dims: Dims | None,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     fsdp: bool,
     rules: Mapping[str, tuple[str, ...]] = RULES,
@@ -93,7 +93,7 @@ def spec_of(
     return P(*spec)
 
 
-def _add_fsdp(spec: list[Any], shape: Sequence[int], dims: Dims, mesh: Mesh) -> None:
+def _add_fsdp(spec: list[Any], shape: Sequence[int], dims: Dims, mesh: Mesh | AbstractMesh) -> None:
     """Puts `fsdp` on the largest free dim that it divides, the scanned `layers` dim last."""
     order = sorted(range(len(shape)), key=lambda i: (dims[i] == "layers", -shape[i]))
     for i in order:
@@ -136,7 +136,7 @@ def opt_shardings(
     def place(name: str, leaf: Any, of: Of | None) -> NamedSharding:
         if of is None or leaf.shape == of.shape:
             return of.sharding if of else whole
-        drop = _reduced_dim(name, leaf.shape, of.shape)
+        drop = reduced_dim(name, leaf.shape, of.shape)
         if drop is None:
             return whole
         spec = [*of.sharding.spec, *[None] * (len(of.shape) - len(of.sharding.spec))]
@@ -155,7 +155,7 @@ def opt_shardings(
     return tree.map_named(lambda name, leaf, of: place(name, leaf, of[0]), opt_state, owners)
 
 
-def _reduced_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> int | None:
+def reduced_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> int | None:
     """Which dim of its parameter a factored leaf lacks; None for a placeholder.
 
     Adafactor's rows lack the largest dim and its columns the second largest. In a square matrix only the

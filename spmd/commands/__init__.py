@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint of a run",
     "sample": "continue prompts with the language model of a run",
     "verify": "prove that the mesh computes what one device computes, or say where it departs",
+    "plan": "show how the state lies on devices that need not be there",
     "data": "prepare | show the input data",
     "launch": "train elsewhere or in several processes: local | slurm | tpu-vm | gke",
     "runs": "list | status | check [DIR]: the runs below a directory, or one run",

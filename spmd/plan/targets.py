@@ -1,0 +1,52 @@
+"""What is planned for: `cpu:8`, `h100:64`, `v5p:4x4x4`."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+from spmd.fields import check, closest
+from spmd.hardware import CHIPS, Chip
+
+# Dims of a TPU slice, and the devices that JAX sees of each chip.
+TPUS = {"v4": (3, 1), "v5e": (2, 1), "v5p": (3, 1), "v6e": (2, 1), "7x": (3, 2)}
+SHORT = {"a100": "a100-80"}
+NAMES: dict[str, Chip] = {chip.name.lower(): chip for chip in CHIPS.values()}
+MAX_DEVICES = 4096  # simulated ones take 3 s for 2048, 11 s for 4096, a minute for 8960
+
+
+class Target(NamedTuple):
+    """Devices that need not be there. chip: None for `cpu`. topology: of a TPU slice, in chips; else ()."""
+
+    name: str
+    num_devices: int
+    chip: Chip | None
+    topology: tuple[int, ...] = ()
+
+
+def parse(text: str) -> Target:
+    """`NAME:N`, or `NAME:AxBxC` for a TPU slice; ValueError says what would work."""
+    name, _, size = text.strip().lower().partition(":")
+    known = ["cpu", *SHORT, *NAMES]
+    check(
+        name in known,
+        f"unknown target {text!r}.{closest(name, known)} Known: {', '.join(known)};"
+        " for example cpu:8, h100:64 or v5p:4x4x4",
+    )
+    dims, per_chip = TPUS.get(name, (1, 1))
+    example = f"{name}:{'x'.join(['4'] * dims) if dims > 1 else 8}"
+    check(
+        re.fullmatch(rf"[1-9]\d{{0,5}}(x[1-9]\d{{0,5}}){{{dims - 1}}}", size) is not None,
+        f"target {text!r} must be "
+        + (f"a slice of {dims} dims in chips" if dims > 1 else "a number of devices")
+        + f", for example {example}",
+    )
+    sizes = tuple(int(part) for part in size.split("x"))
+    num_devices = math.prod(sizes) * per_chip
+    check(
+        num_devices <= MAX_DEVICES,
+        f"target {text!r} has {num_devices} devices; at most {MAX_DEVICES} can be planned for",
+    )
+    chip = NAMES.get(SHORT.get(name, name))
+    return Target(f"{name}:{size}", num_devices, chip, sizes if dims > 1 else ())
