@@ -31,6 +31,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@set -e; for file in benchmarks/[!_]*.py; do \
+	  case "$$file" in benchmarks/gpu_*) continue;; esac; \
 	  test -e "$$file" || { echo "there are no benchmarks yet"; exit 1; }; \
 	  PYTHONPATH=. $(VENV)/bin/python "$$file" $(ARGS); done
 

@@ -25,6 +25,7 @@ from typing import Any
 
 ENDLESS = 10**7  # steps
 Speeds = dict[str, list[float]]
+Facts = dict[str, dict[str, float]]
 Run = Callable[["Gate", Path, dict[str, Any]], None]
 
 
@@ -161,12 +162,23 @@ class Match:
 
     def main(self) -> None:
         """The script: prints one table."""
-        args = self._parse()
+        args = self.parse()
         if args.child:
-            one = self.contestants[args.child]
-            places = {"run_dir": str(args.scratch / args.child), "data_dir": args.data_dir}
-            one.run(Gate(one, args.quick), args.scratch, one.options | places)
+            self.child(args)
             return
+        speeds, _, compared = self.play(args)
+        if args.json:
+            numbers = {self.unit: speeds, "ratios": compared}
+            Path(args.json).write_text(json.dumps(numbers, indent=1))
+
+    def child(self, args: argparse.Namespace) -> None:
+        """What the process of a contestant does."""
+        one = self.contestants[args.child]
+        places = {"run_dir": str(args.scratch / args.child), "data_dir": args.data_dir}
+        one.run(Gate(one, args.quick), args.scratch, one.options | places)
+
+    def play(self, args: argparse.Namespace) -> tuple[Speeds, Facts, list[dict[str, Any]]]:
+        """(speeds, last facts, ratios) of all; prints the table."""
         names = list(args.only or (self.quick if args.quick else self.contestants))
         if not importlib.util.find_spec("torch"):
             names = [name for name in names if not self.contestants[name].is_torch]
@@ -178,11 +190,10 @@ class Match:
             speeds, facts = measure(names, Path(scratch), rounds, words, self.env)
         compared = ratios(speeds, self.ratios)
         self.show(speeds, compared)
-        if args.json:
-            numbers = {self.unit: speeds, "ratios": compared, "facts": facts}
-            Path(args.json).write_text(json.dumps(numbers, indent=1))
+        return speeds, facts, compared
 
-    def _parse(self) -> argparse.Namespace:
+    def parse(self) -> argparse.Namespace:
+        """The command line."""
         parser = argparse.ArgumentParser(
             description=self.about, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -219,7 +230,7 @@ class Match:
 
 def measure(
     names: list[str], scratch: Path, rounds: int, words: list[str], env: dict[str, str]
-) -> tuple[Speeds, dict[str, dict[str, float]]]:
+) -> tuple[Speeds, Facts]:
     """(speed in each round, last facts) by contestant; every other round goes backwards, which cancels a
     drift.
     """
