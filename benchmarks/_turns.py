@@ -151,7 +151,7 @@ class Match:
     part in --quick. prepare: writes the data that all share, prepare(data_dir, directory).
     """
 
-    about: str
+    about: str | None
     unit: str
     contestants: dict[str, Contestant]
     ratios: tuple[tuple[str, str, float | None], ...]

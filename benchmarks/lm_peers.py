@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from _turns import ENDLESS, Contestant, Gate, Match, Run, endless, train
 if TYPE_CHECKING:
     from spmd.data.text import Text
     from spmd.experiment import Experiment
+    from spmd.optim import AdamW
 
 CHARACTERS = 1_115_394  # of tiny_shakespeare
 ALPHABET = "\n !$&',-.3:;?" + "".join(map(chr, [*range(65, 91), *range(97, 123)]))
@@ -51,9 +52,8 @@ def _experiment(scratch: Path, data_dir: str, words: list[str]) -> Experiment:
     experiment = spmd.load("lm_shakespeare", words).experiment
     if data_dir:
         return experiment
-    data: Text = experiment.data
     files = (str(scratch / "text.txt"),)
-    data = dataclasses.replace(data, name="", eval_split="", files=files)
+    data = dataclasses.replace(cast("Text", experiment.data), name="", eval_split="", files=files)
     return dataclasses.replace(experiment, data=data)
 
 
@@ -70,7 +70,7 @@ def plain_jax(gate: Gate, scratch: Path, options: dict) -> None:
     from flax import nnx
 
     experiment = _experiment(scratch, options["data_dir"], options["words"])
-    batch_size, config = experiment.data.batch_size, experiment.optimizer
+    batch_size, config = experiment.data.batch_size, cast("AdamW", experiment.optimizer)
     source = experiment.data.open("train")
     graph, params = nnx.split(experiment.model.build(nnx.Rngs(0)))
     params = nnx.to_pure_dict(params)
