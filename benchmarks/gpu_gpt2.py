@@ -66,7 +66,9 @@ def ours(gate: Gate, scratch: Path, options: dict) -> None:
         cut = lambda shift: text[shift : shift + SEQUENCES * LENGTH].reshape(SEQUENCES, LENGTH)
         return {"tokens": cut(0), "targets": cut(1)}
 
-    features = dict.fromkeys(("tokens", "targets"), ((LENGTH,), "int32"))
+    features: dict[str, tuple[tuple[int, ...], str]] = {
+        name: ((LENGTH,), "int32") for name in ("tokens", "targets")
+    }
     data = Arrays(batch_size=BATCH, features=features, train=arrays, eval=arrays)
     experiment = dataclasses.replace(experiment, data=data)
 

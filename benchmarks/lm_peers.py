@@ -39,8 +39,8 @@ def write_text(data_dir: str, scratch: Path) -> None:
     if not data_dir:
         letters = np.random.default_rng(0).integers(0, len(ALPHABET), CHARACTERS)
         (scratch / "text.txt").write_text("".join(np.array([*ALPHABET])[letters]))
-    tokens = _experiment(scratch, data_dir, []).data.open("train").tokens
-    np.asarray(tokens).astype(np.uint16).tofile(scratch / "train.bin")
+    source: Any = _experiment(scratch, data_dir, []).data.open("train")
+    np.asarray(source.tokens).astype(np.uint16).tofile(scratch / "train.bin")
 
 
 def _experiment(scratch: Path, data_dir: str, words: list[str]) -> Experiment:
