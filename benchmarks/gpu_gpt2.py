@@ -66,9 +66,8 @@ def ours(gate: Gate, scratch: Path, options: dict) -> None:
         cut = lambda shift: text[shift : shift + SEQUENCES * LENGTH].reshape(SEQUENCES, LENGTH)
         return {"tokens": cut(0), "targets": cut(1)}
 
-    features: dict[str, tuple[tuple[int, ...], str]] = {
-        name: ((LENGTH,), "int32") for name in ("tokens", "targets")
-    }
+    names: tuple[str, ...] = ("tokens", "targets")
+    features = dict.fromkeys(names, ((LENGTH,), "int32"))
     data = Arrays(batch_size=BATCH, features=features, train=arrays, eval=arrays)
     experiment = dataclasses.replace(experiment, data=data)
 
