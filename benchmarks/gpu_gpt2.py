@@ -66,8 +66,8 @@ def ours(gate: Gate, scratch: Path, options: dict) -> None:
         cut = lambda shift: text[shift : shift + SEQUENCES * LENGTH].reshape(SEQUENCES, LENGTH)
         return {"tokens": cut(0), "targets": cut(1)}
 
-    names: tuple[str, ...] = ("tokens", "targets")
-    features = dict.fromkeys(names, ((LENGTH,), "int32"))
+    row = ((LENGTH,), "int32")
+    features = {"tokens": row, "targets": row}
     data = Arrays(batch_size=BATCH, features=features, train=arrays, eval=arrays)
     experiment = dataclasses.replace(experiment, data=data)
 
