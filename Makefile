@@ -30,7 +30,8 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.dev
-	@set -e; for file in benchmarks/*.py; do \
+	@set -e; for file in benchmarks/[!_]*.py; do \
+	  case "$$file" in benchmarks/gpu_*) continue;; esac; \
 	  test -e "$$file" || { echo "there are no benchmarks yet"; exit 1; }; \
 	  PYTHONPATH=. $(VENV)/bin/python "$$file" $(ARGS); done
 

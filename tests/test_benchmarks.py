@@ -16,6 +16,8 @@ TITLES = {
     "digest": ["s for 1 GB"],
     "input_pipeline": ["steps per item"],
     "votes": ["of 50 ms steps"],
+    "gpu_gpt2": ["spmd", "TFLOP/s", "MFU"],
+    "lm_peers": ["spmd, 1 per dispatch", "spmd, 10.6M parameters", ">= 0.98"],
     "mnist_peers": [
         "spmd, one device, 1 per dispatch",
         "2 simulated devices, allreduce, 32 per dispatch",
@@ -32,7 +34,9 @@ def bench(name, *args):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (REPOSITORY / "benchmarks").glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (REPOSITORY / "benchmarks").glob("[!_]*.py"))
+)
 def test_prints_its_table(name, tmp_path):
     out = tmp_path / "numbers.json"
     shown = bench(name, *(["--json", str(out)] if name == "mnist_peers" else []))
@@ -47,3 +51,12 @@ def test_prints_its_table(name, tmp_path):
         assert all(len(each) == 1 and each[0] > 0 for each in speeds.values())
         first = numbers["ratios"][0]
         assert first["median"] == pytest.approx(speeds["ours"][0] / speeds["plain"][0])
+
+
+def test_gpt2_says_that_it_needs_a_gpu():
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu_gpt2.py")]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 2
+    assert "needs an NVIDIA GPU" in done.stderr and "Traceback" not in done.stderr
+    assert not done.stdout
