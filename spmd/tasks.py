@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from spmd.fields import check, closest
 Batch = Mapping[str, jax.Array]
 PyTree = Any
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+FROZEN = "frozen"  # where in the model state parameters lie that are not trained
 
 
 class Task(NamedTuple):
@@ -32,6 +34,9 @@ class Task(NamedTuple):
     predict: (params, model_state, batch) -> logits.
     call: (params, model_state, fn) -> fn(module), as in evaluation: for what a model can do beside (decoding).
     whole_batch: layers that take statistics over the batch they see; only a jitted whole batch is right.
+    state_dims: logical dims of what in the model state is cut as parameters are; the rest lies whole on
+      every device.
+    plain: (params, model_state) -> those of the model itself, where the task trains something else.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -43,6 +48,8 @@ class Task(NamedTuple):
     predict: Callable[[PyTree, PyTree, Batch], jax.Array]
     call: Callable[..., Any]
     whole_batch: tuple[str, ...] = ()
+    state_dims: Mapping[str, tuple[str | None, ...] | None] = MappingProxyType({})
+    plain: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, state: (params, state)
 
     def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """coefficient / global weight; 0 where a term has no weight in this batch."""
@@ -98,19 +105,25 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         _, params, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
         cast = lambda x: x.astype(param_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        return jax.tree.map(cast, nnx.as_pure(params)), jax.tree.map(cast, nnx.as_pure(rest))
+        return jax.tree.map(cast, _dicts(params)), jax.tree.map(cast, _dicts(rest))
 
     def call(
         params: PyTree, model_state: PyTree, fn: Callable[[Any], Any], *, train: bool
     ) -> tuple[Any, PyTree]:
         module = nnx.merge(graphs[train], params, model_state)
         out = fn(module)
-        return out, nnx.as_pure(nnx.state(module, nnx.Not(nnx.Param)))
+        return out, _dicts(nnx.state(module, nnx.Not(nnx.Param)))
 
     def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
         return call(params, model_state, lambda module: module(*args), train=train)
 
     return Network(init, apply, call, dims, whole_batch)
+
+
+def _dicts(state: nnx.State) -> PyTree:
+    """An nnx.State as nested dicts of arrays: jit takes those apart faster."""
+    nested = lambda x: {k: nested(v) for k, v in x.items()} if isinstance(x, Mapping) else x
+    return nested(nnx.as_pure(state))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

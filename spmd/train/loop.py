@@ -37,10 +37,12 @@ class Program(NamedTuple):
     num_steps: int
     data: DataConfig
     source: Any  # training source
+    start: Callable[[Any, base.TrainState], base.TrainState] | None = None  # (self, state) -> state
 
     def init(self) -> base.TrainState:
         """The state before the first step, every array born on the mesh with its sharding."""
-        return self.strategy.init(jax.random.key(self.seed))
+        state = self.strategy.init(jax.random.key(self.seed))
+        return self.start(self, state) if self.start else state
 
     def abstract_state(self) -> base.TrainState:
         """Shapes and dtypes of the state."""
