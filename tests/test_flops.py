@@ -1,6 +1,6 @@
 """Closed forms: what a person would count by hand."""
 
-# B batch, T time, D embed, H heads, K head_dim, F mlp, L layers
+# B batch, T time, D embed, H heads, K head_dim, F mlp, L layers, V vocab
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import spmd
 from spmd import flops
-from spmd.tasks import Classification
+from spmd.models.transformer import Transformer
+from spmd.tasks import Classification, LanguageModel
 
 f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
@@ -82,6 +83,22 @@ def test_a_scanned_stack_counts_each_layer_once(remat):
         return jax.lax.scan(jax.checkpoint(block) if remat else block, x_BD, (w_LDF, v_LFD))[0]
 
     assert total(stack, (4, 8), (6, 8, 32), (6, 32, 8)) == 6 * 2 * (2 * 4 * 8 * 32)
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"scan": False}, {"remat": "full"}, {"remat": "dots", "scan": False}]
+)
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_language_model_in_any_form(form, chunks):
+    """6 N B T, N without the embedding that is looked up, and 12 L B H K T^2; remat counts once."""
+    B, T, V, L, D, F = 2, 16, 64, 3, 32, 48
+    model = Transformer(vocab=V, length=T, layers=L, embed=D, heads=4, kv_heads=2, mlp=F, **form)
+    token = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    batch = {"tokens": token, "targets": token, "segments": token, "positions": token}
+    batch |= {"example_id": jax.ShapeDtypeStruct((B,), jnp.int32), "weight": f32((B,))}
+    products = L * (2 * D * D + 2 * D * D // 2 + 3 * D * F) + D * V
+    counted = flops.of_step(LanguageModel(chunks=chunks).build(model), batch)
+    assert counted == {"float32": 6 * B * T * products + 12 * L * B * D * T * T}
 
 
 def test_a_transposed_convolution_skips_the_zeros_between():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from spmd import tasks
 from spmd.models.mlp import MLP
+from spmd.models.transformer import Transformer
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -43,3 +47,102 @@ def test_mixup_blends_the_losses_and_their_gradients(smoothing):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), gradient, both
     )
     assert abs(float(first - second)) > 1e-3  # the two labels do differ
+
+
+MODEL = Transformer(vocab=37, length=8, layers=1, embed=16, heads=2, mlp=32, tied=True)
+
+
+def tokens(rows=3, time=8):
+    rng = np.random.default_rng(1)
+    batch = {k: rng.integers(0, 37, (rows, time)).astype(np.int32) for k in ("tokens", "targets")}
+    batch["targets"][0, 2:] = -1
+    weight = np.array([1.0, 0.5, 0.0], np.float32)[:rows]
+    return batch | {"example_id": np.arange(rows, dtype=np.int32), "weight": weight}
+
+
+def of_tokens(task, batch):
+    """((scaled loss, Sums), gradient by name)."""
+    params, state = jax.jit(task.init)(jax.random.key(0))
+
+    def loss(params):
+        scale = task.scale(task.weigh(batch))
+        total, (sums, _) = task.loss(params, state, batch, jax.random.key(1), scale)
+        return total, sums
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params), params
+
+
+def test_language_model_by_definition():
+    task = tasks.LanguageModel(z_loss=0.25).build(MODEL)
+    batch = tokens()
+    ((total, sums), _), params = of_tokens(task, batch)
+    logits = np.asarray(task.predict(params, {}, batch), np.float64)
+    partition = np.log(np.exp(logits).sum(-1))
+    target = np.take_along_axis(logits, np.maximum(batch["targets"], 0)[..., None], -1)[..., 0]
+    weight = (batch["targets"] >= 0) * batch["weight"][:, None]
+    assert weight.sum() == 2 + 0.5 * 8
+    assert task.weigh(batch) == {"loss": 6.0, "z_loss": 6.0}
+    loss, z_loss = ((partition - target) * weight).sum(), (partition**2 * weight).sum()
+    right = ((logits.argmax(-1) == batch["targets"]) * weight).sum()
+    for name, want in {"loss": loss, "z_loss": z_loss, "accuracy": right}.items():
+        assert float(sums[name][0]) == pytest.approx(want, rel=1e-5)
+        assert float(sums[name][1]) == 6
+    assert float(total) == pytest.approx((loss + 0.25 * z_loss) / 6, rel=1e-5)
+
+
+def largest(task, batch):
+    """Elements of the largest array in the jaxpr of a gradient."""
+
+    def walk(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))
+            for value in eqn.params.values():
+                for item in value if isinstance(value, tuple | list) else (value,):
+                    inner = getattr(item, "jaxpr", item)
+                    yield from walk(inner) if hasattr(inner, "eqns") else ()
+
+    return max(walk(jax.make_jaxpr(lambda: of_tokens(task, batch))().jaxpr))
+
+
+def test_chunks_hold_a_part_of_the_logits_and_change_nothing():
+    whole, parts = (tasks.LanguageModel(z_loss=0.1, chunks=n).build(MODEL) for n in (1, 4))
+    batch = tokens()
+    want, got = of_tokens(whole, batch)[0], of_tokens(parts, batch)[0]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7), got, want)
+    wide = tokens(3, 8) | {k: np.zeros((64, 8), np.int32) for k in ("tokens", "targets")}
+    wide |= {"example_id": np.arange(64, dtype=np.int32), "weight": np.ones(64, np.float32)}
+    assert largest(whole, wide) >= 64 * 8 * 37
+    assert largest(parts, wide) < 64 * 8 * 37
+
+
+@pytest.mark.parametrize(
+    "options,change,message",
+    [
+        ({"chunks": 3}, {}, "task.chunks=3 does not divide the 8 tokens"),
+        ({}, {"token": 0}, "no feature 'tokens'. Did you mean 'token'?"),
+        ({"inputs": ()}, {}, "task.inputs must name"),
+        ({"z_loss": -1.0}, {}, "task.z_loss=-1.0 must not be negative"),
+    ],
+)
+def test_mistakes_with_language_models(options, change, message):
+    batch = tokens()
+    if change:
+        batch["token"] = batch.pop("tokens")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        of_tokens(tasks.LanguageModel(**options).build(MODEL), batch)
+
+
+def test_a_plain_module_is_a_language_model_too():
+    class Plain(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.table = nnx.Embed(37, 16, rngs=rngs)
+            self.head = nnx.Linear(16, 37, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.head(self.table(tokens))
+
+    batch = tokens()
+    ((total, _), gradient), _ = of_tokens(tasks.LanguageModel(inputs=("tokens",)).build(Plain), batch)
+    assert np.isfinite(total) and abs(gradient["head"]["kernel"]).max() > 0
+    with pytest.raises(ValueError, match="needs a model with methods hidden and logits"):
+        of_tokens(tasks.LanguageModel(inputs=("tokens",), chunks=2).build(Plain), batch)

@@ -60,9 +60,10 @@ def attend(
     mask = None
     if segments_BT is not None:
         mask = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation=implementation
-    )
+    with jax.numpy_dtype_promotion("standard"):  # for float64 it mixes types inside
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation=implementation
+        )
 
 
 def attend_cached(
@@ -71,9 +72,10 @@ def attend_cached(
     """Attention to the slots of a cache, slot s holding position s, up to the query's own position."""
     slots = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)
     mask = slots.reshape(1, 1, -1) <= positions_BT[:, :, None]
-    return jax.nn.dot_product_attention(
-        q_BTHK, k_BSGK, v_BSGK, mask=mask[:, None], implementation="xla"
-    )
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BSGK, v_BSGK, mask=mask[:, None], implementation="xla"
+        )
 
 
 def _check_cudnn(q_BTHK: jax.Array) -> None:

@@ -230,8 +230,11 @@ class Table(nnx.Module):
         self.dim = dim
 
     def __call__(self, index_BT: jax.Array, dtype: Any) -> jax.Array:
-        # Whole rows, gathered over fsdp as any weight is before use.
-        return lookup(dtype, scope.constrain(self.table[...], self.dim, "embed"), index_BT)
+        # Whole rows, gathered over fsdp as any weight is before use. The result is said to be uncut along
+        # time, so that each device takes the rows it has and a sum joins them: with residuals cut over
+        # the axis of the vocabulary, the whole table would be gathered instead.
+        table = scope.constrain(self.table[...], self.dim, "embed")
+        return scope.constrain(lookup(dtype, table, index_BT), "batch", _time("time", index_BT), "embed")
 
 
 class Block(nnx.Module):

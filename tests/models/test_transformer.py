@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ PUBLISHED = {
     ),
 }
 
-SMALL = {"vocab": 61, "length": 16, "layers": 3, "embed": 32, "heads": 4}
+SMALL = {"vocab": 61, "length": 16, "layers": 2, "embed": 32, "heads": 4}
 KINDS = {
     "gpt2": Transformer(
         **SMALL, norm="layer", activation="gelu", position="learned", bias=True, tied=True
@@ -56,9 +57,17 @@ def kind(request):
     return KINDS[request.param]
 
 
+@functools.cache
+def initial(model):
+    return jax.jit(tasks.LanguageModel().build(model).init)(jax.random.key(0))
+
+
 def started(model, **task):
+    """(task, params, model_state); what does not change the parameters does not draw them again."""
     built = tasks.LanguageModel(**task).build(model)
-    return built, *built.init(jax.random.key(0))
+    built = built._replace(predict=jax.jit(built.predict), evaluate=jax.jit(built.evaluate))
+    plain = {"dropout": 0.0, "dtype": "", "attention": "xla", "scan": True, "remat": "none"}
+    return built, *initial(dataclasses.replace(model, **plain))
 
 
 def packed(rows=3, time=16, vocab=61, seed=0):
@@ -95,8 +104,10 @@ def gradient(task, params, batch):
 
 
 def assert_close(a, b, rtol=1e-4):
+    """Up to the largest element of a leaf; that of a key's bias is zero up to rounding, softmax is blind to it."""
     for (name, x), y in zip(tree.named_leaves(a).items(), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(abs(y).max()), err_msg=name)
+        atol = 1e-7 + rtol * float(abs(y).max())
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -130,8 +141,9 @@ def test_a_token_sees_its_document_up_to_itself(kind):
         return task.call(params, {}, run)[row, time, 0]
 
     zero = jnp.zeros((*batch["tokens"].shape, tables[1]))
+    gradient = jax.jit(jax.grad(logits))
     for row, time in ((0, 5), (1, 11), (2, 15)):
-        reached = np.abs(jax.grad(logits)(zero, row, time)).sum(-1) > 0
+        reached = np.abs(gradient(zero, row, time)).sum(-1) > 0
         want = np.zeros_like(reached)
         want[row, : time + 1] = segments[row, : time + 1] == segments[row, time]
         np.testing.assert_array_equal(reached, want)
@@ -141,23 +153,29 @@ def test_packed_documents_are_as_if_alone(kind):
     task, params, _ = started(kind)
     batch = packed()
     together = task.predict(params, {}, batch)
-    for row in range(2):
-        for number in range(1, 4):
-            (where,) = np.nonzero(np.asarray(batch["segments"][row]) == number)
-            alone = task.predict(params, {}, {"tokens": batch["tokens"][row : row + 1, where]})
-            np.testing.assert_allclose(together[row, where], alone[0], rtol=1e-4, atol=1e-5)
+    for number in range(1, 4):  # alone: at the start of the row, what follows is not seen
+        (where,) = np.nonzero(np.asarray(batch["segments"][0]) == number)
+        alone = {"tokens": jnp.zeros((1, 16), jnp.int32).at[0, : len(where)].set(batch["tokens"][0, where])}
+        got = task.predict(params, {}, alone)[0, : len(where)]
+        np.testing.assert_allclose(together[0, where], got, rtol=1e-4, atol=1e-5)
 
 
-def test_scanned_unrolled_and_remat_agree(kind):
-    kind = dataclasses.replace(kind, dropout=0.2)
-    task, params, _ = started(kind)
+@pytest.mark.parametrize(
+    "name,changes",
+    [
+        ("gpt2", ({"scan": False, "remat": "dots"},)),
+        ("all", ({"remat": "full"}, {"remat": "named", "scan": False})),
+    ],
+)
+def test_scanned_unrolled_and_remat_agree(name, changes):
+    model = dataclasses.replace(KINDS[name], dropout=0.2)
+    task, params, _ = started(model)
     batch = packed()
     want = gradient(task, params, batch)
-    plain = gradient(started(dataclasses.replace(kind, dropout=0.0))[0], params, batch)
-    assert abs(float(plain[0][0] - want[0][0])) > 1e-4  # dropout does something
-    variants = [{"scan": False}, {"remat": "full"}, {"remat": "dots", "scan": False}]
-    for change in [*variants, {"remat": "named"}]:
-        other = started(dataclasses.replace(kind, **change))[0]
+    plain = started(KINDS[name])[0].evaluate(params, {}, batch)["loss"][0]
+    assert abs(float(plain - want[0][1]["loss"][0])) > 1e-4  # dropout does something
+    for change in changes:
+        other = started(dataclasses.replace(model, **change))[0]
         assert_close(gradient(other, params, batch), want)
 
 
@@ -167,8 +185,8 @@ def test_unrolled_layers_give_one_concatenation():
     assert " concatenate[" in text and " pad[" not in text.replace("padding", "")
 
 
-@pytest.mark.parametrize("remat,products", [("full", 1), ("dots", 0), ("named", 0.5), ("none", 0)])
-def test_remat_computes_anew_what_its_policy_says(remat, products):
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "named"])
+def test_remat_computes_anew_what_its_policy_says(remat):
     """Products with weights in the jaxpr of the gradient, against one forward and two backward."""
     model = dataclasses.replace(KINDS["llama"], remat=remat, scan=False, layers=1)
     task, params, _ = started(model)
@@ -177,7 +195,7 @@ def test_remat_computes_anew_what_its_policy_says(remat, products):
     in_block = 7  # query, key, value, out, up, gate, down
     # named keeps query, key, value and what attention gives; the last product is never needed again
     again = {"full": in_block - 1, "dots": 0, "none": 0, "named": 3}[remat]
-    assert count == 3 * (in_block + 1) + again, products
+    assert count == 3 * (in_block + 1) + again
 
 
 def weight_products(jaxpr):
@@ -219,15 +237,16 @@ def test_cached_logits_are_the_full_ones(kind):
         lengths = lengths + 1
 
 
-def test_bfloat16_computes_near_and_sums_in_float32(kind):
+def test_bfloat16_computes_near_and_sums_in_float32():
+    kind = KINDS["gpt2"]
     model = dataclasses.replace(kind, dtype="bfloat16")
     task, params, _ = started(model)
     batch = packed()
     (loss, sums), grads = gradient(task, params, batch)
-    (exact, _), _ = gradient(started(kind)[0], params, batch)
+    exact = started(kind)[0].evaluate(params, {}, batch)["loss"]
     assert loss.dtype == sums["loss"][0].dtype == jnp.float32
-    assert float(loss) == pytest.approx(float(exact), rel=2e-2)
-    assert loss != exact
+    assert float(loss) == pytest.approx(float(exact[0] / exact[1]), rel=2e-2)
+    assert float(sums["loss"][0]) != float(exact[0])
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     # A sum of gradients over tokens in bfloat16 would show as a reduction with a result in it.
     jaxpr = str(jax.make_jaxpr(lambda p: gradient(task, p, batch))(params))
@@ -253,13 +272,13 @@ def test_initial_weights():
     leaves = tree.named_leaves(params)
     std = lambda name: float(jnp.std(leaves[name]))
     assert std("blocks/attention/query/kernel") == pytest.approx(256**-0.5, rel=0.02)
-    assert std("blocks/mlp/down/kernel") == pytest.approx((512 * 6) ** -0.5, rel=0.02)
+    assert std("blocks/mlp/down/kernel") == pytest.approx((512 * 4) ** -0.5, rel=0.02)
     layers = leaves["blocks/mlp/up/kernel"]
     assert abs(layers[0] - layers[1]).max() > 0
     _, params, _ = started(KINDS["gpt2"])
     leaves = tree.named_leaves(params)
     assert std("blocks/mlp/up/kernel") == pytest.approx(0.02, rel=0.05)
-    assert std("blocks/attention/out/kernel") == pytest.approx(0.02 / 6**0.5, rel=0.05)
+    assert std("blocks/attention/out/kernel") == pytest.approx(0.02 / 2, rel=0.05)
 
 
 @pytest.mark.parametrize(
