@@ -157,7 +157,9 @@ class Experiment:
             num_steps=num_steps,
             data=self.data,
             source=source,
-            start=functools.partial(weights.start, self.init) if self.init.from_ else None,
+            start=functools.partial(weights.start, self.init, self.model)
+            if self.init.from_
+            else None,
         )
 
     # ---- what it does

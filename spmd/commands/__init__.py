@@ -14,6 +14,7 @@ from spmd.runtime import EXIT_FAILED, EXIT_MISTAKE
 COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
     "eval": "evaluate a checkpoint of a run",
+    "export": "write a checkpoint as Hugging Face safetensors: --to DIR",
     "data": "prepare | show the input data",
     "launch": "train elsewhere or in several processes: local | slurm | tpu-vm | gke",
     "runs": "list | status | check [DIR]: the runs below a directory, or one run",

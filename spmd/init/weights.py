@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd import digest, tree
+from spmd.convert import read
 from spmd.fields import check
 from spmd.init import InitConfig, adapt, matching
 from spmd.runtime import agree
@@ -22,31 +25,28 @@ from spmd.tasks import FROZEN
 from spmd.train import reading, steps
 from spmd.train.loop import Program
 
-PyTree = Any
+T = TypeVar("T")
 # `params/layers/1/kernel` or `model_state/norm/mean` of the model itself -> shape, dtype, sharding
 Wanted = dict[str, jax.ShapeDtypeStruct]
-SHOWN = 10  # arrays that a message names
 
 
-def start(config: InitConfig, program: Program, state: Any) -> Any:
+def start(config: InitConfig, model: Any, program: Program, state: Any) -> Any:
     """`state` with the weights of config.from_, cast to its types; what config.skip matches stays as it is.
 
+    model: the experiment's, whose family says what its arrays are called at Hugging Face.
     Every array goes from the files to where it lies on the mesh. ValueError, with the differing arrays, when
     they are of another model.
     """
     wanted = _wanted(program)
-    source = _source(config.from_)
-    skipped: set[str] = set()
-    if config.skip:
-        names = [name.removeprefix("params/") for name in {**wanted, **source.shapes}]
-        skipped = {f"params/{n}" for n in matching(sorted(names), config.skip, "init.skip")}
-        skipped |= {n.removeprefix("params/") for n in skipped}
-    wanted = {name: leaf for name, leaf in wanted.items() if name not in skipped}
-    _same_model(source, wanted, skipped)
+    source = _source(config.from_, model)
+    names = {name.removeprefix("params/") for name in (*wanted, *source.arrays)}
+    skipped = matching(sorted(names), config.skip, "init.skip")
+    wanted = {n: leaf for n, leaf in wanted.items() if n.removeprefix("params/") not in skipped}
+    source.check(wanted, skipped)
     old = tree.named_leaves(state)
     for name in wanted:  # its memory is needed for what comes instead
         old[_place(name, old)].delete()
-    leaves = source.read(wanted)
+    leaves = _together(lambda: source.read(wanted))
     agree.say(f"starting from {source.about}")
     new = {_place(name, old): leaf for name, leaf in leaves.items()}
     put = lambda prefix, part: tree.map_named(lambda n, x: new.get(f"{prefix}/{n}", x), part)
@@ -88,6 +88,11 @@ class Run(NamedTuple):
     about: str
 
     @property
+    def arrays(self) -> list[str]:
+        """The arrays of its model itself."""
+        return sorted(self.shapes)
+
+    @property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape, dtype) of the arrays of its model itself, by the names that they have here."""
         found = {}
@@ -98,6 +103,21 @@ class Run(NamedTuple):
             if part in ("params", "model_state") and rest[-1] not in adapt.ADAPTERS:
                 found["/".join([part, *rest])] = leaf
         return found
+
+    def check(self, wanted: Wanted, skipped: set[str]) -> None:
+        """ValueError with the arrays that differ; another precision is none."""
+        there = {
+            n: leaf for n, leaf in self.shapes.items() if n.removeprefix("params/") not in skipped
+        }
+        diff = []
+        for name in sorted({*there, *wanted}):
+            ours, theirs = wanted.get(name), there.get(name)
+            if ours is None or theirs is None or not _fits(ours, *theirs):
+                here = "(absent)" if ours is None else f"{ours.dtype}{list(ours.shape)}"
+                said = "(absent)" if theirs is None else f"{theirs[1]}{list(theirs[0])}"
+                diff.append(f"  {name}: {said} there, {here} here")
+        if diff:
+            raise ValueError(read.another_model(self.path, diff))
 
     def read(self, wanted: Wanted) -> dict[str, jax.Array]:
         """The arrays: averaged where the run kept an average, adapters added."""
@@ -129,8 +149,8 @@ class Run(NamedTuple):
         return [frozen if frozen in self.stored else f"{trained}.{dotted}"]
 
     def _merged(self, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        """With its adapters [stack, inputs, rank] and [stack, rank, outputs]: the ranks of all three say which
-        dims are which.
+        """With its adapters [stack, inputs, rank] and [stack, rank, outputs]; how many dims each has says
+        which is which.
         """
         stack, inside = a.ndim + b.ndim - 2 - kernel.ndim, a.ndim - 1
         size = kernel.shape
@@ -146,14 +166,11 @@ class Run(NamedTuple):
             request[reading.DIGESTS] = jax.ShapeDtypeStruct(
                 (len(names), 2), np.uint32, sharding=placed
             )
-        leaves: dict[str, Any] = {}
-        said = ""
         try:
             leaves = reading.load(self.path, request)
         except Exception as error:
             said = reading.first_line(error)
-        for told in agree.gather(said, "reading weights"):
-            check(not told, f"init.from: cannot read {self.path}: {told}")
+            raise ValueError(f"init.from: cannot read {self.path}: {said}") from None
         leaves = {name: leaf for name, leaf in leaves.items() if leaf is not ...}
         if reading.DIGESTS in leaves:
             rows = [names.index(name) for name in sorted(abstract)]
@@ -161,8 +178,7 @@ class Run(NamedTuple):
             bad = reading.differ(digest.differing(leaves, digests))
             check(
                 not bad,
-                f"init.from: the checkpoint {self.path} is bad: {bad}; give an older step of that run, or"
-                " copy it anew",
+                f"init.from: the checkpoint {self.path} is bad: {bad}; give another step of that run",
             )
         return leaves
 
@@ -171,10 +187,30 @@ def _whole(placed: Any) -> Any:
     return NamedSharding(placed.mesh, P()) if isinstance(placed, NamedSharding) else placed
 
 
-def _source(directory: str) -> Run:
+def _together(function: Callable[[], T]) -> T:
+    """What `function` returns; ValueError in all processes when it fails in one."""
+    found, said = None, ""
+    try:
+        found = function()
+    except (ValueError, OSError) as error:
+        said = str(error)
+    for told in agree.gather(said, "reading weights"):
+        check(not told, told)
+    assert found is not None
+    return found
+
+
+def _source(directory: str, model: Any) -> Run | read.Weights:
     """What lies in the directory of init.from; ValueError when that is nothing to start from."""
     ready(directory, "init.from")
     path = epath.Path(directory if is_remote(directory) else os.path.abspath(directory))
+    if not is_remote(path) and read.is_directory(Path(path)):
+        return _together(lambda: read.find(Path(path), model))
+    return _run(directory, path)
+
+
+def _run(directory: str, path: epath.Path) -> Run:
+    """The newest checkpoint of a run, or the one that `path` is."""
 
     def look() -> dict[str, Any]:
         check(path.is_dir(), f"init.from={directory!r}: there is no such directory")
@@ -207,26 +243,6 @@ def _source(directory: str) -> Run:
     also = [*["moving average"] * ema, *["adapters merged"] * adapters]
     about = found["path"] + (f" ({', '.join(also)})" if also else "")
     return Run(epath.Path(found["path"]), stored, ema, found["scale"], about)
-
-
-def _same_model(source: Run, wanted: Wanted, skipped: set[str]) -> None:
-    """ValueError with the arrays that differ; another precision is none."""
-    there = {n: leaf for n, leaf in source.shapes.items() if n not in skipped}
-    diff = []
-    for name in sorted({*there, *wanted}):
-        ours, theirs = wanted.get(name), there.get(name)
-        if ours is None or theirs is None or not _fits(ours, *theirs):
-            here = "(absent)" if ours is None else f"{ours.dtype}{list(ours.shape)}"
-            said = "(absent)" if theirs is None else f"{theirs[1]}{list(theirs[0])}"
-            diff.append(f"  {name}: {said} there, {here} here")
-    if diff:
-        more = f"\n  ... and {len(diff) - SHOWN} more" if len(diff) > SHOWN else ""
-        raise ValueError(
-            f"init.from: {source.path} is of another model:\n"
-            + "\n".join(diff[:SHOWN])
-            + more
-            + "\nmake the models alike, or leave arrays out with init.skip"
-        )
 
 
 def _fits(ours: jax.ShapeDtypeStruct, shape: tuple[int, ...], dtype: str) -> bool:

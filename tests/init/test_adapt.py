@@ -134,7 +134,11 @@ def digits_step(config):
         "weight": jax.ShapeDtypeStruct((64,), "float32"),
     }
     parts = base.Parts(
-        task=task, tx=tx, rate=lambda _: 0.0, mesh=mesh.make(MeshConfig(), jax.devices()[:1]), batch=batch
+        task=task,
+        tx=tx,
+        rate=lambda _: 0.0,
+        mesh=mesh.make(MeshConfig(), jax.devices()[:1]),
+        batch=batch,
     )
     strategy = Auto().build(parts)
     state = jax.eval_shape(strategy.init, jax.random.key(0))
