@@ -1,8 +1,8 @@
 """Losses as (sum, weight): a mean is taken once, over the global batch, never on a device."""
 
-from __future__ import annotations
-
 # B batch, T time, C classes, V vocab
+
+from __future__ import annotations
 
 from typing import NamedTuple
 

@@ -40,7 +40,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-
 def sequence_parallel(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
     """Rules by which norms and residuals are cut over `tensor` too, along time (Korthikanti et al. 2022,
     arXiv 2205.05198).
@@ -85,7 +84,8 @@ def spec_of(
         check(
             size % ways == 0,
             f"{name}: dim {dim!r} of size {size} does not divide by"
-            f" {' * '.join(f'mesh.{a}={mesh.shape[a]}' for a in axes)}",
+            f" {' * '.join(f'mesh.{a}={mesh.shape[a]}' for a in axes)}; it divides by"
+            f" {', '.join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)}",
         )
         spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
     if fsdp and mesh.shape["fsdp"] > 1 and np.prod(shape) >= MIN_FSDP_ELEMENTS:

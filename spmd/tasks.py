@@ -32,7 +32,7 @@ class Task(NamedTuple):
       scale = coefficient / global weight for each term, known before the backward pass.
     evaluate: (params, model_state, batch) -> Sums.
     predict: (params, model_state, batch) -> logits.
-    call: (params, model_state, fn) -> fn(module), as in evaluation: for what a model can do beside (decoding).
+    call: (params, model_state, fn) -> fn(module), as in evaluation; for what a model does beside (decoding).
     whole_batch: layers that take statistics over the batch they see; only a jitted whole batch is right.
     state_dims: logical dims of what in the model state is cut as parameters are; the rest lies whole on
       every device.
@@ -216,8 +216,8 @@ class LanguageModel:
         check(self.chunks >= 1, f"task.chunks={self.chunks} must be at least 1")
 
     def build(self, model: Any, param_dtype: str = "float32") -> Task:
-        """The task of a model that maps tokens [B, T] to logits [B, T, V]; with chunks, by its methods `hidden`
-        and `logits`. The batch: tokens, targets [B, T], and perhaps positions and segments [B, T].
+        """The task of a model that maps tokens [B, T] to logits [B, T, V]; with chunks, by its methods
+        `hidden` and `logits`. The batch: tokens, targets [B, T], and perhaps positions and segments [B, T].
         """
         net = network(model, param_dtype)
         terms = ("loss", "z_loss") if self.z_loss else ("loss",)
@@ -228,7 +228,9 @@ class LanguageModel:
                 sums, model_state = net.call(
                     params, model_state, lambda module: self._sums(module, batch), train=True
                 )
-            total = sum(sums[term][0] * scale[term].astype(sums[term][0].dtype) for term in terms)
+            total = jnp.zeros((), sums["loss"][0].dtype)
+            for term in terms:
+                total += sums[term][0] * scale[term].astype(total.dtype)
             return total, (sums, model_state)
 
         def predict(params, model_state, batch):
@@ -253,7 +255,8 @@ class LanguageModel:
             totals = self._totals(module(*self._inputs(batch)), target_BT, weight_BT)
         else:
             totals = self._chunked(module, batch, target_BT, weight_BT)
-        return {name: (total, weight_BT.sum()) for name, total in totals.items()}
+        weight = weight_BT.sum()
+        return {name: (total, weight.astype(total.dtype)) for name, total in totals.items()}
 
     def _totals(
         self, logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array

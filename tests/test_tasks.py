@@ -142,7 +142,9 @@ def test_a_plain_module_is_a_language_model_too():
             return self.head(self.table(tokens))
 
     batch = tokens()
-    ((total, _), gradient), _ = of_tokens(tasks.LanguageModel(inputs=("tokens",)).build(Plain), batch)
+    ((total, _), gradient), _ = of_tokens(
+        tasks.LanguageModel(inputs=("tokens",)).build(Plain), batch
+    )
     assert np.isfinite(total) and abs(gradient["head"]["kernel"]).max() > 0
     with pytest.raises(ValueError, match="needs a model with methods hidden and logits"):
         of_tokens(tasks.LanguageModel(inputs=("tokens",), chunks=2).build(Plain), batch)

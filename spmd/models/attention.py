@@ -1,6 +1,6 @@
 """Causal attention over packed documents: XLA, cuDNN or splash, rotary positions, a cache for decoding."""
 
-# B batch, T time, S cached time, H query heads, G key and value heads, K head_dim
+# B batch, T time, S time of keys, H query heads, G key and value heads, R = H / G, K head_dim
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from spmd import scope, tree
 from spmd.fields import check
+from spmd.models.layers import contract
 
 Implementation = Literal["xla", "cudnn", "splash"]
 
 
 class Place(NamedTuple):
-    """Where the tokens stand. positions: [B, T] or [1, T]; segments: [B, T], None is one document for each
-    row; rotary: (cosines, sines), each [B or 1, T, 1, K / 2], None without rotary positions.
+    """Where the tokens stand. positions: [B, T]; segments: [B, T], None is one document for each row;
+    rotary: (cosines, sines), each [B, T, 1, K / 2], None without rotary positions.
     """
 
     positions_BT: jax.Array
@@ -35,7 +36,7 @@ def rotary(positions_BT: jax.Array, head_dim: int, theta: float, dtype: Any) -> 
 
 
 def rotate(x_BTHK: jax.Array, angles: Any) -> jax.Array:
-    """Turns each pair (x[i], x[i + K/2]): the halves of a head, in the order of Llama's weights at Hugging Face."""
+    """Turns each pair (x[i], x[i + K/2]): halves of a head, as Llama's weights at Hugging Face lie."""
     cos, sin = angles
     a, b = jnp.split(x_BTHK.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
@@ -55,15 +56,20 @@ def attend(
     """
     if implementation == "splash":
         return _splash(q_BTHK, k_BTGK, v_BTGK, segments_BT)
-    if implementation == "cudnn":
-        _check_cudnn(q_BTHK)
-    mask = None
+    same_BTS = None
     if segments_BT is not None:
-        mask = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-    with jax.numpy_dtype_promotion("standard"):  # for float64 it mixes types inside
-        return jax.nn.dot_product_attention(
-            q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation=implementation
+        same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    if implementation == "xla":
+        time = jnp.arange(q_BTHK.shape[1], dtype=jnp.int32)
+        causal_BTS = time.reshape(1, 1, -1) <= time.reshape(1, -1, 1)
+        return _attend_xla(
+            q_BTHK, k_BTGK, v_BTGK, causal_BTS if same_BTS is None else causal_BTS & same_BTS
         )
+    _check_cudnn(q_BTHK)
+    mask = None if same_BTS is None else same_BTS[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation="cudnn"
+    )
 
 
 def attend_cached(
@@ -71,11 +77,24 @@ def attend_cached(
 ) -> jax.Array:
     """Attention to the slots of a cache, slot s holding position s, up to the query's own position."""
     slots = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)
-    mask = slots.reshape(1, 1, -1) <= positions_BT[:, :, None]
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(
-            q_BTHK, k_BSGK, v_BSGK, mask=mask[:, None], implementation="xla"
-        )
+    return _attend_xla(q_BTHK, k_BSGK, v_BSGK, slots.reshape(1, 1, -1) <= positions_BT[:, :, None])
+
+
+def _attend_xla(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, seen_BTS: jax.Array
+) -> jax.Array:
+    """Softmax in at least float32 between products in the compute type, backward too.
+
+    jax.nn.dot_product_attention, differentiated, multiplies float32 by bfloat16: a product in float32, which
+    strict promotion refuses.
+    """
+    batch, time, _, head_dim = q_BTHK.shape
+    q_BTGRK = q_BTHK.reshape(batch, time, k_BSGK.shape[2], -1, head_dim)  # R queries for each key
+    wide = tree.wide(q_BTHK.dtype)
+    scores = contract("btgrk,bsgk->bgrts", wide, q_BTGRK, k_BSGK) * head_dim**-0.5
+    scores = jnp.where(seen_BTS[:, None, None], scores, jnp.finfo(wide).min)
+    shares = jax.nn.softmax(scores).astype(q_BTHK.dtype)
+    return contract("bgrts,bsgk->btgrk", q_BTHK.dtype, shares, v_BSGK).reshape(q_BTHK.shape)
 
 
 def _check_cudnn(q_BTHK: jax.Array) -> None:
@@ -101,7 +120,7 @@ def _splash(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None
 ) -> jax.Array:
     """The TPU's block-sparse flash kernel; one program for each block of batch and heads."""
-    platform, (_, time, heads, head_dim) = scope.platform(), q_BTHK.shape
+    platform, (_, time, _, head_dim) = scope.platform(), q_BTHK.shape
     instead = "use --model.attention xla"
     check(
         platform == "tpu",
@@ -117,7 +136,12 @@ def _splash(
     row = ("batch", None, "heads", None)  # the kernel sees all of a sequence
     run = scope.blockwise(
         functools.partial(_splash_block, scale=head_dim**-0.5),
-        (row, ("batch", None, "kv_heads", None), ("batch", None, "kv_heads", None), ("batch", None)),
+        (
+            row,
+            ("batch", None, "kv_heads", None),
+            ("batch", None, "kv_heads", None),
+            ("batch", None),
+        ),
         row,
     )
     return run(q_BTHK, k_BTGK, v_BTGK, segments_BT)

@@ -39,18 +39,23 @@ def stacked(
     return param(rngs, (layers, *shape), ("layers", *dims), each)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def contract(spec: str, dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """einsum(spec, x, kernel) computed in x's type, returned as `dtype`; the kernel's gradient is summed in
     the kernel's own type, over tokens and over devices.
 
     Differentiated as written, a bfloat16 product would sum the gradients of float32 parameters in bfloat16.
     """
+    product: Any = _contract(spec, dtype, x, kernel)
+    return product
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(spec: str, dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
 def _contract_forward(spec, dtype, x, kernel):
-    return contract.fun(spec, dtype, x, kernel), (x, kernel)
+    return _contract(spec, dtype, x, kernel), (x, kernel)
 
 
 def _contract_backward(spec, dtype, kept, gradient):
@@ -64,19 +69,24 @@ def _contract_backward(spec, dtype, kept, gradient):
     return for_x, for_kernel
 
 
-contract.defvjp(_contract_forward, _contract_backward)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def lookup(dtype: Any, table_VD: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of a table as `dtype`, NaN for an index that it does not have; the gradient is summed in the
     table's own type.
     """
+    rows: Any = _lookup(dtype, table_VD, index)
+    return rows
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(dtype: Any, table_VD: jax.Array, index: jax.Array) -> jax.Array:
     return table_VD.astype(dtype).at[index].get(mode="fill")
 
 
 def _lookup_forward(dtype, table_VD, index):
-    return lookup.fun(dtype, table_VD, index), (table_VD, index)
+    return _lookup(dtype, table_VD, index), (table_VD, index)
 
 
 def _lookup_backward(dtype, kept, gradient):
@@ -85,7 +95,7 @@ def _lookup_backward(dtype, kept, gradient):
     return jnp.zeros_like(table_VD).at[index].add(rows, mode="drop"), None
 
 
-lookup.defvjp(_lookup_forward, _lookup_backward)
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Linear(nnx.Module):
@@ -132,8 +142,8 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Normalises the last dim: by its root mean square (Zhang and Sennrich 2019), or `centred` (layer norm, Ba
-    et al. 2016). At least float32 inside.
+    """Normalises the last dim: by its root mean square (Zhang and Sennrich 2019), or `centred` (layer norm,
+    Ba et al. 2016). At least float32 inside.
     """
 
     def __init__(

@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
             f"a sequence of {time} tokens is longer than model.length={config.length}",
         )
         if positions_BT is None:
-            positions_BT = jnp.arange(time, dtype=jnp.int32).reshape(1, -1)
+            positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
         x_BTD = self.embed(tokens_BT, self._dtype)
         angles = None
         if self.position is not None:
@@ -234,7 +234,9 @@ class Table(nnx.Module):
         # time, so that each device takes the rows it has and a sum joins them: with residuals cut over
         # the axis of the vocabulary, the whole table would be gathered instead.
         table = scope.constrain(self.table[...], self.dim, "embed")
-        return scope.constrain(lookup(dtype, table, index_BT), "batch", _time("time", index_BT), "embed")
+        return scope.constrain(
+            lookup(dtype, table, index_BT), "batch", _time("time", index_BT), "embed"
+        )
 
 
 class Block(nnx.Module):
@@ -345,7 +347,9 @@ def _unstacked(stack: Any, layers: int) -> list[Any]:
     """
     leaves, structure = jax.tree.flatten(stack)
     parts = [jax.lax.split(x, (1,) * layers, axis=0) for x in leaves]
-    return [structure.unflatten([p.squeeze(0) for p in layer]) for layer in zip(*parts, strict=True)]
+    return [
+        structure.unflatten([p.squeeze(0) for p in layer]) for layer in zip(*parts, strict=True)
+    ]
 
 
 def _remat(block: Callable[..., Any], config: Transformer) -> Callable[..., Any]:

@@ -104,7 +104,7 @@ def gradient(task, params, batch):
 
 
 def assert_close(a, b, rtol=1e-4):
-    """Up to the largest element of a leaf; that of a key's bias is zero up to rounding, softmax is blind to it."""
+    """Relative to the largest element of a leaf; a key's bias has none: softmax is blind to it."""
     for (name, x), y in zip(tree.named_leaves(a).items(), jax.tree.leaves(b), strict=True):
         atol = 1e-7 + rtol * float(abs(y).max())
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=name)
@@ -155,7 +155,11 @@ def test_packed_documents_are_as_if_alone(kind):
     together = task.predict(params, {}, batch)
     for number in range(1, 4):  # alone: at the start of the row, what follows is not seen
         (where,) = np.nonzero(np.asarray(batch["segments"][0]) == number)
-        alone = {"tokens": jnp.zeros((1, 16), jnp.int32).at[0, : len(where)].set(batch["tokens"][0, where])}
+        alone = {
+            "tokens": jnp.zeros((1, 16), jnp.int32)
+            .at[0, : len(where)]
+            .set(batch["tokens"][0, where])
+        }
         got = task.predict(params, {}, alone)[0, : len(where)]
         np.testing.assert_allclose(together[0, where], got, rtol=1e-4, atol=1e-5)
 
@@ -268,7 +272,7 @@ def test_the_loss_starts_at_that_of_chance(kind):
 
 
 def test_initial_weights():
-    task, params, _ = started(dataclasses.replace(KINDS["llama"], embed=256, mlp=512))
+    _, params, _ = started(dataclasses.replace(KINDS["llama"], embed=256, mlp=512))
     leaves = tree.named_leaves(params)
     std = lambda name: float(jnp.std(leaves[name]))
     assert std("blocks/attention/query/kernel") == pytest.approx(256**-0.5, rel=0.02)
