@@ -165,7 +165,8 @@ def find(path: Path, model: Any) -> Weights:
             raise ValueError(
                 f"init.from: {path / file} is truncated, or no safetensors file: {error}"
             ) from None
-    said = names.differences(model, family, _json(path / "config.json"))
+    config = _json(path / "config.json")
+    said = names.differences(model, family, config) if config else []
     check(
         not said,
         f"init.from: {path / 'config.json'} is of another model:\n"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spmd import optim, tree
+from spmd import optim, scope, tree
 from spmd.fields import check
 from spmd.init import InitConfig, matching
 from spmd.tasks import FROZEN, Task
@@ -73,7 +73,8 @@ def adapt(task: Task, config: InitConfig) -> Task:
         return task.plain(_joined(params, state[FROZEN], matrices, scale), rest)
 
     def loss(params, state, batch, step_key, scale):
-        total, (sums, new) = task.loss(*plain(params, state), batch, step_key, scale)
+        used = state | {FROZEN: scope.varying(state[FROZEN])}  # as the trained ones are
+        total, (sums, new) = task.loss(*plain(params, used), batch, step_key, scale)
         return total, (sums, new | {FROZEN: state[FROZEN]})
 
     def dims_of(name: str) -> tuple[Any, ...] | None:
