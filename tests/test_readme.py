@@ -13,6 +13,11 @@ LINES = re.findall(r"^python run\.py (.+?)(?:  .*)?$", README, re.M)
 NEEDS_TENSORFLOW = "data prepare --experiment mnist"
 
 
+def follows(line):
+    """Whether it needs the run of an earlier line."""
+    return line.startswith(("eval", "runs")) or "--init.from" in line
+
+
 def words(line):
     found = line.split()
     trains = found[0] == "--experiment" and "--list" not in found
@@ -27,7 +32,7 @@ def test_the_readme_shows_the_commands():
 
 @pytest.mark.parametrize(
     "line",
-    [line for line in LINES if not line.startswith(("eval", "runs")) and "wide.py" not in line],
+    [line for line in LINES if not follows(line) and "wide.py" not in line],
 )
 def test_command(line, run_cli):
     done = run_cli(*words(line))
@@ -40,7 +45,7 @@ def test_command(line, run_cli):
 def test_eval_and_runs_follow_a_run(run_cli):
     assert run_cli("--experiment", "digits", "--train.steps", "5").returncode == 0
     for line in LINES:
-        if line.startswith(("eval", "runs")):
+        if follows(line):
             assert run_cli(*words(line)).returncode == 0, line
 
 

@@ -203,7 +203,9 @@ def _together(function: Callable[[], T]) -> T:
 def _source(directory: str, model: Any) -> Run | read.Weights:
     """What lies in the directory of init.from; ValueError when that is nothing to start from."""
     ready(directory, "init.from")
-    path = epath.Path(directory if is_remote(directory) else os.path.abspath(directory))
+    path = epath.Path(
+        directory if is_remote(directory) else os.path.abspath(os.path.expanduser(directory))
+    )
     if not is_remote(path) and read.is_directory(Path(path)):
         return _together(lambda: read.find(Path(path), model))
     return _run(directory, path)
