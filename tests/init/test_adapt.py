@@ -78,10 +78,16 @@ def reference(config):
     return trained(config, Auto(), MeshConfig(), 1, **OPTIONS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "config", [LORA, InitConfig(freeze=("blocks/mlp/*", "embed/table"))], ids=["lora", "freeze"]
-)
+FREEZE = InitConfig(freeze=("blocks/mlp/*", "embed/table"))
+QUICK = {("fsdp2xtensor2", LORA), ("psum4", LORA), ("data2xfsdp2xtensor2", FREEZE)}
+CASES = [
+    pytest.param(layout, config, marks=[] if (layout, config) in QUICK else pytest.mark.slow)
+    for config in (LORA, FREEZE)
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("layout,config", CASES)
 def test_equals_one_device(layout, config):
     with jax.enable_x64(True):
         losses, want, _ = reference(config)
