@@ -1,6 +1,6 @@
 """A character-level model of Shakespeare: nanoGPT's small CPU setting.
 
-python run.py --experiment lm_shakespeare --data.dir DIR    # some minutes on 2 CPU cores; expect eval/loss 1.79
+python run.py --experiment lm_shakespeare --data.dir DIR    # 2 CPU cores; expect eval/loss 1.79
 
 The stock TFDS set cuts the text where nanoGPT does: `train` is its first 90 % of the characters, `validation`
 and `test` together the last 10 %. Evaluation reads all of these once; nanoGPT takes the mean of 20 batches.
