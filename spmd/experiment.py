@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from spmd.verify import Report
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-UNREAD_STEPS = (
-    1_000_000  # of a plan: epochs of data not opened have no number; only the schedule asks
-)
+# Of a plan: epochs of data that is not opened have no number, and only the schedule asks.
+UNREAD_STEPS = 1_000_000
 ONE_PROCESS = "verify compares with one device and runs in one process; there, use --simulate 8"
 
 
