@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,3 +99,29 @@ def get_batch(path: str, batch: int, length: int, device: str) -> tuple[torch.Te
     if device == "cpu":
         return x, y
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in (x, y))  # type: ignore
+
+
+def train(
+    gate: Callable[[int], None],
+    model: Any,
+    adamw: torch.optim.Optimizer,
+    batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    rate: Callable[[int], float],
+    report: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """nanoGPT's loop, without end: the next batch is read while the model runs, the loss every `report`."""
+    x, y = batch()
+    for step in itertools.count(1):
+        for group in adamw.param_groups:
+            group["lr"] = rate(step)
+        with autocast():
+            loss = model(x, y)
+        x, y = batch()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        if step % report == 0:
+            loss.item()
+            gate(step)

@@ -83,6 +83,7 @@ def pytorch(gate: Gate, scratch: Path, options: dict) -> None:
     """nanoGPT's train.py on one GPU, without its evaluation."""
     import torch
     from _nanogpt import GPT, get_batch, optimizer, rate_at
+    from _nanogpt import train as nanogpt_train
 
     device = "cpu" if QUICK else "cuda"
     if not QUICK and not torch.cuda.is_available():
@@ -97,20 +98,9 @@ def pytorch(gate: Gate, scratch: Path, options: dict) -> None:
         model = torch.compile(model)
         gate.facts = lambda: {"bytes": torch.cuda.max_memory_allocated()}
     batch = lambda: get_batch(str(scratch / "train.bin"), BATCH, LENGTH, device)
-    x, y = batch()
-    for step in range(1, ENDLESS):
-        for group in adamw.param_groups:
-            group["lr"] = rate_at(step, 6e-4, 2000, ENDLESS)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(x, y)
-        x, y = batch()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        if step % REPORT == 0:
-            loss.item()
-            gate(step)
+    rate = lambda step: rate_at(step, 6e-4, 2000, ENDLESS)
+    autocast = lambda: torch.autocast(device, dtype=torch.bfloat16)
+    nanogpt_train(gate, model, adamw, batch, rate, REPORT, autocast)
 
 
 def _contestant(title: str, run: Run) -> Contestant:

@@ -118,25 +118,15 @@ def pytorch(gate: Gate, scratch: Path, options: dict) -> None:
     """nanoGPT's train.py on a CPU, without its evaluation."""
     import torch
     from _nanogpt import GPT, get_batch, optimizer, rate_at
+    from _nanogpt import train as nanogpt_train
 
     torch.manual_seed(1337)
     size = {"vocab": len(ALPHABET), "length": LENGTH, "layers": 4, "heads": 4, "embed": 128}
     model = GPT(**size, bias=False)
     adamw = optimizer(model, 1e-3, b2=0.99, fused=False)
     batch = lambda: get_batch(str(scratch / "train.bin"), 12, LENGTH, "cpu")
-    x, y = batch()
-    for step in range(1, ENDLESS):
-        for group in adamw.param_groups:
-            group["lr"] = rate_at(step, 1e-3, 100, ENDLESS)
-        loss = model(x, y)
-        x, y = batch()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
-        if step % REPORT == 0:
-            loss.item()
-            gate(step)
+    rate = lambda step: rate_at(step, 1e-3, 100, ENDLESS)
+    nanogpt_train(gate, model, adamw, batch, rate, REPORT)
 
 
 def _small(title: str, run: Run, options: dict[str, Any]) -> Contestant:

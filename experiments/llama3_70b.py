@@ -1,6 +1,7 @@
 """Llama 3 70B (arXiv 2407.21783), from random weights.
 
-python run.py --experiment llama3_70b --data.files 'DIR/*.jsonl' --data.tokenizer FILE --mesh.data 1 --mesh.fsdp -1
+python run.py --experiment llama3_70b --data.files 'DIR/*.jsonl' --data.tokenizer FILE \\
+    --mesh.data 1 --mesh.fsdp -1
 
 Four million tokens a step; the state takes 847 GB with AdamW in float32. A TFDS text set: --data.name NAME.
 FILE is Llama 3's tokenizer.json. The steps are a budget to be set: Meta trained on 15 trillion tokens. Not

@@ -51,6 +51,24 @@ class Program(NamedTuple):
         shapes = self.data.abstract_batch(self.data.batch_size)
         return {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in shapes.items()}
 
+    def host_batches(
+        self, start: int, stop: int, steps_per_dispatch: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the training batches of steps [start, stop); see loader.train_batches."""
+        placed = jax.tree.leaves(self.strategy.batch_shardings)[0]
+        return loader.train_batches(
+            self.source,
+            batch_size=self.data.batch_size,
+            seed=self.seed,
+            start=start,
+            stop=stop,
+            steps_per_dispatch=steps_per_dispatch,
+            rows=loader.process_rows(placed, self.data.batch_size),
+            threads=self.data.threads,
+            buffer=self.data.buffer,
+            transform=augment.transform(self.data, self.source, self.seed),
+        )
+
 
 class Stopped(Exception):
     """The run was asked to stop and has saved; `signal` says by what."""
@@ -81,24 +99,6 @@ def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> ba
         state = checkpoints.restore(abstract, strategy.state_shardings)
     agree.say(f"resuming at step {int(state.step)} of {program.num_steps}")
     return state
-
-
-def _batches(program: Program, train: TrainConfig, start: int) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of the batches from step `start` on."""
-    data = program.data
-    placed = jax.tree.leaves(program.strategy.batch_shardings)[0]
-    return loader.train_batches(
-        program.source,
-        batch_size=data.batch_size,
-        seed=program.seed,
-        start=start,
-        stop=program.num_steps,
-        steps_per_dispatch=train.steps_per_dispatch,
-        rows=loader.process_rows(placed, data.batch_size),
-        threads=data.threads,
-        buffer=data.buffer,
-        transform=augment.transform(data, program.source, program.seed),
-    )
 
 
 def fit(
@@ -147,7 +147,7 @@ def fit(
         if train.steps_per_dispatch > 1:
             strategy = base.scanned(strategy)
         placed = jax.tree.leaves(strategy.batch_shardings)[0]
-        batches = _batches(program, train, step)
+        batches = program.host_batches(step, program.num_steps, train.steps_per_dispatch)
         # ---- output
         writer = Writer(directory, step, log, config)
         closing.callback(writer.close)

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from spmd import flops, scope, tree
-from spmd.data import augment, loader
 from spmd.mesh import AXES
 from spmd.sharding import RULES
 from spmd.strategies import base
@@ -118,19 +117,10 @@ def batches(program: Program, num_steps: int) -> Iterator[dict[str, np.ndarray]]
     """The run's first batches; every second one padded unevenly over the devices, since a mean of means is
     right as long as all devices hold equally many examples.
     """
-    data = program.data
-    found = loader.train_batches(
-        program.source,
-        batch_size=data.batch_size,
-        seed=program.seed,
-        stop=num_steps,
-        threads=data.threads,
-        buffer=data.buffer,
-        transform=augment.transform(data, program.source, program.seed),
-    )
-    for step, batch in enumerate(found):
+    batch_size = program.data.batch_size
+    for step, batch in enumerate(program.host_batches(0, num_steps)):
         if step % 2:
-            first, num = data.batch_size * 5 // 8, data.batch_size * 9 // 32
+            first, num = batch_size * 5 // 8, batch_size * 9 // 32
             weight_B = batch["weight"].copy()
             weight_B[first : first + num] = 0
             batch = batch | {"weight": weight_B}
