@@ -56,7 +56,9 @@ CASES = [(1, 0), (2, 1)] + [
 def test_killed_at_random_moments(start_group, undisturbed, tmp_path, num, seed):
     reference = want(undisturbed, start_group, num)
     rng = random.Random(seed)
-    run = (*RUN, "--simulate", 2 // num, "--run.dir", tmp_path / "out", "--runtime.grace", 120)
+    # A process killed before the roll call is missed until the join time-out.
+    waits = ("--runtime.grace", 120, "--runtime.join-timeout", 30)
+    run = (*RUN, "--simulate", 2 // num, "--run.dir", tmp_path / "out", *waits)
     reached, lost = 0, []
     for _ in range(rng.choice([1, 2])):
         group = start_group(num, *run)
