@@ -146,7 +146,9 @@ class Votes:
         """int32 [devices, 2]: the signal, and the dispatches to leave out until the next, negated."""
         own = signum, -min(apart, _MOST)
         if own not in self._votes:
-            rows = lambda index: np.tile(np.int32(own), (len(range(self._size)[index[0]]), 1))
+            rows = lambda index: np.tile(
+                np.array(own, np.int32), (len(range(self._size)[index[0]]), 1)
+            )
             shape = (self._size, 2)
             self._votes[own] = jax.make_array_from_callback(shape, self._spread, rows)
         return self._votes[own]
