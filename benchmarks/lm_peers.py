@@ -157,7 +157,7 @@ LEARNED = ("--model.position", "learned")
 CONTESTANTS = {
     "ours": _ours("spmd, 1 per dispatch", *LEARNED),
     "nanogpt": _small("nanoGPT, PyTorch", pytorch, {}),
-    "ours_scan": _ours("spmd, 8 per dispatch", *LEARNED, "--train.steps-per-dispatch", "8"),
+    "ours_scan": _ours("spmd, 10 per dispatch", *LEARNED, "--train.steps-per-dispatch", "10"),
     "rotary": _ours("spmd, rotary positions, 1 per dispatch"),
     "large": _large("spmd, 10.6M parameters", ours),
     "large_plain": _large("the same module by hand, 10.6M parameters", plain_jax),

@@ -55,10 +55,12 @@ def measure(rounds: int, quick: bool) -> None:
         for _ in range(STEPS):
             with clock("step") if careful else contextlib.nullcontext():
                 state, metric = step(state)
-                pending.append((metric, votes.cast(0)) if careful else (metric,))
+                pending.append({"metric": metric} | (votes.cast(0) if careful else {}))
             with clock("step") if careful else contextlib.nullcontext():
                 if len(pending) > IN_FLIGHT:
-                    [np.asarray(x) for x in pending.pop(0)]
+                    found = {name: np.asarray(x) for name, x in pending.pop(0).items()}
+                    if "stop" in found:
+                        votes.read(found["stop"])
         jax.block_until_ready((state, pending))
         return (time.perf_counter() - start) / STEPS, state
 

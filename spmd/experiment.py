@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spmd import fields, mesh, optim, strategies
 from spmd.data import DataConfig
 from spmd.fields import check, closest, free
+from spmd.init import InitConfig
 from spmd.overrides import override as override
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
@@ -43,6 +45,8 @@ class Experiment:
     """Input data."""
     optimizer: optim.Optimizer
     """Optimizer, schedule, clipping, decay; --optimizer NAME changes the class."""
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
+    """Where the weights come from, and which are trained."""
     strategy: strategies.StrategyConfig = dataclasses.field(default_factory=strategies.Auto)
     """How the devices agree; --strategy NAME changes the class."""
     mesh: mesh.MeshConfig = free(mesh.MeshConfig())
@@ -115,6 +119,7 @@ class Experiment:
         """Mesh, task, strategy and data, on `devices` (default: all, or the first `simulate`)."""
         import jax
 
+        from spmd.init import adapt, weights
         from spmd.strategies.base import Parts
         from spmd.train.loop import Program
 
@@ -134,7 +139,7 @@ class Experiment:
             source = self.data.open("train")
             self.data.check_model(self.model)
         num_steps = self.train.num_steps(batch_size, len(source))
-        task = self.task.build(self.model, self.param_dtype)
+        task = adapt.adapt(self.task.build(self.model, self.param_dtype), self.init)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
         tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims), task.dims)
         batch = {
@@ -162,16 +167,21 @@ class Experiment:
             num_steps=num_steps,
             data=self.data,
             source=source,
+            start=functools.partial(weights.start, self.init, self.model)
+            if self.init.from_
+            else None,
         )
 
     # ---- what it does
 
     def train_run(self) -> Run:
         """Trains, or resumes what is in the run directory; returns the finished run."""
-        from spmd.runtime import agree
+        from spmd.runtime import agree, allocator
         from spmd.train import loop, rundir, tracker
 
         program = self.build()
+        if program.mesh.devices.flat[0].platform == "cpu":
+            allocator.keep()
         place = (self.run.dir, self.name, self.config(), self.identity())
 
         def claim() -> str:

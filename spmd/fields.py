@@ -24,7 +24,7 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         shown = [f for f in dataclasses.fields(value) if f.repr]
         return {"class": type(value).__name__} | {
-            f.name: plain(getattr(value, f.name)) for f in shown
+            _shown(f): plain(getattr(value, f.name)) for f in shown
         }
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -35,6 +35,11 @@ def plain(value: Any) -> Any:
     if callable(value):  # a module class or a function from the experiment file
         return f"{getattr(value, '__qualname__', type(value).__qualname__)}"
     return str(value)
+
+
+def _shown(field: dataclasses.Field[Any]) -> str:
+    """The name of a field as it is typed: `from`, which Python has for itself, is `from_` in a class."""
+    return field.name.rstrip("_")
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def flatten(
             flat[f"{prefix}class" if prefix else "class"] = type(value).__name__
             for f in dataclasses.fields(value):
                 if f.repr and keep(f):
-                    walk(f"{prefix}{f.name}.", getattr(value, f.name))
+                    walk(f"{prefix}{_shown(f)}.", getattr(value, f.name))
         elif isinstance(value, list | tuple) and any(map(dataclasses.is_dataclass, value)):
             for i, item in enumerate(value):
                 walk(f"{prefix}{i}.", item)
@@ -74,15 +79,16 @@ def defaults(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if not f.repr or f.metadata.get("free"):
             continue
+        name = _shown(f)
         if dataclasses.is_dataclass(value):
-            flat |= {f"{f.name}.{k}": v for k, v in defaults(value).items()}
+            flat |= {f"{name}.{k}": v for k, v in defaults(value).items()}
         default = f.default
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
         if dataclasses.is_dataclass(default) and type(default) is type(value):
-            flat |= {f"{f.name}.{k}": v for k, v in identity(default).items()}
+            flat |= {f"{name}.{k}": v for k, v in identity(default).items()}
         elif default is not dataclasses.MISSING and not dataclasses.is_dataclass(value):
-            flat[f.name] = plain(default)
+            flat[name] = plain(default)
     return flat
 
 

@@ -219,14 +219,14 @@ class Muon(Optimizer):
 
         def group(name: str, matrix: bool) -> str:
             known = dims.get(name)
-            return "muon" if matrix and (not known or _is_hidden_matrix(known)) else "adamw"
+            return "muon" if matrix and (not known or is_hidden_matrix(known)) else "adamw"
 
         def sides(name: str, x: Any) -> MuonDimensionNumbers:
-            return MuonDimensionNumbers(*_matrix_axes(dims.get(name) or (None,) * x.ndim))
+            return MuonDimensionNumbers(*matrix_axes(dims.get(name) or (None,) * x.ndim))
 
         def scale(name: str, x: Any) -> Any:
             # The root mean square of an orthogonal [m, n] is 1 / sqrt(max(m, n)).
-            axes = _matrix_axes(dims.get(name) or (None,) * x.ndim)
+            axes = matrix_axes(dims.get(name) or (None,) * x.ndim)
             largest = max(math.prod(x.shape[i] for i in side) for side in axes)
             return x * (self.rms * math.sqrt(largest))
 
@@ -243,16 +243,16 @@ class Muon(Optimizer):
         return optax.partition({"muon": muon, "adamw": adamw}, tree.map_named(group, matrices))
 
 
-def _matrix_axes(dims: Sequence[str | None]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def matrix_axes(dims: Sequence[str | None]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(input axes, output axes) of a kernel as a matrix; `layers` and `experts` are stacks, in neither."""
     axes = [i for i, dim in enumerate(dims) if dim not in ("layers", "experts")]
     out = 2 if dims[-1] == "head_dim" and dims[-2] in ("heads", "kv_heads") else 1
     return tuple(axes[:-out]), tuple(axes[-out:])
 
 
-def _is_hidden_matrix(dims: tuple[str, ...]) -> bool:
+def is_hidden_matrix(dims: tuple[str, ...]) -> bool:
     """Neither an embedding, a head or a first layer, nor a bias of stacked or attention layers."""
-    return not {"vocab", "position", "classes", "input"} & {*dims} and bool(_matrix_axes(dims)[0])
+    return not {"vocab", "position", "classes", "input"} & {*dims} and bool(matrix_axes(dims)[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,6 +323,6 @@ def decay_mask(params: Any, dims: dict[str, Any]) -> Any:
 
     def decays(name: str, x: Any) -> bool:
         known = dims.get(name)
-        return bool(_matrix_axes(known)[0]) if known else len(x.shape) >= 2
+        return bool(matrix_axes(known)[0]) if known else len(x.shape) >= 2
 
     return tree.map_named(decays, params)

@@ -81,6 +81,7 @@ _HELP = {
     "model": "What is trained.",
     "task": "Loss and metrics.",
     "data": "Input data.",
+    "init": "Where the weights come from, and which are trained.",
     "optimizer": "Optimizer, schedule, clipping, decay; --optimizer NAME changes the class"
     f" ({', '.join(optim.OPTIMIZERS)}).",
     "strategy": "How the devices agree; --strategy NAME changes the class"

@@ -19,12 +19,12 @@ LAYERS = (
     ("sharding", "scope"),
     ("collectives", "hlo"),
     ("optim", "losses", "data"),
-    ("models",),
+    ("models", "network"),
     ("tasks",),
     ("grad",),
     ("strategies",),
     ("train",),
-    ("plan", "verify", "convert", "sample"),
+    ("plan", "verify", "convert", "init", "sample"),
     ("overrides",),
     ("experiment",),
     ("handle", "commands"),
@@ -37,7 +37,17 @@ NEVER = {"strategies": {"models", "data"}}  # though they lie below
 STANDARD_LIBRARY_ONLY = {"fields", "storage", "hardware", "launch"}
 # models/ name logical dims: nothing that says where an array lies
 NO_PLACEMENT = {"PartitionSpec", "NamedSharding", "jax.P", "spmd.mesh", "spmd.sharding"}
-FOR_EXPERIMENTS = {"models", "data", "optim", "tasks", "strategies", "train", "mesh", "experiment"}
+FOR_EXPERIMENTS = {
+    "models",
+    "data",
+    "optim",
+    "tasks",
+    "strategies",
+    "train",
+    "mesh",
+    "experiment",
+    "init",
+}
 
 
 def imported(path: str, source: str) -> Iterator[tuple[int, str, str]]:

@@ -14,6 +14,11 @@ LINES = re.findall(r"^python run\.py (.+?)(?:  .*)?$", README, re.M)
 NEEDS_TENSORFLOW = "data prepare --experiment mnist"
 
 
+def follows(line):
+    """Whether it needs the run of an earlier line."""
+    return line.startswith(("eval", "runs")) or "--init.from" in line
+
+
 def words(line):
     found = shlex.split(line)
     trains = found[0] == "--experiment" and "--list" not in found
@@ -28,7 +33,7 @@ def test_the_readme_shows_the_commands():
 
 @pytest.mark.parametrize(
     "line",
-    [x for x in LINES if not x.startswith(("eval", "runs", "sample")) and "wide.py" not in x],
+    [x for x in LINES if not follows(x) and not x.startswith("sample") and "wide.py" not in x],
 )
 def test_command(line, run_cli):
     done = run_cli(*words(line))
@@ -41,7 +46,7 @@ def test_command(line, run_cli):
 def test_eval_and_runs_follow_a_run(run_cli):
     assert run_cli("--experiment", "digits", "--train.steps", "5").returncode == 0
     for line in LINES:
-        if line.startswith(("eval", "runs")):
+        if follows(line):
             assert run_cli(*words(line)).returncode == 0, line
 
 

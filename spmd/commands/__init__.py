@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "continue prompts with the language model of a run",
     "verify": "prove that the mesh computes what one device computes, or say where it departs",
     "plan": "show how the state lies on devices that need not be there",
+    "export": "write a checkpoint as Hugging Face safetensors: --to DIR",
     "data": "prepare | show the input data",
     "launch": "train elsewhere or in several processes: local | slurm | tpu-vm | gke",
     "runs": "list | status | check [DIR]: the runs below a directory, or one run",

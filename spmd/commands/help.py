@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from typing import Any
 
 from spmd import mesh, optim, strategies
 from spmd.data import TFDS, Augment
 from spmd.data.text import Text
+from spmd.init import InitConfig
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
@@ -22,6 +24,7 @@ SHARED: dict[str, tuple[type, ...]] = {
     "log": (LogConfig,),
     "run": (RunConfig,),
     "runtime": (RuntimeConfig,),
+    "init": (InitConfig,),
     "data": (TFDS, Text),
     "data.augment": (Augment,),
     "optimizer": tuple(optim.OPTIMIZERS.values()),
@@ -68,7 +71,7 @@ def shared_fields() -> str:
                 seen.add(f.name)
                 default = "" if f.default is dataclasses.MISSING else repr(f.default)
                 kind = (
-                    str(f.type)
+                    re.sub(r"Annotated\[(\w+), .*", r"\1", str(f.type))
                     .replace("Literal[", "")
                     .replace("]", "")
                     .replace('"', "")
@@ -76,7 +79,7 @@ def shared_fields() -> str:
                 )
                 lines.append(
                     (
-                        f"--{prefix}.{f.name.replace('_', '-')}",
+                        f"--{prefix}.{f.name.rstrip('_').replace('_', '-')}",
                         kind,
                         default,
                         texts.get(f.name, "").replace("%%", "%"),

@@ -65,10 +65,19 @@ def _contract_backward(spec, dtype, kept, gradient):
     (left, right), out = spec.split("->")[0].split(","), spec.split("->")[1]
     gradient = gradient.astype(x.dtype)
     for_x = jnp.einsum(f"{out},{right}->{left}", gradient, kernel.astype(x.dtype))
-    for_kernel = jnp.einsum(
-        f"{left},{out}->{right}", x, gradient, preferred_element_type=kernel.dtype
-    )
-    return for_x, for_kernel
+    return for_x, _kernel_gradient(left, x, out, gradient, right, kernel)
+
+
+def _kernel_gradient(left, x, out, gradient, right, kernel):
+    """einsum("left,out->right", x, gradient), summed in the type of `kernel`."""
+    dtype = kernel.dtype
+    if scope.platform() != "cpu" or x.size <= gradient.size + kernel.size:
+        return jnp.einsum(f"{left},{out}->{right}", x, gradient, preferred_element_type=dtype)
+    # XLA's CPU backend turns the first factor by a slow copy, within the loop that makes it: let that be the
+    # smaller one, and turn the product. The barrier keeps XLA from swapping them back.
+    turned = "".join(sorted(right, key=lambda letter: letter in left))
+    product = jnp.einsum(f"{out},{left}->{turned}", gradient, x, preferred_element_type=dtype)
+    return jnp.einsum(f"{turned}->{right}", jax.lax.optimization_barrier(product))
 
 
 _contract.defvjp(_contract_forward, _contract_backward)

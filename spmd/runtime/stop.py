@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -102,22 +101,54 @@ def _watch(read: int, stop: Stop, grace: float) -> None:
             os.write(2, b"\nstopping: saving the state (Ctrl-C again leaves at once)\n")
 
 
+_APART = 0.5  # seconds between votes
+_MOST = 16  # dispatches between votes: they may become slower
+
+
 class Votes:
     """Asks all processes whether to stop, within the stream of steps.
 
-    Each casts a vote with each dispatch and reads it with that dispatch's metrics; so all read the same votes
-    at the same step, without a wait of its own and whichever phase the signal came in.
+    Each casts a vote with a dispatch and reads it with that dispatch's metrics; so all read the same votes at
+    the same step, without a wait of its own and whichever phase the signal came in. Short dispatches do not
+    all carry one: a vote also says after how many the process would cast the next, and the least counts.
+
+    agreed: the signal that all have agreed to stop for; 0 for none.
     """
 
     def __init__(self, mesh: Mesh):
-        spread = NamedSharding(mesh, P(mesh.axis_names))
-        self._spread, self._size = spread, mesh.size
-        self._votes: dict[int, jax.Array] = {}
-        self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+        self.agreed = 0
+        self._spread, self._size = NamedSharding(mesh, P(mesh.axis_names)), mesh.size
+        self._votes: dict[tuple[int, int], jax.Array] = {}
+        self._highest = jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(mesh, P()))
+        self._dispatch = self._due = 0
+        self._last = 0, time.monotonic()  # dispatch and time of the newest vote
 
-    def cast(self, signum: int) -> jax.Array:
-        """int32 []: the highest signal number that any process has got."""
-        if signum not in self._votes:
-            one = lambda index: np.full(len(range(self._size)[index[0]]), signum, np.int32)
-            self._votes[signum] = jax.make_array_from_callback((self._size,), self._spread, one)
-        return self._highest(self._votes[signum])
+    def cast(self, signum: int) -> dict[str, jax.Array]:
+        """To be called with each dispatch: what is to be read back, {} when it carries no vote."""
+        self._dispatch += 1
+        if self._dispatch <= self._due:
+            return {}
+        before, now = self._last, time.monotonic()
+        self._last = self._dispatch, now
+        seconds = (now - before[1]) / (self._dispatch - before[0])
+        return {"stop": self._highest(self._vote(signum, int(_APART / max(seconds, 1e-6))))}
+
+    def read(self, vote: np.ndarray) -> None:
+        """The result of a vote, int32 [2]; in all processes after the same dispatch."""
+        self.agreed = max(self.agreed, int(vote[0]))
+        self._due = max(self._due, self._dispatch - int(vote[1]))
+
+    def ask(self, signum: int) -> None:
+        """Votes and waits for the result."""
+        self.agreed = max(self.agreed, int(self._highest(self._vote(signum, 0))[0]))
+
+    def _vote(self, signum: int, apart: int) -> jax.Array:
+        """int32 [devices, 2]: the signal, and the dispatches to leave out until the next, negated."""
+        own = signum, -min(apart, _MOST)
+        if own not in self._votes:
+            rows = lambda index: np.tile(
+                np.array(own, np.int32), (len(range(self._size)[index[0]]), 1)
+            )
+            shape = (self._size, 2)
+            self._votes[own] = jax.make_array_from_callback(shape, self._spread, rows)
+        return self._votes[own]

@@ -16,7 +16,9 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
     params, _ = base.abstract_params(parts)
     place = lambda fsdp: sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=fsdp)
     cut = place(True)
-    shardings = base.shardings_of(parts, params=cut if zero == 3 else place(False), moments=cut)
+    shardings = base.shardings_of(
+        parts, params=cut if zero == 3 else place(False), moments=cut, fsdp=zero == 3
+    )
     grads_of = grad.accumulated(grad.plain(parts.task.loss), parts.accumulate)
     rules = sharding.sequence_parallel() if sequence_parallel else sharding.RULES
     placement = sharding.placement(parts.mesh, rules)

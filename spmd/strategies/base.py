@@ -90,19 +90,30 @@ def initial(parts: Parts, shardings: TrainState) -> Callable[[jax.Array], TrainS
     return jax.jit(init, out_shardings=shardings)
 
 
-def shardings_of(parts: Parts, params: PyTree, moments: PyTree) -> TrainState:
+def shardings_of(
+    parts: Parts, params: PyTree, moments: PyTree, *, fsdp: bool = False
+) -> TrainState:
     """State shardings from those of the parameters and of parameter-shaped optimizer leaves.
 
+    fsdp: whether mesh.fsdp cuts what in the model state is placed as parameters are.
     The moving average lies as the moments do: it is read only by the update, so ZeRO-1 cuts it too.
     """
     mesh = parts.mesh
     shapes, model_state = abstract_params(parts)
     opt_state = jax.eval_shape(parts.tx.init, shapes)
     whole = NamedSharding(mesh, P())
+    dims = parts.task.state_dims
+
+    def beside(name: str, leaf: Any) -> NamedSharding:
+        if name not in dims:
+            return whole
+        spec = sharding.spec_of(name, leaf.shape, dims[name], mesh, fsdp=fsdp)
+        return NamedSharding(mesh, spec)
+
     return TrainState(
         step=whole,
         params=params,
-        model_state=sharding.replicated(mesh, model_state),
+        model_state=tree.map_named(beside, model_state),
         opt_state=sharding.opt_shardings(parts.tx, opt_state, shapes, moments, mesh),
         key=whole,
         strategy_state={},

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from spmd.runtime.stop import Votes
 from spmd.strategies import base
 from spmd.train import LogConfig, progress
 from spmd.train.metrics import Writer
@@ -49,15 +50,21 @@ class Log:
     """Metrics of dispatches under way; fetched late, so that the host never waits for the newest."""
 
     def __init__(
-        self, writer: Writer, bar: progress.Bar, config: LogConfig, nonfinite: str, step: int
+        self,
+        writer: Writer,
+        bar: progress.Bar,
+        config: LogConfig,
+        nonfinite: str,
+        step: int,
+        votes: Votes | None = None,
     ):
         self._writer, self._bar, self._every = writer, bar, config.every
         self._stop_on_nonfinite = nonfinite == "stop"
         self._pending: collections.deque[tuple[int, base.Metrics]] = collections.deque()
         self._window: list[dict[str, np.ndarray]] = []
         self._reported = step
+        self._votes = votes
         self.last = writer.last
-        self.vote = 0  # the signal that the processes have agreed to stop for
 
     def add(self, step: int, metrics: base.Metrics, in_flight: int) -> None:
         """Metrics of the dispatch that ends at `step`; waits for the oldest when too many are out."""
@@ -74,7 +81,8 @@ class Log:
         step, device = self._pending.popleft()
         # Not jax.device_get, which takes ten times as long for a few scalars.
         host = {k: np.atleast_1d(np.asarray(v)) for k, v in device.items()}
-        self.vote = max(self.vote, int(host.pop("stop", np.zeros(1)).max()))
+        if self._votes is not None and "stop" in host:
+            self._votes.read(host.pop("stop"))
         bad = np.flatnonzero(host["finite"] == 0)
         if len(bad) and self._stop_on_nonfinite:
             at = step - len(host["finite"]) + int(bad[0]) + 1

@@ -37,10 +37,12 @@ class Program(NamedTuple):
     num_steps: int
     data: DataConfig
     source: Any  # training source
+    start: Callable[[Any, base.TrainState], base.TrainState] | None = None  # (self, state) -> state
 
     def init(self) -> base.TrainState:
         """The state before the first step, every array born on the mesh with its sharding."""
-        return self.strategy.init(jax.random.key(self.seed))
+        state = self.strategy.init(jax.random.key(self.seed))
+        return self.start(self, state) if self.start else state
 
     def abstract_state(self) -> base.TrainState:
         """Shapes and dtypes of the state."""
@@ -153,7 +155,7 @@ def fit(
         closing.callback(writer.close)
         bar = progress.Bar(program.num_steps, step, data.batch_size, program.mesh)
         closing.callback(bar.close)
-        logs = Log(writer, bar, log, train.nonfinite, step)
+        logs = Log(writer, bar, log, train.nonfinite, step, votes)
         profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
         closing.callback(profile.close)
         evaluate = evaluator(program.task, program.mesh, data.open("eval"), data.eval_batch_size)
@@ -165,14 +167,14 @@ def fit(
             """The signal to stop for, the same in all processes at the same step; 0 for none."""
             if votes is None:
                 return stop.signum
-            stop.agreed(logs.vote)
-            return logs.vote
+            stop.agreed(votes.agreed)
+            return votes.agreed
 
         def interrupted() -> bool:
             """Whether to leave an evaluation: asked between its batches, by all."""
             watchdog.beat("evaluation", step)
             if votes is not None:
-                logs.vote = max(logs.vote, int(votes.cast(stop.signum)))
+                votes.ask(stop.signum)
             return bool(stopping())
 
         def save() -> None:
@@ -213,7 +215,7 @@ def fit(
                 compiled.add(num)
                 state, metrics = strategy.step(state, batch)
                 if votes is not None:
-                    metrics = metrics | {"stop": votes.cast(stop.signum)}
+                    metrics = metrics | votes.cast(stop.signum)
             if bar.chip and not bar.work:  # costs 0.2 s, while the devices are at their first step
                 bar.work = flops.of_step(program.task, program.abstract_batch())
             before, step = step, step + num

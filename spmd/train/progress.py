@@ -16,6 +16,7 @@ from spmd import hardware, tree
 from spmd import mesh as meshes
 from spmd.runtime import agree
 from spmd.storage import is_remote
+from spmd.tasks import FROZEN
 from spmd.train import rundir
 
 SHOWN = 8  # arrays in the table of the largest
@@ -43,8 +44,11 @@ def start(
         + (f" in {num} processes" if (num := agree.process()[1]) > 1 else "")
         + f", mesh {meshes.describe(mesh)}"
     )
+    frozen = tree.num_elements(state.model_state.get(FROZEN, {}))
     console.print(
-        f"{tree.num_elements(state.params):,} parameters; per device"
+        f"{tree.num_elements(state.params):,} parameters"
+        + (f" to train, {frozen:,} frozen" if frozen else "")
+        + "; per device"
         f" {tree.human_bytes(tree.bytes_per_device(state.params, shardings.params))} of parameters,"
         f" {tree.human_bytes(tree.bytes_per_device(state.opt_state, shardings.opt_state))} of optimizer"
         f" state; {num_steps} steps of {batch_size} examples"

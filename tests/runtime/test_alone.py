@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spmd import mesh
-from spmd.runtime import agree
+from spmd.runtime import agree, stop
 from spmd.runtime.stop import Votes
 from tests.command import REPOSITORY
 
@@ -90,5 +90,23 @@ def test_alone_every_agreement_is_with_oneself():
 
 def test_votes_are_the_highest_signal(devices):
     votes = Votes(mesh.make(mesh.MeshConfig(data=2, fsdp=4), devices))
-    assert [int(votes.cast(s)) for s in (0, 15, 2, 0)] == [0, 15, 2, 0]
-    assert isinstance(votes.cast(0), jax.Array) and votes.cast(0).dtype == np.int32
+    for signum, agreed in ((0, 0), (15, 15), (2, 15), (0, 15)):
+        vote = votes.cast(signum)["stop"]
+        assert isinstance(vote, jax.Array) and vote.dtype == np.int32
+        assert int(vote[0]) == signum
+        votes.ask(signum)
+        assert votes.agreed == agreed
+
+
+def test_short_dispatches_do_not_all_carry_a_vote(devices, monkeypatch):
+    monkeypatch.setattr(stop, "_APART", 1e9)
+    votes = Votes(mesh.make(mesh.MeshConfig(), devices))
+    for signum in (0, 15):
+        vote = votes.cast(signum)["stop"]
+        assert votes.cast(2)["stop"] is not None  # until it is read, each carries one
+        votes.read(np.asarray(vote))
+        assert votes.agreed == signum
+        assert [len(votes.cast(2)) for _ in range(17)] == [0] * 16 + [1]
+    monkeypatch.setattr(stop, "_APART", 0)
+    votes.read(np.asarray(votes._highest(votes._vote(0, 0))))
+    assert all(votes.cast(0) for _ in range(3))

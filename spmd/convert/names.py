@@ -1,0 +1,244 @@
+"""Where each array of a Transformer lies in the files of Hugging Face: names, layouts, config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spmd.fields import check
+from spmd.models.transformer import Transformer
+
+FAMILIES = {
+    "gpt2": {
+        "norm": "layer",
+        "activation": "gelu",
+        "position": "learned",
+        "bias": True,
+        "num_kv_heads": "heads",
+    },
+    "llama": {"norm": "rms", "activation": "swiglu", "position": "rope"},
+}
+# Their prefix may be absent (GPT-2 at OpenAI); these hold no weights.
+PREFIX = {"gpt2": "transformer.", "llama": "model."}
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+class Part(NamedTuple):
+    """An array of ours in a tensor, each of whose axes is one or more dims of a layer's array, in order."""
+
+    array: str
+    axes: tuple[tuple[int, ...], ...]
+
+    def shape_there(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the tensor, from the shape of a layer's array."""
+        return tuple(math.prod(shape[d] for d in dims) for dims in self.axes)
+
+    def block(
+        self, tensor: Any, offset: int, shape: Sequence[int], index: Sequence[slice]
+    ) -> np.ndarray:
+        """The block `index` of a layer's array of this shape, of which no more is read than needed.
+
+        tensor: sliceable. offset: where the array begins along the tensor's last axis.
+        """
+        ranges, inner, order = [], [], []
+        for axis, dims in enumerate(self.axes):
+            first, width = index[dims[0]], math.prod(shape[d] for d in dims[1:])
+            begin = offset if axis == len(self.axes) - 1 else 0
+            ranges.append(slice(begin + first.start * width, begin + first.stop * width))
+            inner += [slice(None), *(index[d] for d in dims[1:])]
+            order += dims
+        sizes = [
+            index[d].stop - index[d].start if d == dims[0] else shape[d]
+            for dims in self.axes
+            for d in dims
+        ]
+        found = tensor[tuple(ranges)].reshape(sizes)[tuple(inner)]
+        return found.transpose(np.argsort(order))
+
+    def flat(self, array: np.ndarray) -> np.ndarray:
+        """A layer's array as the tensor's part."""
+        order = [d for dims in self.axes for d in dims]
+        return array.transpose(order).reshape(self.shape_there(array.shape))
+
+
+class Tensor(NamedTuple):
+    """A tensor of the files. layer: of its arrays; parts: side by side on its last axis."""
+
+    name: str
+    layer: int | None
+    parts: tuple[Part, ...]
+
+    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        """From those of a layer's arrays."""
+        each = [part.shape_there(shapes[part.array]) for part in self.parts]
+        return (*each[0][:-1], sum(shape[-1] for shape in each))
+
+
+ROWS, COLUMNS = ((0,), (1,)), ((1,), (0,))  # a matrix as it is, and transposed
+
+
+def tensors(model: Transformer, family: str) -> Iterator[Tensor]:
+    """All tensors of a model, in the order of their layers."""
+    one = lambda name, array, axes: Tensor(name, None, (Part(array, axes),))
+    if family == "gpt2":
+        yield one("transformer.wte.weight", "embed/table", ROWS)
+        yield one("transformer.wpe.weight", "position/table", ROWS)
+    else:
+        yield one("model.embed_tokens.weight", "embed/table", ROWS)
+    block = _gpt2 if family == "gpt2" else _llama
+    for layer in range(model.layers):
+        for name, parts in block(model.bias):
+            blocks = tuple(Part(f"blocks/{array}", axes) for array, axes in parts)
+            prefix = "transformer.h" if family == "gpt2" else "model.layers"
+            yield Tensor(f"{prefix}.{layer}.{name}", layer, blocks)
+    if family == "gpt2":
+        yield one("transformer.ln_f.weight", "norm/scale", ((0,),))
+        yield one("transformer.ln_f.bias", "norm/bias", ((0,),))
+    else:
+        yield one("model.norm.weight", "norm/scale", ((0,),))
+    if not model.tied:
+        yield one("lm_head.weight", "head/kernel", COLUMNS)
+
+
+def _gpt2(bias: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """Its Conv1D keeps matrices as [inputs, outputs], queries, keys and values side by side."""
+    heads = ("query", "key", "value")
+    vector = ((0,),)
+    yield "ln_1.weight", [("attention_norm/scale", vector)]
+    yield "ln_1.bias", [("attention_norm/bias", vector)]
+    yield "attn.c_attn.weight", [(f"attention/{n}/kernel", ((0,), (1, 2))) for n in heads]
+    yield "attn.c_attn.bias", [(f"attention/{n}/bias", ((0, 1),)) for n in heads]
+    yield "attn.c_proj.weight", [("attention/out/kernel", ((0, 1), (2,)))]
+    yield "attn.c_proj.bias", [("attention/out/bias", vector)]
+    yield "ln_2.weight", [("mlp_norm/scale", vector)]
+    yield "ln_2.bias", [("mlp_norm/bias", vector)]
+    for there, here in (("c_fc", "up"), ("c_proj", "down")):
+        yield f"mlp.{there}.weight", [(f"mlp/{here}/kernel", ROWS)]
+        yield f"mlp.{there}.bias", [(f"mlp/{here}/bias", vector)]
+
+
+def _llama(bias: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """Matrices as [outputs, inputs]; rotary pairs are the halves of a head, as ours are."""
+    yield "input_layernorm.weight", [("attention_norm/scale", ((0,),))]
+    for letter, here in (("q", "query"), ("k", "key"), ("v", "value")):
+        yield f"self_attn.{letter}_proj.weight", [(f"attention/{here}/kernel", ((1, 2), (0,)))]
+        if bias:
+            yield f"self_attn.{letter}_proj.bias", [(f"attention/{here}/bias", ((0, 1),))]
+    yield "self_attn.o_proj.weight", [("attention/out/kernel", ((2,), (0, 1)))]
+    if bias:
+        yield "self_attn.o_proj.bias", [("attention/out/bias", ((0,),))]
+    yield "post_attention_layernorm.weight", [("mlp_norm/scale", ((0,),))]
+    for here in ("gate", "up", "down"):
+        yield f"mlp.{here}_proj.weight", [(f"mlp/{here}/kernel", COLUMNS)]
+        if bias:
+            yield f"mlp.{here}_proj.bias", [(f"mlp/{here}/bias", ((0,),))]
+
+
+def family_of(model: Any) -> str:
+    """`gpt2` or `llama`; ValueError with the fields that are of neither."""
+    check(
+        isinstance(model, Transformer),
+        f"Hugging Face weights are those of spmd.models.transformer.Transformer, not {type(model).__name__}",
+    )
+    differ: dict[str, list[str]] = {}
+    for family, fields in FAMILIES.items():
+        wanted = fields | {"qk_norm": False, "logit_cap": 0.0}
+        differ[family] = [
+            f"model.{name}={getattr(model, name)}"
+            for name, value in wanted.items()
+            if getattr(model, name) != (model.heads if value == "heads" else value)
+        ]
+        if family == "gpt2" and model.width * model.heads != model.embed:
+            differ[family].append(f"model.head_dim={model.head_dim}")
+        if not differ[family]:
+            return family
+    said = "; ".join(f"not {family} for {', '.join(d)}" for family, d in differ.items())
+    raise ValueError(f"the model is of no family that Hugging Face weights are known of: {said}")
+
+
+def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
+    """config.json, as far as it says what the model computes."""
+    mlp = model.mlp or 4 * model.embed
+    common = {
+        "model_type": family,
+        "vocab_size": model.vocab,
+        "tie_word_embeddings": model.tied,
+        "dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if family == "gpt2":
+        return common | {
+            "architectures": ["GPT2LMHeadModel"],
+            "n_positions": model.length,
+            "n_embd": model.embed,
+            "n_layer": model.layers,
+            "n_head": model.heads,
+            "n_inner": mlp,
+            "layer_norm_epsilon": model.norm_epsilon,
+            "activation_function": "gelu_new",
+        }
+    return common | {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": model.length,
+        "hidden_size": model.embed,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.width,
+        "intermediate_size": mlp,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,  # where older versions look for it
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": model.bias,
+        "mlp_bias": model.bias,
+    }
+
+
+# What the class at Hugging Face takes for a field that config.json does not have.
+_DEFAULTS = {
+    "gpt2": {
+        "tie_word_embeddings": True,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "n_inner": None,
+    },
+    "llama": {
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+}
+_SAME = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "silu": "silu", "swish": "silu"}
+# Sequences may be shorter here; shapes tell of a learned table's length.
+_APART = {"architectures", "dtype", "bos_token_id", "eos_token_id", "rope_parameters"}
+_APART |= {"max_position_embeddings"}
+
+
+def differences(model: Transformer, family: str, there: Mapping[str, Any]) -> list[str]:
+    """What a config.json says that the model does otherwise, which no shape would tell (epsilons, heads)."""
+    if there.get("model_type", family) != family:
+        return [f"model_type: {there['model_type']} there, {family} here"]
+    found, here = [], config_of(model, family, "")
+    there = {**_DEFAULTS[family], **there}
+    rope = there.get("rope_parameters") or there.get("rope_scaling") or {}
+    if family == "llama":
+        there["rope_theta"] = rope.get("rope_theta", there["rope_theta"])
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            found.append(f"rope_type: {kind} there, which the model does not have")
+    if there.get("n_inner", 0) is None:
+        there["n_inner"] = 4 * there.get("n_embd", model.embed)
+    for name in sorted(here.keys() - _APART):
+        if name in there and there[name] is not None:
+            ours, theirs = (_SAME.get(str(x), x) for x in (here[name], there[name]))
+            if ours != theirs:
+                found.append(f"{name}: {there[name]} there, {here[name]} here")
+    return found

@@ -1,0 +1,274 @@
+"""Ours and transformers' models, from the same random weights, give the same logits; both ways, any mesh."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import spmd
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
+    reason="needs requirements/peers.txt",
+)
+
+TIME, VOCAB = 16, 60
+EXPERIMENT = '''"""Random tokens.
+
+python run.py --experiment tiny.py        # some seconds; expect nothing
+"""
+
+import numpy as np
+
+from spmd import Experiment
+from spmd.data import Arrays
+from spmd.models.transformer import Transformer
+from spmd.optim import AdamW
+from spmd.tasks import LanguageModel
+
+
+def examples():
+    tokens = np.random.default_rng(0).integers(0, {vocab}, (32, {time})).astype(np.int32)
+    return {{"tokens": tokens, "targets": np.roll(tokens, -1, 1)}}
+
+
+def config():
+    return Experiment(
+        model=Transformer(vocab={vocab}, length={time}, {model}),
+        task=LanguageModel(),
+        data=Arrays(
+            train=examples,
+            eval=examples,
+            batch_size=8,
+            features={{"tokens": (({time},), "int32"), "targets": (({time},), "int32")}},
+        ),
+        optimizer=AdamW(),
+    )
+'''
+GPT2 = 'norm="layer", activation="gelu", position="learned", bias=True'
+SIZES = "layers=2, embed=32, heads=4"
+MODELS = {
+    "gpt2": f"{SIZES}, {GPT2}, tied=True",
+    "gpt2 untied": f"{SIZES}, {GPT2}, mlp=48, vocab_multiple=64",
+    "llama": f"{SIZES}, mlp=48, rope_theta=10000.0",
+    "llama gqa tied": f"{SIZES}, kv_heads=2, head_dim=16, mlp=48, tied=True, vocab_multiple=64,"
+    " norm_epsilon=1e-6",
+    "llama biases": f"{SIZES}, kv_heads=2, mlp=48, bias=True",
+}
+MESH = ("--simulate", "4", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+ONE = ("--simulate", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def started(devices):
+    """JAX with its eight devices, before an experiment asks for fewer."""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Writes the experiment file of a model; a function of its fields and command-line words."""
+
+    def load(model, *words):
+        file = tmp_path / "tiny.py"
+        file.write_text(EXPERIMENT.format(vocab=VOCAB, time=TIME, model=model))
+        return spmd.load(str(file), [*map(str, words), "--run.dir", str(tmp_path / "run")])
+
+    return load
+
+
+def theirs(model, **more):
+    """A randomly initialised model of transformers with the sizes of ours."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    none = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": model.tied}
+    if model.norm == "layer":
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=TIME,
+            n_embd=model.embed,
+            n_layer=model.layers,
+            n_head=model.heads,
+            n_inner=model.mlp or None,
+            **none,
+            **more,
+        )
+        made = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            max_position_embeddings=TIME,
+            hidden_size=model.embed,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.num_kv_heads,
+            head_dim=model.width,
+            intermediate_size=model.mlp,
+            rms_norm_eps=model.norm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+            attention_bias=model.bias,
+            mlp_bias=model.bias,
+            **none,
+            **more,
+        )
+        made = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():  # biases are 0 and norms 1 at first: any order would do
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made.eval()
+
+
+def logits_of_theirs(made, tokens):
+    import torch
+
+    with torch.no_grad():
+        return made(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
+
+
+def logits_of_ours(snapshot, tokens):
+    task = snapshot.program.task
+    out = task.predict(*snapshot.variables, {"tokens": jax.numpy.asarray(tokens)})
+    return np.asarray(out, np.float32)[..., :VOCAB]
+
+
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, (3, TIME)).astype(np.int32)
+
+
+@pytest.mark.parametrize("words", [ONE, MESH], ids=["one", "mesh"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_from_theirs(kind, words, tiny, tmp_path):
+    made = theirs(tiny(MODELS[kind]).experiment.model)
+    made.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("model-*-of-*.safetensors"))) > 2
+    start = tiny(MODELS[kind], "--init.from", tmp_path / "theirs", *words).init()
+    want = logits_of_theirs(made, TOKENS)
+    assert want.std() > 0.1
+    np.testing.assert_allclose(logits_of_ours(start, TOKENS), want, atol=1e-4)
+    if words is MESH:
+        spec = start.arrays["params/blocks/mlp/up/kernel"].sharding.spec
+        assert "tensor" in spec and "fsdp" in spec
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_to_theirs(kind, tiny, tmp_path):
+    import transformers
+
+    from spmd.convert import write
+
+    start = tiny(MODELS[kind], *MESH).init()
+    params, _ = start.program.task.plain(*start.variables)
+    write.write(str(tmp_path / "ours"), tiny(MODELS[kind]).experiment.model, params, shard=20_000)
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    got = logits_of_theirs(made, TOKENS)
+    np.testing.assert_allclose(got, logits_of_ours(start, TOKENS), atol=1e-4)
+
+
+def test_bfloat16_and_base_models(tiny, tmp_path):
+    """GPT-2 at OpenAI: tensors without a prefix, and masks beside them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    made = theirs(tiny(MODELS["gpt2"]).experiment.model).to(torch.bfloat16)
+    made.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs/model.safetensors"
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, TIME, TIME)
+    save_file(tensors, file)
+    start = tiny(MODELS["gpt2"], "--init.from", tmp_path / "theirs", *ONE).init()
+    assert start.arrays["params/embed/table"].dtype == "float32"
+    want = logits_of_theirs(made.float(), TOKENS)
+    np.testing.assert_allclose(logits_of_ours(start, TOKENS), want, atol=1e-4)
+
+
+def test_trained_exported_and_loaded(tiny, run_cli, tmp_path):
+    """Through the commands: adapters on weights of theirs, merged, evaluated by theirs."""
+    import transformers
+
+    model = MODELS["llama gqa tied"]
+    theirs(tiny(model).experiment.model).save_pretrained(tmp_path / "theirs")
+    words = (
+        "--experiment",
+        "tiny.py",
+        "--init.from",
+        "theirs",
+        "--init.lora",
+        2,
+        "--run.dir",
+        "run",
+    )
+    done = run_cli(*words, *MESH, "--train.steps", 5)
+    assert done.returncode == 0, done.stderr
+    assert "(Hugging Face, llama, 1 file)" in done.stdout
+    done = run_cli("export", *words, "--to", "out")
+    assert done.returncode == 0, done.stderr
+    assert "step 5 is in out: config.json, model.safetensors" in done.stdout
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    relative = ("--init.from", "theirs", "--init.lora", 2)
+    handle = tiny(model, *relative, *ONE)
+    np.testing.assert_allclose(
+        logits_of_theirs(made, TOKENS), logits_of_ours(handle.restore(), TOKENS), atol=1e-4
+    )
+    again = run_cli("export", *words, "--to", "out")
+    assert again.returncode == 2 and "exists already" in again.stderr
+    assert not (tmp_path / "out.part").exists()
+
+
+# ---- mistakes
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    place = tmp_path / "theirs"
+    theirs(tiny(MODELS["llama"]).experiment.model).save_pretrained(place, max_shard_size="20KB")
+    return place
+
+
+def said(tiny, place, model=MODELS["llama"], *words):
+    with pytest.raises(ValueError) as error:
+        tiny(model, "--init.from", place, *words, *ONE).init()
+    return str(error.value)
+
+
+def test_truncated_and_missing_files(tiny, saved):
+    files = sorted(saved.glob("*.safetensors"))
+    first = files[0]
+    first.write_bytes(first.read_bytes()[:-10])
+    assert f"{first} is truncated, or no safetensors file" in said(tiny, saved)
+    first.unlink()
+    assert f"{first}, which the index names, is missing" in said(tiny, saved)
+
+
+def test_missing_and_unexpected_tensors_and_other_shapes(tiny, saved):
+    from safetensors.numpy import load_file, save_file
+
+    file = next(f for f in saved.glob("*.safetensors") if "model.norm.weight" in load_file(f))
+    tensors = load_file(file)
+    tensors["model.norm.other"] = tensors.pop("model.norm.weight")
+    save_file(tensors, file)
+    message = said(tiny, saved)
+    assert "model.norm.weight: (absent) there, [32] here" in message
+    assert "model.norm.other: F32[32] there, (absent) here" in message
+    (saved / "config.json").unlink()
+    message = said(tiny, saved, MODELS["llama"].replace("mlp=48", "mlp=64"))
+    assert "model.layers.0.mlp.up_proj.weight: F32[48, 32] there, [64, 32] here" in message
+
+
+def test_what_no_shape_tells_is_read_from_config_json(tiny, saved):
+    message = said(tiny, saved, MODELS["llama"].replace("10000.0", "500000.0"))
+    assert "rope_theta: 10000.0 there, 500000.0 here" in message
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"rope_parameters": {"rope_type": "llama3"}}))
+    assert "rope_type: llama3 there, which the model does not have" in said(tiny, saved)
+    file.write_text("{")
+    assert "is no JSON object" in said(tiny, saved)
+
+
+def test_a_model_of_no_family_is_refused(tiny, saved):
+    message = said(tiny, saved, MODELS["llama"] + ", logit_cap=30.0")
+    assert "not llama for model.logit_cap=30.0" in message
