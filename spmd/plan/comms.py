@@ -3,11 +3,12 @@
 Counted as the TPU compiler leaves them (read from programs for v5p:2x2x2; tests/plan hold the forms):
 
 - a block's weights that fsdp cuts (ZeRO-3) are gathered in the compute type twice in each microbatch, forward
-  and backward; norms as they are; the table once in a step; the head once, or twice for each chunk of the loss.
-- gradients are summed in the parameters' own type once in each microbatch, the head's for each chunk: those of
-  matrices under ZeRO-3 by a reduce-scatter over fsdp, then an all-reduce of the shard over the other batch axes
-  (HSDP); those of norms and of the table, which is a scatter, by one all-reduce over all batch axes. Under ZeRO-1 too the compiler leaves
-  all-reduces (the stacked gradients leave the loop whole) where Rajbhandari et al. 2020 have reduce-scatters.
+  and backward; norms as they are; the table once in a step; the head once, or twice for a chunk of the loss.
+- gradients are summed in the parameters' own type once in each microbatch, the head's for each chunk: those
+  of matrices under ZeRO-3 by a reduce-scatter over fsdp, then an all-reduce of the shard over the other batch
+  axes (HSDP); those of norms and of the table, which is a scatter, by one all-reduce over all batch axes.
+  Under ZeRO-1 the compiler leaves all-reduces (the stacked gradients leave the loop whole) where Rajbhandari
+  et al. 2020 have reduce-scatters.
 - ZeRO-1 gathers the new parameters once in a step, in their own type.
 - tensor: one sum of [tokens, embed] after attention and one after the feed-forward layer, two in the backward
   pass, one more where remat computes the attention's output anew; one for the table, one for the head; three

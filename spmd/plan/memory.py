@@ -28,8 +28,7 @@ from spmd.plan.shardings import GROUPS, OTHER
 
 WIDE = 4  # bytes of what stays float32 in bfloat16 models: logits, scores, norms
 GATHERED = 2  # blocks whose gathered weights are held: of the one that runs, and of the next
-# What runs beside a program: the compiler's and the runtime's own. libtpu keeps about this much; CUDA context and
-# the collectives' buffers are of the same order.
+# Beside a program: what the runtime keeps. A CUDA context with its collectives' buffers is of this order.
 RESERVED = 0.5 * 2**30
 
 
@@ -110,7 +109,7 @@ def _activations(facts: Facts, layout: Layout) -> tuple[float, float, float]:
 
 
 def kept(model: Transformer, length: int, layout: Layout, compute: int) -> float:
-    """Bytes for each token and block that `layout.remat` keeps beside what enters the block, on one device."""
+    """Bytes for each token and block that `layout.remat` keeps beside what enters it, on one device."""
     tensor = layout.size("tensor")
     wide = widths(model)
     residual = wide.pop("residual") / (tensor if layout.sequence_parallel else 1)
@@ -124,18 +123,13 @@ def kept(model: Transformer, length: int, layout: Layout, compute: int) -> float
     ):  # products with weights: all but attention, and the way back to the residual
         return compute * (sum(made.values()) - made["attended"] + residual)
     # Beside the above: both norms (normalised in float32, and as they leave), the residual between, the
-    # activation function and its product with the gate.
-    norms = 2 * residual * WIDE + 2 * wide_norm(model, layout) * compute + residual * compute
+    # activation function and its product with the gate. What enters a product is never cut along time.
+    norms = 2 * residual * WIDE + 2 * model.embed * compute + residual * compute
     activation = made["up"] * compute * (2 if "gate" in made else 1)
     scores = 0.0
     if model.attention == "xla":
         scores = model.heads / tensor * length * (WIDE + compute)
     return compute * (sum(made.values()) + residual) + norms + activation + scores
-
-
-def wide_norm(model: Transformer, layout: Layout) -> float:
-    """Elements for each token of what enters attention or feed-forward layer: gathered, never cut."""
-    return float(model.embed)
 
 
 def _head(facts: Facts, layout: Layout) -> float:
