@@ -83,7 +83,7 @@ def total(found: list[Collective]) -> dict[tuple[str, str], float]:
 def _of_param(facts: Facts, layout: Layout, mesh: AbstractMesh, leaf: Leaf) -> Iterator[Collective]:
     other = tuple(a for a in (*BATCH_AXES, "context") if a != "fsdp" and layout.size(a) > 1)
     fsdp, micro = layout.size("fsdp"), layout.accumulate
-    cut = ("fsdp",) in leaf.spec(mesh, fsdp=True)
+    cut = "fsdp" in leaf.axes(mesh, fsdp=True)
     layers, table = leaf.stacked or 1, is_table(leaf)
     own = (
         leaf.bytes(mesh, fsdp=False) / layers

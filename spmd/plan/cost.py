@@ -4,18 +4,19 @@
 
 - products: executed FLOPs (with what remat computes anew) at PRODUCT_SHARE of the peak, or the bytes of their
   operands at the bandwidth of the memory, whichever is longer. Attention with a short head leaves part of a
-  TPU's matrix unit idle (Chip.tile). Splash and cuDNN skip what the causal mask hides and multiply five times
+  TPU's matrix unit idle (Chip.tile). Splash and cuDNN skip what the causal mask hides, and multiply five times
   for two in the backward pass (Dao et al. 2022); XLA's attention computes all, and four for two.
 - elementwise: norms, residuals, rotary angles, activation functions, scores of XLA's attention, the loss; each
   reads and writes the memory once, fused with its neighbours, and nothing runs beside it. The backward pass
   moves twice as much, what remat computes anew once more.
-- update: parameters, optimizer state and average are read and written, gradients read, once more for their norm.
+- update: parameters, optimizer state and average are read and written; gradients are read twice, once for
+  their norm.
 - collectives: what gathers weights or sums gradients can hide behind products, up to HIDEABLE of it and no
-  longer than those take (sums: than the backward pass's); what tensor parallelism exchanges, and ZeRO-1's new
-  parameters, hide behind nothing: the next product waits for them.
+  longer than those take (sums: than the backward pass's). What tensor parallelism exchanges, and the new
+  parameters of ZeRO-1, hide behind nothing: the next product waits for them.
 
-The constants are few, the same for every row of docs/plan.md's tables, and each has its reason beside it. Of an
-unknown model, FLOPs come from its jaxpr, and its memory traffic from what its backward pass keeps.
+The constants are few, the same for every row of the tables in docs/plan.md, and each has its reason beside
+it. Of an unknown model, FLOPs come from its jaxpr, and its memory traffic from what its backward pass keeps.
 
 Not modelled: the input pipeline, dispatch (small models), stragglers, congestion between jobs.
 """
@@ -34,11 +35,12 @@ from spmd.plan.memory import WIDE, Memory
 from spmd.plan.shardings import GROUPS
 from spmd.plan.targets import Target
 
-# Of the peak, what large products reach. TPU: MaxText's runs with full remat execute 4 / 3 of their model FLOPs,
-# so 58.9 % MFU (52B, v4) and 66.9 % (32B, v5e) are 79 % and 89 %. GPU: 790 of 989 TFLOP/s, measured on an H200.
+# Of the peak, what large products reach. TPU: MaxText's runs with full remat execute 4 / 3 of their model
+# FLOPs, so 58.9 % MFU (52B, v4) and 66.9 % (32B, v5e) are 79 % and 89 %; between them. GPU: 790 of 989
+# TFLOP/s, measured on an H200.
 PRODUCT_SHARE = {"TPU": 0.85, "GPU": 0.8}
-# Of what gathers weights or sums gradients, how much hides behind products: the first gather, the last sum and the
-# joints between them do not. From Horovod's 90 % for ResNet-101 on 512 GPUs; the other rows follow.
+# Of what gathers weights or sums gradients, how much hides behind products: the first gather, the last sum
+# and the joints between them do not. From Horovod's 90 % for ResNet-101; the other rows follow.
 HIDEABLE = 0.6
 BANDWIDTH_SHARE = 0.9  # of the memory's, for large arrays: STREAM-like kernels reach 85 to 95 %
 BACKWARD = 2 / 3  # of a step's products, without remat
@@ -52,8 +54,9 @@ FUSED = ("splash", "cudnn")
 
 
 class Estimate(NamedTuple):
-    """A step of `layout` on `target`. seconds: by part; networks: by network and axes, `(all, not hidden)`
-    seconds. flops: of the model, and executed, of all devices. reason: "" where it fits.
+    """A step of `layout`. capacity: bytes that a program can have of a device. seconds: by part. networks:
+    `what over axes (network)` -> seconds of its collectives, and of those that nothing hides. flops: of all
+    devices, of the model and executed. mfu: model FLOPs at the peak / step, attention counted whole.
     """
 
     layout: Layout
@@ -272,8 +275,8 @@ def _update(facts: Facts, layout: Layout, held: Memory, chip: Chip) -> float:
 
 HELP = {
     "products": "fewer FLOPs would help most: less remat (model.remat) where memory allows it",
-    "elementwise": "less memory traffic would help most: attention in a fused kernel (model.attention), sequence"
-    " parallelism, or a wider model",
+    "elementwise": "less memory traffic would help most: attention in a fused kernel (model.attention),"
+    " sequence parallelism, or a wider model",
     "update": "more tokens for each update would help most: a larger batch, or train.accumulate",
     "parameters": "fewer gathers of the weights would help most: a smaller mesh.fsdp beside mesh.data or"
     " mesh.replica, zero=1, or more tokens for each of them",

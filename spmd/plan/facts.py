@@ -7,6 +7,7 @@ Shapes only: nothing is compiled, and no data are read.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -47,19 +48,23 @@ class Leaf(NamedTuple):
         """Layers that it holds, stacked; 0 for an array of one."""
         return self.shape[0] if self.dims and self.dims[0] == "layers" else 0
 
-    def spec(self, mesh: AbstractMesh, fsdp: bool) -> tuple[tuple[str, ...], ...]:
-        """The axes that cut each dim, by the rules; ValueError when one does not divide."""
-        if self.like is None:
-            return ((),) * len(self.shape)
-        found = sharding.spec_of(self.name, self.like, self.dims, mesh, fsdp=fsdp)
-        parts = [part if isinstance(part, tuple) else (part,) if part else () for part in found]
-        parts += [()] * (len(self.like) - len(parts))
-        return tuple(part for dim, part in enumerate(parts) if dim != self.drop)
+    def axes(self, mesh: AbstractMesh, fsdp: bool) -> tuple[str, ...]:
+        """The mesh axes that cut it, by the rules; ValueError when one does not divide."""
+        return _axes(self, mesh, fsdp)
 
     def bytes(self, mesh: AbstractMesh, fsdp: bool) -> int:
         """On each device."""
-        ways = math.prod(mesh.shape[axis] for part in self.spec(mesh, fsdp) for axis in part)
+        ways = math.prod(mesh.shape[axis] for axis in self.axes(mesh, fsdp))
         return self.size * self.itemsize // ways
+
+
+@functools.lru_cache(maxsize=2**16)  # a search asks for the same cuts thousands of times
+def _axes(leaf: Leaf, mesh: AbstractMesh, fsdp: bool) -> tuple[str, ...]:
+    if leaf.like is None:
+        return ()
+    spec = sharding.spec_of(leaf.name, leaf.like, leaf.dims, mesh, fsdp=fsdp)
+    parts = (part for dim, part in enumerate(spec) if dim != leaf.drop and part)
+    return tuple(a for part in parts for a in (part if isinstance(part, tuple) else (part,)))
 
 
 class Facts(NamedTuple):
@@ -94,7 +99,12 @@ class Facts(NamedTuple):
 
 def abstract_mesh(sizes: Sizes) -> AbstractMesh:
     """A mesh without devices; an axis that is not given has size 1."""
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+    return _mesh(tuple(sizes.get(axis, 1) for axis in AXES))
+
+
+@functools.lru_cache(maxsize=2**10)
+def _mesh(sizes: tuple[int, ...]) -> AbstractMesh:
+    return AbstractMesh(sizes, AXES)
 
 
 def of(program: Program, model: Any, *, chunks: int = 1) -> Facts:
