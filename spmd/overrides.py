@@ -69,6 +69,10 @@ def override(
         description=f"Experiment {experiment.name}. Fields and their values:",
     )
     values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            # tyro keeps the default's fields that __post_init__ derives: derived anew
+            values[name] = dataclasses.replace(value)
     return dataclasses.replace(experiment, **values), getattr(parsed, "options", None)
 
 
