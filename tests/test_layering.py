@@ -27,6 +27,7 @@ LAYERS = (
     ("plan", "verify", "convert", "init", "sample"),
     ("overrides",),
     ("experiment",),
+    ("ahead",),
     ("handle", "commands"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
