@@ -18,6 +18,7 @@ from spmd.data import DataConfig
 from spmd.fields import check, closest, free
 from spmd.init import InitConfig
 from spmd.overrides import override as override
+from spmd.plan.budget import CommsBudget
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
@@ -52,6 +53,8 @@ class Experiment:
     """How the devices agree; --strategy NAME changes the class."""
     mesh: mesh.MeshConfig = free(mesh.MeshConfig())
     """How the devices are cut."""
+    budget: CommsBudget = free(CommsBudget())
+    """What the compiled step may communicate; `run.py plan --check` holds it."""
     train: TrainConfig = free(TrainConfig())
     """How long, and how steps are dispatched."""
     eval: EvalConfig = free(EvalConfig())

@@ -85,6 +85,7 @@ _HELP = {
     "model": "What is trained.",
     "task": "Loss and metrics.",
     "data": "Input data.",
+    "budget": "What the compiled step may communicate (plan --check).",
     "init": "Where the weights come from, and which are trained.",
     "optimizer": "Optimizer, schedule, clipping, decay; --optimizer NAME changes the class"
     f" ({', '.join(optim.OPTIMIZERS)}).",

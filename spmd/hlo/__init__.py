@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from spmd.hlo import groups, loops, text, work
@@ -93,6 +93,15 @@ def ledger(program: Program) -> dict[tuple[tuple[str, ...], str], Total]:
         for key, found in sums.items()
     }
     return dict(sorted(totals.items(), key=lambda item: -item[1].wire_bytes))
+
+
+def alike(found: Iterable[Collective]) -> list[Collective]:
+    """Those that differ in nothing but how often they run, as one; the most bytes first."""
+    counts = defaultdict[Collective, int](int)
+    for c in found:
+        counts[dataclasses.replace(c, count=0, op_name="" if c.source else c.op_name)] += c.count
+    joined = [dataclasses.replace(c, count=count) for c, count in counts.items()]
+    return sorted(joined, key=lambda c: -c.count * c.wire_bytes)
 
 
 def read(module: str, axes: Mapping[str, int]) -> Program:

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the memory of a device is enough: by the compiler where it says so, else by the estimate."""
+        """Whether the memory of a device is enough, by the compiler where it says so, else by estimate."""
         chip, made = self.target.chip, self.compiled
         if self.failed:
             return False
@@ -99,7 +99,7 @@ def comms_view(plan: Plan) -> str:
     return "\n".join(parts)
 
 
-def search_view(found: Sequence[Candidate], target: Target, seconds: float) -> str:
+def search_view(found: Sequence[Candidate], target: Target) -> str:
     """The fastest that fit, and why others were rejected."""
     fit = [c for c in found if c.fits and c.estimate]
     table = _table("", "layout", ">step", ">MFU", ">memory", "bound by")
@@ -109,13 +109,13 @@ def search_view(found: Sequence[Candidate], target: Target, seconds: float) -> s
         table.add_row(
             str(i),
             escape(str(each.layout)),
-            _seconds(made.step_seconds),
+            seconds(made.step_seconds),
             f"{made.mfu:.1%}",
             tree.human_bytes(made.memory.peak),
             escape(made.bottleneck.split(" take ")[0]),
         )
     lines = [
-        f"{len(found)} layouts on {target.name} in {seconds:.1f} s: {len(fit)} fit; estimated, the fastest first",
+        f"{len(found)} layouts on {target.name}: {len(fit)} fit; estimated, the fastest first",
         "",
         _text(table),
     ]
@@ -128,7 +128,9 @@ def search_view(found: Sequence[Candidate], target: Target, seconds: float) -> s
 
 def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
     """Weak and strong scaling, and where the axes of the first target become bound by communication."""
-    table = _table("scaling", "target", ">devices", ">batch", "layout", ">step", ">tokens/s", ">efficiency")
+    table = _table(
+        "scaling", "target", ">devices", ">batch", "layout", ">step", ">tokens/s", ">efficiency"
+    )
     for point in points:
         made = point.estimate
         table.add_row(
@@ -137,7 +139,7 @@ def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
             str(point.num_devices),
             str(point.batch_size),
             escape(str(made.layout)),
-            _seconds(made.step_seconds),
+            seconds(made.step_seconds),
             f"{made.tokens_per_second:,.0f}",
             f"{point.efficiency:.0%}",
         )
@@ -192,13 +194,15 @@ def _ledger(plan: Plan) -> str:
             for i, more in enumerate((each.count, each.bytes * each.count, each.wire_bytes)):
                 row[i] += more
         for (kind, axes), (count, size, wire) in sorted(sums.items(), key=lambda x: -x[1][2]):
-            table.add_row(kind, axes, f"{count:.0f}", tree.human_bytes(size), tree.human_bytes(wire))
+            table.add_row(
+                kind, axes, f"{count:.0f}", tree.human_bytes(size), tree.human_bytes(wire)
+            )
     return _text(table) if table.row_count else f"{title}: none"
 
 
 def _calls(program: hlo.Program) -> str:
     table = _table("collective", "axis", ">count", ">bytes", "dtype", "hidden", "line")
-    found = sorted(program.collectives, key=lambda c: -c.count * c.wire_bytes)
+    found = hlo.alike(program.collectives)
     for c in found[:CALLS]:
         table.add_row(
             c.kind,
@@ -218,15 +222,16 @@ def _time(made: cost.Estimate) -> str:
     step = made.step_seconds
     for name, spent in made.seconds.items():
         if name != "collectives":
-            table.add_row(name, _seconds(spent), "", f"{spent / step:.0%}")
+            table.add_row(name, seconds(spent), "", f"{spent / step:.0%}")
     for name, (whole, shown) in made.networks.items():
-        table.add_row(escape(name), _seconds(shown), _seconds(whole - shown), f"{shown / step:.0%}")
-    speed = f"{_seconds(step)} a step, {made.tokens_per_second:,.0f} tokens/s, MFU {made.mfu:.1%}"
+        table.add_row(escape(name), seconds(shown), seconds(whole - shown), f"{shown / step:.0%}")
+    speed = f"{seconds(step)} a step, {made.tokens_per_second:,.0f} tokens/s, MFU {made.mfu:.1%}"
     flops = f"{made.model_flops:.3g} model FLOPs a step, {made.executed_flops:.3g} executed"
     return f"{_text(table)}\n{speed}; {flops}"
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """`12.3 ms`."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
