@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spmd import experiment, fields
@@ -41,6 +42,9 @@ def compiled(exp: Experiment, target: str) -> Compiled:
     request = {"file": str(file), "config": fields.plain(exp), "target": parsed.name}
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     environment |= {"JAX_PLATFORMS": "cpu"} | (TPU_ENVIRONMENT if parsed.topology else {})
+    # run.py may be called from any directory.
+    paths = [str(Path(__file__).resolve().parent.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
         [sys.executable, "-m", "spmd.ahead"],
         input=json.dumps(request),
