@@ -20,8 +20,9 @@ Left out: the scalars of loss, metrics and global norm.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.sharding import AbstractMesh
 
@@ -32,7 +33,8 @@ from spmd.plan.layout import Layout, tokens
 WHAT = ("parameters", "gradients", "new parameters", "activations")
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """As spmd.hlo's: bytes of the whole (gathered, or not yet reduced) array that one device takes part in,
     for each of `count` executions in a step. what: of WHAT.
     """
@@ -52,7 +54,7 @@ class Collective(NamedTuple):
 
     def json(self) -> dict[str, Any]:
         """As JSON types."""
-        return {**self._asdict(), "axes": list(self.axes), "wire_bytes": self.wire_bytes}
+        return {**dataclasses.asdict(self), "axes": list(self.axes), "wire_bytes": self.wire_bytes}
 
 
 def of(facts: Facts, layout: Layout) -> list[Collective]:
@@ -63,9 +65,9 @@ def of(facts: Facts, layout: Layout) -> list[Collective]:
         found += _of_activations(facts, layout)
     counts: dict[Collective, int] = {}
     for each in found:
-        alike = each._replace(count=0)
+        alike = dataclasses.replace(each, count=0)
         counts[alike] = counts.get(alike, 0) + each.count
-    return [alike._replace(count=count) for alike, count in counts.items()]
+    return [dataclasses.replace(alike, count=count) for alike, count in counts.items()]
 
 
 def total(found: list[Collective]) -> dict[tuple[str, str], float]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from spmd import flops, sharding, tree
@@ -126,7 +126,7 @@ def of(program: Program, model: Any, *, chunks: int = 1) -> Facts:
         batch_bytes=tree.num_bytes(batch),
         flops=dict(counted),
         saved=0 if known else _saved(program, batch),
-        compute=np.dtype(f"V{param}" if not dtype else jax.numpy.dtype(dtype)).itemsize,
+        compute=jnp.dtype(dtype).itemsize if dtype else param,
         chunks=chunks,
         model=known,
     )

@@ -79,7 +79,7 @@ def layouts(facts: Facts, sizes: Sizes, slices: int = 1) -> Iterator[Layout]:
     for zero in (3, 1) if whole.size("fsdp") > 1 else (3,):
         for parallel in (False, True) if whole.size("tensor") > 1 else (False,):
             for accumulate in accumulations(facts, whole):
-                for remat in REMATS if facts.model else ("none",):
+                for remat in REMATS if facts.model else ("",):
                     yield Layout(sizes, zero, parallel, accumulate, remat, saved, slices)
 
 

@@ -107,6 +107,7 @@ COMPILED = {
         Layout({"fsdp": 4, "tensor": 2}, sequence_parallel=True, accumulate=2, remat="full"),
         26.06,
     ),
+    "dots": (8, Layout({"fsdp": 8}, remat="dots"), 41.64),
 }
 
 
@@ -294,7 +295,10 @@ def test_gpu_axes_leave_the_host_where_it_ends():
 
 def test_slices_are_joined_by_the_slow_network():
     pod = targets.parse("v5p:4x4x4")
-    levels = network.levels(pod, {"replica": 2, "fsdp": 64}, slices=2)
+    assert network.levels(pod, {"replica": 2, "fsdp": 64}, slices=2)["replica"] == (
+        network.Level("DCN", 2, 0.8 * 50e9 / 8),
+    )
+    levels = network.levels(pod, {"replica": 8, "fsdp": 16}, slices=2)
     assert [level.network for level in levels["replica"]] == ["ICI", "DCN"]
     assert network.join(levels, ["replica", "fsdp"])[-1].network == "DCN"
     with pytest.raises(ValueError, match=r"set --mesh\.replica 3"):
@@ -339,7 +343,9 @@ def test_published_scaling_is_met():
 def test_an_estimate_adds_up_and_is_json():
     fact = known("llama3_8b", "--model.attention", "splash")
     target = targets.parse("v5p:4x4x4")
-    made = cost.estimate(fact, target, Layout({"fsdp": 16, "tensor": 4}, remat="full"))
+    made = cost.estimate(
+        fact, target, Layout({"fsdp": 16, "tensor": 4}, accumulate=4, remat="full")
+    )
     plain = json.loads(json.dumps(made.json()))
     assert plain["step_seconds"] == pytest.approx(sum(made.seconds.values()))
     assert made.mfu == pytest.approx(made.model_flops / 64 / 459e12 / made.step_seconds)
@@ -353,22 +359,20 @@ def test_an_estimate_adds_up_and_is_json():
 
 def test_the_bottleneck_follows_the_layout():
     target = targets.parse("h100:64")
+    shape = {"vocab": 32_000, "layers": 32, "embed": 4096, "heads": 32, "mlp": 11008}
 
-    def says(layout: Layout, *words: str) -> str:
-        return cost.estimate(
-            known("llama3_8b", "--model.attention", *words), target, layout
-        ).bottleneck
+    def says(layout: Layout, length: int, attention: str = "cudnn") -> str:
+        model = Transformer(**shape, length=length, attention=attention, dtype="bfloat16")
+        return cost.estimate(published.known(model, length, 64), target, layout).bottleneck
 
-    splash = ("splash", "--data.batch-size", "64")
-    assert says(Layout({"fsdp": 64}, remat="full"), *splash).startswith("products take")
-    small = ("splash", "--data.batch-size", "64", "--data.sequence-length", "128")
-    assert "gradients over fsdp" in says(Layout({"fsdp": 64}, remat="full"), *small)
-    cut = Layout({"fsdp": 8, "tensor": 8}, remat="full")
-    long = ("splash", "--data.batch-size", "512", "--data.sequence-length", "2048")
-    slow = cut._replace(mesh={"tensor": 8, "fsdp": 8})
-    assert says(slow, *long) == says(cut, *long)
-    assert "elementwise take" in says(Layout({"fsdp": 64}, remat="full"), "xla")
-    assert says(Layout({"data": 64}), *splash).startswith("It does not fit: ")
+    sharded = Layout({"fsdp": 64}, remat="full")
+    assert says(sharded, 4096).startswith("products take")
+    assert says(sharded, 256).startswith("gradients over fsdp (NVLink + scale-out) take")
+    assert says(Layout({"fsdp": 2, "tensor": 32}, remat="full"), 4096).startswith(
+        "activations over tensor"
+    )
+    assert says(sharded, 16384, "xla").startswith("elementwise take")
+    assert says(Layout({"data": 64}), 4096).startswith("It does not fit: ")
 
 
 def test_what_cannot_be_is_one_message():
