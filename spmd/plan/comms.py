@@ -29,6 +29,7 @@ from jax.sharding import AbstractMesh
 from spmd.mesh import BATCH_AXES
 from spmd.plan.facts import Facts, Leaf, abstract_mesh
 from spmd.plan.layout import Layout, tokens
+from spmd.plan.shardings import GROUPS
 
 WHAT = ("parameters", "gradients", "new parameters", "activations")
 
@@ -60,7 +61,7 @@ class Collective:
 def of(facts: Facts, layout: Layout) -> list[Collective]:
     """Every collective of a step; ValueError where a dim does not divide."""
     mesh = abstract_mesh(layout.mesh)
-    found = [each for leaf in facts.params for each in _of_param(facts, layout, mesh, leaf)]
+    found = [each for leaf in facts.weights for each in _of_param(facts, layout, mesh, leaf)]
     if facts.model is not None and layout.size("tensor") > 1:
         found += _of_activations(facts, layout)
     counts: dict[Collective, int] = {}
@@ -97,6 +98,8 @@ def _of_param(facts: Facts, layout: Layout, mesh: AbstractMesh, leaf: Leaf) -> I
         gathers = (1 if chunks == 1 else 2 * chunks) * micro if is_head(facts, leaf) else 0
         gathers += 1 if table else 0 if gathers else 2 * layers * micro
         yield Collective("all-gather", ("fsdp",), fsdp, narrow, gathers, "parameters")
+    if leaf.group != GROUPS["params"]:  # frozen
+        return
     if cut and layout.zero == 1:
         yield Collective("all-gather", ("fsdp",), fsdp, own * layers, 1, "new parameters")
     parts = [(False, micro)] if table else []  # a tied table has both gradients

@@ -232,7 +232,7 @@ def _operands(facts: Facts, layout: Layout) -> float:
     assert model
     passes = 3 + (len(recomputed(layout)) > 0)
     weights = sum(
-        leaf.bytes(mesh, fsdp=False) * facts.compute / leaf.itemsize for leaf in facts.params
+        leaf.bytes(mesh, fsdp=False) * facts.compute / leaf.itemsize for leaf in facts.weights
     )
     wide = widths(model)
     each = 2 * sum(wide.values()) * facts.compute / layout.size("tensor")

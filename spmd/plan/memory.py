@@ -64,9 +64,10 @@ def of(facts: Facts, layout: Layout) -> Memory:
     """Memory of a step; ValueError where a dim does not divide."""
     mesh = abstract_mesh(layout.mesh)
     sums = dict.fromkeys((*GROUPS.values(), OTHER), 0)
+    weights = (GROUPS["params"], GROUPS["model_state"])
     gradients = 0
     for leaf in facts.leaves:
-        cut = layout.zero == 3 if leaf.group == GROUPS["params"] else layout.zero > 0
+        cut = layout.zero == 3 if leaf.group in weights else layout.zero > 0
         sums[leaf.group] += leaf.bytes(mesh, fsdp=cut)
         if leaf.group == GROUPS["params"]:
             gradients += leaf.bytes(mesh, fsdp=layout.zero == 3)
@@ -135,7 +136,7 @@ def kept(model: Transformer, length: int, layout: Layout, compute: int) -> float
 
 def _head(facts: Facts, layout: Layout) -> float:
     """The gathered head, and its gradient before the sum."""
-    head = next((leaf for leaf in facts.params if comms.is_head(facts, leaf)), None)
+    head = next((leaf for leaf in facts.weights if comms.is_head(facts, leaf)), None)
     if head is None or layout.size("fsdp") == 1 or layout.zero != 3:
         return 0.0
     whole = head.bytes(abstract_mesh(layout.mesh), fsdp=False)
@@ -149,7 +150,7 @@ def _weights(facts: Facts, layout: Layout) -> float:
     mesh = abstract_mesh(layout.mesh)
     sizes = sorted(
         (leaf.bytes(mesh, fsdp=False) / leaf.stacked, facts.compute / leaf.itemsize)
-        for leaf in facts.params
+        for leaf in facts.weights
         if leaf.stacked
     )
     return sum(own * (1 + narrow) for own, narrow in sizes[-ON_THE_WAY:])

@@ -46,6 +46,12 @@ CUTS = {
         Layout({"fsdp": 4, "tensor": 2}),
     ),
     "lm_muon": ("lm_stdlib", [*LM, "--optimizer", "muon"], Layout({"replica": 2, "fsdp": 4})),
+    "lm_lora": ("lm_stdlib", ["--init.lora", "4"], Layout({"fsdp": 4, "tensor": 2})),
+    "lm_frozen_zero1": (
+        "lm_stdlib",
+        ["--init.freeze", "blocks/attention/*"],
+        Layout({"fsdp": 8}, zero=1),
+    ),
     "digits": ("digits", EMA, Layout({"data": 2, "fsdp": 4})),
 }
 
@@ -191,6 +197,15 @@ def test_zero_1_gathers_new_parameters_once():
         ("fsdp", "all-gather"): 4 * (P - NORMS),
         ("fsdp", "all-reduce"): 2 * 4 * P,
     }
+
+
+def test_frozen_weights_are_gathered_and_have_no_gradient():
+    attention, layout = 2 * 4 * 64 * 64, Layout({"fsdp": 8})
+    found = summed(layout, "--init.freeze", "blocks/attention/*")
+    whole = summed(layout)
+    assert found[("fsdp", "all-gather")] == whole[("fsdp", "all-gather")]
+    scattered = ("fsdp", "reduce-scatter")
+    assert found[scattered] == whole[scattered] - 4 * attention
 
 
 def test_hsdp_sums_shards_between_replicas():
