@@ -49,7 +49,7 @@ class Chip(NamedTuple):
 
 
 def _tpu(name: str, tera: float, gb: float, gb_s: float, links: Links, tile: int = 128) -> Chip:
-    peaks = dict.fromkeys(("bfloat16", "float32"), tera * 1e12)
+    peaks = {"bfloat16": tera * 1e12, "float32": tera * 1e12}
     source = f"Google Cloud TPU documentation: TPU {name}"
     return Chip(name, peaks, gb * 2**30, gb_s * 1e9, source, links, tile)
 

@@ -20,19 +20,22 @@ Left out: the scalars of loss, metrics and global norm.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.sharding import AbstractMesh
 
 from spmd.mesh import BATCH_AXES
 from spmd.plan.facts import Facts, Leaf, abstract_mesh
 from spmd.plan.layout import Layout, tokens
+from spmd.plan.shardings import GROUPS
 
 WHAT = ("parameters", "gradients", "new parameters", "activations")
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """As spmd.hlo's: bytes of the whole (gathered, or not yet reduced) array that one device takes part in,
     for each of `count` executions in a step. what: of WHAT.
     """
@@ -52,20 +55,20 @@ class Collective(NamedTuple):
 
     def json(self) -> dict[str, Any]:
         """As JSON types."""
-        return {**self._asdict(), "axes": list(self.axes), "wire_bytes": self.wire_bytes}
+        return {**dataclasses.asdict(self), "axes": list(self.axes), "wire_bytes": self.wire_bytes}
 
 
 def of(facts: Facts, layout: Layout) -> list[Collective]:
     """Every collective of a step; ValueError where a dim does not divide."""
     mesh = abstract_mesh(layout.mesh)
-    found = [each for leaf in facts.params for each in _of_param(facts, layout, mesh, leaf)]
+    found = [each for leaf in facts.weights for each in _of_param(facts, layout, mesh, leaf)]
     if facts.model is not None and layout.size("tensor") > 1:
         found += _of_activations(facts, layout)
     counts: dict[Collective, int] = {}
     for each in found:
-        alike = each._replace(count=0)
+        alike = dataclasses.replace(each, count=0)
         counts[alike] = counts.get(alike, 0) + each.count
-    return [alike._replace(count=count) for alike, count in counts.items()]
+    return [dataclasses.replace(alike, count=count) for alike, count in counts.items()]
 
 
 def total(found: list[Collective]) -> dict[tuple[str, str], float]:
@@ -95,6 +98,8 @@ def _of_param(facts: Facts, layout: Layout, mesh: AbstractMesh, leaf: Leaf) -> I
         gathers = (1 if chunks == 1 else 2 * chunks) * micro if is_head(facts, leaf) else 0
         gathers += 1 if table else 0 if gathers else 2 * layers * micro
         yield Collective("all-gather", ("fsdp",), fsdp, narrow, gathers, "parameters")
+    if leaf.group != GROUPS["params"]:  # frozen
+        return
     if cut and layout.zero == 1:
         yield Collective("all-gather", ("fsdp",), fsdp, own * layers, 1, "new parameters")
     parts = [(False, micro)] if table else []  # a tied table has both gradients

@@ -2,13 +2,13 @@
 
     step = products + elementwise + update + what collectives take beyond what they can hide behind
 
-- products: executed FLOPs (with what remat computes anew) at PRODUCT_SHARE of the peak, or the bytes of their
-  operands at the bandwidth of the memory, whichever is longer. Attention with a short head leaves part of a
-  TPU's matrix unit idle (Chip.tile). Splash and cuDNN skip what the causal mask hides, and multiply five times
-  for two in the backward pass (Dao et al. 2022); XLA's attention computes all, and four for two.
-- elementwise: norms, residuals, rotary angles, activation functions, scores of XLA's attention, the loss; each
-  reads and writes the memory once, fused with its neighbours, and nothing runs beside it. The backward pass
-  moves twice as much, what remat computes anew once more.
+- products: executed FLOPs (with what remat computes anew) at PRODUCT_SHARE of the peak, or the bytes of
+  their operands at the bandwidth of the memory, whichever is longer. Attention with a short head leaves part
+  of a TPU's matrix unit idle (Chip.tile). Splash and cuDNN skip what the causal mask hides, and multiply five
+  times for two in the backward pass (Dao et al. 2022); XLA's attention computes all, and four for two.
+- elementwise: norms, residuals, rotary angles, activation functions, scores of XLA's attention, the loss;
+  each reads and writes the memory once, fused with its neighbours, and nothing runs beside it. The backward
+  pass moves twice as much, what remat computes anew once more.
 - update: parameters, optimizer state and average are read and written; gradients are read twice, once for
   their norm.
 - collectives: what gathers weights or sums gradients can hide behind products, up to HIDEABLE of it and no
@@ -232,7 +232,7 @@ def _operands(facts: Facts, layout: Layout) -> float:
     assert model
     passes = 3 + (len(recomputed(layout)) > 0)
     weights = sum(
-        leaf.bytes(mesh, fsdp=False) * facts.compute / leaf.itemsize for leaf in facts.params
+        leaf.bytes(mesh, fsdp=False) * facts.compute / leaf.itemsize for leaf in facts.weights
     )
     wide = widths(model)
     each = 2 * sum(wide.values()) * facts.compute / layout.size("tensor")

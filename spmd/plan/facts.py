@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from spmd import flops, sharding, tree
 from spmd.mesh import AXES
 from spmd.models.transformer import Transformer
-from spmd.plan.shardings import GROUPS, owner
+from spmd.plan.shardings import GROUPS, OTHER, owner
 from spmd.train.loop import Program
 
 Sizes = Mapping[str, int]  # mesh axis -> size; all of AXES
@@ -88,13 +88,19 @@ class Facts(NamedTuple):
 
     @property
     def params(self) -> list[Leaf]:
-        """The parameters."""
+        """The parameters that are trained."""
         return [leaf for leaf in self.leaves if leaf.group == GROUPS["params"]]
 
     @property
+    def weights(self) -> list[Leaf]:
+        """The parameters, and those that are frozen: they are cut and gathered alike."""
+        frozen = GROUPS["model_state"]
+        return self.params + [x for x in self.leaves if x.group == frozen and x.like is not None]
+
+    @property
     def num_params(self) -> int:
-        """Elements of all parameters."""
-        return sum(leaf.size for leaf in self.params)
+        """Elements of all parameters, frozen ones too."""
+        return sum(leaf.size for leaf in self.weights)
 
 
 def abstract_mesh(sizes: Sizes) -> AbstractMesh:
@@ -126,20 +132,26 @@ def of(program: Program, model: Any, *, chunks: int = 1) -> Facts:
         batch_bytes=tree.num_bytes(batch),
         flops=dict(counted),
         saved=0 if known else _saved(program, batch),
-        compute=np.dtype(f"V{param}" if not dtype else jax.numpy.dtype(dtype)).itemsize,
+        compute=jnp.dtype(dtype).itemsize if dtype else param,
         chunks=chunks,
         model=known,
     )
 
 
 def _leaves(program: Program) -> tuple[Leaf, ...]:
-    state, dims = program.abstract_state(), program.task.dims
-    params = tree.named_leaves(state.params)
+    whole, dims = program.abstract_state(), program.task.dims
+    params = tree.named_leaves(whole.params)
     found = []
-    for name, leaf in tree.named_leaves(state).items():
+    for name, leaf in tree.named_leaves(whole).items():
         field, _, rest = name.partition("/")
-        group = GROUPS.get(field, "other")
-        owned = owner(rest, params) if group not in (GROUPS["model_state"], "other") else ""
+        group = GROUPS.get(field, OTHER)
+        state = group == GROUPS["model_state"]
+        if state and rest in program.task.state_dims:  # frozen
+            dims_of = program.task.state_dims[rest] or (None,) * len(leaf.shape)
+            size = leaf.dtype.itemsize
+            found.append(Leaf(rest, group, leaf.shape, size, dims_of, leaf.shape))
+            continue
+        owned = owner(rest, params) if group != OTHER and not state else ""
         like = params[owned].shape if owned else None
         drop = -1
         if like is not None and leaf.shape != like:
@@ -193,7 +205,9 @@ def products(model: Transformer, length: int) -> dict[str, float]:
 
 
 def transformer_flops(model: Transformer, batch_size: int, length: int) -> dict[str, int]:
-    """Model FLOPs of a step, as flops.of_step counts them; attention too where a fused kernel hides it."""
+    """Model FLOPs of a step, as flops.of_step counts them (frozen weights as if they were trained); attention
+    too where a fused kernel hides it.
+    """
     made = products(model, length)
     block = sum(count for name, count in made.items() if name != "logits")
     total = 3 * batch_size * length * (model.layers * block + made["logits"])

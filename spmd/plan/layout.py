@@ -16,7 +16,8 @@ REMATS = ("none", "dots", "named", "full")
 
 class Layout(NamedTuple):
     """mesh: sizes of the axes that are not 1. zero: what mesh.fsdp cuts, 3 parameters and optimizer, 1 the
-    optimizer only. saved: what remat=named keeps. slices: over which the devices are spread.
+    optimizer only. remat: of REMATS, "" for a model that has no such field. saved: what remat=named keeps.
+    slices: over which the devices are spread.
     """
 
     mesh: Sizes
@@ -43,7 +44,7 @@ class Layout(NamedTuple):
         words += ["--strategy.zero", "1"] if self.zero == 1 and self.size("fsdp") > 1 else []
         words += ["--strategy.sequence-parallel"] if self.sequence_parallel else []
         words += ["--train.accumulate", str(self.accumulate)] if self.accumulate > 1 else []
-        return [*words, "--model.remat", self.remat]
+        return [*words, *(["--model.remat", self.remat] if self.remat else [])]
 
     def json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -54,7 +55,7 @@ class Layout(NamedTuple):
         parts += [f"zero={self.zero}"] if self.size("fsdp") > 1 else []
         parts += ["sequence-parallel"] if self.sequence_parallel else []
         parts += [f"accumulate={self.accumulate}"] if self.accumulate > 1 else []
-        return " ".join([*parts, f"remat={self.remat}"])
+        return " ".join([*parts, *([f"remat={self.remat}"] if self.remat else [])])
 
 
 def tokens(facts: Facts, layout: Layout) -> float:

@@ -7,9 +7,10 @@ State and batch are exact: the same rules cut them as in a run. The rest is a mo
 - saved activations: what enters each block, and what model.remat keeps of it (`kept`); of another model, what
   jax.vjp keeps, all of it cut by examples.
 - temporaries, the larger of two moments. In the loss: the logits of a chunk and their gradient, both float32,
-  beside the saved activations. In the backward pass of a block: all that the block makes, its gradients as
-  many again, the gathered weights of it and of the next, and the gradients of its weights before their sum.
-- with attention=xla, scores [T, T] of each head: float32 and the compute type, and their gradients.
+  and the gathered head with its gradient. In the backward pass of a block: all that the block makes (their
+  gradients take the place of what is no longer needed), and of its gathered weights and of the gradients not
+  yet summed the largest two each: one that is used, one on its way.
+- with attention=xla, scores [T, T] of each head: float32, and the compute type.
 - the update runs in place (the state is donated), array by array.
 
 Not modelled: fragmentation, and what the compiler chooses to keep or to compute anew on its own.
@@ -27,7 +28,7 @@ from spmd.plan.layout import Layout, tokens
 from spmd.plan.shardings import GROUPS, OTHER
 
 WIDE = 4  # bytes of what stays float32 in bfloat16 models: logits, scores, norms
-GATHERED = 2  # blocks whose gathered weights are held: of the one that runs, and of the next
+ON_THE_WAY = 2  # weights that are held gathered: the one that is used, and the next
 # Beside a program: what the runtime keeps. A CUDA context with its collectives' buffers is of this order.
 RESERVED = 0.5 * 2**30
 
@@ -63,9 +64,10 @@ def of(facts: Facts, layout: Layout) -> Memory:
     """Memory of a step; ValueError where a dim does not divide."""
     mesh = abstract_mesh(layout.mesh)
     sums = dict.fromkeys((*GROUPS.values(), OTHER), 0)
+    weights = (GROUPS["params"], GROUPS["model_state"])
     gradients = 0
     for leaf in facts.leaves:
-        cut = layout.zero == 3 if leaf.group == GROUPS["params"] else layout.zero > 0
+        cut = layout.zero == 3 if leaf.group in weights else layout.zero > 0
         sums[leaf.group] += leaf.bytes(mesh, fsdp=cut)
         if leaf.group == GROUPS["params"]:
             gradients += leaf.bytes(mesh, fsdp=layout.zero == 3)
@@ -103,9 +105,8 @@ def _activations(facts: Facts, layout: Layout) -> tuple[float, float, float]:
     each = kept(model, facts.length, layout, facts.compute)
     saved = here * model.layers * (enters + each)
     logits = here / facts.chunks * model.rows / tensor * WIDE * 2
-    all_of = kept(model, facts.length, layout._replace(remat="none"), facts.compute)
-    made = 2 * all_of - (all_of if layout.remat == "none" else 0)
-    return saved, logits + _head(facts, layout), here * made + _weights(facts, layout)
+    block = here * kept(model, facts.length, layout._replace(remat="none"), facts.compute)
+    return saved, logits + _head(facts, layout), block + _weights(facts, layout)
 
 
 def kept(model: Transformer, length: int, layout: Layout, compute: int) -> float:
@@ -122,19 +123,21 @@ def kept(model: Transformer, length: int, layout: Layout, compute: int) -> float
         layout.remat == "dots"
     ):  # products with weights: all but attention, and the way back to the residual
         return compute * (sum(made.values()) - made["attended"] + residual)
-    # Beside the above: both norms (normalised in float32, and as they leave), the residual between, the
-    # activation function and its product with the gate. What enters a product is never cut along time.
-    norms = 2 * residual * WIDE + 2 * model.embed * compute + residual * compute
-    activation = made["up"] * compute * (2 if "gate" in made else 1)
+    # What jax.vjp keeps: float32 in both norms (three arrays and two numbers each), what leaves them (never
+    # cut along time) in the place of what enters the block, the activation function's steps (of GELU,
+    # jax 0.12 keeps one less).
+    norms = WIDE * (6 * residual + 4) + compute * (2 * model.embed - residual)
+    activation = 6 * made["up"] * compute
+    heads = sum(made[name] for name in ("query", "key", "value", "attended")) * compute
     scores = 0.0
     if model.attention == "xla":
-        scores = model.heads / tensor * length * (WIDE + compute)
-    return compute * (sum(made.values()) + residual) + norms + activation + scores
+        scores = model.heads / tensor * (length * (WIDE + compute) + 2 * WIDE)
+    return norms + heads + activation + scores
 
 
 def _head(facts: Facts, layout: Layout) -> float:
     """The gathered head, and its gradient before the sum."""
-    head = next((leaf for leaf in facts.params if comms.is_head(facts, leaf)), None)
+    head = next((leaf for leaf in facts.weights if comms.is_head(facts, leaf)), None)
     if head is None or layout.size("fsdp") == 1 or layout.zero != 3:
         return 0.0
     whole = head.bytes(abstract_mesh(layout.mesh), fsdp=False)
@@ -142,13 +145,13 @@ def _head(facts: Facts, layout: Layout) -> float:
 
 
 def _weights(facts: Facts, layout: Layout) -> float:
-    """The gathered weights of the blocks at hand, in the compute type, and their gradients in their own."""
+    """The largest weights of a block, gathered in the compute type, and their gradients before the sum."""
+    if layout.zero != 3 or layout.size("fsdp") == 1:
+        return 0.0
     mesh = abstract_mesh(layout.mesh)
-    blocks = [leaf for leaf in facts.params if leaf.stacked]
-    own = sum(leaf.bytes(mesh, fsdp=False) / leaf.stacked for leaf in blocks)
-    narrow = sum(
-        leaf.bytes(mesh, fsdp=False) / leaf.stacked * facts.compute / leaf.itemsize
-        for leaf in blocks
+    sizes = sorted(
+        (leaf.bytes(mesh, fsdp=False) / leaf.stacked, facts.compute / leaf.itemsize)
+        for leaf in facts.weights
+        if leaf.stacked
     )
-    cut = layout.zero == 3 and layout.size("fsdp") > 1
-    return narrow * (GATHERED if cut else 1) + (own if cut else 0.0)
+    return sum(own * (1 + narrow) for own, narrow in sizes[-ON_THE_WAY:])

@@ -18,7 +18,7 @@ Choose = Callable[[Facts, Target], Layout]
 
 
 class Point(NamedTuple):
-    """One target of a curve. batch_size: global. efficiency: tokens/s of a device against the first target's."""
+    """One target of a curve. batch_size: global. efficiency: tokens/s of a device over the first target's."""
 
     mode: Mode
     target: str
@@ -34,8 +34,8 @@ class Point(NamedTuple):
 
 class Bound(NamedTuple):
     """Of the collectives of an axis, seconds in a step against those of the products. limit: what they are
-    equal at, all else as it is: the fewest tokens on a device for an axis that cuts the batch, the largest size
-    of mesh.tensor.
+    equal at, all else as it is: the fewest tokens on a device for an axis that cuts the batch, the largest
+    size of mesh.tensor.
     """
 
     axis: str

@@ -38,8 +38,8 @@ class Candidate(NamedTuple):
 def search(facts: Facts, target: Target, slices: int = 1) -> list[Candidate]:
     """Every candidate, those that fit first, the fastest first; then the rejected ones.
 
-    Meshes of replica (between slices), data, fsdp and tensor x ZeRO level x accumulation (powers of 2) x remat
-    x sequence parallelism. The global batch stays as it is.
+    Meshes of replica (between slices), data, fsdp and tensor x ZeRO level x accumulation (powers of 2) x
+    remat x sequence parallelism. The global batch stays as it is.
     """
     found: list[Candidate] = []
     for sizes in meshes(target.num_devices, slices):
@@ -64,7 +64,7 @@ def judge(facts: Facts, target: Target, layout: Layout) -> Candidate:
 
 
 def meshes(num_devices: int, slices: int = 1) -> Iterator[Sizes]:
-    """Every cut of the devices into data, fsdp and tensor; replica are the slices, where there are several."""
+    """Every cut of the devices into data, fsdp and tensor; replica is the number of slices."""
     for tensor in divisors(num_devices):
         for fsdp in divisors(num_devices // tensor):
             data = num_devices // tensor // fsdp
@@ -79,7 +79,7 @@ def layouts(facts: Facts, sizes: Sizes, slices: int = 1) -> Iterator[Layout]:
     for zero in (3, 1) if whole.size("fsdp") > 1 else (3,):
         for parallel in (False, True) if whole.size("tensor") > 1 else (False,):
             for accumulate in accumulations(facts, whole):
-                for remat in REMATS if facts.model else ("none",):
+                for remat in REMATS if facts.model else ("",):
                     yield Layout(sizes, zero, parallel, accumulate, remat, saved, slices)
 
 

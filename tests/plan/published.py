@@ -8,14 +8,17 @@ import jax
 
 from spmd import Experiment
 from spmd.data.text import Text
+from spmd.hardware import Chip, Links
 from spmd.mesh import MeshConfig
 from spmd.models.transformer import Transformer
 from spmd.optim import AdamW
-from spmd.plan import facts
-from spmd.plan.facts import Facts
+from spmd.plan import comms, cost, facts, network
+from spmd.plan.facts import Facts, Leaf
 from spmd.plan.layout import Layout
+from spmd.plan.targets import Target
 from spmd.tasks import LanguageModel
 from spmd.train import TrainConfig
+from spmd.train.loop import Program
 
 SAVED_QKV = ("query", "key", "value")
 
@@ -130,16 +133,109 @@ MAXTEXT = [
 ]
 
 
-def known(model: Transformer, length: int, batch_size: int, **task: int) -> Facts:
-    """Facts of an experiment with that model, AdamW in float32."""
+def program(model: Transformer, length: int, batch_size: int) -> Program:
+    """Of an experiment with that model and AdamW in float32, on one device."""
     experiment = Experiment(
         name="published",
         model=model,
-        task=LanguageModel(**task),
+        task=LanguageModel(),
         data=Text(name="stdlib_source", sequence_length=length, batch_size=batch_size),
         optimizer=AdamW(clip_norm=1.0),
         mesh=MeshConfig(data=1),
         train=TrainConfig(steps=100),
     )
-    program = experiment.build(jax.devices()[:1], source=())
-    return facts.of(program, model, chunks=experiment.task.chunks)
+    return experiment.build(jax.devices()[:1], source=())
+
+
+def known(model: Transformer, length: int, batch_size: int) -> Facts:
+    """Its facts."""
+    return facts.of(program(model, length, batch_size), model)
+
+
+def residuals(program: Program) -> list[jax.ShapeDtypeStruct]:
+    """What jax keeps of a forward pass for the backward pass."""
+    task, batch = program.task, program.abstract_batch()
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    scale = jax.eval_shape(lambda b: task.scale(task.weigh(b)), batch)
+
+    def backward(params, *rest):
+        return jax.vjp(lambda p: task.loss(p, *rest)[0], params)[1]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.tree.leaves(jax.eval_shape(backward, params, model_state, batch, key, scale))
+
+
+class Scaling(NamedTuple):
+    """A published curve's end. params: of the model, summed in float32; rate: images/s of one GPU; rows:
+    images of one GPU in a step; base: GPUs that the share is against; share: the published one.
+    """
+
+    name: str
+    params: float
+    rate: float
+    rows: int
+    links: Links
+    base: int
+    num_devices: int
+    share: float
+    source: str
+
+
+def _pascal(link: float, host: int, gbit_s: float) -> Links:
+    return Links(0, link, 1, host, host, gbit_s * 1e9 / 8 / host, "")
+
+
+# 128 servers of 4 P100 on PCIe 3 (12 GB/s of 16), 25 Gb/s for each server.
+_HOROVOD = _pascal(12e9, 4, 25)
+# Big Basin: 8 P100 on NVLink (4 x 20 GB/s), 50 Gb/s for each server.
+_BIG_BASIN = _pascal(80e9, 8, 50)
+_RATES = "images/s of a P100: tensorflow.org/performance/benchmarks"
+SCALING = [
+    Scaling(
+        "Horovod, ResNet-101",
+        44.5e6,
+        125.0,  # between the page's 219 (ResNet-50) and 92 (ResNet-152), by their FLOPs
+        64,
+        _HOROVOD,
+        1,
+        512,
+        0.90,
+        f"Sergeev and Del Balso 2018 (arXiv 1802.05799), RDMA; {_RATES}",
+    ),
+    Scaling(
+        "Horovod, VGG-16",
+        138.4e6,
+        154.0,
+        64,
+        _HOROVOD,
+        1,
+        512,
+        0.68,
+        f"Sergeev and Del Balso 2018 (arXiv 1802.05799), RDMA; {_RATES}",
+    ),
+    Scaling(
+        "Goyal et al., ResNet-50",
+        25.6e6,
+        32
+        / 0.23,  # one hour for 90 epochs with 256 GPUs is 0.256 s for a step, and 0.9 of it with 8
+        32,
+        _BIG_BASIN,
+        8,
+        256,
+        0.90,
+        "Goyal et al. 2017 (arXiv 1706.02677), section 5.4",
+    ),
+]
+
+
+def share(row: Scaling, num_devices: int) -> float:
+    """Of the time of a step with `num_devices`, what is computed."""
+    chip = Chip("P100", {"float32": 10.6e12}, 16 * 2**30, 732e9, "", row.links)
+    levels = network.levels(Target("p100", num_devices, chip), {"data": num_devices})
+    whole = Leaf("weights", "parameters", (int(row.params),), 4, (None,), (int(row.params),))
+    batch_size = row.rows * num_devices
+    facts = Facts(row.name, (whole,), batch_size, batch_size, 1, 0, {}, 0, 4, 1, None)
+    compute = row.rows / row.rate
+    found = comms.of(facts, Layout({"data": num_devices}))
+    shown = cost.crossed(found, levels, compute, compute * cost.BACKWARD).values()
+    return compute / (compute + sum(seconds for _, seconds in shown))
