@@ -249,7 +249,7 @@ def _hidden(one: text.Instruction, inside: text.Computation) -> bool:
 
 
 def _scattered(one: text.Instruction, inside: text.Computation, group: int) -> bool:
-    """Whether each device keeps only its own slice of a sum."""
+    """Whether each device keeps only its own slice of a sum, or of a sum of sums."""
 
     def kept(name: str) -> bool:
         users = inside.users[name]
@@ -263,7 +263,8 @@ def _scattered(one: text.Instruction, inside: text.Computation, group: int) -> b
             for user in users
         )
 
-    return inside.root.name != one.name and kept(one.name)
+    names = [one.name, *_sums(one, inside)]
+    return inside.root.name not in names and kept(names[-1])
 
 
 def _elements(one: text.Instruction) -> int:
@@ -272,17 +273,24 @@ def _elements(one: text.Instruction) -> int:
 
 def _joined(one: text.Instruction, inside: text.Computation) -> bool:
     """Whether a sum of all-reduces, of which this is not the last, is one all-reduce of the sum."""
-    name = one.name
-    while True:
-        users = inside.users[name]
-        if len(users) != 1 or users[0].op != "add":
-            return False
+    below = one.name
+    for name in _sums(one, inside):
+        if inside.by_name[name].operands[0] == below:
+            return True
+        below = name
+    return False
+
+
+def _sums(one: text.Instruction, inside: text.Computation) -> list[str]:
+    """The additions of this all-reduce to others like it, from the inside out."""
+    found, name = list[str](), one.name
+    while len(users := inside.users[name]) == 1 and users[0].op == "add":
         first, second = users[0].operands
         if first == second or not _summed(second if first == name else first, one, inside):
-            return False
-        if first == name:
-            return True
+            break
         name = users[0].name
+        found.append(name)
+    return found
 
 
 def _summed(name: str, like: text.Instruction, inside: text.Computation) -> bool:
