@@ -129,7 +129,14 @@ class _Reader:
         self.found: list[Collective] = []
         self.flops, self.endless = 0.0, 0
 
-    def walk(self, name: str, count: int, caller: _Caller | None = None) -> None:
+    def walk(
+        self,
+        name: str,
+        count: int,
+        caller: _Caller | None = None,
+        known: loops.Known = loops.nothing,
+    ) -> None:
+        """known: what is constant in the state of the loop whose body this is."""
         inside = self.module.computations[name]
         parts = caller.parts if caller else {}
         for one in inside.instructions:
@@ -138,9 +145,10 @@ class _Reader:
             if kind in KINDS:
                 self._collective(kind, one, inside, count, caller)
             elif one.op == "while":
-                times = loops.executions(one, inside, self.module)
+                times = loops.executions(one, inside, self.module, known)
                 self.endless += times is None
-                self.walk(one.called[0], count * (1 if times is None else times))
+                within = loops.unchanged(one, inside, self.module, known)
+                self.walk(one.called[0], count * (1 if times is None else times), known=within)
             elif one.op == "conditional":
                 self._dearest(one, count)
             elif one.op in ("fusion", "async-start"):
