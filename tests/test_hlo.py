@@ -315,6 +315,16 @@ def test_a_sum_of_all_reduces_is_one_until_the_module_is_final():
     assert count(True) == [("data",), ("tensor",), ("tensor",), ("tensor",)]
 
 
+def test_attributes_of_a_kernel_may_go_over_several_lines():
+    body = f"""  %p = f32[8]{{0}} parameter(0)
+  %k = f32[8]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={{"a":{{
+"xprof_metadata":"x"
+}}}}, metadata={{op_name="kernel"}}
+  ROOT %r = f32[8]{{0}} all-reduce(%k), channel_id=1, {OVER_TENSOR}"""
+    (one,) = hlo.read(module(body, scheduled=True), TWO).collectives
+    assert one.bytes == 32 and one.op_name == "kernel"
+
+
 def test_the_dearest_branch_of_a_conditional_counts():
     branch = """
 %branch.{n} (q: f32[{n}]) -> f32[{n}] {{

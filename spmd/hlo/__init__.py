@@ -25,6 +25,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+_NEAR = 50  # instructions
 # What an array passes through without being changed, for who follows it.
 _SAME = ("get-tuple-element", "bitcast", "reshape", "transpose", "copy", "convert")
 _WORK = ("fusion", "dot", "convolution", "while", "custom-call", "call", "conditional")
@@ -196,7 +197,7 @@ class _Reader:
             # What is final is said by a fusion of the two.
             if (caller or not self.module.final) and _scattered(one, inside, group):
                 kind = "reduce-scatter"
-        said = one if one.attribute(r'(op_name)="') or caller is None else caller.one
+        said = _speaking(one, inside, caller)
         frame = said.attribute(r"stack_frame_id=(\d+)")
         if caller is not None and channel:
             caller.parts[channel] = len(self.found)
@@ -236,6 +237,22 @@ def _bits(dtype: str) -> int:
         return 8
     found = re.match(r"[a-z]+(\d+)", dtype)
     return int(found[1]) if found else 0  # a token has none
+
+
+def _speaking(
+    one: text.Instruction, inside: text.Computation, caller: _Caller | None
+) -> text.Instruction:
+    """Whose metadata say where this comes from: its own, its fusion's, or the nearest reader's or operand's.
+    An all-gather that the TPU compiler does as an all-reduce has none.
+    """
+    near = [one] if caller is None else [one, caller.one]
+    for other in near:  # which grows
+        if other.attribute(r'(op_name)="') and other.op != "parameter":
+            return other
+        if len(near) < _NEAR and (caller is None or other is not caller.one):
+            beside = [*inside.users[other.name], *(inside.by_name[n] for n in other.operands)]
+            near += [each for each in beside if _elements(each) > 1]  # no counters
+    return one
 
 
 def _hidden(one: text.Instruction, inside: text.Computation) -> bool:
