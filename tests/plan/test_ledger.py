@@ -181,6 +181,16 @@ def test_the_tpu_compiler_sends_what_the_closed_form_says():
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -r requirements/tpu.txt")
+def test_a_mesh_that_does_not_lie_on_the_slice_is_told_its_axes():
+    exp = spmd.load("lm_stdlib", [*WORDS, "32", "--mesh.tensor", "2"]).experiment
+    exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, batch_size=64))
+    with pytest.raises(
+        ValueError, match=r"slice of 4 x 4 x 4 chips: .* sizes that can be: 1, 4, 16, 64"
+    ):
+        ahead.compiled(exp, "v5p:4x4x4")
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -r requirements/tpu.txt")
 def test_a_program_too_large_for_the_chip_is_told_apart():
     words = [*WORDS, "8", "--data.batch-size", "65536"]
     with pytest.raises(compile.TooLarge) as caught:
