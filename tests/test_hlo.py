@@ -170,6 +170,44 @@ def test_a_loop_counts_its_trips(text, times):
     assert [c.count for c in program.collectives] == [times] and program.endless == 0
 
 
+def test_a_bound_that_comes_through_the_state_of_the_loops_around():
+    """As the TPU compiler's "wide" loops have it: constants are handed from loop to loop."""
+    state = "(s32[], s32[])"
+
+    def body(name: str, work: str) -> str:
+        return f"""
+%{name} (s: {state}) -> {state} {{
+  %s = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] get-tuple-element(%s), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  {work}
+  ROOT %t = (s32[], s32[]) tuple(%next, %n)
+}}
+"""
+
+    condition = """
+%condition (c: (s32[], s32[])) -> pred[] {
+  %c = (s32[], s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %m = s32[] get-tuple-element(%c), index=1
+  ROOT %lt = pred[] compare(%j, %m), direction=LT
+}
+"""
+    inner = body("inner", f"%r = s32[] all-reduce(%i), channel_id=1, {OVER_TENSOR}")
+    begin = """%zero = s32[] constant(0)
+  %first = (s32[], s32[]) tuple(%zero, %n)
+  %w = (s32[], s32[]) while(%first), condition=%condition, body=%BODY"""
+    outer = body("outer", begin.replace("BODY", "inner"))
+    main = f"  %n = s32[] constant(3)\n  {begin.replace('BODY', 'outer')}"
+    text = module(
+        f"{main}\n  ROOT %o = s32[] get-tuple-element(%w), index=1", inner + condition + outer
+    )
+    program = hlo.read(text, TWO)
+    assert program.endless == 0 and [c.count for c in program.collectives] == [9]
+
+
 def test_a_known_trip_count_is_taken_and_an_endless_loop_said():
     endless = loop("%j, %n), direction=LT", bound="custom-call(%j)")
     program = hlo.read(endless, TWO)
@@ -275,6 +313,16 @@ def test_a_sum_of_all_reduces_is_one_until_the_module_is_final():
     )
     assert count(False) == [("data",), ("tensor",)]
     assert count(True) == [("data",), ("tensor",), ("tensor",), ("tensor",)]
+
+
+def test_attributes_of_a_kernel_may_go_over_several_lines():
+    body = f"""  %p = f32[8]{{0}} parameter(0)
+  %k = f32[8]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={{"a":{{
+"xprof_metadata":"x"
+}}}}, metadata={{op_name="kernel"}}
+  ROOT %r = f32[8]{{0}} all-reduce(%k), channel_id=1, {OVER_TENSOR}"""
+    (one,) = hlo.read(module(body, scheduled=True), TWO).collectives
+    assert one.bytes == 32 and one.op_name == "kernel"
 
 
 def test_the_dearest_branch_of_a_conditional_counts():

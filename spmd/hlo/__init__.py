@@ -25,6 +25,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+_NEAR = 50  # instructions
 # What an array passes through without being changed, for who follows it.
 _SAME = ("get-tuple-element", "bitcast", "reshape", "transpose", "copy", "convert")
 _WORK = ("fusion", "dot", "convolution", "while", "custom-call", "call", "conditional")
@@ -138,7 +139,14 @@ class _Reader:
         self.found: list[Collective] = []
         self.flops, self.endless = 0.0, 0
 
-    def walk(self, name: str, count: int, caller: _Caller | None = None) -> None:
+    def walk(
+        self,
+        name: str,
+        count: int,
+        caller: _Caller | None = None,
+        known: loops.Known = loops.nothing,
+    ) -> None:
+        """known: what is constant in the state of the loop whose body this is."""
         inside = self.module.computations[name]
         parts = caller.parts if caller else {}
         for one in inside.instructions:
@@ -147,9 +155,10 @@ class _Reader:
             if kind in KINDS:
                 self._collective(kind, one, inside, count, caller)
             elif one.op == "while":
-                times = loops.executions(one, inside, self.module)
+                times = loops.executions(one, inside, self.module, known)
                 self.endless += times is None
-                self.walk(one.called[0], count * (1 if times is None else times))
+                within = loops.unchanged(one, inside, self.module, known)
+                self.walk(one.called[0], count * (1 if times is None else times), known=within)
             elif one.op == "conditional":
                 self._dearest(one, count)
             elif one.op in ("fusion", "async-start"):
@@ -197,7 +206,7 @@ class _Reader:
             # What is final is said by a fusion of the two.
             if (caller or not self.module.final) and _scattered(one, inside, group):
                 kind = "reduce-scatter"
-        said = one if one.attribute(r'(op_name)="') or caller is None else caller.one
+        said = _speaking(one, inside, caller)
         frame = said.attribute(r"stack_frame_id=(\d+)")
         if caller is not None and channel:
             caller.parts[channel] = len(self.found)
@@ -239,6 +248,22 @@ def _bits(dtype: str) -> int:
     return int(found[1]) if found else 0  # a token has none
 
 
+def _speaking(
+    one: text.Instruction, inside: text.Computation, caller: _Caller | None
+) -> text.Instruction:
+    """Whose metadata say where this comes from: its own, its fusion's, or the nearest reader's or operand's.
+    An all-gather that the TPU compiler does as an all-reduce has none.
+    """
+    near = [one] if caller is None else [one, caller.one]
+    for other in near:  # which grows
+        if other.attribute(r'(op_name)="') and other.op != "parameter":
+            return other
+        if len(near) < _NEAR and (caller is None or other is not caller.one):
+            beside = [*inside.users[other.name], *(inside.by_name[n] for n in other.operands)]
+            near += [each for each in beside if _elements(each) > 1]  # no counters
+    return one
+
+
 def _hidden(one: text.Instruction, inside: text.Computation) -> bool:
     """Whether work stands between a start and its done."""
     if not one.op.endswith("-start"):
@@ -258,7 +283,7 @@ def _hidden(one: text.Instruction, inside: text.Computation) -> bool:
 
 
 def _scattered(one: text.Instruction, inside: text.Computation, group: int) -> bool:
-    """Whether each device keeps only its own slice of a sum."""
+    """Whether each device keeps only its own slice of a sum, or of a sum of sums."""
 
     def kept(name: str) -> bool:
         users = inside.users[name]
@@ -272,7 +297,8 @@ def _scattered(one: text.Instruction, inside: text.Computation, group: int) -> b
             for user in users
         )
 
-    return inside.root.name != one.name and kept(one.name)
+    names = [one.name, *_sums(one, inside)]
+    return inside.root.name not in names and kept(names[-1])
 
 
 def _elements(one: text.Instruction) -> int:
@@ -281,17 +307,24 @@ def _elements(one: text.Instruction) -> int:
 
 def _joined(one: text.Instruction, inside: text.Computation) -> bool:
     """Whether a sum of all-reduces, of which this is not the last, is one all-reduce of the sum."""
-    name = one.name
-    while True:
-        users = inside.users[name]
-        if len(users) != 1 or users[0].op != "add":
-            return False
+    below = one.name
+    for name in _sums(one, inside):
+        if inside.by_name[name].operands[0] == below:
+            return True
+        below = name
+    return False
+
+
+def _sums(one: text.Instruction, inside: text.Computation) -> list[str]:
+    """The additions of this all-reduce to others like it, from the inside out."""
+    found, name = list[str](), one.name
+    while len(users := inside.users[name]) == 1 and users[0].op == "add":
         first, second = users[0].operands
         if first == second or not _summed(second if first == name else first, one, inside):
-            return False
-        if first == name:
-            return True
+            break
         name = users[0].name
+        found.append(name)
+    return found
 
 
 def _summed(name: str, like: text.Instruction, inside: text.Computation) -> bool:

@@ -108,14 +108,18 @@ def module(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        if line.startswith((" ", "\t")):
-            if current is not None and (one := _instruction(line)) is not None:
-                current.instructions.append(one)
-        elif (header := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)) and "->" in line:
-            current = computations[header[2]] = Computation(header[2])
-            entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        if current is None:
+            header = re.match(r"(ENTRY )?%?([\w.\-]+) .*->.*\{$", line)
+            if header:
+                current = computations[header[2]] = Computation(header[2])
+                entry = header[2] if header[1] else entry
+        elif line == "}":
             current = None
+        elif (one := _instruction(line)) is not None:
+            current.instructions.append(one)
+        elif current.instructions:  # attributes of a kernel go over several lines
+            last = current.instructions.pop()
+            current.instructions.append(last._replace(attributes=last.attributes + line))
     final = "is_scheduled=true" in text.lstrip().split("\n", 1)[0]
     return Module(computations, entry, _sources(text), final)
 

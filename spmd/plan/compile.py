@@ -30,6 +30,11 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _PARTITIONED = "*after_spmd-partitioning*.txt"
+_SIZE = r"([\d.]+)([KMG]?)"
+_TOO_LARGE = (
+    rf"Used {_SIZE} of {_SIZE} hbm",
+    rf"required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
+)
 _SAVED = 1  # of the form of a cached result
 
 
@@ -38,7 +43,7 @@ class Failed(Exception):
 
 
 class TooLarge(Failed):
-    """The program needs more memory than the chip has. used, limit: bytes per device."""
+    """The program needs more memory than the chip has. used (at least), limit: bytes per device."""
 
     def __init__(self, message: str, used: int, limit: int):
         super().__init__(message)
@@ -114,24 +119,23 @@ def devices(target: Target) -> list[Any] | None:
     ready(target)
     from jax.experimental import topologies
 
-    name = target.name.replace("7x:", "tpu7x:") if target.name.startswith("7x:") else target.name
+    chip = target.name.partition(":")[0]
+    options: dict[str, Any] = {"topology_name": target.name.replace("7x:", "tpu7x:")}
+    if chip == "v4":
+        options["chip_config_name"] = "megacore"  # the two cores of a chip are one device
+    if target.num_devices < 4:
+        options["chips_per_host_bounds"] = (*target.topology, 1)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        found = topologies.get_topology_desc(platform="tpu", **options).devices
     except Exception as error:
-        chip = target.name.partition(":")[0]
         raise ValueError(
-            f"--target {target.name}: the TPU compiler knows no such slice; for example"
-            f" {', '.join(f'{chip}:{size}' for size in _EXAMPLES[len(target.topology)])}."
-            f" It says: {str(error).splitlines()[0]}"
+            f"--target {target.name}: the TPU compiler has no such slice: {str(error).splitlines()[0]}"
         ) from error
     check(
         len(found) == target.num_devices,
         f"--target {target.name}: the TPU compiler sees {len(found)} devices, not {target.num_devices}",
     )
     return list(found)
-
-
-_EXAMPLES = {2: ("2x4", "4x4", "8x8", "16x16"), 3: ("2x2x1", "2x2x2", "2x4x4", "4x4x4", "8x8x8")}
 
 
 def compiled(program: Any, target: Target) -> Compiled:
@@ -194,10 +198,33 @@ def _text(target: Target) -> Iterator[tuple[dict[str, Any], Any]]:
 
         def read(built: Any) -> str:
             dumps = sorted(Path(folder).glob(_PARTITIONED))
-            # One device is not partitioned.
-            return dumps[-1].read_text() if dumps else built.as_text()
+            if target.num_devices == 1:  # nothing to be partitioned
+                return built.as_text()
+            assert dumps, "the compiler wrote no partitioned module"
+            return dumps[-1].read_text()
 
-        yield options, read
+        with _anew():
+            yield options, read
+
+
+@contextlib.contextmanager
+def _anew() -> Iterator[None]:
+    """Without JAX's cache of compiled programs: what comes from there has not been dumped."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    config: Any = jax.config
+    was = config.jax_enable_compilation_cache
+
+    def use(cache: bool) -> None:
+        config.update("jax_enable_compilation_cache", cache)
+        compilation_cache.reset_cache()  # else what it found at its first use stands
+
+    use(False)
+    try:
+        yield
+    finally:
+        use(was)
 
 
 @contextlib.contextmanager
@@ -209,7 +236,7 @@ def _failing() -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         said = " ".join(str(error).split())
-        found = re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", said)
+        found = next(filter(None, (re.search(form, said) for form in _TOO_LARGE)), None)
         if "RESOURCE_EXHAUSTED" not in said or found is None:
             raise Failed(said[:400]) from error
         scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -226,11 +253,9 @@ def _memory(analysis: Any) -> Memory:
         code=analysis.generated_code_size_in_bytes,
         peak=0,
     )
-    # Some versions say no peak: all that is there at once, at most.
-    peak = getattr(analysis, "peak_memory_in_bytes", 0) or (
-        made.arguments + made.outputs - made.aliased + made.temporaries
-    )
-    return dataclasses.replace(made, peak=peak)
+    # Some compilers say no peak, the CPU's leaves its temporaries out.
+    least = made.arguments + made.outputs - made.aliased + made.temporaries
+    return dataclasses.replace(made, peak=max(least, getattr(analysis, "peak_memory_in_bytes", 0)))
 
 
 def _host_memory() -> int:
