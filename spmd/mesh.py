@@ -142,8 +142,9 @@ def simulate(num_devices: int) -> None:
     check(num_devices >= 1, f"simulate={num_devices} must be at least 1")
     try:
         jax.config.update("jax_platforms", "cpu")
-        if jax.config.jax_num_cpu_devices < num_devices:  # else there will be enough
-            jax.config.update("jax_num_cpu_devices", num_devices)
+        config: Any = jax.config
+        if config.jax_num_cpu_devices < num_devices:  # else there will be enough
+            config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
         pass  # the backend runs already: fine when it has what is asked, see below
     have = jax.local_devices()

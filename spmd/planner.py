@@ -128,7 +128,7 @@ def arranged(exp: Experiment, cut: Layout) -> Experiment:
         exp,
         model=model,
         mesh=mesh.MeshConfig(**sizes),
-        strategy=Auto(zero=cut.zero, sequence_parallel=cut.sequence_parallel),
+        strategy=Auto(zero=3 if cut.zero == 3 else 1, sequence_parallel=cut.sequence_parallel),
         train=dataclasses.replace(exp.train, accumulate=cut.accumulate),
     )
 
