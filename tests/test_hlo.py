@@ -157,6 +157,7 @@ def loop(compare: str, start: int = 0, step: int = 1, bound: str = "constant(5)"
     [
         (loop("%j, %n), direction=LT"), 5),
         (loop("%n, %j), direction=GT"), 5),
+        (loop("%c#0, %n), direction=LT").replace("add(%i,", "add(%s#0,"), 5),
         (loop("%j, %n), direction=LE"), 6),
         (loop("%j, %n), direction=NE"), 5),
         (loop("%j, %n), direction=LT", start=2), 3),
@@ -313,6 +314,15 @@ def test_a_sum_of_all_reduces_is_one_until_the_module_is_final():
     )
     assert count(False) == [("data",), ("tensor",)]
     assert count(True) == [("data",), ("tensor",), ("tensor",), ("tensor",)]
+
+
+def test_elements_named_in_short_are_elements():
+    body = f"""  %p = f32[8]{{0}} parameter(0)
+  %t = ((f32[8]{{0}}, bf16[4,2]{{1,0:T(8,128)(2,1)}}), s32[]) custom-call(%p), custom_call_target="work"
+  %r = bf16[4,2]{{1,0}} all-reduce(%t#0#1), channel_id=1, {OVER_TENSOR}
+  ROOT %o = f32[8]{{0}} copy(%t#0#0)"""
+    (one,) = hlo.read(module(body), TWO).collectives
+    assert (one.bytes, one.dtype) == (16, "bf16")
 
 
 def test_attributes_of_a_kernel_may_go_over_several_lines():

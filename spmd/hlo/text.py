@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
     @property
     def operands(self) -> list[str]:
         """Names."""
-        return re.findall(r"%([\w.\-]+)", self.inside)
+        return re.findall(r"%([\w.\-]+(?:#\d+)*)", self.inside)
 
     @property
     def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -111,9 +111,10 @@ def module(text: str) -> Module:
         if current is None:
             header = re.match(r"(ENTRY )?%?([\w.\-]+) .*->.*\{$", line)
             if header:
-                current = computations[header[2]] = Computation(header[2])
+                current = Computation(header[2])
                 entry = header[2] if header[1] else entry
         elif line == "}":
+            computations[current.name] = _spelt_out(current)
             current = None
         elif (one := _instruction(line)) is not None:
             current.instructions.append(one)
@@ -122,6 +123,38 @@ def module(text: str) -> Module:
             current.instructions.append(last._replace(attributes=last.attributes + line))
     final = "is_scheduled=true" in text.lstrip().split("\n", 1)[0]
     return Module(computations, entry, _sources(text), final)
+
+
+def _spelt_out(inside: Computation) -> Computation:
+    """With an instruction for each element that newer texts name in short, as `%tuple#1`."""
+    known: dict[str, Instruction] = {}
+
+    def element(name: str) -> None:
+        if name not in known and "#" in name:
+            source, _, index = name.rpartition("#")
+            element(source)
+            shape = _elements(known[source].shape)[int(index)]
+            known[name] = Instruction(
+                name, shape, "get-tuple-element", f"%{source}", f", index={index}", False
+            )
+
+    for one in inside.instructions:
+        for name in one.operands:
+            element(name)
+        known[one.name] = one
+    return Computation(inside.name, list(known.values()))
+
+
+def _elements(shape: str) -> list[str]:
+    """Those of a tuple's shape, `(f32[2]{0}, (s32[], f32[3,4]))`."""
+    parts, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def _instruction(line: str) -> Instruction | None:
