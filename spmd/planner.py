@@ -76,9 +76,13 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
     if not compiled:
         return made
     try:
-        return made._replace(compiled=ahead.compiled(exp, target))
+        program = ahead.compiled(exp, target)
     except Failed as error:
         return made._replace(failed=str(error))
+    if made.estimate is not None and program.how == "compiled":
+        found = comms.compiled(program.program, cut)
+        made = made._replace(estimate=cost.estimate(known, on, cut, found))
+    return made._replace(compiled=program)
 
 
 def search(
@@ -86,7 +90,8 @@ def search(
 ) -> list[Candidate]:
     """Every layout of `exp` on `target`, those that fit first, the fastest first.
 
-    best: so many of the first are compiled, and what the compiler's memory does not allow is rejected.
+    best: so many of the first are compiled: those that do not fit by the compiler are rejected, and the rest
+    ranked anew by the collectives that it made.
     """
     from spmd.plan import search as searching
 
@@ -94,28 +99,41 @@ def search(
     check(
         on.chip is not None, f"nothing is known of the speed of {target}: search on a TPU or a GPU"
     )
-    found = searching.search(facts(exp), on)
+    known = facts(exp)
+    found = searching.search(known, on)
     if best:
         ahead.ready(on)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            judged = pool.map(lambda c: _judged(exp, target, c, say), found[:best])
-            found = sorted([*judged, *found[best:]], key=lambda c: not c.fits)
+            judged = pool.map(lambda c: _judged(exp, known, on, c, say), found[:best])
+            found = sorted([*judged, *found[best:]], key=searching.rank)
     return found
 
 
 def _judged(
-    exp: Experiment, target: str, candidate: Candidate, say: Callable[[str], None]
+    exp: Experiment,
+    known: Facts,
+    on: targets.Target,
+    candidate: Candidate,
+    say: Callable[[str], None],
 ) -> Candidate:
-    """Rejected if the compiler says that it does not fit."""
+    """As the compiler has it: it may not fit, and communicate otherwise."""
+    from spmd import tree
+    from spmd.plan import comms, cost
     from spmd.plan.compile import Failed
 
+    cut = candidate.layout
     try:
-        made = ahead.compiled(arranged(exp, candidate.layout), target)
+        made = ahead.compiled(arranged(exp, cut), on.name)
     except Failed as error:
-        say(f"{candidate.layout}: {error}")
+        say(f"{cut}: {error}")
         return candidate._replace(reason=f"the compiler: {error}")
-    say(f"{candidate.layout}: {made.how} in {made.seconds:.0f} s")
-    return candidate
+    say(
+        f"{cut}: {made.how} in {made.seconds:.0f} s, {tree.human_bytes(made.memory.peak)} at the peak"
+    )
+    if made.how != "compiled":
+        return candidate
+    again = cost.estimate(known, on, cut, comms.compiled(made.program, cut))
+    return candidate._replace(estimate=again)
 
 
 def arranged(exp: Experiment, cut: Layout) -> Experiment:

@@ -26,6 +26,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from spmd import hlo
 from spmd.mesh import BATCH_AXES
 from spmd.plan.facts import Facts, Leaf, abstract_mesh
 from spmd.plan.layout import Layout, tokens
@@ -69,6 +70,22 @@ def of(facts: Facts, layout: Layout) -> list[Collective]:
         alike = dataclasses.replace(each, count=0)
         counts[alike] = counts.get(alike, 0) + each.count
     return [dataclasses.replace(alike, count=count) for alike, count in counts.items()]
+
+
+def compiled(program: hlo.Program, layout: Layout) -> list[Collective]:
+    """Those of a compiled program, by what they carry: gathers over batch axes are parameters, sums over them
+    gradients, all else activations. Groups that span no product of axes count for the whole mesh.
+    """
+    whole = tuple(axis for axis in layout.mesh if layout.size(axis) > 1)
+    found = []
+    for c in hlo.alike(program.collectives):
+        axes = c.axes or whole
+        what = "activations"
+        if set(axes) <= {*BATCH_AXES}:
+            gathered = "new parameters" if layout.zero == 1 else "parameters"
+            what = gathered if c.kind == "all-gather" else "gradients"
+        found.append(Collective(c.kind, axes, c.group, c.bytes, c.count, what))
+    return found
 
 
 def total(found: list[Collective]) -> dict[tuple[str, str], float]:

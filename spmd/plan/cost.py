@@ -96,8 +96,12 @@ class Estimate(NamedTuple):
         }
 
 
-def estimate(facts: Facts, target: Target, layout: Layout) -> Estimate:
-    """ValueError with the reason when the experiment, the mesh and the target do not go together; whether it
+def estimate(
+    facts: Facts, target: Target, layout: Layout, found: list[comms.Collective] | None = None
+) -> Estimate:
+    """found: the collectives, where a compiled program has told them; else those of the closed form.
+
+    ValueError with the reason when the experiment, the mesh and the target do not go together; whether it
     fits the memory, `fits` says.
     """
     chip = target.chip
@@ -108,7 +112,7 @@ def estimate(facts: Facts, target: Target, layout: Layout) -> Estimate:
     check(num == devices, f"mesh of {num} devices for {devices} of {target.name}")
     check_fits(facts, layout)
     levels = network.levels(target, layout.mesh, layout.slices)
-    found = comms.of(facts, layout)
+    found = comms.of(facts, layout) if found is None else found
     held = memory.of(facts, layout)
     work = _work(facts, layout, chip)
     seconds = {

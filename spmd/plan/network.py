@@ -18,7 +18,14 @@ SHARE = 0.8
 # Seconds of one hop. ICI: scaling-book, chapter 3. The others: of the order of what nccl-tests shows for
 # small messages; they matter for small arrays only.
 HOP = {"ICI": 1e-6, "NVLink": 2e-6, "DCN": 20e-6, "scale-out": 10e-6}
-PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+PASSES = {
+    "all-gather": 1,
+    "reduce-scatter": 1,
+    "all-reduce": 2,
+    "all-to-all": 1,
+    "collective-permute": 1,
+    "collective-broadcast": 1,
+}
 
 
 class Level(NamedTuple):

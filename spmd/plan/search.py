@@ -49,7 +49,7 @@ def search(facts: Facts, target: Target, slices: int = 1) -> list[Candidate]:
             found.append(Candidate(Layout(sizes, slices=slices), None, str(error)))
             continue
         found += [judge(facts, target, layout) for layout in layouts(facts, sizes, slices)]
-    return sorted(found, key=_rank)
+    return sorted(found, key=rank)
 
 
 def judge(facts: Facts, target: Target, layout: Layout) -> Candidate:
@@ -94,6 +94,7 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _rank(candidate: Candidate) -> tuple[bool, float]:
+def rank(candidate: Candidate) -> tuple[bool, float]:
+    """Those that fit first, the fastest first."""
     made = candidate.estimate
     return not candidate.fits, made.step_seconds if made else float("inf")
