@@ -1,4 +1,4 @@
-# make run | test | lint | format | slow | golden | notebooks | bench | lock | clean      PYTHON=python3.12 VENV=dir ARGS="..."
+# make run | test | lint | format | slow | golden | notebooks | bench | lock | clean      PYTHON=python3.12 VENV=dir ARGS="..." DATA=dir
 PYTHON ?= python3
 VENV ?= .venv
 UV ?= uv
@@ -32,8 +32,8 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@set -e; for file in benchmarks/[!_]*.py; do \
 	  case "$$file" in benchmarks/gpu_*) continue;; esac; \
-	  test -e "$$file" || { echo "there are no benchmarks yet"; exit 1; }; \
-	  PYTHONPATH=. $(VENV)/bin/python "$$file" $(ARGS); done
+	  case "$$file" in *_peers.py|*/input_pipeline.py) data="$(addprefix --data-dir ,$(DATA))";; *) data=;; esac; \
+	  PYTHONPATH=. $(VENV)/bin/python "$$file" $$data $(ARGS); done
 
 install: $(VENV)/.run
 install-dev: $(VENV)/.dev

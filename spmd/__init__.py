@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spmd.experiment import Experiment, Run
     from spmd.handle import load
+    from spmd.plan.budget import CommsBudget
 
 __version__ = "0.1.0"
 
-_HOME = {"Experiment": "experiment", "Run": "experiment", "load": "handle"}
-__all__ = ["Experiment", "Run", "load"]
+_HOME = {
+    "CommsBudget": "plan.budget",
+    "Experiment": "experiment",
+    "Run": "experiment",
+    "load": "handle",
+}
+__all__ = ["CommsBudget", "Experiment", "Run", "load"]
 
 
 def __getattr__(name: str) -> Any:

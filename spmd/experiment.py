@@ -18,6 +18,7 @@ from spmd.data import DataConfig
 from spmd.fields import check, closest, free
 from spmd.init import InitConfig
 from spmd.overrides import override as override
+from spmd.plan.budget import CommsBudget
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
 
+LOADED: dict[str, Path] = {}  # name -> the file it was read from last
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # Of a plan: epochs of data that is not opened have no number, and only the schedule asks.
 UNREAD_STEPS = 1_000_000
@@ -51,6 +53,8 @@ class Experiment:
     """How the devices agree; --strategy NAME changes the class."""
     mesh: mesh.MeshConfig = free(mesh.MeshConfig())
     """How the devices are cut."""
+    budget: CommsBudget = free(CommsBudget())
+    """What the compiled step may communicate; `run.py plan --check` holds it."""
     train: TrainConfig = free(TrainConfig())
     """How long, and how steps are dispatched."""
     eval: EvalConfig = free(EvalConfig())
@@ -270,13 +274,19 @@ class Experiment:
             f"--target {target} and --simulate {self.simulate} both say how many devices there are; give one",
         )
         planned_for = targets.parse(target or f"cpu:{self.simulate or 8}")
-        planned = dataclasses.replace(
+        program = self.unread(planned_for.num_devices).build(source=())
+        return shardings.report(program, planned_for, self.strategy)
+
+    def unread(self, simulate: int = 0) -> Experiment:
+        """This experiment with its data left closed, to be planned: on simulated devices, or (0) on those
+        that `build` is handed.
+        """
+        return dataclasses.replace(
             self,
-            simulate=planned_for.num_devices,
+            simulate=simulate,
             runtime=RuntimeConfig(num_processes=1),  # alone, also on a node of a cluster
             train=dataclasses.replace(self.train, steps=self.train.steps or UNREAD_STEPS),
         )
-        return shardings.report(planned.build(source=()), planned_for, self.strategy)
 
     def restore(self, step: int | None = None) -> Snapshot:
         """A checkpoint of the run directory (default: the newest) on this experiment's mesh.
@@ -387,6 +397,7 @@ def from_file(path: Path) -> Experiment:
         isinstance(experiment, Experiment),
         f"config() of {path} returned {type(experiment).__name__}, not an spmd.Experiment",
     )
+    LOADED[path.stem] = path.resolve()
     return dataclasses.replace(experiment, name=path.stem)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -35,6 +35,36 @@ def plain(value: Any) -> Any:
     if callable(value):  # a module class or a function from the experiment file
         return f"{getattr(value, '__qualname__', type(value).__qualname__)}"
     return str(value)
+
+
+def restored(base: Any, given: Any, classes: Mapping[str, type] | None = None) -> Any:
+    """The value of which `plain` made `given`, from another (`base`) of the same experiment file.
+
+    classes: by name, those that may stand in the place of another. ValueError for any other change of class.
+    """
+    if plain(base) == given:
+        return base  # modules and functions too, which have no other way back
+    if dataclasses.is_dataclass(base) and not isinstance(base, type):
+        cls: Any = type(base)
+        if given["class"] != cls.__name__:
+            check(
+                given["class"] in (classes or {}),
+                f"{cls.__name__} is {given['class']} here; the experiment's file must say so",
+            )
+            base = (classes or {})[given["class"]]()
+        changed = {
+            f.name: restored(getattr(base, f.name), given[_shown(f)], classes)
+            for f in dataclasses.fields(base)
+            if f.repr and f.init
+        }
+        return dataclasses.replace(base, **changed)
+    if isinstance(base, list | tuple) and len(base) == len(given):
+        return type(base)(restored(b, g, classes) for b, g in zip(base, given, strict=True))
+    check(
+        not callable(base),
+        f"{plain(base)} is {given} here; the experiment's file must say so",
+    )
+    return tuple(given) if isinstance(given, list) else given
 
 
 def _shown(field: dataclasses.Field[Any]) -> str:

@@ -87,7 +87,18 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(AXES)
     if num_slices(devices) > 1:
         return jax.sharding.Mesh(across_slices(devices, sizes), AXES, axis_types=types)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:  # of a TPU slice whose axes are not to be split
+        given = " ".join(f"{a}={s}" for a, s in sizes.items() if s > 1)
+        axes = [len({device.coords[i] for device in devices}) for i in range(3)]
+        axes.append(len(devices) // math.prod(axes))  # devices of a chip
+        products = {math.prod(a for i, a in enumerate(axes) if n >> i & 1) for n in range(16)}
+        raise ValueError(
+            f"mesh ({given}) does not lie on this TPU slice of {' x '.join(map(str, axes[:3]))} chips: each"
+            " mesh axis must be a product of some of its physical axes, each of these used once; sizes"
+            f" that can be: {', '.join(map(str, sorted(products)))}"
+        ) from error
 
 
 def num_slices(devices: Sequence[Any]) -> int:
@@ -131,7 +142,9 @@ def simulate(num_devices: int) -> None:
     check(num_devices >= 1, f"simulate={num_devices} must be at least 1")
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", num_devices)
+        config: Any = jax.config
+        if config.jax_num_cpu_devices < num_devices:  # else there will be enough
+            config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
         pass  # the backend runs already: fine when it has what is asked, see below
     have = jax.local_devices()

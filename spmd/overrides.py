@@ -69,6 +69,10 @@ def override(
         description=f"Experiment {experiment.name}. Fields and their values:",
     )
     values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            # tyro keeps the default's fields that __post_init__ derives: derived anew
+            values[name] = dataclasses.replace(value)
     return dataclasses.replace(experiment, **values), getattr(parsed, "options", None)
 
 
@@ -81,6 +85,7 @@ _HELP = {
     "model": "What is trained.",
     "task": "Loss and metrics.",
     "data": "Input data.",
+    "budget": "What the compiled step may communicate (plan --check).",
     "init": "Where the weights come from, and which are trained.",
     "optimizer": "Optimizer, schedule, clipping, decay; --optimizer NAME changes the class"
     f" ({', '.join(optim.OPTIMIZERS)}).",

@@ -62,8 +62,10 @@ def until(ready: Callable[[], bool], timeout: float = 60) -> None:
         time.sleep(0.1)
 
 
-def final_state(directory: str | Path, *words: str) -> dict[str, np.ndarray]:
-    """The leaves of the newest checkpoint of a digits run with these options, by name, on one device."""
+def final_state(
+    directory: str | Path, *words: str, experiment: str = "digits"
+) -> dict[str, np.ndarray]:
+    """The leaves of the newest checkpoint of a run with these options, by name, on one device."""
     import jax
     from etils import epath
 
@@ -72,7 +74,7 @@ def final_state(directory: str | Path, *words: str) -> dict[str, np.ndarray]:
     from spmd.train import CheckpointConfig
     from spmd.train.checkpoint import Checkpoints
 
-    program = spmd.load("digits", words).build(jax.devices()[:1])
+    program = spmd.load(experiment, words).build(jax.devices()[:1])
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", CheckpointConfig())
     try:
         state = checkpoints.restore(program.abstract_state(), program.strategy.state_shardings)

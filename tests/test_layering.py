@@ -27,6 +27,8 @@ LAYERS = (
     ("plan", "verify", "convert", "init", "sample"),
     ("overrides",),
     ("experiment",),
+    ("ahead",),
+    ("planner",),
     ("handle", "commands"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

@@ -13,6 +13,7 @@ from spmd import mesh, optim, strategies
 from spmd.data import TFDS, Augment
 from spmd.data.text import Text
 from spmd.init import InitConfig
+from spmd.plan.budget import CommsBudget
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
@@ -25,6 +26,7 @@ SHARED: dict[str, tuple[type, ...]] = {
     "run": (RunConfig,),
     "runtime": (RuntimeConfig,),
     "init": (InitConfig,),
+    "budget": (CommsBudget,),
     "data": (TFDS, Text),
     "data.augment": (Augment,),
     "optimizer": tuple(optim.OPTIMIZERS.values()),

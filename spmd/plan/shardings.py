@@ -198,15 +198,21 @@ def _dims(dims: Mapping[str, Dims | None], of_params: Any) -> Callable[..., Dims
         top, *rest = name.split("/")
         if GROUPS.get(top) in (None, "model state"):
             return None
-        tails = ("/".join(rest[i:]) for i in range(len(rest)))
-        owner = next((tail for tail in tails if tail in params), "")
-        found = dims.get(owner)
-        if found is None or params[owner].shape == shape:
+        owned_by = owner("/".join(rest), params)
+        found = dims.get(owned_by)
+        if found is None or params[owned_by].shape == shape:
             return found
-        drop = sharding.reduced_dim(name, shape, params[owner].shape)
+        drop = sharding.reduced_dim(name, shape, params[owned_by].shape)
         return None if drop is None else (*found[:drop], *found[drop + 1 :])
 
     return of
+
+
+def owner(name: str, params: Mapping[str, Any]) -> str:
+    """The parameter that a leaf of the optimizer state belongs to, by the end of its name; "" for none."""
+    parts = name.split("/")
+    tails = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((tail for tail in tails if tail in params), "")
 
 
 def _whole(array: Array, strategy: StrategyConfig) -> str:

@@ -11,6 +11,10 @@ from spmd.hardware import CHIPS, Chip
 
 # Dims of a TPU slice, and the devices that JAX sees of each chip.
 TPUS = {"v4": (3, 1), "v5e": (2, 1), "v5p": (3, 1), "v6e": (2, 1), "7x": (3, 2)}
+SLICES = {
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),  # and larger ones, see _exists
+}
 SHORT = {"a100": "a100-80"}
 NAMES: dict[str, Chip] = {chip.name.lower(): chip for chip in CHIPS.values()}
 MAX_DEVICES = 4096  # simulated ones take 3 s for 2048, 11 s for 4096, a minute for 8960
@@ -48,5 +52,16 @@ def parse(text: str) -> Target:
         num_devices <= MAX_DEVICES,
         f"target {text!r} has {num_devices} devices; at most {MAX_DEVICES} can be planned for",
     )
+    check(
+        dims == 1 or _exists(size, sizes),
+        f"target {text!r}: there is no such slice; {name} has {', '.join(SLICES.get(dims, ()))}"
+        + (" and larger ones of multiples of 4, in rising order" if dims == 3 else ""),
+    )
     chip = NAMES.get(SHORT.get(name, name))
     return Target(f"{name}:{size}", num_devices, chip, sizes if dims > 1 else ())
+
+
+def _exists(size: str, sizes: tuple[int, ...]) -> bool:
+    """Whether Google Cloud has a TPU slice of these chips (its pages on TPU v4 to 7x)."""
+    large = len(sizes) == 3 and all(n % 4 == 0 for n in sizes) and sizes == tuple(sorted(sizes))
+    return size in SLICES[len(sizes)] or large

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spmd
 from spmd.data import corpus, loader
 from spmd.data.text import Mixture, Text
 from spmd.data.tokenizer import Bytes, Chars, FromFile
@@ -456,3 +457,8 @@ def test_commands(run_cli, tmp_path):
     done = run_cli(*words, "--eval.every", 3)
     assert done.returncode == 0, done.stderr
     assert "eval/loss" in done.stdout
+
+
+def test_words_of_the_command_line_reach_the_declared_features():
+    config = spmd.load("lm_stdlib", ["--data.sequence-length", "24"]).experiment.data
+    assert config.abstract_batch(2)["tokens"] == ((2, 24), "int32")

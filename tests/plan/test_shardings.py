@@ -119,6 +119,7 @@ def test_llama_in_seconds_without_memory_devices_or_data(run_cli, tmp_path):
     start = time.monotonic()
     done = run_cli(
         *("plan", "--experiment", "llama3_70b", "--target", "h100:64", "--json", "plan.json"),
+        *("--show", "shardings"),
         *("--mesh.data", "1", "--mesh.fsdp", "16", "--mesh.tensor", "4", "--plot", "cut.html"),
         env={"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # alone, also on a node of a job
     )
@@ -139,7 +140,8 @@ def test_llama_in_seconds_without_memory_devices_or_data(run_cli, tmp_path):
 
 
 def test_data_that_are_not_prepared_are_not_needed(run_cli, tmp_path):
-    done = run_cli("plan", "--experiment", "mnist", "--target", "a100:4", "--json", "-")
+    plan = ("plan", "--experiment", "mnist", "--show", "shardings")
+    done = run_cli(*plan, "--target", "a100:4", "--json", "-")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["mesh"] == "data=4" and found["bytes_per_device"] > 0
@@ -171,6 +173,9 @@ MISTAKES = {
     "zero": ("--target cpu:0", "must be a number of devices, for example cpu:8"),
     "no_topology": ("--target v5p:64", "must be a slice of 3 dims in chips, for example v5p:4x4x4"),
     "topology_dims": ("--target v5e:4x4x4", "a slice of 2 dims in chips, for example v5e:4x4"),
+    "no_such_slice": ("--target v5p:2x2x3", "no such slice; v5p has 2x2x1, 2x2x2, 2x2x4, 2x4x4"),
+    "falling": ("--target v5p:8x4x4", "larger ones of multiples of 4, in rising order"),
+    "no_such_square": ("--target v5e:3x4", "no such slice; v5e has 1x1, 2x2, 2x4, 4x4, 4x8"),
     "topology_of_gpu": ("--target h100:8x8", "must be a number of devices"),
     "too_many": ("--target v5p:16x20x28", "has 8960 devices; at most 4096"),
     "both": ("--simulate 4 --target cpu:8", "both say how many devices there are"),
@@ -183,7 +188,20 @@ MISTAKES = {
     "plot_folder": ("--plot gone/cut.html", "plot=gone/cut.html: there is no directory gone"),
     "json_folder": ("--json gone/plan.json", "json=gone/plan.json: there is no directory gone"),
     "both_print": ("--json - --plot terminal", "both print"),
-    "show": ("--show comms", "invalid choice 'comms'"),
+    "show": ("--show chart", "invalid choice 'chart'"),
+    "scaling": ("--show scaling", "--show scaling and --targets v5p:2x2x2 v5p:4x4x4 go together"),
+    "one_target": ("--show scaling --targets h100:8", "needs two targets at least"),
+    "plot_of": ("--show comms --plot cut.html", "plot draws how arrays are cut"),
+    "html": ("--show memory --html plan.pdf", "must be a file that ends in .html"),
+    "html_of": ("--html plan.html", "html is of a plan or a search, not of --show shardings"),
+    "no_budget": ("--show comms --check", "the experiment has no budget"),
+    "check": ("--show comms --check --no-compile", "--check reads the compiled program"),
+    "budget_kind": ("--budget.forbid all-reduc", "Did you mean 'all-reduce'?"),
+    "budget_axis": ("--budget.max-bytes dat 5", "Did you mean 'data'?"),
+    "budget_size": ("--budget.max-bytes data 5XB", "must be a number of bytes, as '50 MB'"),
+    "best": ("--best 3", "best says how many of --search are compiled"),
+    "speed": ("--show summary --search", "nothing is known of the speed of cpu:8"),
+    "batch": ("--show memory --target h100:48", "does not divide"),
 }
 
 
@@ -191,8 +209,9 @@ MISTAKES = {
 def test_mistakes_are_one_message(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words, message = MISTAKES[case]
+    show = [] if "--show" in words else ["--show", "shardings"]
     try:
-        code = main(["plan", "--experiment", "digits", *words.split()])
+        code = main(["plan", "--experiment", "digits", *show, *words.split()])
     except SystemExit as stop:  # tyro's own
         code = stop.code
     shown = capsys.readouterr()
@@ -227,7 +246,7 @@ def config():
 
 def test_rules_that_fight_over_one_axis(run_cli, tmp_path):
     (tmp_path / "fight.py").write_text(FIGHT)
-    plan = ("plan", "--experiment", "fight.py", "--target", "h100:16")
+    plan = ("plan", "--experiment", "fight.py", "--target", "h100:16", "--show", "shardings")
     done = run_cli(*plan, "--mesh.tensor", "4")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -237,6 +256,7 @@ def test_rules_that_fight_over_one_axis(run_cli, tmp_path):
 
 def test_a_dim_that_no_axis_divides(run_cli):
     gpt2 = ("plan", "--experiment", "gpt2_124m", "--target", "v5p:2x2x2", "--mesh.tensor", "4")
+    gpt2 = (*gpt2, "--show", "shardings")
     done = run_cli(*gpt2, "--model.vocab-multiple", "1")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()

@@ -1,0 +1,172 @@
+"""Which links a mesh axis crosses, and how long a collective takes on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+from spmd.fields import check
+from spmd.hardware import Links
+from spmd.mesh import AXES
+from spmd.plan.targets import Target
+
+# Of a nominal bandwidth, what a large collective gets on a switch or the slower network: nccl-tests on eight
+# H100 reach 360 to 370 of 450 GB/s. The table has TPU links as a program gets them.
+SHARE = 0.8
+# Seconds of one hop. ICI: scaling-book, chapter 3. The others: of the order of what nccl-tests shows for
+# small messages; they matter for small arrays only.
+HOP = {"ICI": 1e-6, "NVLink": 2e-6, "DCN": 20e-6, "scale-out": 10e-6}
+PASSES = {
+    "all-gather": 1,
+    "reduce-scatter": 1,
+    "all-reduce": 2,
+    "all-to-all": 1,
+    "collective-permute": 1,
+    "collective-broadcast": 1,
+}
+
+
+class Level(NamedTuple):
+    """One network that an axis crosses: `ways` groups of devices, each device sending bandwidth bytes/s."""
+
+    network: str
+    ways: int
+    bandwidth: float
+
+
+Levels = Mapping[str, tuple[Level, ...]]  # mesh axis -> what it crosses, the fastest first
+
+
+def levels(target: Target, sizes: Mapping[str, int], slices: int = 1) -> Levels:
+    """What each axis larger than 1 crosses. ValueError when the mesh does not fit the slice, or when the
+    chip's links are not known.
+    """
+    links = target.chip.links if target.chip else None
+    if links is None:
+        check(
+            math.prod(sizes.values()) == 1,
+            f"the links between devices of {target.name} are not known: plan for one of them, or for a"
+            " target with links (v4, v5e, v5p, v6e, 7x, a100, h100, h200, b200, gb200)",
+        )
+        return {}
+    return _torus(target, links, sizes, slices) if links.axes else _switch(links, sizes)
+
+
+def seconds(crossed: Sequence[Level], kind: str, bytes: float) -> float:
+    """Time of one collective over axes that cross `crossed` (see `join`).
+
+    bytes: of the whole array, as hlo.Collective counts them: gathered, or before the reduction. By rings,
+    level after level: the slower network carries what one device of the faster one holds, its 1 / ways.
+    """
+    total = 0.0
+    for level in crossed:
+        wire = (level.ways - 1) / level.ways * bytes / level.bandwidth
+        hops = level.ways / 2 if level.network == "ICI" else math.log2(level.ways)
+        total += PASSES[kind] * (wire + hops * HOP[level.network])
+        bytes /= level.ways
+    return total
+
+
+def join(found: Levels, axes: Sequence[str]) -> list[Level]:
+    """What a collective over all of `axes` crosses, the fastest first. The dims of a torus work side by side;
+    a switch gives each device the same bandwidth, however many it talks to.
+    """
+    together: dict[str, Level] = {}
+    for level in (level for axis in axes for level in found.get(axis, ())):
+        before = together.get(level.network)
+        if before is None:
+            together[level.network] = level
+            continue
+        adds = level.bandwidth if level.network == "ICI" else 0.0
+        together[level.network] = Level(
+            level.network, before.ways * level.ways, before.bandwidth + adds
+        )
+    return sorted(together.values(), key=lambda level: -level.bandwidth)
+
+
+# ---- TPU slices
+
+
+def _torus(target: Target, links: Links, sizes: Mapping[str, int], slices: int) -> Levels:
+    inside, found = dict(sizes), {}
+    if slices > 1:
+        crossing = next((axis for axis in AXES if sizes.get(axis, 1) % slices == 0), None)
+        check(
+            crossing is not None,
+            f"no mesh axis is a multiple of the {slices} slices; set --mesh.replica {slices}",
+        )
+        assert crossing
+        inside[crossing] //= slices
+        found[crossing] = (Level("DCN", slices, links.scale_out * SHARE),)
+    for axis, dims in assign(target, inside).items():
+        bandwidth = sum(_of_dim(target, links, dim) for dim in dims)
+        ici = Level("ICI", inside[axis], bandwidth)
+        found[axis] = (ici, *found.get(axis, ()))
+    return found
+
+
+def assign(target: Target, sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """Mesh axis -> dims of the slice whose product it is, as jax.make_mesh chooses them: innermost axis
+    first, over as many dims as possible. ValueError where there are none.
+    """
+    shape = _shape(target)
+    free = list(range(len(shape)))
+    found: dict[str, list[int]] = {}
+    for axis in reversed([axis for axis in AXES if sizes.get(axis, 1) > 1]):
+        choices = (dims for num in range(len(free), 0, -1) for dims in combinations(free, num))
+        fits = (dims for dims in choices if math.prod(shape[d] for d in dims) == sizes[axis])
+        chosen = next(fits, None)
+        check(
+            chosen is not None,
+            f"mesh.{axis}={sizes[axis]} is not a product of the dims of {target.name} that are left"
+            f" ({' x '.join(str(shape[d]) for d in free)}); use one of"
+            f" {', '.join(map(str, _products([shape[d] for d in free])))}",
+        )
+        assert chosen
+        found[axis] = list(chosen)
+        free = [dim for dim in free if dim not in chosen]
+    return found
+
+
+def _shape(target: Target) -> list[int]:
+    """The slice in devices: its dims in chips, and the devices of a chip."""
+    per_chip = target.num_devices // math.prod(target.topology)
+    return [*target.topology, *([per_chip] if per_chip > 1 else [])]
+
+
+def _products(sizes: Sequence[int]) -> list[int]:
+    return sorted(
+        {math.prod(c) for num in range(1, len(sizes) + 1) for c in combinations(sizes, num)}
+    )
+
+
+def _of_dim(target: Target, links: Links, dim: int) -> float:
+    """Bytes/s that a device sends along a dim of the slice: two links of a ring, one of a line, whose ends
+    have no more. The devices of one chip share all its links.
+    """
+    if dim == len(target.topology):
+        return links.link * 2 * links.axes
+    closed = target.topology if links.axes > 2 else target.topology[dim : dim + 1]
+    return links.link * (2 if all(size % links.ring == 0 for size in closed) else 1)
+
+
+# ---- GPUs
+
+
+def _switch(links: Links, sizes: Mapping[str, int]) -> Levels:
+    """Devices are numbered row by row over the mesh: inner axes stay on one switch as long as they fit."""
+    found: dict[str, tuple[Level, ...]] = {}
+    stride = 1
+    for axis in reversed([axis for axis in AXES if sizes.get(axis, 1) > 1]):
+        size = sizes[axis]
+        near = math.gcd(size, max(links.pod // stride, 1))
+        parts = []
+        if near > 1:
+            parts.append(Level("NVLink", near, links.link * SHARE))
+        if size > near:
+            parts.append(Level("scale-out", size // near, links.scale_out * SHARE))
+        found[axis] = tuple(parts)
+        stride *= size
+    return found

@@ -1,0 +1,164 @@
+"""An experiment planned: what it needs on devices that need not be there, and which layout is best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from spmd import ahead, mesh
+from spmd.experiment import Experiment
+from spmd.fields import check
+from spmd.plan import targets
+from spmd.strategies import Auto
+
+if TYPE_CHECKING:
+    from spmd.plan import report
+    from spmd.plan.facts import Facts
+    from spmd.plan.layout import Layout
+    from spmd.plan.scaling import Bound, Point
+    from spmd.plan.search import Candidate
+
+AT_ONCE = 2  # compilations side by side: each takes gigabytes of the host's memory
+
+
+def facts(exp: Experiment) -> Facts:
+    """What is known of `exp` before it is cut; touches no device and reads no data."""
+    from spmd.plan import facts as known
+
+    alone = dataclasses.replace(
+        exp.unread(1),
+        mesh=mesh.MeshConfig(data=1),
+        train=dataclasses.replace(exp.unread(1).train, accumulate=1),
+    )
+    return known.of(alone.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
+
+
+def layout(exp: Experiment, num_devices: int) -> Layout:
+    """How `exp` is cut on so many devices. ValueError for a strategy that is not estimated yet."""
+    from spmd.plan.layout import Layout
+
+    auto = exp.strategy if isinstance(exp.strategy, Auto) else Auto()
+    model: Any = exp.model
+    sizes = {axis: n for axis, n in exp.mesh.resolve(num_devices).items() if n > 1}
+    return Layout(
+        sizes,
+        zero=auto.zero,
+        sequence_parallel=auto.sequence_parallel,
+        accumulate=exp.train.accumulate,
+        remat=getattr(model, "remat", "none"),
+        saved=getattr(model, "saved", ()),
+    )
+
+
+def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
+    """`exp` on `target`: estimated, and (compiled) its own step compiled for it, in a process of its own.
+
+    ValueError for what cannot be cut so, or when a TPU's compiler is not installed.
+    """
+    from spmd.plan import comms, cost, memory, report
+    from spmd.plan import layout as layouts
+    from spmd.plan.compile import Failed
+
+    on = targets.parse(target)
+    known, cut = facts(exp), layout(exp, on.num_devices)
+    layouts.check_fits(known, cut)
+    made = report.Plan(
+        facts=known,
+        target=on,
+        layout=cut,
+        strategy=exp.strategy.name,
+        memory=memory.of(known, cut),
+        collectives=comms.of(known, cut),
+        estimate=cost.estimate(known, on, cut) if on.chip else None,
+    )
+    if not compiled:
+        return made
+    try:
+        program = ahead.compiled(exp, target)
+    except Failed as error:
+        return made._replace(failed=str(error))
+    if made.estimate is not None and program.how == "compiled":
+        found = comms.compiled(program.program, cut)
+        made = made._replace(estimate=cost.estimate(known, on, cut, found))
+    return made._replace(compiled=program)
+
+
+def search(
+    exp: Experiment, target: str, *, best: int = 0, say: Callable[[str], None] = print
+) -> list[Candidate]:
+    """Every layout of `exp` on `target`, those that fit first, the fastest first.
+
+    best: so many of the first are compiled: those that do not fit by the compiler are rejected, and the rest
+    ranked anew by the collectives that it made.
+    """
+    from spmd.plan import search as searching
+
+    on = targets.parse(target)
+    check(
+        on.chip is not None, f"nothing is known of the speed of {target}: search on a TPU or a GPU"
+    )
+    known = facts(exp)
+    found = searching.search(known, on)
+    if best:
+        ahead.ready(on)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            judged = pool.map(lambda c: _judged(exp, known, on, c, say), found[:best])
+            found = sorted([*judged, *found[best:]], key=searching.rank)
+    return found
+
+
+def _judged(
+    exp: Experiment,
+    known: Facts,
+    on: targets.Target,
+    candidate: Candidate,
+    say: Callable[[str], None],
+) -> Candidate:
+    """As the compiler has it: it may not fit, and communicate otherwise."""
+    from spmd import tree
+    from spmd.plan import comms, cost
+    from spmd.plan.compile import Failed
+
+    cut = candidate.layout
+    try:
+        made = ahead.compiled(arranged(exp, cut), on.name)
+    except Failed as error:
+        say(f"{cut}: {error}")
+        return candidate._replace(reason=f"the compiler: {error}")
+    say(
+        f"{cut}: {made.how} in {made.seconds:.0f} s, {tree.human_bytes(made.memory.peak)} at the peak"
+    )
+    if made.how != "compiled":
+        return candidate
+    again = cost.estimate(known, on, cut, comms.compiled(made.program, cut))
+    return candidate._replace(estimate=again)
+
+
+def arranged(exp: Experiment, cut: Layout) -> Experiment:
+    """`exp` with the layout of a search."""
+    sizes = {"data": 1} | dict(cut.mesh)
+    model = exp.model
+    if hasattr(model, "remat"):
+        model = dataclasses.replace(model, remat=cut.remat)
+    return dataclasses.replace(
+        exp,
+        model=model,
+        mesh=mesh.MeshConfig(**sizes),
+        strategy=Auto(zero=3 if cut.zero == 3 else 1, sequence_parallel=cut.sequence_parallel),
+        train=dataclasses.replace(exp.train, accumulate=cut.accumulate),
+    )
+
+
+def scaling(exp: Experiment, names: Sequence[str]) -> tuple[list[Point], list[Bound]]:
+    """Weak and strong scaling over targets, each with its fastest layout; where the first one's axes become
+    bound by communication.
+    """
+    from spmd.plan import scaling as curves
+
+    check(len(names) >= 2, "scaling needs two targets at least: --targets v5p:2x2x2,v5p:4x4x4")
+    on = [targets.parse(name) for name in names]
+    known = facts(exp)
+    points = [*curves.curve(known, on, "weak"), *curves.curve(known, on, "strong")]
+    return points, curves.bounds(known, on[0], points[0].estimate.layout)

@@ -1,0 +1,198 @@
+"""compile: the bytes of the experiment's own step are those of the closed forms, on simulated devices and
+for a TPU slice; mistakes and compilers that give up are told apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+import spmd
+from spmd import ahead, hlo, tree
+from spmd.plan import compile, targets
+from spmd.plan.compile import Compiled
+
+pytestmark = pytest.mark.usefixtures("devices")
+
+B, T, D, L, V = 16, 128, 128, 2, 512
+WORDS = [
+    *("--model.vocab", str(V), "--model.layers", str(L), "--model.embed", str(D)),
+    *("--model.mlp", "512", "--model.heads", "8", "--model.length", str(T), "--model.scan"),
+    *("--data.sequence-length", str(T), "--data.batch-size", str(B), "--mesh.data"),
+]
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+Bytes = dict[tuple[tuple[str, ...], str], float]
+
+
+def build(words: list[str]):
+    return spmd.load("lm_stdlib", [*WORDS, *words]).experiment.unread(8).build(source=())
+
+
+def parameters(program) -> dict[str, int]:
+    """Bytes by name of those that mesh.fsdp cuts."""
+    leaves = tree.named_leaves(program.abstract_state().params)
+    return {name: tree.num_bytes(leaf) for name, leaf in leaves.items() if leaf.size >= 1024}
+
+
+# What one device takes part in, by (axes, kind). P: bytes of the parameters; A: of an activation [B, T, D] of
+# one replica; two all-reduces of A in each block, forward and backward, one for the table and one for the
+# head (Shoeybi et al. 2019, arXiv 1909.08053).
+
+
+def dp(p: dict[str, int]) -> Bytes:
+    return {(("data",), "all-reduce"): sum(p.values())}
+
+
+def zero1(p: dict[str, int]) -> Bytes:
+    return {(("fsdp",), kind): sum(p.values()) for kind in ("reduce-scatter", "all-gather")}
+
+
+def fsdp(p: dict[str, int]) -> Bytes:
+    """Blocks are gathered for the forward pass and again for the backward pass, table and head once."""
+    again = sum(n for name, n in p.items() if name.startswith("blocks/"))
+    return {
+        (("fsdp",), "reduce-scatter"): sum(p.values()),
+        (("fsdp",), "all-gather"): sum(p.values()) + again,
+    }
+
+
+def hsdp(p: dict[str, int]) -> Bytes:
+    """FSDP, and the shards summed over the replicas; but the table's gradient is summed over both at once."""
+    whole, table = fsdp(p), p["embed/table"]
+    scattered = sum(p.values()) - table
+    return whole | {
+        (("fsdp",), "reduce-scatter"): scattered,
+        (("replica",), "all-reduce"): scattered / 4,
+        (("replica", "fsdp"), "all-reduce"): table,
+    }
+
+
+A = 4 * B * T * D
+SOFTMAX = (
+    4 * 4 * B * T
+)  # over the vocabulary cut by tensor: maxima, sums, and what the target's logit is
+
+
+def tp(p: dict[str, int]) -> Bytes:
+    return {(("tensor",), "all-reduce"): (4 * L + 2) * A + SOFTMAX}
+
+
+def sp(p: dict[str, int]) -> Bytes:
+    """Each all-reduce is a reduce-scatter and an all-gather (Korthikanti et al. 2022, arXiv 2205.05198), but
+    for the table's.
+    """
+    return {
+        (("tensor",), "reduce-scatter"): (4 * L + 1) * A,
+        (("tensor",), "all-gather"): (4 * L + 2) * A,
+        (("tensor",), "all-reduce"): A + SOFTMAX,
+    }
+
+
+def dp_tp(p: dict[str, int]) -> Bytes:
+    return {
+        (("data",), "all-reduce"): sum(p.values()) / 2,
+        (("tensor",), "all-reduce"): ((4 * L + 2) * A + SOFTMAX) / 4,
+    }
+
+
+CASES = {
+    "dp": (["8"], dp),
+    "zero1": (["1", "--mesh.fsdp", "8", "--strategy.zero", "1"], zero1),
+    "fsdp": (["1", "--mesh.fsdp", "8"], fsdp),
+    "hsdp": (["1", "--mesh.replica", "2", "--mesh.fsdp", "4"], hsdp),
+    "tp": (["1", "--mesh.tensor", "8"], tp),
+    "sp": (["1", "--mesh.tensor", "8", "--strategy.sequence-parallel"], sp),
+    "dp_tp": (["4", "--mesh.tensor", "2"], dp_tp),
+    "explicit": (["8", "--strategy", "allreduce"], dp),
+}
+# Scalars of metrics and clipping, norms below MIN_FSDP_ELEMENTS.
+SMALL = 0.02
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_those_of_the_closed_form(case):
+    words, form = CASES[case]
+    program = build(words)
+    made = compile.compiled(program, targets.parse("cpu:8"))
+    assert made.how == "estimated" and made.program.endless == 0
+    wanted = form(parameters(program))
+    found = {key: total.bytes for key, total in hlo.ledger(made.program).items()}
+    largest = max(wanted.values())
+    for key in found | wanted:
+        assert abs(found.get(key, 0) - wanted.get(key, 0)) <= SMALL * wanted.get(key, largest), key
+    state = program.abstract_state()
+    placed = program.strategy.state_shardings
+    held = sum(
+        tree.bytes_per_device(leaf, sharding)
+        for leaf, sharding in zip(
+            tree.named_leaves(state).values(), tree.named_leaves(placed).values(), strict=True
+        )
+    )
+    batch = (4 * T + 1) * 4 * B * program.mesh.shape["tensor"] // 8
+    assert made.memory.arguments == held + batch  # without example_id, of which nothing is drawn
+    assert made.memory.aliased == pytest.approx(held, rel=0.01)
+
+
+def test_a_process_of_its_own_finds_the_same_and_remembers_it():
+    exp = spmd.load("lm_stdlib", [*WORDS, *CASES["dp_tp"][0]]).experiment
+    apart = ahead.compiled(exp, "cpu:8")
+    here = compile.compiled(exp.unread(8).build(source=()), targets.parse("cpu:8"))
+    assert hlo.ledger(here.program) == hlo.ledger(apart.program)
+    assert (here.memory, here.mesh) == (apart.memory, apart.mesh)
+    assert Compiled.from_json(json.loads(json.dumps(here.json()))) == here
+    again = ahead.compiled(exp, "cpu:8")
+    assert again == apart  # to the second that it took
+    sources = {c.source.split(":")[0] for c in apart.program.collectives if c.bytes > 10_000}
+    assert sources <= {"spmd/models/transformer.py", "spmd/models/layers.py"}
+    assert "spmd/models/transformer.py" in sources
+
+
+def test_mistakes_reach_the_caller_as_one_message():
+    exp = spmd.load("lm_stdlib", [*WORDS, "1", "--mesh.tensor", "3"]).experiment
+    with pytest.raises(ValueError, match=r"mesh sizes .* multiply to 3, but there are 8 devices"):
+        ahead.compiled(exp, "cpu:8")
+    with pytest.raises(ValueError, match="comes from no file"):
+        ahead.compiled(dataclasses.replace(exp, name="inline"), "cpu:8")
+
+
+@pytest.mark.skipif(LIBTPU, reason="libtpu is installed")
+def test_a_missing_tpu_compiler_says_what_to_install():
+    exp = spmd.load("lm_stdlib").experiment
+    with pytest.raises(ValueError, match=r'not installed; .* pip install "jax\[tpu\]=='):
+        ahead.compiled(exp, "v5e:2x4")
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -r requirements/tpu.txt")
+def test_the_tpu_compiler_sends_what_the_closed_form_says():
+    words = ["1", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--model.dtype", "bfloat16"]
+    exp = spmd.load("lm_stdlib", [*WORDS, *words]).experiment
+    made = ahead.compiled(exp, "v5e:2x4")
+    assert made.how == "compiled" and made.memory.peak >= made.memory.arguments
+    estimated = ahead.compiled(exp, "cpu:8")
+    assert made.program.flops == pytest.approx(estimated.program.flops, rel=0.01)
+    gathered = sum(c.count * c.bytes for c in made.program.collectives if c.kind == "all-gather")
+    weights = fsdp(parameters(build(["8"])))[(("fsdp",), "all-gather")]
+    # In bfloat16, and each device the half that tensor leaves it.
+    assert gathered == pytest.approx(weights / 2 / 2, rel=0.2)
+    assert any(c.overlapped for c in made.program.collectives)
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -r requirements/tpu.txt")
+def test_a_mesh_that_does_not_lie_on_the_slice_is_told_its_axes():
+    exp = spmd.load("lm_stdlib", [*WORDS, "32", "--mesh.tensor", "2"]).experiment
+    exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, batch_size=64))
+    with pytest.raises(
+        ValueError, match=r"slice of 4 x 4 x 4 chips: .* sizes that can be: 1, 4, 16, 64"
+    ):
+        ahead.compiled(exp, "v5p:4x4x4")
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -r requirements/tpu.txt")
+def test_a_program_too_large_for_the_chip_is_told_apart():
+    words = [*WORDS, "8", "--data.batch-size", "65536"]
+    with pytest.raises(compile.TooLarge) as caught:
+        ahead.compiled(spmd.load("lm_stdlib", words).experiment, "v5e:2x4")
+    assert caught.value.used > caught.value.limit > 10 * 2**30

@@ -1,0 +1,153 @@
+"""run.py plan: its views, the search, budgets, and the page that they make."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+import spmd
+from spmd import hlo, planner
+from spmd.commands import main
+from spmd.plan import budget, report, targets
+
+LLAMA = ("--experiment", "llama3_8b", "--model.attention", "splash")
+FSDP = ("--mesh.data", "1", "--mesh.fsdp", "-1")
+
+
+def plan(*words):
+    return main(["plan", *words])
+
+
+def load(name, *words):
+    return spmd.load(name, words).experiment
+
+
+def test_a_plan_without_compiling(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    words = (*LLAMA, "--target", "v5p:4x4x4", *FSDP, "--no-compile")
+    assert plan(*words, "--json", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert "it fits: a device has 95.0 GiB" in shown and "products take" in shown
+    found = json.loads(file.read_text())
+    assert found["fits"] and found["compiled"] is None and found["devices"] == 64
+    made = found["estimate"]
+    assert made["step_seconds"] == pytest.approx(sum(made["seconds"].values()))
+    assert found["memory"]["parameters"] == pytest.approx(8_030_261_248 * 4 / 64, rel=1e-3)
+    assert 0.3 < made["mfu"] < 0.85
+
+
+def test_what_does_not_fit_says_so(capsys):
+    words = ("--target", "v5e:4x4", "--mesh.data", "1", "--mesh.fsdp", "16")
+    assert plan(*LLAMA, *words, "--no-compile", "--show", "memory") == 1
+    assert "it does NOT fit: a device has 16.0 GiB" in capsys.readouterr().out
+
+
+def test_a_search_ranks_what_fits_and_says_why_not(capsys, tmp_path):
+    page = tmp_path / "search.html"
+    assert plan(*LLAMA, "--target", "v5p:4x4x4", "--search", "--html", str(page)) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\d+ layouts on v5p:4x4x4: \d+ fit", shown)
+    assert "rejected: needs more memory" in shown and "does not divide the 32 heads" in shown
+    assert page.read_text().count("<circle") > 100
+
+
+def test_the_words_of_a_search_plan_the_same():
+    exp = load("llama3_8b", *LLAMA[2:])
+    first = planner.search(exp, "v5p:4x4x4")[0]
+    words = [*LLAMA[2:], *first.layout.words()]
+    again = planner.plan(load("llama3_8b", *words), "v5p:4x4x4", compiled=False)
+    assert again.layout == first.layout and again.estimate == first.estimate
+    arranged = planner.arranged(exp, first.layout)
+    assert planner.layout(arranged, 64) == first.layout
+
+
+def test_scaling(capsys):
+    names = ("v5p:2x2x2", "v5p:4x4x4")
+    assert plan(*LLAMA, "--show", "scaling", "--targets", *names) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("weak ") == shown.count("strong ") == 2
+    assert "fsdp: bound by communication with fewer tokens on a device than" in shown
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """digits, its step compiled for 8 simulated devices in a process of its own."""
+    words = ["--mesh.data", "2", "--mesh.fsdp", "4"]
+    return planner.plan(load("digits", *words), "cpu:8")
+
+
+def test_a_compiled_plan_names_axes_and_lines(compiled):
+    assert compiled.compiled.how == "estimated"
+    text = report.comms_view(compiled)
+    assert "data x fsdp" in text and "spmd/models/mlp.py:" in text
+    assert "nothing is known of the speed of cpu:8" in report.summary(compiled)
+
+
+def test_a_budget_names_the_collective_and_its_line(compiled):
+    program = compiled.compiled.program
+    total = sum(c.count * c.wire_bytes for c in program.collectives if "data" in c.axes)
+    holds = spmd.CommsBudget(forbid=("all-to-all",), max_bytes={"data": f"{int(total) + 1} B"})
+    assert budget.broken(holds, program) == []
+    broken = spmd.CommsBudget(forbid=("all-reduce",), max_bytes={"data": "1 KB", "tensor": "1 B"})
+    forbidden, over = budget.broken(broken, program)
+    assert forbidden.startswith("all-reduce is forbidden, the step has")
+    assert "spmd/models/mlp.py:" in forbidden
+    assert f"may send 1,000 bytes in a step (1 KB), it sends {int(total):,}" in over
+
+
+def test_check_ends_with_1_when_the_budget_is_broken(run_cli):
+    words = ("--simulate", "2", "--check", "--budget.forbid")
+    done = run_cli("plan", "--experiment", "digits", *words, "all-reduce")
+    assert done.returncode == 1 and "all-reduce is forbidden" in done.stdout, done.stderr
+    done = run_cli("plan", "--experiment", "digits", *words, "all-to-all")
+    assert done.returncode == 0 and "the budget holds" in done.stdout, done.stderr
+
+
+def test_equal_collectives_are_shown_as_one():
+    made = hlo.Collective("all-reduce", ("data",), 2, 8, 3, "f32", "a", "spmd/a.py:1", False)
+    other = hlo.Collective("all-reduce", ("data",), 2, 64, 1, "f32", "b", "spmd/a.py:2", False)
+    joined = hlo.alike([made, other, made])
+    assert [(c.bytes, c.count) for c in joined] == [(64, 1), (8, 6)]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("50 MB", 50_000_000), ("1.5 GiB", 3 * 2**29), ("7", 7), ("2KB", 2000)]
+)
+def test_sizes(text, size):
+    assert budget.parsed(text) == size
+
+
+class Page(HTMLParser):
+    """Open tags, and what would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched, self.seen = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "rect", "circle", "path"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_no_network(compiled, tmp_path):
+    from spmd.plan import html
+
+    file = tmp_path / "plan.html"
+    html.write(compiled, str(file))
+    page = Page()
+    page.feed(file.read_text())
+    assert page.open == [] and page.fetched == [] and page.seen.count("svg") == 2
+    assert "http" not in file.read_text()
+    known = planner.plan(load("llama3_8b", *FSDP), "h100:64", compiled=False)
+    html.write(known, str(file))
+    assert file.read_text().count("<svg") == 3 and "a H100" in file.read_text()
+    assert targets.parse("h100:64") == known.target

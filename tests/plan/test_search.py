@@ -1,0 +1,111 @@
+"""The search: every layout once, what is too large is rejected with its reason, the fastest first."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+import spmd
+from spmd.mesh import AXES
+from spmd.plan import memory, search, targets
+from spmd.plan.layout import Layout
+from spmd.plan.shardings import GROUPS
+from tests.plan.test_cost import known, mesh_words
+
+pytestmark = pytest.mark.usefixtures("devices")
+
+SPLASH = ["--model.attention", "splash"]
+
+
+def test_a_thousand_candidates_take_seconds():
+    fact = known("llama3_8b", *SPLASH)
+    begin = time.perf_counter()
+    found = search.search(fact, targets.parse("h100:64"))
+    took = time.perf_counter() - begin
+    assert len(found) >= 1000
+    assert took < 20
+    assert len({str(candidate.layout) for candidate in found}) == len(found)
+    fits = [candidate for candidate in found if candidate.fits]
+    assert found[: len(fits)] == fits and fits
+    seconds = [c.estimate.step_seconds for c in fits if c.estimate]
+    assert seconds == sorted(seconds) and len(seconds) == len(fits)
+    assert all(candidate.reason for candidate in found[len(fits) :])
+    kinds = ("zero=1", "zero=3", "sequence-parallel", "accumulate=2", "remat=dots", "remat=full")
+    assert all(any(kind in str(candidate.layout) for candidate in found) for kind in kinds)
+    assert json.loads(json.dumps([candidate.json() for candidate in found[:3]]))
+
+
+# A wide model and a tiny batch: the state, which real cuts give exactly, is nearly all of the memory.
+WIDE = [
+    "--model.embed",
+    "1024",
+    "--model.mlp",
+    "4096",
+    "--model.layers",
+    "24",
+    "--model.heads",
+    "8",
+]
+SMALL = [*WIDE, "--data.batch-size", "8"]
+MARGIN = 0.25  # of the state: what activations and temporaries may be here at most
+
+
+def test_planted_meshes_that_do_not_fit_are_rejected_and_no_other():
+    fact = known("lm_stdlib", *SMALL)
+    needs = {}
+    for sizes in search.meshes(8):
+        for zero in (3, 1) if sizes.get("fsdp", 1) > 1 else (3,):
+            layout = Layout(sizes, zero=zero, remat="full")
+            report = spmd.load(
+                "lm_stdlib", [*SMALL, "--train.steps", "10", *mesh_words(layout)]
+            ).plan()
+            # Gradients lie as parameters do.
+            needs[layout._replace(mesh=tuple(sizes.items()))] = (
+                report.bytes_per_device + report.totals[GROUPS["params"]][1]
+            )
+    h100 = targets.parse("h100:8")
+    assert h100.chip
+    planted = fitting = 0
+    for level in sorted(set(needs.values())):
+        has = level * (1 + MARGIN)
+        small = h100._replace(chip=h100.chip._replace(memory=has + memory.RESERVED))
+        for plain, bytes in needs.items():
+            candidate = search.judge(fact, small, plain._replace(mesh=dict(plain.mesh)))
+            if bytes <= level:
+                fitting += 1
+                assert candidate.fits, candidate.reason
+            elif bytes > has:
+                planted += 1
+                assert candidate.reason.startswith("needs ") and candidate.estimate
+    assert planted > 20 and fitting > 20
+
+
+def test_a_mesh_that_no_slice_has_keeps_its_reason():
+    found = search.search(known("llama3_8b", *SPLASH), targets.parse("v5p:4x4x4"))
+    by_mesh = [c.reason for c in found if c.layout.mesh == {"fsdp": 8, "tensor": 8}]
+    assert len(by_mesh) == 1 and "mesh.tensor=8 is not a product" in by_mesh[0]
+
+
+def test_the_words_of_a_candidate_ask_for_its_layout():
+    layout = Layout(
+        {"fsdp": 4, "tensor": 2}, zero=1, sequence_parallel=True, accumulate=2, remat="named"
+    )
+    exp = spmd.load("lm_stdlib", layout.words()).experiment
+    assert exp.mesh.resolve(8) == exp.mesh.sizes()
+    assert (exp.mesh.fsdp, exp.mesh.tensor, exp.mesh.data) == (4, 2, 1)
+    assert (exp.strategy.zero, exp.strategy.sequence_parallel) == (1, True)
+    assert (exp.train.accumulate, exp.model.remat) == (2, "named")
+
+
+def test_a_model_that_is_not_known_is_searched_without_tensor():
+    found = search.search(known("digits"), targets.parse("h100:8"))
+    assert found[0].fits
+    assert spmd.load("digits", found[0].layout.words()).experiment.mesh.sizes() == (
+        dict.fromkeys(AXES, 1) | dict(found[0].layout.mesh)
+    )
+    assert all(c.layout.size("tensor") == 1 for c in found if c.fits)
+    assert {c.reason for c in found if c.layout.size("tensor") == 2} == {
+        "mesh.tensor=2: what it costs is known of Transformer only"
+    }
