@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import slow_but
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TITLES = {
     "digest": ["s for 1 GB"],
@@ -34,9 +36,10 @@ def bench(name, *args):
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "name", sorted(p.stem for p in (REPOSITORY / "benchmarks").glob("[!_]*.py"))
-)
+SCRIPTS = sorted(p.stem for p in (REPOSITORY / "benchmarks").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("name", slow_but({*SCRIPTS} - {"lm_peers"}, SCRIPTS))
 def test_prints_its_table(name, tmp_path):
     out = tmp_path / "numbers.json"
     shown = bench(name, *(["--json", str(out)] if name == "mnist_peers" else []))

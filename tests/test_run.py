@@ -14,6 +14,7 @@ from etils import epath
 
 import spmd
 from tests.command import final_state
+from tests.marks import slow_but
 
 DIGITS = ("--experiment", "digits")
 
@@ -74,7 +75,8 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("signum", "dispatch"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 4)]
+    ("signum", "dispatch"),
+    slow_but([(signal.SIGINT, 1)], [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 4)]),
 )
 def test_stopped_and_resumed_equals_undisturbed_bit_by_bit(
     run_cli, start_cli, tmp_path, undisturbed, signum, dispatch
@@ -202,7 +204,10 @@ def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
     assert "data.augment.mixup: 0.2 -> 0.0" in refused.stderr
 
 
-@pytest.mark.parametrize(("name", "rate"), [("lion", 1e-3), ("muon", 3e-3), ("adafactor", 1e-2)])
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    slow_but([("muon", 3e-3)], [("lion", 1e-3), ("muon", 3e-3), ("adafactor", 1e-2)]),
+)
 def test_every_optimizer_learns(name, rate, tmp_path):
     args = ["--optimizer", name, "--optimizer.learning-rate", str(rate), "--train.steps", "150"]
     args += ["--run.dir", str(tmp_path / "out")]

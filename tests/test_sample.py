@@ -62,6 +62,7 @@ def drawn(snapshot, prompts=PROMPTS, **options):
     return np.stack(list(sample.tokens(snapshot, prompts, **options)), axis=1)
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_of_the_whole_sequence(place):
     """Prompts of different lengths in one batch, against the uncached model, a row at a time."""
     snapshot = load(place).restore()

@@ -198,6 +198,7 @@ def proven(report, *meshes):
     return report
 
 
+@pytest.mark.slow
 def test_batch_norm_accumulation_clipping_and_bfloat16():
     words = ["--simulate", "4", *ADAMW, "--train.accumulate", "2", "--strategy.zero", "1"]
     exp = spmd.load(
@@ -232,6 +233,7 @@ def test_every_mesh_from_the_command_line(run_cli, tmp_path):
     assert found["meshes"][0]["leaves"]["float64"]["grads/head/bias"]["error"] < 1e-10
 
 
+@pytest.mark.slow
 def test_meshes_that_a_strategy_refuses_are_skipped():
     words = ["--simulate", "2", "--model.hidden", "32", "--strategy", "allreduce"]
     report = spmd.load("digits", words).verify(2, all_meshes=True)

@@ -167,7 +167,7 @@ def test_packed_documents_are_as_if_alone(kind):
 @pytest.mark.parametrize(
     "name,changes",
     [
-        ("gpt2", ({"scan": False, "remat": "dots"},)),
+        pytest.param("gpt2", ({"scan": False, "remat": "dots"},), marks=pytest.mark.slow),
         ("all", ({"remat": "full"}, {"remat": "named", "scan": False})),
     ],
 )

@@ -17,6 +17,7 @@ from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer
 from spmd.strategies import AllReduce, Auto, base
+from tests.marks import slow_but
 
 STEPS = 50
 BATCH = 32
@@ -50,6 +51,9 @@ LAYOUTS = {
     "psum4": (AllReduce(), MeshConfig(), 4),
     "psum2x4": (AllReduce(), MeshConfig(replica=2, data=4), 8),
 }
+
+# One of each kind, and what differs in more than its size.
+QUICK = ("dp8", "fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum1", "psum2x4")
 
 # The optimizers whose update looks at whole arrays or has factored, partitioned state, and the average.
 OPTIMIZERS = {
@@ -175,7 +179,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("name,accumulate,dtype", CASES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(QUICK, LAYOUTS))
 def test_equals_one_device(layout, name, accumulate, dtype):
     with jax.enable_x64(dtype == "float64"):
         want = reference(name, accumulate, dtype)
@@ -187,7 +191,7 @@ def test_equals_one_device(layout, name, accumulate, dtype):
 LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4"]
 
 
-@pytest.mark.parametrize("layout", LANGUAGE)
+@pytest.mark.parametrize("layout", slow_but(("fsdp8", "tensor2", "sequence2x2"), LANGUAGE))
 def test_language_model_equals_one_device(layout):
     """Packed documents, uneven padding, dropout, z-loss, a loss in chunks."""
     with jax.enable_x64(True):
@@ -199,7 +203,9 @@ def test_language_model_equals_one_device(layout):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("layout", ["fsdp4", "tensor2", "zero1_2x4", "psum2x4"])
+@pytest.mark.parametrize(
+    "layout", slow_but(("fsdp4", "psum2x4"), ["fsdp4", "tensor2", "zero1_2x4", "psum2x4"])
+)
 def test_optimizers_see_whole_arrays(layout, optimizer):
     """Muon's iterations and Adafactor's norms run on cut matrices, in the result they do not show it."""
     with jax.enable_x64(True):
