@@ -12,6 +12,8 @@ import subprocess
 
 import pytest
 
+from tests.marks import slow_but
+
 DIGITS = ("--experiment", "digits", "--train.steps", 60, "--checkpoint.every", 20)
 OUT = ("--run.dir", "out")
 
@@ -54,7 +56,9 @@ def limited(process, size: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
-@pytest.mark.parametrize(("size", "what"), [(2**16, "save step"), (2**9, "write")])
+@pytest.mark.parametrize(
+    ("size", "what"), slow_but([(2**16, "save step")], [(2**16, "save step"), (2**9, "write")])
+)
 def test_a_write_that_fails_stops_the_run_with_one_line(run_cli, start_cli, tmp_path, size, what):
     """64 KiB: in the middle of a save. 512 bytes: the metrics too."""
     args = ("--experiment", "digits", "--checkpoint.every", 20, "--log.every", 5, *OUT)

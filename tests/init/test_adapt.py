@@ -79,7 +79,7 @@ def reference(config):
 
 
 FREEZE = InitConfig(freeze=("blocks/mlp/*", "embed/table"))
-QUICK = {("psum4", LORA), ("data2xfsdp2xtensor2", FREEZE)}
+QUICK = {("fsdp2xtensor2", LORA)}
 CASES = [
     pytest.param(layout, config, marks=[] if (layout, config) in QUICK else pytest.mark.slow)
     for config in (LORA, FREEZE)

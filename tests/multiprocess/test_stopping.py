@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests.marks import slow_but
+
 pytestmark = pytest.mark.multiprocess
 
 # digits with an evaluation that takes its time, as a large split does.
@@ -54,7 +56,7 @@ PHASES = {
 STEPS = 4000
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", slow_but(("compiling", "saving"), PHASES))
 def test_sigterm_to_any_process_at_any_phase(start_group, tmp_path, phase):
     (tmp_path / "slow.py").write_text(SLOW)
     pattern, more = PHASES[phase]

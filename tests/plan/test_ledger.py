@@ -14,6 +14,7 @@ import spmd
 from spmd import ahead, hlo, tree
 from spmd.plan import compile, targets
 from spmd.plan.compile import Compiled
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -112,7 +113,7 @@ CASES = {
 SMALL = 0.02
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(("zero1", "fsdp", "sp"), CASES))
 def test_bytes_are_those_of_the_closed_form(case):
     words, form = CASES[case]
     program = build(words)

@@ -15,6 +15,7 @@ from spmd import mesh, optim, tasks, tree
 from spmd.mesh import MeshConfig
 from spmd.models.transformer import Transformer
 from spmd.strategies import Auto, base
+from tests.marks import slow_but
 
 # The embedding, the head and the feed-forward layers are above 1 MiB.
 MODEL = Transformer(
@@ -77,7 +78,7 @@ def test_the_compiler_says_when_it_replicates(capfd):
     assert WARNING in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(("fsdp8", "zero1_2x4", "sequence2"), LAYOUTS))
 def test_nothing_is_replicated_by_accident(layout, capfd):
     strategy, sizes = LAYOUTS[layout]
     made, state, batch = built(MODEL, strategy, sizes)
