@@ -269,13 +269,17 @@ class Experiment:
         """
         from spmd.plan import shardings, targets
 
-        check(
-            not (target and self.simulate),
-            f"--target {target} and --simulate {self.simulate} both say how many devices there are; give one",
-        )
-        planned_for = targets.parse(target or f"cpu:{self.simulate or 8}")
+        planned_for = targets.parse(self.target(target))
         program = self.unread(planned_for.num_devices).build(source=())
         return shardings.report(program, planned_for, self.strategy)
+
+    def target(self, given: str) -> str:
+        """What is planned for: `given`, else `cpu:8` or what `simulate` says; ValueError for both."""
+        check(
+            not (given and self.simulate),
+            f"--target {given} and --simulate {self.simulate} both say how many devices there are; give one",
+        )
+        return given or f"cpu:{self.simulate or 8}"
 
     def unread(self, simulate: int = 0) -> Experiment:
         """This experiment with its data left closed, to be planned: on simulated devices, or (0) on those

@@ -36,7 +36,7 @@ def facts(exp: Experiment) -> Facts:
 
 
 def layout(exp: Experiment, num_devices: int) -> Layout:
-    """How `exp` is cut on so many devices. ValueError for a strategy that is not estimated yet."""
+    """How `exp` is cut on so many devices. Of another strategy than auto, its mesh counts."""
     from spmd.plan.layout import Layout
 
     auto = exp.strategy if isinstance(exp.strategy, Auto) else Auto()
@@ -157,7 +157,7 @@ def scaling(exp: Experiment, names: Sequence[str]) -> tuple[list[Point], list[Bo
     """
     from spmd.plan import scaling as curves
 
-    check(len(names) >= 2, "scaling needs two targets at least: --targets v5p:2x2x2,v5p:4x4x4")
+    check(len(names) >= 2, "scaling needs two targets at least: --targets v5p:2x2x2 v5p:4x4x4")
     on = [targets.parse(name) for name in names]
     known = facts(exp)
     points = [*curves.curve(known, on, "weak"), *curves.curve(known, on, "strong")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -106,14 +107,10 @@ def _made(exp: Experiment, options: Options) -> tuple[str, Any, bool]:
         points, bounds = planner.scaling(exp, options.targets)
         plain = {"points": [p.json() for p in points], "bounds": [b.json() for b in bounds]}
         return report.scaling_view(points, bounds), plain, True
-    check(
-        not (options.target and exp.simulate),
-        f"--target {options.target} and --simulate {exp.simulate} both say how many devices there are;"
-        " give one",
-    )
-    target = options.target or f"cpu:{exp.simulate or 8}"
+    target = exp.target(options.target)
     if options.search:
-        found = planner.search(exp, target, best=options.best)
+        say = lambda text: print(text, file=sys.stderr)  # stdout may be the JSON's
+        found = planner.search(exp, target, best=options.best, say=say)
         if options.html:
             html.write_search(found, targets.parse(target), exp.name, options.html)
         text = report.search_view(found, targets.parse(target))

@@ -13,15 +13,6 @@ from spmd.mesh import AXES
 if TYPE_CHECKING:
     from spmd.hlo import Collective, Program
 
-# As spmd.hlo has them, which needs not be imported to read a command line.
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
     for unit, base in (("B", 1000), ("iB", 1024))
@@ -40,6 +31,8 @@ class CommsBudget:
 
     def __post_init__(self) -> None:
         for kind in self.forbid:
+            from spmd.hlo import KINDS  # with numpy, which a command line without it need not load
+
             check(
                 kind in KINDS,
                 f"budget.forbid: unknown kind {kind!r}.{closest(kind, KINDS)} Known: {', '.join(KINDS)}",
@@ -91,9 +84,9 @@ def broken(budget: CommsBudget, program: Program) -> list[str]:
 
 def _named(found: list[Collective]) -> str:
     """The largest of them, each with its line."""
-    from spmd import hlo
+    from spmd.hlo import alike
 
-    joined = hlo.alike(found)
+    joined = alike(found)
     said = [
         f"{c.kind} of {c.bytes:,} bytes over {' x '.join(c.axes) or '?'}"
         f"{f', {c.count} times' if c.count > 1 else ''} ({c.source or c.op_name})"

@@ -18,6 +18,7 @@ from spmd.plan.facts import Facts
 from spmd.plan.layout import Layout
 from spmd.plan.scaling import Bound, Point
 from spmd.plan.search import Candidate
+from spmd.plan.shardings import new_table
 from spmd.plan.targets import Target
 
 SHOWN = 10  # rows of a search
@@ -81,8 +82,6 @@ def summary(plan: Plan) -> str:
         parts += ["", _time(plan.estimate), "", plan.estimate.bottleneck]
     else:
         parts += ["", f"step time: nothing is known of the speed of {plan.target.name}"]
-    if plan.failed:
-        parts += ["", f"not compiled: {plan.failed}"]
     return "\n".join(parts)
 
 
@@ -102,7 +101,7 @@ def comms_view(plan: Plan) -> str:
 def search_view(found: Sequence[Candidate], target: Target) -> str:
     """The fastest that fit, and why others were rejected."""
     fit = [c for c in found if c.fits and c.estimate]
-    table = _table("", "layout", ">step", ">MFU", ">memory", "bound by")
+    table = new_table("", "layout", ">step", ">MFU", ">memory", "bound by")
     for i, each in enumerate(fit[:SHOWN], 1):
         made = each.estimate
         assert made
@@ -128,7 +127,7 @@ def search_view(found: Sequence[Candidate], target: Target) -> str:
 
 def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
     """Weak and strong scaling, and where the axes of the first target become bound by communication."""
-    table = _table(
+    table = new_table(
         "scaling", "target", ">devices", ">batch", "layout", ">step", ">tokens/s", ">efficiency"
     )
     for point in points:
@@ -151,15 +150,16 @@ def _head(plan: Plan) -> str:
     if plan.compiled is not None:
         made = plan.compiled
         how = f"{made.how} in {made.seconds:.0f} s"
+    failed = f"\nnot compiled: {plan.failed}" if plan.failed else ""
     return (
         f"{plan.facts.name} on {plan.target.name}: {plan.facts.num_params:,} parameters,"
         f" {plan.target.num_devices} devices, {plan.layout}, {plan.facts.tokens:,}"
-        f" {'tokens' if plan.facts.length > 1 else 'examples'} a step; {how}"
+        f" {'tokens' if plan.facts.length > 1 else 'examples'} a step; {how}{failed}"
     )
 
 
 def _memory(plan: Plan) -> str:
-    table = _table("memory of a device", ">estimated")
+    table = new_table("memory of a device", ">estimated")
     for name, size in plan.memory._asdict().items():
         if size:
             table.add_row(name.replace("_", " "), tree.human_bytes(size))
@@ -172,7 +172,7 @@ def _memory(plan: Plan) -> str:
             f"compiled: peak {tree.human_bytes(held.peak)}, of it arguments"
             f" {tree.human_bytes(held.arguments)} and temporaries {tree.human_bytes(held.temporaries)}"
         )
-    if chip is not None:
+    if chip is not None and not plan.failed:
         said = "it fits" if plan.fits else "it does NOT fit"
         lines.append(f"{said}: a device has {tree.human_bytes(chip.memory)}")
     return "\n".join(lines)
@@ -182,7 +182,7 @@ def _ledger(plan: Plan) -> str:
     """By axis and kind; of the compiled program where there is one."""
     made = plan.compiled
     title = f"collectives a step ({made.how if made else 'estimated'})"
-    table = _table(title, "axis", ">count", ">bytes", ">sent by a device")
+    table = new_table(title, "axis", ">count", ">bytes", ">sent by a device")
     if made is not None:
         for (axes, kind), each in hlo.ledger(made.program).items():
             sizes = tree.human_bytes(each.bytes), tree.human_bytes(each.wire_bytes)
@@ -201,7 +201,7 @@ def _ledger(plan: Plan) -> str:
 
 
 def _calls(program: hlo.Program) -> str:
-    table = _table("collective", "axis", ">count", ">bytes", "dtype", "hidden", "line")
+    table = new_table("collective", "axis", ">count", ">bytes", "dtype", "hidden", "line")
     found = hlo.alike(program.collectives)
     for c in found[:CALLS]:
         table.add_row(
@@ -218,7 +218,7 @@ def _calls(program: hlo.Program) -> str:
 
 
 def _time(made: cost.Estimate) -> str:
-    table = _table("time of a step (estimated)", ">seconds", ">hidden", ">share")
+    table = new_table("time of a step (estimated)", ">seconds", ">hidden", ">share")
     step = made.step_seconds
     for name, spent in made.seconds.items():
         if name != "collectives":
@@ -241,14 +241,6 @@ def seconds(value: float) -> str:
 def _kind(reason: str) -> str:
     """A reason without its numbers."""
     return "needs more memory than a device has" if reason.startswith("needs ") else reason
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=True)
-    return table
 
 
 def _text(table: Table) -> str:

@@ -101,7 +101,7 @@ class Report:
             f" {self.mesh}, strategy {self.strategy}"
         )
         reasons = collections.defaultdict[str, list[Array]](list)
-        table = _table("array", "logical dims", "shape", "dtype", "spec", ">per device", "")
+        table = new_table("array", "logical dims", "shape", "dtype", "spec", ">per device", "")
         for array in self.arrays:
             if array.whole:
                 reasons[array.whole].append(array)
@@ -118,7 +118,7 @@ class Report:
         for i, (reason, arrays) in enumerate(reasons.items(), 1):
             size = tree.human_bytes(sum(array.bytes_per_device for array in arrays))
             console.print(f"({i}) {len(arrays)} arrays, {size} per device: {escape(reason)}")
-        totals = _table("total", ">arrays", ">bytes", ">per device")
+        totals = new_table("total", ">arrays", ">bytes", ">per device")
         counts = collections.Counter(array.group for array in self.arrays)
         for group, (whole, each) in self.totals.items():
             sizes = (tree.human_bytes(n) for n in (whole, each))
@@ -136,7 +136,8 @@ class Report:
         return text if each <= chip.memory else f"{text}: it does not fit"
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
+    """Without lines; a column named `>bytes` stands right."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
