@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax.sharding import PartitionSpec as P
 
-from spmd import grad, scope, sharding
+from spmd import scope, sharding
 from spmd.fields import check
 from spmd.mesh import BATCH_AXES
 from spmd.strategies import base
@@ -28,7 +28,7 @@ def build(parts: base.Parts) -> base.Strategy:
     params, _ = base.abstract_params(parts)
     shardings = base.shardings_of(parts, *(sharding.replicated(mesh, params),) * 2)
     axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
-    grads_of = grad.accumulated(grad.plain(task.loss), parts.accumulate)
+    grads_of = base.grads_of(parts)
 
     def local(params, model_state, batch, step_key):
         with scope.bind(axes=axes, platform=mesh.devices.flat[0].platform):

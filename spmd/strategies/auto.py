@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from spmd import grad, scope, sharding
+from spmd import scope, sharding
 from spmd.strategies import base
 
 
@@ -19,7 +19,7 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
     shardings = base.shardings_of(
         parts, params=cut if zero == 3 else place(False), moments=cut, fsdp=zero == 3
     )
-    grads_of = grad.accumulated(grad.plain(parts.task.loss), parts.accumulate)
+    grads_of = base.grads_of(parts)
     rules = sharding.sequence_parallel() if sequence_parallel else sharding.RULES
     placement = sharding.placement(parts.mesh, rules)
 

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import scope, sharding, tree
+from spmd import grad, scope, sharding, tree
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -125,6 +125,11 @@ def batch_shardings(parts: Parts) -> Any:
     """Every leaf of the batch split along its first dim."""
     placed = NamedSharding(parts.mesh, sharding.batch_spec())
     return jax.tree.map(lambda _: placed, parts.batch)
+
+
+def grads_of(parts: Parts) -> grad.GradsOf:
+    """The first part of a step: the gradient function that these parts ask for."""
+    return grad.accumulated(grad.plain(parts.task.loss), parts.accumulate)
 
 
 def step_key(state: TrainState) -> jax.Array:
