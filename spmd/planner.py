@@ -133,7 +133,7 @@ def _judged(
     if made.how != "compiled":
         return candidate
     again = cost.estimate(known, on, cut, comms.compiled(made.program, cut))
-    return candidate._replace(estimate=again)
+    return candidate._replace(estimate=again, compiled=made.memory.peak)
 
 
 def arranged(exp: Experiment, cut: Layout) -> Experiment:

@@ -158,7 +158,7 @@ def _scatter(found: Sequence[Candidate]) -> str:
     if not points:
         return "<p>No layout can be estimated.</p>"
     height, right, top = 420.0, WIDTH - 20.0, 20.0
-    across = [math.log10(made.memory.peak) for _, made in points]
+    across = [math.log10(candidate.peak) for candidate, _ in points]
     up = [math.log10(made.step_seconds) for _, made in points]
 
     def place(value: float, values: Sequence[float], low: float, high: float) -> float:
@@ -178,7 +178,7 @@ def _scatter(found: Sequence[Candidate]) -> str:
         x, y = place(a, across, LEFT + 10, right - 10), place(b, up, height - 10, top + 10)
         best = candidate is found[0] and candidate.fits
         colour = COLOURS[5] if best else COLOURS[0] if candidate.fits else "#cccccc"
-        sizes = f"{report.seconds(made.step_seconds)}, {tree.human_bytes(made.memory.peak)}"
+        sizes = f"{report.seconds(made.step_seconds)}, {tree.human_bytes(candidate.peak)}"
         said = html.escape(f"{candidate.layout}: {sizes}")
         shapes.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if best else 3}" fill="{colour}"'

@@ -110,7 +110,7 @@ def search_view(found: Sequence[Candidate], target: Target) -> str:
             escape(str(each.layout)),
             seconds(made.step_seconds),
             f"{made.mfu:.1%}",
-            tree.human_bytes(made.memory.peak),
+            tree.human_bytes(each.peak) + ("*" if each.compiled else ""),
             escape(made.bottleneck.split(" take ")[0]),
         )
     lines = [
@@ -118,6 +118,8 @@ def search_view(found: Sequence[Candidate], target: Target) -> str:
         "",
         _text(table),
     ]
+    if any(each.compiled for each in fit[:SHOWN]):
+        lines.append("* compiled: the compiler's own memory and collectives")
     reasons = collections.Counter(_kind(c.reason) for c in found if not c.fits)
     lines += ["", *(f"{n} rejected: {why}" for why, n in reasons.most_common(REASONS))]
     if fit:

@@ -14,16 +14,25 @@ from spmd.plan.targets import Target
 
 
 class Candidate(NamedTuple):
-    """A layout, its estimate (None where there is none) and why it is rejected, "" where it is not."""
+    """A layout, its estimate (None where there is none) and why it is rejected, "" where it is not.
+
+    compiled: bytes of a device at the peak by the target's compiler; 0 where it was not asked.
+    """
 
     layout: Layout
     estimate: cost.Estimate | None
     reason: str
+    compiled: int = 0
 
     @property
     def fits(self) -> bool:
         """Whether it can be run."""
         return not self.reason
+
+    @property
+    def peak(self) -> float:
+        """Bytes of a device, by the compiler where it was asked, else by estimate; 0 without either."""
+        return self.compiled or (self.estimate.memory.peak if self.estimate else 0.0)
 
     def json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -31,6 +40,8 @@ class Candidate(NamedTuple):
             "layout": self.layout.json(),
             "words": self.layout.words(),
             "reason": self.reason,
+            "peak": self.peak,
+            "compiled": bool(self.compiled),
             "estimate": self.estimate.json() if self.estimate else None,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from html.parser import HTMLParser
@@ -62,6 +63,22 @@ def test_the_words_of_a_search_plan_the_same():
     assert again.layout == first.layout and again.estimate == first.estimate
     arranged = planner.arranged(exp, first.layout)
     assert planner.layout(arranged, 64) == first.layout
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_the_best_of_a_search_are_ranked_by_the_compiler(capsys):
+    tiny = ("--model.layers", "2", "--model.embed", "128", "--model.mlp", "256", "--model.scan")
+    words = ("--experiment", "lm_stdlib", *tiny, "--target", "v5e:2x2", "--search")
+    assert plan(*words, "--best", "2", "--json", "-") == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    compiled = [each for each in found if each["compiled"]]
+    assert len(compiled) == 2 and shown.err.count("compiled in") == 2
+    assert all(each["peak"] != each["estimate"]["memory"]["peak"] for each in compiled)
+    fits = [each["estimate"]["step_seconds"] for each in found if not each["reason"]]
+    assert fits == sorted(fits)
+    assert plan(*words, "--best", "2") == 0  # from the cache
+    assert "* compiled: the compiler's own" in capsys.readouterr().out
 
 
 def test_scaling(capsys):
