@@ -104,7 +104,7 @@ def _activations(facts: Facts, layout: Layout) -> tuple[float, float, float]:
     enters = model.embed * facts.compute / (tensor if layout.sequence_parallel else 1)
     each = kept(model, facts.length, layout, facts.compute)
     saved = here * model.layers * (enters + each)
-    logits = here / facts.chunks * model.rows / tensor * WIDE * 2
+    logits = here / facts.chunks * model.rows / tensor * (WIDE + 0.75 * facts.compute)
     block = here * kept(model, facts.length, layout._replace(remat="none"), facts.compute)
     return saved, logits + _head(facts, layout), block + _weights(facts, layout)
 
