@@ -159,7 +159,7 @@ def train_batches(
 
 
 def position(step: int, batch_size: int, num_examples: int) -> dict[str, int]:
-    """The iterator's whole state, for the checkpoint; examples counts rows, empty ones too."""
+    """The iterator's whole state, for the checkpoint; examples, epoch: on average, where rows are empty."""
     return {"step": step, "examples": step * batch_size, "epoch": step * batch_size // num_examples}
 
 
