@@ -19,6 +19,7 @@ from spmd.fields import check, closest, free
 from spmd.init import InitConfig
 from spmd.overrides import override as override
 from spmd.plan.budget import CommsBudget
+from spmd.privacy import Privacy
 from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
@@ -51,6 +52,8 @@ class Experiment:
     """Where the weights come from, and which are trained."""
     strategy: strategies.StrategyConfig = dataclasses.field(default_factory=strategies.Auto)
     """How the devices agree; --strategy NAME changes the class."""
+    privacy: Privacy = dataclasses.field(default_factory=Privacy)
+    """Differentially private training (DP-SGD)."""
     mesh: mesh.MeshConfig = free(mesh.MeshConfig())
     """How the devices are cut."""
     budget: CommsBudget = free(CommsBudget())
@@ -142,7 +145,9 @@ class Experiment:
         if source is None:
             source = self.data.open("train")
             self.data.check_model(self.model)
-        num_steps = self.train.num_steps(batch_size, len(source))
+        self.privacy.check_use(self.strategy, self.data, source, self.param_dtype)
+        num_steps = self.train.num_steps(self.privacy.sampled(batch_size), len(source))
+        private = self.privacy.mechanism(len(source), batch_size, num_steps)
         task = adapt.adapt(self.task.build(self.model, self.param_dtype), self.init)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
         tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims), task.dims)
@@ -160,8 +165,10 @@ class Experiment:
                 accumulate=self.train.accumulate,
                 ema=self.optimizer.ema,
                 skip=self.train.nonfinite == "skip",
+                privacy=private,
             )
         )
+        reading = self.privacy if private else self.strategy
         return Program(
             name=self.name,
             seed=self.seed,
@@ -174,6 +181,8 @@ class Experiment:
             start=functools.partial(weights.start, self.init, self.model)
             if self.init.from_
             else None,
+            order=lambda source: reading.order(source, self.seed, batch_size),
+            privacy=private,
         )
 
     # ---- what it does

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spmd import scope
+from spmd import scope, tree
+from spmd.mesh import BATCH_AXES
 
 PyTree = Any
 # (params, model_state, batch, step_key, scale) -> (gradient sum, metric sums, model_state)
@@ -26,6 +27,61 @@ def plain(loss: Callable[..., Any]) -> GradsOf:
         return grads, metrics, model_state
 
     return grads_of
+
+
+def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
+    """Each example's gradient, scaled down to at most `clip_norm`, summed and divided by `expected`, the
+    number of examples in a batch on average (Abadi et al. 2016, arXiv 1607.00133).
+
+    The loss of an example has its own weight below it, never that of the batch. Holds one gradient for each
+    row that a device sees at once: accumulate to have fewer.
+    """
+
+    def grads_of(params, model_state, batch, step_key, scale):
+        del scale  # of the whole batch
+        params = scope.varying(params)
+
+        def one(example):
+            row = jax.tree.map(lambda x: x[None], example)
+            grads, (metrics, _) = jax.grad(task.loss, has_aux=True)(
+                params, model_state, row, step_key, task.scale(task.weigh(row))
+            )
+            norm = tree.global_norm(grads)
+            factor = jnp.minimum(1, clip_norm / jnp.where(norm > 0, norm, 1)) / expected
+            weight = row["weight"].sum().astype(norm.dtype)
+            metrics["clipped"] = ((norm > clip_norm).astype(norm.dtype) * weight, weight)
+            return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), metrics
+
+        # The batch is the dim that vmap adds: a placement inside speaks of the others only.
+        bound = scope.current()
+        axes = BATCH_AXES if bound.constrain is not None else None
+        with scope.bind(constrain=_inside(bound.constrain), blockwise=None):
+            grads, metrics = jax.vmap(one, spmd_axis_name=axes)(batch)
+        return *jax.tree.map(lambda x: x.sum(0), (grads, metrics)), model_state
+
+    return grads_of
+
+
+def _inside(constrain: Callable[..., jax.Array] | None) -> Callable[..., jax.Array] | None:
+    """A placement rule for one example, whose batch dim of 1 cannot be cut."""
+    if constrain is None:
+        return None
+    return lambda x, dims: constrain(x, tuple(None if dim == "batch" else dim for dim in dims))
+
+
+# Folded into the step's key; no example has this id, so that no dropout mask shares the noise's bits.
+NOISE = -2
+
+
+def noised(grads: PyTree, step_key: jax.Array, deviation: float) -> PyTree:
+    """Adds a normal deviate to each element; once a step, to whole arrays, so that no cut of them shows."""
+    leaves, structure = jax.tree.flatten(grads)
+    keys = jax.random.split(jax.random.fold_in(step_key, jnp.int32(NOISE)), len(leaves))
+    noise = [
+        deviation * jax.random.normal(k, g.shape, g.dtype)
+        for k, g in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, [g + n for g, n in zip(leaves, noise, strict=True)])
 
 
 def accumulated(grads_of: GradsOf, num_microbatches: int) -> GradsOf:

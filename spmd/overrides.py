@@ -91,6 +91,7 @@ _HELP = {
     f" ({', '.join(optim.OPTIMIZERS)}).",
     "strategy": "How the devices agree; --strategy NAME changes the class"
     f" ({', '.join(strategies.STRATEGIES)}).",
+    "privacy": "Differentially private training (DP-SGD): on with an epsilon or a noise multiplier.",
     "mesh": "How the devices are cut; sizes multiply to the device count.",
     "train": "How long, and how steps are dispatched.",
     "eval": "When it is evaluated.",

@@ -18,7 +18,7 @@ LAYERS = (
     ("tree", "digest", "mesh", "flops"),
     ("sharding", "scope"),
     ("collectives", "hlo"),
-    ("optim", "losses", "data"),
+    ("optim", "losses", "data", "privacy"),
     ("models", "network"),
     ("tasks",),
     ("grad",),
@@ -49,6 +49,7 @@ FOR_EXPERIMENTS = {
     "mesh",
     "experiment",
     "init",
+    "privacy",
 }
 
 

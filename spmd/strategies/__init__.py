@@ -21,6 +21,16 @@ class StrategyConfig:
         """The Strategy on parts.mesh."""
         raise NotImplementedError
 
+    def order(self, source: Any, seed: int, batch_size: int) -> Any:
+        """The order in which `source` is read, as loader.train_batches takes it; None is the source's own."""
+        return None
+
+    def not_private(self) -> str:
+        """Why no privacy can be had with it; "" where its update sees one sum of the examples' gradients, to
+        which noise is added, and nothing else of them.
+        """
+        return f"strategy {self.name} does more with gradients than to sum those of all examples"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Auto(StrategyConfig):
@@ -37,6 +47,9 @@ class Auto(StrategyConfig):
 
         return auto.build(parts, zero=self.zero, sequence_parallel=self.sequence_parallel)
 
+    def not_private(self) -> str:
+        return ""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllReduce(StrategyConfig):
@@ -48,6 +61,9 @@ class AllReduce(StrategyConfig):
         from spmd.strategies import allreduce
 
         return allreduce.build(parts)
+
+    def not_private(self) -> str:
+        return ""
 
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {cls.name: cls for cls in (Auto, AllReduce)}

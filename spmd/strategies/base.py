@@ -13,6 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd import grad, scope, sharding, tree
+from spmd.fields import check
+from spmd.privacy import Mechanism
+from spmd.tasks import FROZEN
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -50,6 +53,7 @@ class Parts(NamedTuple):
     task: spmd.tasks.Task. batch: abstract global batch. rate: learning rate by step.
     ema: decay of the moving average of the parameters; 0 is off.
     skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
+    privacy: clips the gradient of each example, and adds noise to their sum; None is off.
     """
 
     task: Any
@@ -60,6 +64,7 @@ class Parts(NamedTuple):
     accumulate: int = 1
     ema: float = 0.0
     skip: bool = False
+    privacy: Mechanism | None = None
 
 
 def widened(params: PyTree) -> PyTree:
@@ -128,8 +133,27 @@ def batch_shardings(parts: Parts) -> Any:
 
 
 def grads_of(parts: Parts) -> grad.GradsOf:
-    """The first part of a step: the gradient function that these parts ask for."""
-    return grad.accumulated(grad.plain(parts.task.loss), parts.accumulate)
+    """The first part of a step: the gradient function that these parts ask for.
+
+    ValueError for a model that cannot be private.
+    """
+    plain = grad.plain(parts.task.loss)
+    if parts.privacy is not None:
+        check_private(parts)
+        plain = grad.per_example(parts.task, parts.privacy.clip_norm, parts.privacy.expected)
+    return grad.accumulated(plain, parts.accumulate)
+
+
+def check_private(parts: Parts) -> None:
+    """ValueError, with their names, for layers in which examples meet: one would show in all gradients."""
+    _, model_state = abstract_params(parts)
+    names = [name for name in tree.named_leaves(model_state) if not name.startswith(f"{FROZEN}/")]
+    layers = dict.fromkeys([*parts.task.whole_batch, *(name.rpartition("/")[0] for name in names)])
+    check(
+        not layers,
+        f"privacy clips the gradient of each example by itself, and {', '.join(layers)} would mix them:"
+        " statistics over the batch (batch norm). Use a model with another norm, or none",
+    )
 
 
 def step_key(state: TrainState) -> jax.Array:
@@ -143,6 +167,8 @@ def update(
     """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
     on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
     """
+    if parts.privacy is not None:  # here, since every strategy's sum is whole and comes by once
+        grads = grad.noised(grads, step_key(state), parts.privacy.deviation)
     metrics = {
         name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
         for name, (total, weight) in sums.items()

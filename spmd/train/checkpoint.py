@@ -79,6 +79,10 @@ class Checkpoints:
             " start anew with --run.fresh"
         )
 
+    def about(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of `step`: see `extra` of save."""
+        return agree.from_first(lambda: steps.about(self._directory / str(step)), "reading a step")
+
     # ---- saving
 
     def save(

@@ -14,6 +14,7 @@ from etils import epath
 
 from spmd import flops
 from spmd.data import DataConfig, augment, loader
+from spmd.privacy import Mechanism
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.stop import Votes, catching
 from spmd.runtime.watchdog import Watchdog
@@ -38,11 +39,18 @@ class Program(NamedTuple):
     data: DataConfig
     source: Any  # training source
     start: Callable[[Any, base.TrainState], base.TrainState] | None = None  # (self, state) -> state
+    order: Callable[[Any], Any] = lambda source: None  # source -> its order; None is its own
+    privacy: Mechanism | None = None
 
     def init(self) -> base.TrainState:
         """The state before the first step, every array born on the mesh with its sharding."""
         state = self.strategy.init(jax.random.key(self.seed))
         return self.start(self, state) if self.start else state
+
+    @property
+    def examples(self) -> int:
+        """Examples of a step; under privacy on average, some rows being empty."""
+        return self.privacy.expected if self.privacy else self.data.batch_size
 
     def abstract_state(self) -> base.TrainState:
         """Shapes and dtypes of the state."""
@@ -69,6 +77,7 @@ class Program(NamedTuple):
             threads=self.data.threads,
             buffer=self.data.buffer,
             transform=augment.transform(self.data, self.source, self.seed),
+            order=self.order(self.source),
         )
 
 
@@ -92,13 +101,17 @@ def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> ba
         abstract,
         strategy.state_shardings,
         program.num_steps,
-        program.data.batch_size,
+        program.examples,
     )
+    if program.privacy:
+        agree.say(program.privacy.about(program.num_steps))
     if not checkpoints.exist():
         with clock("compile"):
             return program.init()
     with clock("checkpoint"):
         state = checkpoints.restore(abstract, strategy.state_shardings)
+    if program.privacy:
+        program.privacy.same_noise(checkpoints.about(int(state.step)).get("noise_multiplier"))
     agree.say(f"resuming at step {int(state.step)} of {program.num_steps}")
     return state
 
@@ -153,13 +166,13 @@ def fit(
         # ---- output
         writer = Writer(directory, step, log, config)
         closing.callback(writer.close)
-        bar = progress.Bar(program.num_steps, step, data.batch_size, program.mesh)
+        bar = progress.Bar(program.num_steps, step, program.examples, program.mesh)
         closing.callback(bar.close)
         logs = Log(writer, bar, log, train.nonfinite, step, votes)
         profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
         closing.callback(profile.close)
         evaluate = evaluator(program.task, program.mesh, data.open("eval"), data.eval_batch_size)
-        epoch = max(1, round(len(program.source) / data.batch_size))
+        epoch = max(1, round(len(program.source) / program.examples))
         eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
         measured: dict[str, float] = {}
 
@@ -182,9 +195,11 @@ def fit(
             writer.flush()
             with clock("checkpoint"):
                 extra = {
-                    "data": loader.position(step, data.batch_size, len(program.source)),
+                    "data": loader.position(step, program.examples, len(program.source)),
                     "config": config,
                 }
+                if program.privacy:
+                    extra["noise_multiplier"] = program.privacy.noise_multiplier
                 checkpoints.save(state, step, measured, extra)
                 stop.stands = "the last complete checkpoint stands"
 
@@ -196,6 +211,8 @@ def fit(
                 found = evaluate(*strategy.eval_variables(state), interrupted)
             if found is not None:
                 measured = found
+                if program.privacy:
+                    measured["privacy/epsilon"] = program.privacy.epsilon(step)
                 writer.write(step, measured)
                 bar.evaluated(step, measured)
 

@@ -1,0 +1,259 @@
+"""Differentially private training (DP-SGD): which examples a step sees, and what a run gives away.
+
+Each step takes every example with the same probability, on its own (Poisson sampling); grad.per_example
+clips the gradient of each, and grad.noised adds the noise to their sum (Abadi et al. 2016, arXiv 1607.00133).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+from spmd.fields import check
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROOM = (
+    5.0  # standard deviations of the sampled number that the rows hold beside its mean, by default
+)
+MOST_NOISE = 100.0  # multiples of the clip norm; the largest that are in use are about 40
+# Of the privacy loss, rounded to the safe side; 1e-4 takes ten times as long for 0.1 % less of epsilon.
+INTERVAL = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """DP-SGD, on when `epsilon` or `noise_multiplier` is given."""
+
+    epsilon: float = 0.0
+    """What the planned steps may give away in all; the noise follows from it. 0: as noise-multiplier says."""
+    noise_multiplier: float = 0.0
+    """Standard deviation of the noise on the sum of gradients, in clip norms. 0: as epsilon says."""
+    delta: float = 1e-5
+    """Probability that epsilon does not hold; less than one over the number of examples."""
+    clip_norm: float = 1.0
+    """The gradient of each example is scaled down to at most this norm."""
+    expected_batch_size: int = 0
+    """Examples that a step samples on average, of at most data.batch-size; 0 leaves room for 5 deviations."""
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "noise_multiplier", "expected_batch_size"):
+            value = getattr(self, name)
+            check(value >= 0, f"privacy.{name}={value} must not be negative")
+        check(
+            not (self.epsilon and self.noise_multiplier),
+            f"privacy.epsilon={self.epsilon} and privacy.noise_multiplier={self.noise_multiplier} both say"
+            " how much noise there is; give one, and 0 for the other",
+        )
+        check(0 < self.delta < 1, f"privacy.delta={self.delta} must be in (0, 1)")
+        check(self.clip_norm > 0, f"privacy.clip_norm={self.clip_norm} must be more than 0")
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is private at all."""
+        return bool(self.epsilon or self.noise_multiplier)
+
+    def sampled(self, batch_size: int) -> int:
+        """Examples of a step on average; batch_size: rows that a step has."""
+        if not self.on:
+            return batch_size
+        if not self.expected_batch_size:
+            return max(1, math.floor((math.sqrt(ROOM**2 + 4 * batch_size) - ROOM) ** 2 / 4))
+        check(
+            self.expected_batch_size <= batch_size,
+            f"privacy.expected_batch_size={self.expected_batch_size} is more than the data.batch_size="
+            f"{batch_size} rows of a step, which also hold what is above the average; use"
+            f" {self.sampled_by_default(batch_size)} or a larger --data.batch-size",
+        )
+        return self.expected_batch_size
+
+    def sampled_by_default(self, batch_size: int) -> int:
+        """`sampled` where no expected_batch_size is given."""
+        return dataclasses.replace(self, expected_batch_size=0).sampled(batch_size)
+
+    def check_use(self, strategy: Any, data: Any, source: Any, param_dtype: str) -> None:
+        """ValueError for what cannot be private; all are the experiment's own."""
+        if not self.on:
+            return
+        why = strategy.not_private()
+        check(not why, f"privacy: {why}; use --strategy auto or allreduce")
+        check(
+            not hasattr(source, "order"),
+            "privacy needs each example to be sampled with the same probability, and a mixture is read by"
+            " weight; train on one text",
+        )
+        check(
+            not data.augment.mixup,
+            f"data.augment.mixup={data.augment.mixup} blends two examples, and privacy clips the gradient of"
+            " each; use data.augment.mixup=0",
+        )
+        check(
+            param_dtype != "bfloat16",
+            "privacy sums clipped gradients in the parameters' type, and bfloat16 would round them past the"
+            " clip norm; use --param-dtype float32",
+        )
+
+    def mechanism(self, num_examples: int, batch_size: int, num_steps: int) -> Mechanism | None:
+        """What the steps do, the noise found; None when off.
+
+        num_examples: 0 where the data is left closed, for a planner: then without accounting. ValueError when
+        epsilon is out of reach.
+        """
+        if not self.on:
+            return None
+        mean = self.sampled(batch_size)
+        made = Mechanism(
+            num_examples, mean, batch_size, self.clip_norm, self.noise_multiplier or 1.0, self.delta
+        )
+        if not num_examples:
+            return made
+        check(
+            mean <= num_examples,
+            f"privacy: a step would sample {mean} of {num_examples} examples; use"
+            f" privacy.expected_batch_size={num_examples} or less",
+        )
+        check(
+            self.delta < 1 / num_examples,
+            f"privacy.delta={self.delta} must be less than one over the {num_examples} examples"
+            f" ({1 / num_examples:.1e}): to publish one of them whole would satisfy it",
+        )
+        if self.epsilon:
+            noise = enough_noise(made, num_steps, self.epsilon)
+            made = dataclasses.replace(made, noise_multiplier=noise)
+        return made
+
+    def order(self, source: Any, seed: int, batch_size: int) -> Poisson:
+        """The order in which `source` is read."""
+        return Poisson(seed, len(source), self.sampled(batch_size), batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """What one step does: `expected` of num_examples sampled, at most `rows` of them used, each clipped."""
+
+    num_examples: int
+    expected: int
+    rows: int
+    clip_norm: float
+    noise_multiplier: float
+    delta: float
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise on each element of the gradient, a sum over `expected`."""
+        return self.noise_multiplier * self.clip_norm / self.expected
+
+    def epsilon(self, num_steps: int) -> float:
+        """What that many steps give away, at `delta`, to one who sees the parameters after each of them."""
+        return epsilon(self, num_steps) if num_steps else 0.0
+
+    def about(self, num_steps: int) -> str:
+        """One line for the start of a run."""
+        return (
+            f"private: epsilon {self.epsilon(num_steps):.3f} at delta {self.delta:g} after {num_steps} steps;"
+            f" each samples {self.expected} of {self.num_examples} examples on average and uses at most"
+            f" {self.rows}, clip norm {self.clip_norm:g}, noise multiplier {self.noise_multiplier:.4f}"
+        )
+
+    def same_noise(self, stored: Any) -> None:
+        """ValueError when the steps so far had other noise; stored: noise_multiplier of a checkpoint."""
+        check(
+            stored is None or math.isclose(stored, self.noise_multiplier, rel_tol=1e-6),
+            f"the steps of this run had noise multiplier {stored}, found for privacy.epsilon and the number"
+            f" of steps planned then; now it would be {self.noise_multiplier}, and epsilon would not hold."
+            " Resume with the former --train.steps (or epochs), or start anew with --run.fresh",
+        )
+
+
+class Poisson:
+    """Stream position -> example index: each step takes every example with probability expected / n, in
+    random order, so that those beyond its rows are a random part; -1 in the rows that are left.
+    """
+
+    def __init__(self, seed: int, num_examples: int, expected: int, batch_size: int):
+        self._seed, self._n, self._batch_size = seed, num_examples, batch_size
+        self._probability = expected / num_examples
+
+    def _step(self, step: int) -> np.ndarray:
+        """[batch_size] indices of one step."""
+        import numpy as np
+
+        bits = np.random.Philox(np.random.SeedSequence([self._seed, step, int.from_bytes(b"dp")]))
+        draw = np.random.Generator(bits)
+        num = draw.binomial(self._n, self._probability)
+        chosen = draw.choice(self._n, num, replace=False)[: self._batch_size]
+        return np.pad(chosen, (0, self._batch_size - len(chosen)), constant_values=-1)
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        steps, rows = np.divmod(positions, self._batch_size)
+        out = np.empty_like(positions)
+        for step in np.unique(steps):
+            here = steps == step
+            out[here] = self._step(int(step))[rows[here]]
+        return out
+
+
+# ---- accounting
+
+
+def _library() -> Any:
+    try:
+        import dp_accounting
+        import dp_accounting.pld
+    except ImportError as error:
+        raise ValueError(
+            "privacy needs the package dp-accounting, which finds epsilon: pip install dp-accounting"
+        ) from error
+    return dp_accounting
+
+
+@functools.lru_cache(maxsize=256)
+def epsilon(mechanism: Mechanism, num_steps: int) -> float:
+    """By the distribution of the privacy loss (Koskela et al. 2020), truncation of the sample included
+    (arXiv 2508.15089); neighbours differ in one example that is there or not. An upper bound.
+    """
+    dp = _library()
+    event = dp.TruncatedSubsampledGaussianDpEvent(
+        mechanism.num_examples,
+        mechanism.expected / mechanism.num_examples,
+        mechanism.rows,
+        mechanism.noise_multiplier,
+    )
+    accountant = dp.pld.PLDAccountant(value_discretization_interval=INTERVAL)
+    accountant.compose(dp.SelfComposedDpEvent(event, num_steps))
+    return float(accountant.get_epsilon(mechanism.delta))
+
+
+@functools.lru_cache(maxsize=64)
+def enough_noise(mechanism: Mechanism, num_steps: int, target: float) -> float:
+    """The least noise multiplier, to 3 digits, with which `num_steps` stay within epsilon = target."""
+
+    def spent(noise: float) -> float:
+        return epsilon(dataclasses.replace(mechanism, noise_multiplier=noise), num_steps)
+
+    low, high = 0.0, 1.0
+    while spent(high) > target:
+        low, high = high, 2 * high
+        if high > MOST_NOISE:
+            raise ValueError(_out_of_reach(mechanism, num_steps, target, spent(low)))
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2 if low else high / 2
+        if middle < 0.1:  # epsilon in the hundreds: who asks for that may have less
+            break
+        low, high = (middle, high) if spent(middle) > target else (low, middle)
+    return high
+
+
+def _out_of_reach(mechanism: Mechanism, num_steps: int, target: float, least: float) -> str:
+    mean, rows = mechanism.expected, mechanism.rows
+    return (
+        f"privacy.epsilon={target} is out of reach of {num_steps} steps that sample {mean} of"
+        f" {mechanism.num_examples} examples each (at most {rows}) at delta {mechanism.delta:g}: even a noise"
+        f" multiplier of {MOST_NOISE / 2:g} or more spends {least:.3g}. Use a larger epsilon, fewer"
+        " --train.steps, a smaller --privacy.expected-batch-size, or more room above it (--data.batch-size)"
+    )
