@@ -77,7 +77,17 @@ def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
     return jax.eval_shape(parts.task.init, jax.random.key(0))
 
 
-def initial(parts: Parts, shardings: TrainState) -> Callable[[jax.Array], TrainState]:
+Carry = Callable[[PyTree], PyTree]  # params -> the strategy state to begin with
+
+
+def nothing(params: PyTree) -> PyTree:
+    """The strategy state of a strategy that carries nothing."""
+    return {}
+
+
+def initial(
+    parts: Parts, shardings: TrainState, carry: Carry = nothing
+) -> Callable[[jax.Array], TrainState]:
     """Strategy.init: jitted, every leaf born with its sharding."""
 
     def init(key: jax.Array) -> TrainState:
@@ -88,7 +98,7 @@ def initial(parts: Parts, shardings: TrainState) -> Callable[[jax.Array], TrainS
             model_state=model_state,
             opt_state=parts.tx.init(params),
             key=jax.random.key_data(key),
-            strategy_state={},
+            strategy_state=carry(params),
             ema=widened(params) if parts.ema else {},
         )
 
@@ -162,10 +172,17 @@ def step_key(state: TrainState) -> jax.Array:
 
 
 def update(
-    parts: Parts, state: TrainState, grads: PyTree, sums: PyTree, model_state: PyTree
+    parts: Parts,
+    state: TrainState,
+    grads: PyTree,
+    sums: PyTree,
+    model_state: PyTree,
+    strategy_state: PyTree = None,
 ) -> tuple[TrainState, Metrics]:
     """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
     on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
+
+    strategy_state: what the strategy carries on; None: as it was.
     """
     if parts.privacy is not None:  # here, since every strategy's sum is whole and comes by once
         grads = grad.noised(grads, step_key(state), parts.privacy.deviation)
@@ -187,6 +204,7 @@ def update(
         params=params,
         model_state=model_state,
         opt_state=opt_state,
+        strategy_state=state.strategy_state if strategy_state is None else strategy_state,
         ema=averaged(parts, state, params),
     )
     if parts.skip:
@@ -211,13 +229,17 @@ def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:
     return jax.tree.map(average, state.ema, params)
 
 
-def finish(parts: Parts, shardings: TrainState, step: Callable[..., Any]) -> Strategy:
-    """A Strategy around an unjitted step function."""
+def finish(
+    parts: Parts, shardings: TrainState, step: Callable[..., Any], carry: Carry = nothing
+) -> Strategy:
+    """A Strategy around an unjitted step function. Other parameters begin with a strategy state of theirs."""
     batches = batch_shardings(parts)
+    carried = jax.jit(carry, out_shardings=shardings.strategy_state)
 
     def with_params(state: TrainState, params: PyTree) -> TrainState:
         ema = jax.device_put(widened(params), shardings.ema) if parts.ema else {}
-        return dataclasses.replace(state, params=jax.device_put(params, shardings.params), ema=ema)
+        params = jax.device_put(params, shardings.params)
+        return dataclasses.replace(state, params=params, strategy_state=carried(params), ema=ema)
 
     def eval_variables(state: TrainState) -> tuple[PyTree, PyTree]:
         if not parts.ema:
@@ -226,7 +248,7 @@ def finish(parts: Parts, shardings: TrainState, step: Callable[..., Any]) -> Str
         return jax.tree.map(narrow, state.ema, state.params), state.model_state
 
     return Strategy(
-        init=initial(parts, shardings),
+        init=initial(parts, shardings, carry),
         step=jax.jit(
             step,
             in_shardings=(shardings, batches),
