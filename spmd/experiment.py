@@ -174,6 +174,7 @@ class Experiment:
             start=functools.partial(weights.start, self.init, self.model)
             if self.init.from_
             else None,
+            order=lambda source: self.strategy.order(source, self.seed, batch_size),
         )
 
     # ---- what it does

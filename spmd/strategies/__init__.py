@@ -21,6 +21,10 @@ class StrategyConfig:
         """The Strategy on parts.mesh."""
         raise NotImplementedError
 
+    def order(self, source: Any, seed: int, batch_size: int) -> Any:
+        """The order in which `source` is read, as loader.train_batches takes it; None is the source's own."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Auto(StrategyConfig):
