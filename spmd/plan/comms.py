@@ -21,7 +21,7 @@ Left out: the scalars of loss, metrics and global norm.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -45,7 +45,7 @@ class Collective:
     axes: tuple[str, ...]
     group: int
     bytes: float
-    count: int
+    count: float
     what: str
 
     @property
@@ -65,7 +65,7 @@ def of(facts: Facts, layout: Layout) -> list[Collective]:
     found = [each for leaf in facts.weights for each in _of_param(facts, layout, mesh, leaf)]
     if facts.model is not None and layout.size("tensor") > 1:
         found += _of_activations(facts, layout)
-    counts: dict[Collective, int] = {}
+    counts: dict[Collective, float] = {}
     for each in found:
         alike = dataclasses.replace(each, count=0)
         counts[alike] = counts.get(alike, 0) + each.count
@@ -88,13 +88,18 @@ def compiled(program: hlo.Program, layout: Layout) -> list[Collective]:
     return found
 
 
-def total(found: list[Collective]) -> dict[tuple[str, str], float]:
-    """(axes, kind) -> bytes x count of a step."""
-    sums: dict[tuple[str, str], float] = {}
+def ledger(found: Iterable[Collective]) -> dict[tuple[tuple[str, ...], str], hlo.Total]:
+    """As hlo.ledger, of collectives in closed form: (axes, kind) -> its sum, the largest first."""
+    sums: dict[tuple[tuple[str, ...], str], hlo.Total] = {}
     for each in found:
-        key = (" x ".join(each.axes), each.kind)
-        sums[key] = sums.get(key, 0.0) + each.bytes * each.count
-    return sums
+        key = each.axes, each.kind
+        before = sums.get(key, hlo.Total(0, 0, 0.0))
+        sums[key] = hlo.Total(
+            before.count + each.count,
+            before.bytes + each.count * each.bytes,
+            before.wire_bytes + each.wire_bytes,
+        )
+    return dict(sorted(sums.items(), key=lambda item: -item[1].wire_bytes))
 
 
 # ---- parameters

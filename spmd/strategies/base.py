@@ -78,6 +78,7 @@ def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
 
 
 Carry = Callable[[PyTree], PyTree]  # params -> the strategy state to begin with
+Begin = Callable[[TrainState], TrainState]
 
 
 def nothing(params: PyTree) -> PyTree:
@@ -86,13 +87,16 @@ def nothing(params: PyTree) -> PyTree:
 
 
 def initial(
-    parts: Parts, shardings: TrainState, carry: Carry = nothing
+    parts: Parts, shardings: TrainState, carry: Carry = nothing, begin: Begin = lambda state: state
 ) -> Callable[[jax.Array], TrainState]:
-    """Strategy.init: jitted, every leaf born with its sharding."""
+    """Strategy.init: jitted, every leaf born with its sharding.
+
+    begin: puts into the plain state what a strategy keeps beside it, or keeps otherwise.
+    """
 
     def init(key: jax.Array) -> TrainState:
         params, model_state = parts.task.init(jax.random.fold_in(key, 0))
-        return TrainState(
+        plain = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             model_state=model_state,
@@ -101,6 +105,7 @@ def initial(
             strategy_state=carry(params),
             ema=widened(params) if parts.ema else {},
         )
+        return begin(plain)
 
     return jax.jit(init, out_shardings=shardings)
 
@@ -196,9 +201,7 @@ def update(
         metrics |= {f"grads/{name}": grad for name, grad in tree.named_leaves(grads).items()}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["finite"] = finite.astype(jnp.float32)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
-        updates, opt_state = parts.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = applied(parts.tx, grads, state.opt_state, state.params)
     new = dataclasses.replace(
         state,
         params=params,
@@ -211,6 +214,15 @@ def update(
         # Donation makes a host-side skip impossible. To choose costs a pass over the state.
         new = tree.select(finite, new, state)
     return dataclasses.replace(new, step=state.step + 1), metrics
+
+
+def applied(
+    tx: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """(new parameters, new optimizer state)."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
+        updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:
@@ -230,16 +242,25 @@ def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:
 
 
 def finish(
-    parts: Parts, shardings: TrainState, step: Callable[..., Any], carry: Carry = nothing
+    parts: Parts,
+    shardings: TrainState,
+    step: Callable[..., Any],
+    carry: Carry = nothing,
+    begin: Begin = lambda state: state,
 ) -> Strategy:
-    """A Strategy around an unjitted step function. Other parameters begin with a strategy state of theirs."""
+    """A Strategy around an unjitted step function. Other parameters begin with a strategy state of theirs:
+    `carry`; begin as in `initial`.
+    """
     batches = batch_shardings(parts)
-    carried = jax.jit(carry, out_shardings=shardings.strategy_state)
+    carried = None
+    if carry is not nothing:
+        carried = jax.jit(carry, out_shardings=shardings.strategy_state)
 
     def with_params(state: TrainState, params: PyTree) -> TrainState:
         ema = jax.device_put(widened(params), shardings.ema) if parts.ema else {}
         params = jax.device_put(params, shardings.params)
-        return dataclasses.replace(state, params=params, strategy_state=carried(params), ema=ema)
+        own = carried(params) if carried else state.strategy_state
+        return dataclasses.replace(state, params=params, strategy_state=own, ema=ema)
 
     def eval_variables(state: TrainState) -> tuple[PyTree, PyTree]:
         if not parts.ema:
@@ -248,7 +269,7 @@ def finish(
         return jax.tree.map(narrow, state.ema, state.params), state.model_state
 
     return Strategy(
-        init=initial(parts, shardings, carry),
+        init=initial(parts, shardings, carry, begin),
         step=jax.jit(
             step,
             in_shardings=(shardings, batches),
