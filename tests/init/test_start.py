@@ -76,6 +76,7 @@ def test_a_resumed_run_does_not_look_at_its_source(tmp_path, source):
         load("--init.from", tmp_path / "other", "--run.dir", place, "--train.steps", 15).train()
 
 
+@pytest.mark.slow
 def test_a_step_can_be_named_and_the_average_is_taken(tmp_path, averaged):
     state = arrays(load("--optimizer.ema", 0.9, "--run.dir", averaged).restore())
     start = arrays(load("--init.from", averaged / "checkpoints" / "30").init())
@@ -86,6 +87,7 @@ def test_a_step_can_be_named_and_the_average_is_taken(tmp_path, averaged):
     np.testing.assert_array_equal(again["ema/head/kernel"], state["ema/head/kernel"])
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_as_they_are_bit_by_bit(tmp_path, source):
     words = (*ADAMW, "--init.from", source, "--init.freeze", "layers/*", *MESH)
     exp = load(*words, "--optimizer.ema", 0.9, "--train.steps", 20, "--run.dir", tmp_path / "run")
@@ -133,6 +135,7 @@ def test_adapters_train_resume_evaluate_and_are_merged(tmp_path, source):
     assert merged.evaluate() == pytest.approx(snapshot.evaluate(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_other_precision_is_cast(source):
     start = load("--init.from", source, "--param-dtype", "bfloat16").init()
     assert start.arrays["params/head/kernel"].dtype == "bfloat16"

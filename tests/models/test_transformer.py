@@ -14,6 +14,7 @@ import pytest
 
 from spmd import tasks, tree
 from spmd.models.transformer import CACHE_DIMS, Transformer
+from tests.marks import slow_but
 
 GPT2 = Transformer(
     vocab=50257,
@@ -52,7 +53,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=slow_but(("gpt2", "all"), KINDS))
 def kind(request):
     return KINDS[request.param]
 
