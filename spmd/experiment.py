@@ -148,7 +148,7 @@ class Experiment:
         self.privacy.check_use(self.strategy, self.data, source, self.param_dtype)
         num_steps = self.train.num_steps(self.privacy.sampled(batch_size), len(source))
         if len(source):  # else it is only planned, for a number of steps that nobody has chosen
-            self.strategy.check_steps(num_steps)
+            self.strategy.check_run(num_steps, len(source))
         private = self.privacy.mechanism(len(source), batch_size, num_steps)
         task = adapt.adapt(self.task.build(self.model, self.param_dtype), self.init)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
