@@ -21,7 +21,7 @@ Left out: the scalars of loss, metrics and global norm.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -88,13 +88,18 @@ def compiled(program: hlo.Program, layout: Layout) -> list[Collective]:
     return found
 
 
-def total(found: list[Collective]) -> dict[tuple[str, str], float]:
-    """(axes, kind) -> bytes x count of a step."""
-    sums: dict[tuple[str, str], float] = {}
+def ledger(found: Iterable[Collective]) -> dict[tuple[tuple[str, ...], str], hlo.Total]:
+    """As hlo.ledger, of collectives in closed form: (axes, kind) -> its sum over a step, the largest first."""
+    sums: dict[tuple[tuple[str, ...], str], hlo.Total] = {}
     for each in found:
-        key = (" x ".join(each.axes), each.kind)
-        sums[key] = sums.get(key, 0.0) + each.bytes * each.count
-    return sums
+        key = each.axes, each.kind
+        before = sums.get(key, hlo.Total(0, 0, 0.0))
+        sums[key] = hlo.Total(
+            before.count + each.count,
+            before.bytes + each.count * each.bytes,
+            before.wire_bytes + each.wire_bytes,
+        )
+    return dict(sorted(sums.items(), key=lambda item: -item[1].wire_bytes))
 
 
 # ---- parameters

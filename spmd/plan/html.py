@@ -123,13 +123,8 @@ def _memory(plan: Plan) -> str:
 def _axes(plan: Plan) -> str:
     """A bar for each axis, by kind of collective: of the compiled program where there is one."""
     sums: dict[str, dict[str, float]] = {}
-    if plan.compiled is not None:
-        for (axes, kind), total in hlo.ledger(plan.compiled.program).items():
-            sums.setdefault(" x ".join(axes) or "?", {})[kind] = total.wire_bytes
-    else:
-        for each in plan.collectives:
-            row = sums.setdefault(" x ".join(each.axes), {})
-            row[each.kind] = row.get(each.kind, 0.0) + each.wire_bytes
+    for (axes, kind), total in report.sent(plan).items():
+        sums.setdefault(" x ".join(axes) or "?", {})[kind] = total.wire_bytes
     if not sums:
         return "<p>Nothing.</p>"
     kinds = sorted({kind for row in sums.values() for kind in row})

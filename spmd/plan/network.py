@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from spmd.fields import check
+from spmd.fields import check, closest
 from spmd.hardware import Links
 from spmd.mesh import AXES
 from spmd.plan.targets import Target
@@ -18,12 +18,62 @@ SHARE = 0.8
 # Seconds of one hop. ICI: scaling-book, chapter 3. The others: of the order of what nccl-tests shows for
 # small messages; they matter for small arrays only.
 HOP = {"ICI": 1e-6, "NVLink": 2e-6, "DCN": 20e-6, "scale-out": 10e-6}
+
+
+class Network(NamedTuple):
+    """What may join devices, by name. bandwidth: bytes/s that one sends, as a program gets them; hop: seconds
+    of a small message to another.
+    """
+
+    name: str
+    bandwidth: float
+    hop: float
+    source: str
+
+
+NETWORKS: dict[str, Network] = {
+    "nvlink": Network(
+        "NVLink",
+        SHARE * 450e9,
+        HOP["NVLink"],
+        "NVIDIA H100 data sheet: 900 GB/s, both ways together",
+    ),
+    "ici": Network(
+        "ICI", 2 * 90e9, HOP["ICI"], "scaling-book, chapter 2: the two links of a v5p ring"
+    ),
+    "infiniband": Network(
+        "scale-out",
+        SHARE * 400e9 / 8,
+        HOP["scale-out"],
+        "DGX H100: ConnectX-7, 400 Gb/s for each GPU",
+    ),
+    "10gbe": Network(
+        "10 GbE",
+        SHARE * 10e9 / 8,
+        20e-6,
+        "10 Gb/s: IEEE 802.3ae; 20 us between programs by TCP: Hurwitz and Feng, Hot Interconnects 11 (2003)",
+    ),
+    "wan": Network(
+        "WAN",
+        SHARE * 5e9 / 8,
+        36e-3,
+        "5 Gb/s: what EC2 grants to other regions (user guide, instance network bandwidth); 72 ms there and"
+        " back across North America: Azure network latency statistics",
+    ),
+    "home": Network(
+        "home",
+        SHARE * 20e6 / 8,
+        20e-3,
+        "20 Mb/s up: the FCC's benchmark of 2024; 20 ms through two last miles, of the order of its"
+        " Measuring Broadband America reports",
+    ),
+}
+HOP |= {network.name: network.hop for network in NETWORKS.values()}
 PASSES = {
     "all-gather": 1,
     "reduce-scatter": 1,
     "all-reduce": 2,
     "all-to-all": 1,
-    "collective-permute": 1,
     "collective-broadcast": 1,
 }
 
@@ -54,12 +104,42 @@ def levels(target: Target, sizes: Mapping[str, int], slices: int = 1) -> Levels:
     return _torus(target, links, sizes, slices) if links.axes else _switch(links, sizes)
 
 
+def named(text: str, sizes: Mapping[str, int]) -> Levels:
+    """What each axis larger than 1 crosses, by the names of NETWORKS: `10gbe` for all of them, or
+    `replica=wan,data=nvlink`. ValueError says which are known, and which axis has none.
+    """
+    known = ", ".join(NETWORKS)
+    wide = [axis for axis in AXES if sizes.get(axis, 1) > 1]
+    chosen: dict[str, Network] = {}
+    for part in sorted(text.split(","), key=lambda part: "=" in part):  # one for all axes first
+        axis, _, name = part.strip().rpartition("=")
+        check(
+            name in NETWORKS,
+            f"unknown network {name!r}.{closest(name, NETWORKS)} Known: {known}; one for all axes,"
+            " or one for each: replica=wan,data=nvlink",
+        )
+        check(
+            not axis or axis in AXES,
+            f"network {text!r}: {axis!r} is no mesh axis.{closest(axis, AXES)} Axes: {', '.join(AXES)}",
+        )
+        chosen |= dict.fromkeys([axis] if axis else wide, NETWORKS[name])
+    missing = [axis for axis in wide if axis not in chosen]
+    check(
+        not missing,
+        f"network {text!r} says nothing of {', '.join(f'mesh.{axis}={sizes[axis]}' for axis in missing)};"
+        f" add {missing[0] if missing else ''}=NAME, a name of {known}",
+    )
+    return {axis: (Level(chosen[axis].name, sizes[axis], chosen[axis].bandwidth),) for axis in wide}
+
+
 def seconds(crossed: Sequence[Level], kind: str, bytes: float) -> float:
     """Time of one collective over axes that cross `crossed` (see `join`).
 
     bytes: of the whole array, as hlo.Collective counts them: gathered, or before the reduction. By rings,
     level after level: the slower network carries what one device of the faster one holds, its 1 / ways.
     """
+    if kind == "collective-permute":  # to one other device: who has the slowest way decides
+        return max((bytes / level.bandwidth + HOP[level.network] for level in crossed), default=0.0)
     total = 0.0
     for level in crossed:
         wire = (level.ways - 1) / level.ways * bytes / level.bandwidth

@@ -72,6 +72,12 @@ class Plan(NamedTuple):
         }
 
 
+def sent(plan: Plan) -> dict[tuple[tuple[str, ...], str], hlo.Total]:
+    """(axes, kind) -> its sum over a step, of the compiled program where there is one."""
+    made = plan.compiled
+    return hlo.ledger(made.program) if made else comms.ledger(plan.collectives)
+
+
 # ---- text
 
 
@@ -183,20 +189,9 @@ def _ledger(plan: Plan) -> str:
     made = plan.compiled
     title = f"collectives a step ({made.how if made else 'estimated'})"
     table = new_table(title, "axis", ">count", ">bytes", ">sent by a device")
-    if made is not None:
-        for (axes, kind), each in hlo.ledger(made.program).items():
-            sizes = tree.human_bytes(each.bytes), tree.human_bytes(each.wire_bytes)
-            table.add_row(kind, " x ".join(axes) or "?", str(each.count), *sizes)
-    else:
-        sums: dict[tuple[str, str], list[float]] = {}
-        for each in plan.collectives:
-            row = sums.setdefault((each.kind, " x ".join(each.axes)), [0, 0, 0])
-            for i, more in enumerate((each.count, each.bytes * each.count, each.wire_bytes)):
-                row[i] += more
-        for (kind, axes), (count, size, wire) in sorted(sums.items(), key=lambda x: -x[1][2]):
-            table.add_row(
-                kind, axes, f"{count:.0f}", tree.human_bytes(size), tree.human_bytes(wire)
-            )
+    for (axes, kind), each in sent(plan).items():
+        sizes = tree.human_bytes(each.bytes), tree.human_bytes(each.wire_bytes)
+        table.add_row(kind, " x ".join(axes) or "?", f"{each.count:.0f}", *sizes)
     return _text(table) if table.row_count else f"{title}: none"
 
 
