@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from spmd import hlo, tree
+from spmd import tree
 from spmd.plan import report
 from spmd.plan.report import Plan
 from spmd.plan.search import Candidate
