@@ -144,7 +144,8 @@ def parsed(exp: Experiment, given: Sequence[str]) -> dict[str, Experiment]:
     names = ", ".join(strategies.STRATEGIES)
     check(
         bool(entries),
-        f"compare: which strategies? Type --strategies auto,allreduce (options: NAME:field=value); known: {names}",
+        "compare: which strategies? Type --strategies auto,allreduce, or with options"
+        f" allreduce,local:period=50; known: {names}",
     )
     twice = [entry for entry in entries if entries.count(entry) > 1]
     check(not twice, f"--strategies has {twice[0] if twice else ''} twice; give it once")

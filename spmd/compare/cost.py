@@ -28,7 +28,7 @@ BLOCK_SECONDS = 0.2
 
 
 class Charge(NamedTuple):
-    """Per device and step. sent: bytes by mesh axes (`data`, `replica x data`). seconds: of the collectives."""
+    """Per device and step. sent: bytes by mesh axes (`data`, `replica x data`). seconds: of collectives."""
 
     sent: dict[str, float]
     seconds: float

@@ -138,28 +138,41 @@ class Comparison:
     def figure(self) -> Figure:
         """Loss against steps, bytes sent by a device, and seconds on the network; needs matplotlib."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
 
         figure = Figure(figsize=(12, 3.8), layout="constrained")
         axes = figure.subplots(1, 3, sharey=True)
         rows = [row for row in self.rows() if row.get(LOSS) is not None]
-        says = {"step": "step", "sent_bytes": "bytes sent by a device", "seconds": self._seconds()}
-        for ax, (name, label) in zip(axes, says.items(), strict=True):
-            for result in self.results:
-                own = [row for row in rows if row["strategy"] == result.entry]
-                ax.plot([row[name] for row in own], [row[LOSS] for row in own], label=result.entry)
-            ax.set(xlabel=label, yscale="log")
-            ends = [max(r[name] for r in rows if r["strategy"] == x.entry) for x in self.results]
-            if min(ends) > 0 and max(ends) > 10 * min(ends):
-                ax.set_xscale("log")
+        curves = {
+            r.entry: own
+            for r in self.results
+            if (own := [x for x in rows if x["strategy"] == r.entry])
+        }
+        says = {
+            "step": ("step", ""),
+            "sent_bytes": ("bytes sent by a device", "B"),
+            "seconds": (f"seconds on {self.network} (modelled)", "s"),
+        }
+        for ax, (name, (label, unit)) in zip(axes, says.items(), strict=True):
+            for i, (entry, own) in enumerate(curves.items()):
+                # Strategies that compute the same lie on one another: the later ones are thinner.
+                width = 1.2 + 3 * (len(curves) - 1 - i) / len(curves)
+                xs = [row[name] for row in own]
+                ax.plot(xs, [row[LOSS] for row in own], label=entry, linewidth=width)
+            ends = [own[-1][name] for own in curves.values()]
+            far = ends and min(ends) > 0 and max(ends) > 10 * min(ends)
+            ax.set(xlabel=label, xscale="log" if far else "linear", yscale="log")
+            if unit:
+                ax.xaxis.set_major_formatter(EngFormatter(unit=unit))
             ax.grid(alpha=0.3)
         axes[0].set_ylabel("training loss")
         axes[0].legend(fontsize="small")
-        figure.suptitle(f"{self.name} on {self.num_devices} devices", fontsize="medium")
+        figure.suptitle(
+            f"{self.name} on {self.num_devices} devices,"
+            f" {report.seconds(self.compute)} of computation a step",
+            fontsize="medium",
+        )
         return figure
-
-    def _seconds(self) -> str:
-        spent = report.seconds(self.compute)
-        return f"simulated seconds ({self.network}, {spent} of computation a step)"
 
     def png(self) -> bytes:
         """The figure."""
