@@ -143,6 +143,8 @@ class Experiment:
             source = self.data.open("train")
             self.data.check_model(self.model)
         num_steps = self.train.num_steps(batch_size, len(source))
+        if len(source):  # else it is only planned, for a number of steps that nobody has chosen
+            self.strategy.check_steps(num_steps)
         task = adapt.adapt(self.task.build(self.model, self.param_dtype), self.init)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
         tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims), task.dims)
@@ -174,6 +176,7 @@ class Experiment:
             start=functools.partial(weights.start, self.init, self.model)
             if self.init.from_
             else None,
+            order=lambda source: self.strategy.order(source, self.seed, batch_size),
         )
 
     # ---- what it does

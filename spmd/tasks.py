@@ -27,7 +27,8 @@ class Task(NamedTuple):
 
     init: key -> (params, model_state). dims: logical dims by parameter name, None where there are none.
     coefficients: the factor of each loss term.
-    weigh: batch -> the weight of each loss term; depends on the batch only, is summed over the devices.
+    weigh: batch -> the weight of each loss term, as wide as the parameters: 1 / weight must round to the same
+      whatever is divided first; depends on the batch only, is summed over the devices.
     loss: (params, model_state, batch, step_key, scale) -> (scaled sum, (Sums, model_state)),
       scale = coefficient / global weight for each term, known before the backward pass.
     evaluate: (params, model_state, batch) -> Sums.
@@ -120,7 +121,7 @@ class Classification:
             init=net.init,
             dims=net.dims,
             coefficients={"loss": 1.0},
-            weigh=lambda batch: {"loss": jnp.sum(batch["weight"])},
+            weigh=lambda batch: {"loss": jnp.sum(batch["weight"].astype(real))},
             loss=loss,
             predict=predict,
             call=net.evaluated,
@@ -158,6 +159,7 @@ class LanguageModel:
         `hidden` and `logits`. The batch: tokens, targets [B, T], and perhaps positions and segments [B, T].
         """
         net = network(model, param_dtype)
+        real = tree.wide(jnp.dtype(param_dtype))
         terms = ("loss", "z_loss") if self.z_loss else ("loss",)
 
         def loss(params, model_state, batch, step_key, scale):
@@ -178,7 +180,7 @@ class LanguageModel:
             init=net.init,
             dims=net.dims,
             coefficients={"loss": 1.0, "z_loss": self.z_loss},
-            weigh=lambda batch: dict.fromkeys(terms, _token_weights(batch).sum()),
+            weigh=lambda batch: dict.fromkeys(terms, _token_weights(batch).astype(real).sum()),
             loss=loss,
             predict=predict,
             call=net.evaluated,

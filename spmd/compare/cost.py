@@ -49,25 +49,23 @@ def charge(exp: Experiment, program: Program, levels: network.Levels) -> Charge:
         from spmd import ahead
 
         made = ahead.compiled(exp, f"cpu:{num}")
-    period = getattr(exp.strategy, "period", 1)
     sent: dict[str, float] = {}
-    for (axes, _), total in hlo.ledger(made.program, period).items():
+    for (axes, _), total in hlo.ledger(made.program).items():
         name = " x ".join(axes) or "?"
         sent[name] = sent.get(name, 0.0) + total.wire_bytes
-    return Charge(sent, seconds(made.program, period, levels), num)
+    return Charge(sent, seconds(made.program, levels), num)
 
 
-def seconds(program: hlo.Program, period: int, levels: network.Levels) -> float:
+def seconds(program: hlo.Program, levels: network.Levels) -> float:
     """Of the collectives of a step. Groups that span no product of axes count for the whole mesh."""
     together: dict[tuple[Any, ...], float] = {}
     for i, c in enumerate(program.collectives):
         alone = None if c.kind in COMBINED else i
-        key = (c.kind, c.axes or tuple(levels), c.dtype, c.count, c.sometimes, alone)
+        key = (c.kind, c.axes or tuple(levels), c.dtype, c.count, alone)
         together[key] = together.get(key, 0.0) + c.bytes
     total = 0.0
-    for (kind, axes, _, count, sometimes, _), size in together.items():
-        spent = count * network.seconds(network.join(levels, axes), kind, size)
-        total += spent / period if sometimes else spent
+    for (kind, axes, _, count, _), size in together.items():
+        total += count * network.seconds(network.join(levels, axes), kind, size)
     return total
 
 

@@ -2,7 +2,7 @@
 
 Position p of the endless stream is example `permutation(seed, p // n)[p % n]`: epochs follow one another
 without a gap, nothing is dropped or repeated, and any step can be had without those before it. A mixture of
-sources brings its own order, as pure.
+sources brings its own order, as pure; so may a strategy or privacy, whose order may also leave rows empty.
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ class _Reads:
         steps_S1 = np.arange(first, first + num, dtype=np.int64)[:, None]
         positions = (steps_S1 * self._batch_size + self._rows).ravel()
         examples = self._order[positions]
-        batch = self._source.take(examples) | {
+        # An empty row needs features of the right shapes: those of example 0, which then weigh nothing.
+        batch = self._source.take(np.maximum(examples, 0)) | {
             "example_id": examples.astype(np.int32),
-            "weight": np.ones(len(examples), np.float32),
+            "weight": (examples >= 0).astype(np.float32),
         }
         if self._transform is not None:
             batch = self._transform(batch, positions)
@@ -121,12 +122,16 @@ def train_batches(
     threads: int = 2,
     buffer: int = 4,
     transform: Transform | None = None,
+    order: Any = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Host batches for steps [start, stop): {feature: [b, ...]} plus example_id [b], weight [b].
 
     rows: which rows of the global batch this process loads (default all; b of them).
     steps_per_dispatch S > 1: leaves are [S, b, ...]; the last may hold fewer steps.
     transform: (batch, stream positions) -> batch; see spmd.data.augment.
+    order: stream positions int64 [N] -> example indices, by [...], instead of the source's own; asked by
+    several threads, so a pure function of the positions (step * batch_size + row). Index -1 leaves the row
+    empty: weight 0, example_id -1.
     """
     import grain
 
@@ -135,9 +140,11 @@ def train_batches(
     rows = np.arange(batch_size) if rows is None else rows
     example = source.take(np.zeros(1, np.int64))
     num_bytes = sum(x.nbytes for x in example.values()) * len(rows) * steps_per_dispatch
+    if order is None:
+        order = source.order(seed) if isinstance(source, Ordered) else Order(seed, len(source))
     reads = _Reads(
         source,
-        source.order(seed) if isinstance(source, Ordered) else Order(seed, len(source)),
+        order,
         batch_size,
         rows,
         start,
@@ -152,7 +159,7 @@ def train_batches(
 
 
 def position(step: int, batch_size: int, num_examples: int) -> dict[str, int]:
-    """The iterator's whole state, for the checkpoint."""
+    """The iterator's whole state, for the checkpoint; examples counts rows, empty ones too."""
     return {"step": step, "examples": step * batch_size, "epoch": step * batch_size // num_examples}
 
 

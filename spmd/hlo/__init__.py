@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from spmd.hlo import groups, loops, text, work
+from spmd.hlo.branches import taken
 
 KINDS = (
     "all-reduce",
@@ -37,21 +38,20 @@ class Collective:
 
     kind: one of KINDS. axes: the mesh axes that its groups span; () if no product of axes does. group:
     devices in a group. bytes: per execution, of the whole array: what an all-gather returns, what a
-    reduce-scatter is given, the operand of the others. count: executions per step. source:
-    `spmd/models/attention.py:120`, "" if unknown. overlapped: whether computation runs meanwhile.
-    sometimes: whether it stands in one branch of a conditional whose other branches send nothing.
+    reduce-scatter is given, the operand of the others. count: executions per step, 1 / n of what runs in
+    every n-th step. source: `spmd/models/attention.py:120`, "" if unknown. overlapped: whether computation
+    runs meanwhile.
     """
 
     kind: str
     axes: tuple[str, ...]
     group: int
     bytes: int
-    count: int
+    count: float
     dtype: str
     op_name: str
     source: str
     overlapped: bool
-    sometimes: bool = False
 
     @property
     def wire_bytes(self) -> float:
@@ -82,20 +82,16 @@ class Total:
     wire_bytes: float
 
 
-def ledger(program: Program, period: int = 1) -> dict[tuple[tuple[str, ...], str], Total]:
-    """(axes, kind) -> its sum over the program, the largest first.
-
-    period: steps from one execution of what runs only sometimes to the next, whose sum is spread over them.
-    """
-    sums = defaultdict[tuple[tuple[str, ...], str], list[tuple[float, Collective]]](list)
+def ledger(program: Program) -> dict[tuple[tuple[str, ...], str], Total]:
+    """(axes, kind) -> its sum over the program, the largest first."""
+    sums = defaultdict[tuple[tuple[str, ...], str], list[Collective]](list)
     for c in program.collectives:
-        times = c.count / period if c.sometimes else c.count
-        sums[(c.axes, c.kind)].append((times, c))
+        sums[(c.axes, c.kind)].append(c)
     totals = {
         key: Total(
-            sum(times for times, _ in found),
-            sum(times * c.bytes for times, c in found),
-            sum(times * c.wire_bytes for times, c in found),
+            sum(c.count for c in found),
+            sum(c.count * c.bytes for c in found),
+            sum(c.count * c.wire_bytes for c in found),
         )
         for key, found in sums.items()
     }
@@ -104,7 +100,7 @@ def ledger(program: Program, period: int = 1) -> dict[tuple[tuple[str, ...], str
 
 def alike(found: Iterable[Collective]) -> list[Collective]:
     """Those that differ in nothing but how often they run, as one; the most bytes first."""
-    counts = defaultdict[Collective, int](int)
+    counts = defaultdict[Collective, float](int)
     for c in found:
         counts[dataclasses.replace(c, count=0, op_name="" if c.source else c.op_name)] += c.count
     joined = [dataclasses.replace(c, count=count) for c, count in counts.items()]
@@ -148,7 +144,7 @@ class _Reader:
     def walk(
         self,
         name: str,
-        count: int,
+        count: float,
         caller: _Caller | None = None,
         known: loops.Known = loops.nothing,
     ) -> None:
@@ -166,14 +162,18 @@ class _Reader:
                 within = loops.unchanged(one, inside, self.module, known)
                 self.walk(one.called[0], count * (1 if times is None else times), known=within)
             elif one.op == "conditional":
-                self._dearest(one, count)
+                parts = taken(one, inside, self.module)
+                for branch, part in parts:
+                    self.walk(branch, count * part)
+                if not parts:
+                    self._dearest(one, count)
             elif one.op in ("fusion", "async-start"):
                 hidden = _hidden(one, inside)
                 self.walk(one.called[0], count, _Caller(one, parts, hidden))
             elif one.op == "call":
                 self.walk(one.called[0], count)
 
-    def _dearest(self, one: text.Instruction, count: int) -> None:
+    def _dearest(self, one: text.Instruction, count: float) -> None:
         """As if it always took the branch that sends most, then that computes most."""
         branches = []
         for name in one.called:
@@ -182,11 +182,7 @@ class _Reader:
             sent = sum(found.count * found.bytes for found in branch.found)
             branches.append((sent, branch.flops, len(branches), branch))
         *_, dearest = max(branches)
-        alone = sum(bool(branch.found) for *_, branch in branches) == 1
-        self.found += [
-            dataclasses.replace(found, sometimes=found.sometimes or alone)
-            for found in dearest.found
-        ]
+        self.found += dearest.found
         self.flops += dearest.flops
         self.endless += dearest.endless
 
@@ -195,7 +191,7 @@ class _Reader:
         kind: str,
         one: text.Instruction,
         inside: text.Computation,
-        count: int,
+        count: float,
         caller: _Caller | None,
     ) -> None:
         channel = one.attribute(r"channel_id=(\d+)")

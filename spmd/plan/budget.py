@@ -69,7 +69,7 @@ def broken(budget: CommsBudget, program: Program) -> list[str]:
         found = [c for c in program.collectives if c.kind == kind]
         if found:
             lines.append(
-                f"{kind} is forbidden, the step has {sum(c.count for c in found)}: {_named(found)}"
+                f"{kind} is forbidden, the step has {sum(c.count for c in found):g}: {_named(found)}"
             )
     for axis, text in budget.max_bytes.items():
         found = [c for c in program.collectives if axis in c.axes]
@@ -89,7 +89,7 @@ def _named(found: list[Collective]) -> str:
     joined = alike(found)
     said = [
         f"{c.kind} of {c.bytes:,} bytes over {' x '.join(c.axes) or '?'}"
-        f"{f', {c.count} times' if c.count > 1 else ''} ({c.source or c.op_name})"
+        f"{f', {c.count:g} times' if c.count != 1 else ''} ({c.source or c.op_name})"
         for c in joined[:3]
     ]
     more = f" and {len(joined) - 3} more" if len(joined) > 3 else ""

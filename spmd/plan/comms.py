@@ -45,7 +45,7 @@ class Collective:
     axes: tuple[str, ...]
     group: int
     bytes: float
-    count: int
+    count: float
     what: str
 
     @property
@@ -65,7 +65,7 @@ def of(facts: Facts, layout: Layout) -> list[Collective]:
     found = [each for leaf in facts.weights for each in _of_param(facts, layout, mesh, leaf)]
     if facts.model is not None and layout.size("tensor") > 1:
         found += _of_activations(facts, layout)
-    counts: dict[Collective, int] = {}
+    counts: dict[Collective, float] = {}
     for each in found:
         alike = dataclasses.replace(each, count=0)
         counts[alike] = counts.get(alike, 0) + each.count

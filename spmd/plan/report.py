@@ -191,7 +191,7 @@ def _ledger(plan: Plan) -> str:
     table = new_table(title, "axis", ">count", ">bytes", ">sent by a device")
     for (axes, kind), each in sent(plan).items():
         sizes = tree.human_bytes(each.bytes), tree.human_bytes(each.wire_bytes)
-        table.add_row(kind, " x ".join(axes) or "?", f"{each.count:.0f}", *sizes)
+        table.add_row(kind, " x ".join(axes) or "?", f"{each.count:g}", *sizes)
     return rendered(table) if table.row_count else f"{title}: none"
 
 
@@ -202,7 +202,7 @@ def _calls(program: hlo.Program) -> str:
         table.add_row(
             c.kind,
             " x ".join(c.axes) or "?",
-            str(c.count),
+            f"{c.count:g}",
             tree.human_bytes(c.bytes),
             c.dtype,
             "yes" if c.overlapped else "no",

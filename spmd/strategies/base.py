@@ -72,12 +72,19 @@ def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
     return jax.eval_shape(parts.task.init, jax.random.key(0))
 
 
-def initial(parts: Parts, shardings: TrainState) -> Callable[[jax.Array], TrainState]:
-    """Strategy.init: jitted, every leaf born with its sharding."""
+def initial(
+    parts: Parts,
+    shardings: TrainState,
+    begin: Callable[[TrainState], TrainState] = lambda state: state,
+) -> Callable[[jax.Array], TrainState]:
+    """Strategy.init: jitted, every leaf born with its sharding.
+
+    begin: puts into the plain state what a strategy keeps beside it, or keeps otherwise.
+    """
 
     def init(key: jax.Array) -> TrainState:
         params, model_state = parts.task.init(jax.random.fold_in(key, 0))
-        return TrainState(
+        plain = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             model_state=model_state,
@@ -86,6 +93,7 @@ def initial(parts: Parts, shardings: TrainState) -> Callable[[jax.Array], TrainS
             strategy_state={},
             ema=widened(params) if parts.ema else {},
         )
+        return begin(plain)
 
     return jax.jit(init, out_shardings=shardings)
 
@@ -153,9 +161,7 @@ def update(
         metrics |= {f"grads/{name}": grad for name, grad in tree.named_leaves(grads).items()}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["finite"] = finite.astype(jnp.float32)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
-        updates, opt_state = parts.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = applied(parts.tx, grads, state.opt_state, state.params)
     new = dataclasses.replace(
         state,
         params=params,
@@ -167,6 +173,15 @@ def update(
         # Donation makes a host-side skip impossible. To choose costs a pass over the state.
         new = tree.select(finite, new, state)
     return dataclasses.replace(new, step=state.step + 1), metrics
+
+
+def applied(
+    tx: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """(new parameters, new optimizer state)."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
+        updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:
@@ -185,8 +200,13 @@ def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:
     return jax.tree.map(average, state.ema, params)
 
 
-def finish(parts: Parts, shardings: TrainState, step: Callable[..., Any]) -> Strategy:
-    """A Strategy around an unjitted step function."""
+def finish(
+    parts: Parts,
+    shardings: TrainState,
+    step: Callable[..., Any],
+    begin: Callable[[TrainState], TrainState] = lambda state: state,
+) -> Strategy:
+    """A Strategy around an unjitted step function; begin as in `initial`."""
     batches = batch_shardings(parts)
 
     def with_params(state: TrainState, params: PyTree) -> TrainState:
@@ -200,7 +220,7 @@ def finish(parts: Parts, shardings: TrainState, step: Callable[..., Any]) -> Str
         return jax.tree.map(narrow, state.ema, state.params), state.model_state
 
     return Strategy(
-        init=initial(parts, shardings),
+        init=initial(parts, shardings, begin),
         step=jax.jit(
             step,
             in_shardings=(shardings, batches),

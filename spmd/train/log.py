@@ -86,9 +86,10 @@ class Log:
         bad = np.flatnonzero(host["finite"] == 0)
         if len(bad) and self._stop_on_nonfinite:
             at = step - len(host["finite"]) + int(bad[0]) + 1
+            norm = next(v for k, v in host.items() if k.endswith("grad_norm"))
             raise NonFinite(
                 f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
-                f" {host['grad_norm'][bad[0]]}); nothing of that step was saved. Lower"
+                f" {norm[bad[0]]}); nothing of that step was saved. Lower"
                 " --optimizer.learning-rate, set --optimizer.clip-norm, or skip such steps with"
                 " --train.nonfinite skip"
             )

@@ -38,6 +38,7 @@ class Program(NamedTuple):
     data: DataConfig
     source: Any  # training source
     start: Callable[[Any, base.TrainState], base.TrainState] | None = None  # (self, state) -> state
+    order: Callable[[Any], Any] = lambda source: None  # source -> its order; None is its own
 
     def init(self) -> base.TrainState:
         """The state before the first step, every array born on the mesh with its sharding."""
@@ -69,6 +70,7 @@ class Program(NamedTuple):
             threads=self.data.threads,
             buffer=self.data.buffer,
             transform=augment.transform(self.data, self.source, self.seed),
+            order=self.order(self.source),
         )
 
 

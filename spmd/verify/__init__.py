@@ -148,8 +148,9 @@ def place(
 ) -> base.TrainState:
     """The state of one device (on the host) in a strategy's layout, to start a step from.
 
-    Fields of the same shapes are taken over; parameters of another layout go through with_params. What only
-    the strategy has (residuals, queues) stays as its last step left it: `own`.
+    The parameters go through with_params, which sets every copy that the strategy keeps of them; other fields
+    of the same shapes are taken over. What only the strategy has (residuals, queues) stays as its last step
+    left it: `own`, which is kept.
     """
     if own is None:
         return jax.device_put(state, to.state_shardings)
@@ -159,8 +160,8 @@ def place(
         for name, part in fields.items()
         if _shapes(part) == _shapes(getattr(own, name))
     }
-    placed = dataclasses.replace(own, **taken)
-    return placed if "params" in taken else to.with_params(placed, state.params)
+    kept = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), own)  # steps donate
+    return dataclasses.replace(to.with_params(kept, state.params), **taken)
 
 
 class Moment(NamedTuple):

@@ -99,6 +99,44 @@ def test_resumed_at_a_step_equals_straight_through(source):
         np.testing.assert_array_equal(a, b)
 
 
+class Sparse:
+    """An order with empty rows: the last third of each step, and all of step 2."""
+
+    def __init__(self, batch_size):
+        self._batch_size = batch_size
+
+    def __getitem__(self, positions):
+        step, row = np.divmod(positions, self._batch_size)
+        empty = (row >= self._batch_size * 2 // 3) | (step == 2)
+        return np.where(empty, -1, (step * 31 + row * 7) % N)
+
+
+def test_an_order_may_be_given_and_leave_rows_empty(source):
+    order, read = Sparse(12), {"seed": 1, "batch_size": 12}
+    batches = list(loader.train_batches(source, **read, stop=5, order=order))
+    for step, batch in enumerate(batches):
+        want = order[np.arange(12) + 12 * step]
+        np.testing.assert_array_equal(batch["example_id"], want)
+        np.testing.assert_array_equal(batch["weight"], np.where(want < 0, 0, 1))
+        np.testing.assert_array_equal(batch["x"], np.where(want < 0, 0, want * 10))
+        assert (batch["example_id"].dtype, batch["weight"].dtype) == (np.int32, np.float32)
+    assert [b["weight"].sum() for b in batches] == [8, 8, 0, 8, 8]
+    # However it is cut: by processes, threads, dispatches, or a start in the middle.
+    rows = [np.arange(6), np.arange(6, 12)]
+    for kwargs in ({"threads": 4, "buffer": 7}, {"steps_per_dispatch": 2}):
+        parts = [
+            list(
+                loader.train_batches(source, **read, stop=5, start=1, rows=r, order=order, **kwargs)
+            )
+            for r in rows
+        ]
+        for name in ("x", "example_id", "weight"):
+            shape = (4, 6)
+            halves = [np.concatenate([b[name] for b in p]).reshape(shape) for p in parts]
+            want = np.stack([b[name] for b in batches[1:]])
+            np.testing.assert_array_equal(np.concatenate(halves, axis=1), want)
+
+
 def test_dispatches_hold_the_same_steps(source):
     single = ids(source, batch_size=8, stop=10)
     many = ids(source, batch_size=8, stop=10, steps_per_dispatch=4)

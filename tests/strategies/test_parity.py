@@ -5,7 +5,9 @@ A new mesh axis or strategy joins LAYOUTS; it does not get a copy of this test.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer
-from spmd.strategies import AllReduce, Auto, base
+from spmd.strategies import AllReduce, Auto, Local, base
 from tests.marks import slow_but
 
 STEPS = 50
@@ -33,6 +35,10 @@ TASKS = {
     MLP: tasks.Classification(label_smoothing=0.1),
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
 }
+SYNCHRONOUS: Any = {
+    "period": 1,
+    "outer": "average",
+}  # where the local steps of replicas are one step
 LAYOUTS = {
     "dp2": (Auto(), MeshConfig(), 2),
     "dp4": (Auto(), MeshConfig(), 4),
@@ -50,10 +56,30 @@ LAYOUTS = {
     "psum2": (AllReduce(), MeshConfig(), 2),
     "psum4": (AllReduce(), MeshConfig(), 4),
     "psum2x4": (AllReduce(), MeshConfig(replica=2, data=4), 8),
+    "local2": (Local(replicas=2, **SYNCHRONOUS), MeshConfig(replica=2, data=1), 2),
+    "local4": (Local(replicas=4, **SYNCHRONOUS), MeshConfig(replica=4, data=1), 4),
+    "local8": (Local(replicas=8, **SYNCHRONOUS), MeshConfig(replica=8, data=1), 8),
+    "local4x2x2": (
+        Local(replicas=4, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, fsdp=2, tensor=2),
+        8,
+    ),
 }
 
 # One of each kind, and what differs in more than its size.
-QUICK = ("dp8", "fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum1", "psum2x4")
+QUICK = (
+    "dp8",
+    "fsdp8",
+    "hsdp2x4",
+    "zero1_2x4",
+    "tensor2",
+    "sequence2x2",
+    "psum1",
+    "psum2x4",
+    "local4x2x2",
+)
+
+PLAIN = optim.SGD(learning_rate=0.1, momentum=0.0)
 
 # The optimizers whose update looks at whole arrays or has factored, partitioned state, and the average.
 OPTIMIZERS = {
@@ -141,6 +167,9 @@ def trajectory(
         state, metrics = built.step(state, batch)
         losses.append(metrics["loss"])
         jax.block_until_ready(losses[-1])
+    if isinstance(strategy, Local):  # one device has no replicas: of PLAIN they have the same state
+        one = jax.tree.map(lambda x: x[0], state.opt_state)
+        state = dataclasses.replace(state, strategy_state={}, opt_state=one)
     norms = {
         k: np.linalg.norm(np.asarray(v, np.float64)) for k, v in tree.named_leaves(state).items()
     }
@@ -170,6 +199,11 @@ def assert_same(got, want, rtol):
         np.testing.assert_allclose(norms[leaf], norm, rtol=rtol, atol=rtol * 1e-2, err_msg=leaf)
 
 
+def optimizer_of(strategy):
+    """What a strategy's limit is claimed for; None: any."""
+    return PLAIN if isinstance(strategy, Local) else None
+
+
 CASES = [
     ("mlp", 1, "float32"),
     ("cnn", 2, "float64"),
@@ -181,21 +215,25 @@ CASES = [
 @pytest.mark.parametrize("name,accumulate,dtype", CASES)
 @pytest.mark.parametrize("layout", slow_but(QUICK, LAYOUTS))
 def test_equals_one_device(layout, name, accumulate, dtype):
+    strategy = LAYOUTS[layout][0]
+    if isinstance(strategy, Local):
+        name = "mlp"  # batch norm takes each replica's own statistics: see test_local.py
+    how = {"optimizer": optimizer_of(strategy)}
     with jax.enable_x64(dtype == "float64"):
-        want = reference(name, accumulate, dtype)
-        got = trajectory(MODELS[name], *LAYOUTS[layout], accumulate=accumulate, dtype=dtype)
+        want = reference(name, accumulate, dtype, **how)
+        got = trajectory(MODELS[name], *LAYOUTS[layout], accumulate=accumulate, dtype=dtype, **how)
     assert_same(got, want, 1e-5 if dtype == "float32" else 1e-10)
 
 
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
-LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4"]
+LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4", "local8"]
 
 
 @pytest.mark.parametrize("layout", slow_but(("fsdp8", "tensor2", "sequence2x2"), LANGUAGE))
 def test_language_model_equals_one_device(layout):
     """Packed documents, uneven padding, dropout, z-loss, a loss in chunks."""
     with jax.enable_x64(True):
-        how = {"dtype": "float64", "steps": 8}
+        how = {"dtype": "float64", "steps": 8, "optimizer": optimizer_of(LAYOUTS[layout][0])}
         want = reference("lm", 1, **how)
         got = trajectory(MODELS["lm"], *LAYOUTS[layout], **how)
     assert_same(got, want, 1e-10)

@@ -1,0 +1,34 @@
+"""DiLoCo (Douillard et al. 2023, arXiv 2311.08105): 8 replicas that meet every 50 steps, a byte-level model.
+
+python run.py --experiment lm_diloco --simulate 8 --mesh.replica 8 --mesh.data 1    # about 2 minutes, 2 cores
+"""
+
+from spmd import Experiment
+from spmd.data.text import Text
+from spmd.models.transformer import Transformer
+from spmd.optim import AdamW
+from spmd.strategies import Local
+from spmd.tasks import LanguageModel
+from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
+
+
+def config() -> Experiment:
+    """Two layers, 64 wide, on the source of Python's standard library, as `lm_stdlib`."""
+    return Experiment(
+        model=Transformer(vocab=256, length=64, layers=2, heads=4, embed=64, scan=False),
+        task=LanguageModel(),
+        data=Text(
+            name="stdlib_source",
+            eval_split="test[:5]",
+            sequence_length=64,
+            batch_size=32,
+            eval_batch_size=64,
+        ),
+        optimizer=AdamW(
+            learning_rate=3e-3, final_fraction=0.1, warmup_steps=20, b2=0.99, clip_norm=1.0
+        ),
+        strategy=Local(replicas=8, period=50, outer="nesterov"),
+        train=TrainConfig(steps=1000),
+        eval=EvalConfig(every=250),
+        checkpoint=CheckpointConfig(every=500, best="eval/loss", best_is="lowest"),
+    )

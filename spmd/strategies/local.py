@@ -1,0 +1,277 @@
+"""Local SGD: replicas take H steps by themselves, then an outer optimizer takes their averaged difference.
+
+H=1, plain SGD and averaging are synchronous SGD (Stich 2019, arXiv 1805.09767); AdamW inside and Nesterov
+outside are DiLoCo (Douillard et al. 2023, arXiv 2311.08105); Adam outside is FedAdam (Reddi et al. 2021,
+arXiv 2003.00295).
+
+A vmap over the replicas, no shard_map: so that the arrays of one replica are cut by the same rules as under
+`auto` (FSDP, tensor parallelism). `state.params` is the consensus, in the layout of one device; the replicas
+stand beside it, [R, ...], cut by mesh.replica.
+
+Each replica divides by its own weight, and is averaged by the weight that it has seen since the last outer
+step: sums over weights again, and no collective over `replica` in between but the scalars of the metrics.
+"""
+
+# R replicas, B rows of the global batch
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd import scope, sharding, tree
+from spmd.fields import check
+from spmd.mesh import BATCH_AXES
+from spmd.strategies import base
+from spmd.tasks import FROZEN
+
+PyTree = Any
+AXIS = "replica"
+INSIDE = tuple(axis for axis in BATCH_AXES if axis != AXIS)
+# What a replica activates is cut over the axes inside of it; vmap adds that of the replicas.
+RULES = {**sharding.RULES, "batch": INSIDE}
+
+
+class Outer(NamedTuple):
+    """How the replicas agree. period: local steps between two outer ones.
+
+    proximal: of FedProx. forget: replicas begin each period with a new optimizer state.
+    """
+
+    period: int
+    tx: optax.GradientTransformation
+    proximal: float = 0.0
+    forget: bool = False
+
+
+def outer_tx(
+    kind: Literal["average", "nesterov", "adam"], learning_rate: float, momentum: float
+) -> optax.GradientTransformation:
+    """The outer optimizer; of Adam, epsilon and the second decay are those of Reddi et al. (tau, beta 2)."""
+    if kind == "adam":
+        adam = optax.scale_by_adam(b1=momentum, b2=0.99, eps=1e-3)
+        return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
+    return optax.sgd(learning_rate, momentum if kind == "nesterov" else None, nesterov=True)
+
+
+def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
+    """ValueError where the replicas do not divide over the mesh, or the batch not over the replicas."""
+    check_fits(parts, num_replicas)
+    mesh, task = parts.mesh, parts.task
+    abstract, _ = base.abstract_params(parts)
+    cut = sharding.param_shardings(abstract, task.dims, mesh, fsdp=True)
+    plain = base.shardings_of(parts, params=cut, moments=cut, fsdp=True)
+    lead = lambda part: jax.tree.map(lambda s: NamedSharding(mesh, P(AXIS, *s.spec)), part)
+    outer_shapes = jax.eval_shape(lambda p: outer.tx.init(base.widened(p)), abstract)
+    shardings = dataclasses.replace(
+        plain,
+        opt_state=lead(plain.opt_state),
+        strategy_state={
+            "params": lead(cut),
+            "model_state": lead(_varying(plain.model_state)),
+            "weight": NamedSharding(mesh, P(AXIS)),
+            "outer": sharding.opt_shardings(outer.tx, outer_shapes, abstract, cut, mesh),
+        },
+    )
+    copied = lambda part: jax.tree.map(
+        lambda x: jnp.broadcast_to(x[None], (num_replicas, *x.shape)), part
+    )
+
+    def begin(state: base.TrainState) -> base.TrainState:
+        own = {
+            "params": copied(state.params),
+            "model_state": copied(_varying(state.model_state)),
+            "weight": jnp.zeros(num_replicas, jnp.float32),
+            "outer": outer.tx.init(base.widened(state.params)),
+        }
+        return dataclasses.replace(state, opt_state=copied(state.opt_state), strategy_state=own)
+
+    one = _replica(parts, cut, outer)
+    rows_of = NamedSharding(mesh, P(AXIS, INSIDE))
+
+    def rows(x: jax.Array) -> jax.Array:
+        x = x.reshape(num_replicas, -1, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(x, rows_of)
+
+    def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
+        own = state.strategy_state
+        ours = (own["params"], own["model_state"], state.opt_state)
+        (params, model_state, opt_state), (sums, weight_R, norm_R, finite_R, grads) = jax.vmap(
+            lambda ours, batch: one(state, ours, batch), spmd_axis_name=AXIS
+        )(ours, jax.tree.map(rows, batch))
+        metrics = _metrics(parts, state, sums, weight_R, norm_R, finite_R, grads)
+        own = own | {
+            "params": params,
+            "model_state": model_state,
+            "weight": own["weight"] + weight_R,
+        }
+        new = dataclasses.replace(state, opt_state=opt_state, strategy_state=own)
+        agree = lambda new: jax.lax.with_sharding_constraint(
+            _agree(parts, new, outer, copied), shardings
+        )
+        if outer.period == 1:
+            new = agree(new)
+        else:
+            due = jax.lax.rem(state.step + 1, jnp.int32(outer.period)) == 0
+            new = jax.lax.cond(due, agree, lambda new: new, new)
+        ema = base.averaged(parts, state, new.params)
+        return dataclasses.replace(new, ema=ema, step=state.step + 1), metrics
+
+    built = base.finish(parts, shardings, step, begin)
+    copy = jax.jit(copied, out_shardings=lead(cut))
+
+    def with_params(state: base.TrainState, params: PyTree) -> base.TrainState:
+        state = built.with_params(state, params)
+        own = state.strategy_state | {"params": copy(state.params)}
+        return dataclasses.replace(state, strategy_state=own)
+
+    return built._replace(with_params=with_params)
+
+
+def check_fits(parts: base.Parts, num_replicas: int) -> None:
+    """ValueError where the replicas do not divide over the mesh, or the batch not over the replicas."""
+    over = parts.mesh.shape[AXIS]
+    check(
+        num_replicas % over == 0,
+        f"the {num_replicas} replicas of the strategy do not divide over mesh.replica={over}; mesh.replica"
+        f" may be {', '.join(str(n) for n in range(1, num_replicas + 1) if num_replicas % n == 0)}",
+    )
+    batch_size = jax.tree.leaves(parts.batch)[0].shape[0]
+    ways = 1
+    for axis in INSIDE:
+        ways *= parts.mesh.shape[axis]
+    least = num_replicas * ways * parts.accumulate
+    check(
+        batch_size % least == 0,
+        f"data.batch_size={batch_size} does not divide over {num_replicas} replicas of the strategy x {ways}"
+        f" batch shards inside each x train.accumulate={parts.accumulate}; use"
+        f" {max(batch_size // least, 1) * least} or {(batch_size // least + 1) * least}",
+    )
+
+
+def _varying(model_state: PyTree) -> PyTree:
+    """What of the model state a step changes: all but the frozen parameters, which no replica needs twice."""
+    return {name: part for name, part in model_state.items() if name != FROZEN}
+
+
+def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]:
+    """The step of one replica, to be mapped: (state, (params, model_state, opt_state), its rows) -> the new
+    three, and (metric sums, weight, gradient norm, whether finite, gradient where watched).
+    """
+    grads_of = base.grads_of(parts)
+    placement = sharding.placement(parts.mesh, RULES)
+
+    def one(state: base.TrainState, ours: PyTree, batch: base.Batch) -> tuple[PyTree, PyTree]:
+        params, model_state, opt_state = ours
+        frozen = {name: x for name, x in state.model_state.items() if name == FROZEN}
+        with scope.bind(**placement):
+            weights = parts.task.weigh(batch)
+            grads, sums, new_state = grads_of(
+                params, model_state | frozen, batch, base.step_key(state), parts.task.scale(weights)
+            )
+        grads = jax.lax.with_sharding_constraint(grads, cut)
+        norm = tree.global_norm(grads)
+        finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
+        watched = grads if scope.current().watched else {}
+        if outer.proximal:
+            pull = lambda g, x, c: g + (outer.proximal * (x - c)).astype(g.dtype)
+            grads = jax.tree.map(pull, grads, params, state.params)
+        new_params, new_opt = base.applied(parts.tx, grads, opt_state, params)
+        new = (new_params, _varying(new_state), new_opt)
+        # Of several loss terms the sum: exact where they have one weight.
+        weight = sum((w.astype(jnp.float32) for w in weights.values()), start=jnp.float32(0))
+        # One without examples stands still, but its learning rate goes on.
+        new = tree.select(
+            weight > 0, new, (params, model_state, _but_schedules(opt_state, new_opt))
+        )
+        if parts.skip:
+            new = tree.select(finite, new, ours)
+            weight = jnp.where(finite, weight, 0)
+        return new, (sums, weight, norm, finite, watched)
+
+    return one
+
+
+def _but_schedules(old: PyTree, new: PyTree) -> PyTree:
+    """The old optimizer state with the counts of the new one's schedules."""
+    schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    return jax.tree.map(lambda o, n: n if schedule(o) else o, old, new, is_leaf=schedule)
+
+
+def _metrics(
+    parts: base.Parts,
+    state: base.TrainState,
+    sums: PyTree,
+    weight_R: jax.Array,
+    norm_R: jax.Array,
+    finite_R: jax.Array,
+    grads: PyTree,
+) -> base.Metrics:
+    """Over all replicas. The norm of their common gradient would cost an all-reduce of it: replica_grad_norm
+    is the root mean square of their own.
+    """
+    metrics = {}
+    for name, (total_R, counted_R) in sums.items():
+        counted = counted_R.sum()
+        metrics[name] = total_R.sum() / jnp.where(counted > 0, counted, jnp.ones_like(counted))
+    metrics["replica_grad_norm"] = jnp.sqrt(_mean(norm_R**2, weight_R))
+    metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
+    metrics["finite"] = finite_R.all().astype(jnp.float32)
+    return metrics | {
+        f"grads/{name}": _mean(grad, weight_R) for name, grad in tree.named_leaves(grads).items()
+    }
+
+
+def _mean(x_R: jax.Array, weight_R: jax.Array) -> jax.Array:
+    """[R, ...] -> [...] by weights [R]; zeros where nothing weighs."""
+    weight_R = weight_R.astype(x_R.dtype)
+    total = weight_R.sum()
+    share_R = weight_R / jnp.where(total > 0, total, jnp.ones_like(total))
+    return jnp.sum(x_R * share_R.reshape(-1, *(1,) * (x_R.ndim - 1)), axis=0)
+
+
+def _agree(
+    parts: base.Parts,
+    state: base.TrainState,
+    outer: Outer,
+    copied: Callable[[PyTree], PyTree],
+) -> base.TrainState:
+    """The outer step: the only one in which parameters cross `replica`."""
+    own = state.strategy_state
+    weight_R = own["weight"]
+
+    def difference(consensus: jax.Array, x_R: jax.Array) -> jax.Array:
+        wide = tree.wide(x_R.dtype)
+        return _mean(consensus[None].astype(wide) - x_R.astype(wide), weight_R)
+
+    def average(old: jax.Array, x_R: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x_R.dtype, jnp.floating):
+            return x_R[0]  # a counter, the same in all
+        return jnp.where(weight_R.sum() > 0, _mean(x_R, weight_R), old)
+
+    delta = jax.tree.map(difference, state.params, own["params"])
+    params, outer_state = base.applied(outer.tx, delta, own["outer"], state.params)
+    model_state = jax.tree.map(average, _varying(state.model_state), own["model_state"])
+    opt_state = state.opt_state
+    if outer.forget:
+        opt_state = _but_schedules(copied(parts.tx.init(params)), opt_state)
+    own = own | {
+        "params": copied(params),
+        "model_state": copied(model_state),
+        "weight": jnp.zeros_like(weight_R),
+        "outer": outer_state,
+    }
+    return dataclasses.replace(
+        state,
+        params=params,
+        model_state=state.model_state | model_state,
+        opt_state=opt_state,
+        strategy_state=own,
+    )
