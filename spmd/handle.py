@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from spmd import experiment
+from spmd import experiment, overrides
 from spmd.experiment import Experiment, Run
 
 if TYPE_CHECKING:
+    from spmd.compare.report import Comparison
     from spmd.plan import shardings
     from spmd.train.loop import Program
     from spmd.train.snapshot import Snapshot
@@ -24,15 +23,8 @@ def load(name: str, args: Sequence[str] = ()) -> Handle:
     `load("digits", ["--train.steps", "50"])`; its fields are those of `.experiment`. ValueError when a word
     is not understood.
     """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            loaded, _ = experiment.override(experiment.from_file(experiment.find(name)), args)
-    except SystemExit as error:  # tyro's way to refuse; a notebook must not end with it
-        if not error.code:  # --help
-            raise
-        raise ValueError(said.getvalue().strip()) from None
-    return Handle(loaded)
+    base = experiment.from_file(experiment.find(name))
+    return Handle(overrides.overridden(base, args))
 
 
 class Handle:
@@ -65,6 +57,18 @@ class Handle:
         `report.proven`, `print(report)`, `report.results[0].fault`.
         """
         return self.experiment.verify(steps, all_meshes=all_meshes)
+
+    def compare(
+        self, strategies: Sequence[str], *, network: str = "10gbe", compute: float = 0.0
+    ) -> Comparison:
+        """Trains each strategy (`["allreduce", "local:period=50"]`) with this experiment's budget, or takes
+        the finished runs; print the result, or let a notebook draw it.
+
+        network, compute: as in `run.py compare`. Interrupted, it raises Stopped; the next call goes on.
+        """
+        from spmd import compare
+
+        return compare.run(self.experiment, strategies, network=network, compute=compute)
 
     def plan(self, target: str = "") -> shardings.Report:
         """How the state lies on devices that need not be there (`h100:64`, `v5p:4x4x4`): print it, or take

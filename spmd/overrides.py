@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -74,6 +76,18 @@ def override(
             # tyro keeps the default's fields that __post_init__ derives: derived anew
             values[name] = dataclasses.replace(value)
     return dataclasses.replace(experiment, **values), getattr(parsed, "options", None)
+
+
+def overridden(experiment: E, args: Sequence[str]) -> E:
+    """As override, from Python: ValueError, where tyro would end the process."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return override(experiment, args)[0]
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        raise ValueError(said.getvalue().strip()) from None
 
 
 _TYPES: dict[str, Any] = {

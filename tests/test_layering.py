@@ -28,7 +28,7 @@ LAYERS = (
     ("overrides",),
     ("experiment",),
     ("ahead",),
-    ("planner",),
+    ("planner", "compare"),
     ("handle", "commands"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint of a run",
     "sample": "continue prompts with the language model of a run",
     "verify": "prove that the mesh computes what one device computes, or say where it departs",
+    "compare": "train strategies side by side: loss against steps, bytes, and time on a network",
     "plan": "show how the state lies on devices that need not be there",
     "export": "write a checkpoint as Hugging Face safetensors: --to DIR",
     "data": "prepare | show the input data",

@@ -35,10 +35,7 @@ def run(name: str, words: Sequence[str]) -> int:
     folder = Path(options.json).parent
     check(folder.is_dir(), f"json={options.json}: there is no directory {folder}")
     check(not exp.setup(), experiment.ONE_PROCESS)
-    if not exp.simulate and _alone():
-        print("one device only: simulating 8", file=sys.stderr)
-        exp = dataclasses.replace(exp, simulate=8)
-    report = exp.verify(options.steps, all_meshes=options.all_meshes)
+    report = simulated(exp).verify(options.steps, all_meshes=options.all_meshes)
     text = json.dumps(report.json(), indent=1)
     if options.json == "-":
         print(text)
@@ -47,6 +44,14 @@ def run(name: str, words: Sequence[str]) -> int:
         if options.json:
             Path(options.json).write_text(f"{text}\n")
     return 0 if report.proven else EXIT_FAILED
+
+
+def simulated(exp: experiment.Experiment) -> experiment.Experiment:
+    """The experiment on eight simulated devices where there is one device only."""
+    if exp.simulate or not _alone():
+        return exp
+    print("one device only: simulating 8", file=sys.stderr)
+    return dataclasses.replace(exp, simulate=8)
 
 
 def _alone() -> bool:

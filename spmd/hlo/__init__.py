@@ -40,8 +40,7 @@ class Collective:
     devices in a group. bytes: per execution, of the whole array: what an all-gather returns, what a
     reduce-scatter is given, the operand of the others. count: executions per step, 1 / n of what runs in
     every n-th step. source: `spmd/models/attention.py:120`, "" if unknown. overlapped: whether computation
-    runs meanwhile. sometimes: whether it stands in one branch of a conditional whose other branches send
-    nothing, and the text does not tell how often that branch is taken.
+    runs meanwhile.
     """
 
     kind: str
@@ -53,7 +52,6 @@ class Collective:
     op_name: str
     source: str
     overlapped: bool
-    sometimes: bool = False
 
     @property
     def wire_bytes(self) -> float:
@@ -84,20 +82,16 @@ class Total:
     wire_bytes: float
 
 
-def ledger(program: Program, period: int = 1) -> dict[tuple[tuple[str, ...], str], Total]:
-    """(axes, kind) -> its sum over the program, the largest first.
-
-    period: steps from one execution of what runs only sometimes to the next, whose sum is spread over them.
-    """
-    sums = defaultdict[tuple[tuple[str, ...], str], list[tuple[float, Collective]]](list)
+def ledger(program: Program) -> dict[tuple[tuple[str, ...], str], Total]:
+    """(axes, kind) -> its sum over the program, the largest first."""
+    sums = defaultdict[tuple[tuple[str, ...], str], list[Collective]](list)
     for c in program.collectives:
-        times = c.count / period if c.sometimes else c.count
-        sums[(c.axes, c.kind)].append((times, c))
+        sums[(c.axes, c.kind)].append(c)
     totals = {
         key: Total(
-            sum(times for times, _ in found),
-            sum(times * c.bytes for times, c in found),
-            sum(times * c.wire_bytes for times, c in found),
+            sum(c.count for c in found),
+            sum(c.count * c.bytes for c in found),
+            sum(c.count * c.wire_bytes for c in found),
         )
         for key, found in sums.items()
     }
@@ -188,11 +182,7 @@ class _Reader:
             sent = sum(found.count * found.bytes for found in branch.found)
             branches.append((sent, branch.flops, len(branches), branch))
         *_, dearest = max(branches)
-        alone = sum(bool(branch.found) for *_, branch in branches) == 1
-        self.found += [
-            dataclasses.replace(found, sometimes=found.sometimes or alone)
-            for found in dearest.found
-        ]
+        self.found += dearest.found
         self.flops += dearest.flops
         self.endless += dearest.endless
 

@@ -89,7 +89,7 @@ def compiled(program: hlo.Program, layout: Layout) -> list[Collective]:
 
 
 def ledger(found: Iterable[Collective]) -> dict[tuple[tuple[str, ...], str], hlo.Total]:
-    """As hlo.ledger, of collectives in closed form: (axes, kind) -> its sum, the largest first."""
+    """As hlo.ledger, of collectives in closed form: (axes, kind) -> its sum over a step."""
     sums: dict[tuple[tuple[str, ...], str], hlo.Total] = {}
     for each in found:
         key = each.axes, each.kind

@@ -122,7 +122,7 @@ def search_view(found: Sequence[Candidate], target: Target) -> str:
     lines = [
         f"{len(found)} layouts on {target.name}: {len(fit)} fit; estimated, the fastest first",
         "",
-        _text(table),
+        rendered(table),
     ]
     if any(each.compiled for each in fit[:SHOWN]):
         lines.append("* compiled: the compiler's own memory and collectives")
@@ -150,7 +150,7 @@ def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
             f"{made.tokens_per_second:,.0f}",
             f"{point.efficiency:.0%}",
         )
-    return "\n".join([_text(table), "", *map(str, bounds)])
+    return "\n".join([rendered(table), "", *map(str, bounds)])
 
 
 def _head(plan: Plan) -> str:
@@ -172,7 +172,7 @@ def _memory(plan: Plan) -> str:
         if size:
             table.add_row(name.replace("_", " "), tree.human_bytes(size))
     table.add_row("peak", tree.human_bytes(plan.memory.peak))
-    lines = [_text(table)]
+    lines = [rendered(table)]
     chip, made = plan.target.chip, plan.compiled
     if made is not None and made.how == "compiled":
         held = made.memory
@@ -194,7 +194,7 @@ def _ledger(plan: Plan) -> str:
     for (axes, kind), each in sent(plan).items():
         sizes = tree.human_bytes(each.bytes), tree.human_bytes(each.wire_bytes)
         table.add_row(kind, " x ".join(axes) or "?", f"{each.count:g}", *sizes)
-    return _text(table) if table.row_count else f"{title}: none"
+    return rendered(table) if table.row_count else f"{title}: none"
 
 
 def _calls(program: hlo.Program) -> str:
@@ -211,7 +211,7 @@ def _calls(program: hlo.Program) -> str:
             escape(c.source or c.op_name),
         )
     more = len(found) - CALLS
-    return _text(table) + (f"\nand {more} smaller ones" if more > 0 else "")
+    return rendered(table) + (f"\nand {more} smaller ones" if more > 0 else "")
 
 
 def _time(made: cost.Estimate) -> str:
@@ -224,7 +224,7 @@ def _time(made: cost.Estimate) -> str:
         table.add_row(escape(name), seconds(shown), seconds(whole - shown), f"{shown / step:.0%}")
     speed = f"{seconds(step)} a step, {made.tokens_per_second:,.0f} tokens/s, MFU {made.mfu:.1%}"
     flops = f"{made.model_flops:.3g} model FLOPs a step, {made.executed_flops:.3g} executed"
-    return f"{_text(table)}\n{speed}; {flops}"
+    return f"{rendered(table)}\n{speed}; {flops}"
 
 
 def seconds(value: float) -> str:
@@ -240,7 +240,8 @@ def _kind(reason: str) -> str:
     return "needs more memory than a device has" if reason.startswith("needs ") else reason
 
 
-def _text(table: Table) -> str:
+def rendered(table: Table) -> str:
+    """A table as plain lines."""
     out = io.StringIO()
     Console(file=out, width=240, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

@@ -1,0 +1,193 @@
+"""Strategies side by side: each trains with one budget, and is charged for the bytes that its step sends.
+
+Every run has a directory of its own below that of the comparison: a finished one is taken as it is, another
+one goes on. Whatever can be refused is refused before the first step of the first run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from spmd import overrides, strategies
+from spmd.fields import check, closest, defaults
+from spmd.plan import network as networks
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from spmd.compare.report import Comparison, Result
+    from spmd.experiment import Experiment
+
+T = TypeVar("T")
+
+ONE_PROCESS = "compare trains in one process; there, use --simulate 8"
+SECTIONS = ("mesh", "optimizer")  # what an entry may change beside its strategy
+
+
+def run(
+    exp: Experiment,
+    given: Sequence[str],
+    *,
+    network: str = "10gbe",
+    compute: float = 0.0,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Trains each of `given` (`local`, `local:period=50:mesh.replica=8`) and compares them.
+
+    network: of plan.network.NETWORKS, `10gbe` or `replica=wan,data=nvlink`. compute: seconds of a step's
+    computation on one device; 0 measures it here. Raises Stopped when interrupted; the next call goes on.
+    ValueError for the user's mistakes, before anything is trained.
+    """
+    from spmd.compare import cost
+    from spmd.compare.report import Comparison
+    from spmd.train import rundir
+
+    variants = parsed(exp, given)
+    directory = rundir.locate(exp.run.dir, f"{exp.name}-compare")
+    check(
+        not (directory / "config.json").exists(),
+        f"{directory} holds a run; a comparison is a directory of several: choose another --run.dir",
+    )
+    variants = {entry: _below(directory, entry, each) for entry, each in variants.items()}
+    check(compute >= 0, f"compute={compute} must not be negative; 0 measures it here")
+    check(not exp.setup(), ONE_PROCESS)
+    source = exp.data.open("train")
+    charges, num_steps = {}, 0
+    for entry, each in variants.items():
+        program = _of(entry, lambda each=each: each.build(source=source))
+        num_steps = program.num_steps
+        _of(entry, lambda each=each, num=num_steps: _free(each, num))
+        levels = networks.named(network, program.mesh.shape)
+        charges[entry] = _of(
+            entry, lambda each=each, p=program, on=levels: cost.charge(each, p, on)
+        )
+    results = []
+    for i, (entry, each) in enumerate(variants.items(), 1):
+        say(f"[{i}/{len(variants)}] {entry}")
+        results.append(_trained(entry, each, charges[entry]))
+    made = Comparison(
+        name=exp.name,
+        directory=str(directory),
+        network=network,
+        num_devices=charges[next(iter(charges))].num_devices,
+        num_steps=num_steps,
+        compute=compute or cost.measured(exp, source),
+        here=not compute,
+        results=results,
+    )
+    made.write()
+    return made
+
+
+def _trained(entry: str, exp: Experiment, charge: Any) -> Result:
+    """The run of an entry: trained, resumed, or found finished. A diverging one is kept, with its reason."""
+    from etils import epath
+
+    from spmd.compare.report import Result
+    from spmd.train import metrics, rundir
+    from spmd.train.log import NonFinite
+
+    failed = ""
+    try:
+        path = epath.Path(exp.train_run().dir)
+    except NonFinite as error:
+        failed, path = str(error).partition(";")[0], rundir.locate(exp.run.dir, exp.name)
+    lines: dict[int, dict[str, float]] = {}
+    for line in metrics.read(path):
+        lines.setdefault(int(line["step"]), {}).update(line)
+    return Result(entry, str(path), [lines[step] for step in sorted(lines)], charge, failed)
+
+
+def _free(exp: Experiment, num_steps: int) -> None:
+    """ValueError when the run directory cannot be this entry's: before any other is trained."""
+    from spmd.train import rundir
+
+    path = rundir.locate(exp.run.dir, exp.name)
+    if exp.run.fresh or not (path / "config.json").exists():
+        return
+    rundir.same_identity(path, exp.identity(), defaults(exp))
+    done = rundir.summary(path)
+    if done:
+        was = json.loads((path / "config.json").read_text())["config"]
+        now = json.loads(json.dumps(exp.config()))
+        other = [name for name in ("mesh", "simulate") if was.get(name) != now[name]]
+        check(
+            not other,
+            f"{path} holds a finished run with another {' and '.join(other)}: use another --run.dir, or"
+            " --run.fresh to move the old runs aside",
+        )
+    check(
+        not done or done["steps"] <= num_steps,
+        f"{path} holds a run of {(done or {}).get('steps')} steps, and this comparison takes {num_steps}: use"
+        " another --run.dir, or --run.fresh to move the old runs aside",
+    )
+
+
+def _of(entry: str, call: Callable[[], T]) -> T:
+    """call(); a user's mistake names the entry."""
+    try:
+        return call()
+    except ValueError as error:
+        raise ValueError(f"--strategies {entry}: {error}") from error
+
+
+# ---- entries
+
+
+def parsed(exp: Experiment, given: Sequence[str]) -> dict[str, Experiment]:
+    """Entry -> the experiment that it is. ValueError for names and options that there are not."""
+    entries = [entry.strip() for entry in given if entry.strip()]
+    names = ", ".join(strategies.STRATEGIES)
+    check(
+        bool(entries),
+        "compare: which strategies? Type --strategies auto,allreduce, or with options"
+        f" allreduce,local:period=50; known: {names}",
+    )
+    twice = [entry for entry in entries if entries.count(entry) > 1]
+    check(not twice, f"--strategies has {twice[0] if twice else ''} twice; give it once")
+    return {entry: _of(entry, lambda entry=entry: _variant(exp, entry)) for entry in entries}
+
+
+def _variant(exp: Experiment, entry: str) -> Experiment:
+    name, *options = entry.split(":")
+    cls = strategies.named(name)
+    words = ["--strategy", name]
+    for option in options:
+        words += _word(cls, option)
+    return overrides.overridden(exp, words)
+
+
+def _word(cls: type[Any], option: str) -> list[str]:
+    """An option of an entry as the command line has it: `period=50`, `mesh.replica=8`, `nesterov`."""
+    key, equals, value = option.partition("=")
+    own = {f.name: f.default for f in dataclasses.fields(cls)}
+    first = key.replace("-", "_").partition(".")[0]
+    known = [*own, *(f"{section}." for section in SECTIONS)]
+    check(
+        first in own or (first in SECTIONS and "." in key),
+        f"strategy {cls.name} has no option {key!r}.{closest(key, known)} It has"
+        f" {', '.join(own) or 'none'}; an entry may also set fields of {' and '.join(SECTIONS)}:"
+        f" {cls.name}:mesh.replica=8",
+    )
+    path = f"strategy.{key}" if first in own else key
+    if isinstance(own.get(key.replace("-", "_")), bool):
+        check(
+            value.lower() in ("", "true", "false"),
+            f"{option!r} must be {key}, {key}=true or {key}=false",
+        )
+        if value.lower() == "false":
+            head, _, last = path.rpartition(".")
+            path = f"{head}.no-{last}"
+        return [f"--{path}"]
+    check(bool(equals and value), f"option {option!r} needs a value: {key}=VALUE")
+    return [f"--{path}", value]
+
+
+def _below(directory: epath.Path, entry: str, exp: Experiment) -> Experiment:
+    """The experiment of an entry with its run directory, named as the entry is typed."""
+    name = re.sub(r"[^\w.=+-]", "_", entry.replace(":", ","))
+    return dataclasses.replace(exp, run=dataclasses.replace(exp.run, dir=str(directory / name)))

@@ -1,0 +1,195 @@
+"""A comparison as a table, as CSV, and as three pictures: loss against steps, bytes and seconds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import io
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from etils import epath
+from rich.markup import escape
+
+from spmd import tree
+from spmd.compare.cost import Charge
+from spmd.plan import report
+from spmd.plan.shardings import new_table
+from spmd.storage import write_whole
+from spmd.train import rundir
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOSS, EVAL = "train/loss", "eval/"
+INSTALL = "pip install matplotlib, or spmd[plot]"
+
+
+class Result(NamedTuple):
+    """One strategy. lines: what was logged, by step. failed: why the run ended early, "" if it did not."""
+
+    entry: str
+    dir: str
+    lines: list[dict[str, float]]
+    charge: Charge
+    failed: str
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        values = [line[name] for line in self.lines if name in line]
+        return values[-1] if values else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Strategies that trained with one budget. compute: seconds of a step's computation, measured here or
+    given; the network is modelled.
+    """
+
+    name: str
+    directory: str
+    network: str
+    num_devices: int
+    num_steps: int
+    compute: float
+    here: bool
+    results: list[Result]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no strategy diverged."""
+        return not any(result.failed for result in self.results)
+
+    def step_seconds(self, result: Result) -> float:
+        """Of a step on the network."""
+        return self.compute + result.charge.seconds
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each strategy and logged step, as the CSV has it."""
+        found = []
+        for result in self.results:
+            charge, each = result.charge, self.step_seconds(result)
+            for line in result.lines:
+                step = int(line["step"])
+                metrics = {k: v for k, v in line.items() if k == LOSS or k.startswith(EVAL)}
+                if metrics:
+                    total = {"sent_bytes": step * charge.sent_bytes, "seconds": step * each}
+                    by_axis = {f"sent_bytes[{k}]": step * v for k, v in charge.sent.items()}
+                    found.append(
+                        {"strategy": result.entry, "step": step} | total | by_axis | metrics
+                    )
+        return found
+
+    def csv(self) -> str:
+        """`strategy,step,sent_bytes,seconds,...`: of one device, up to that step."""
+        rows, out = self.rows(), io.StringIO()
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(out, [*names], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return out.getvalue()
+
+    def table(self) -> str:
+        """A line for each strategy: what it reached, and what a step costs."""
+        metrics = dict.fromkeys(
+            name for r in self.results for line in r.lines for name in line if name.startswith(EVAL)
+        )
+        shown = [LOSS, *metrics]
+        table = new_table(
+            "strategy",
+            *(f">{name}" for name in shown),
+            ">sent a step",
+            "over",
+            ">communication",
+            ">step",
+            ">in all",
+        )
+        for result in self.results:
+            charge, each = result.charge, self.step_seconds(result)
+            values = [result.last(name) for name in shown]
+            over = ", ".join(f"{k} {tree.human_bytes(v)}" for k, v in charge.sent.items())
+            table.add_row(
+                escape(result.entry),
+                *("-" if value is None else f"{value:.4g}" for value in values),
+                tree.human_bytes(charge.sent_bytes),
+                over if len(charge.sent) > 1 else ", ".join(charge.sent) or "-",
+                report.seconds(charge.seconds),
+                report.seconds(each),
+                "diverged" if result.failed else report.seconds(each * self.num_steps),
+            )
+        return report.rendered(table)
+
+    def __str__(self) -> str:
+        how = "measured here, on one device with its part of the batch" if self.here else "as given"
+        says = [
+            f"{self.name}: {self.num_steps} steps on {self.num_devices} devices; bytes that a device sends,"
+            " from the compiled step",
+            f"step = {report.seconds(self.compute)} of computation ({how}) + communication on {self.network}"
+            " (modelled, nothing hidden)",
+            "",
+            self.table(),
+            *(f"{r.entry}: {r.failed}" for r in self.results if r.failed),
+            "",
+        ]
+        made = "compare.csv, compare.png" if drawable() else f"compare.csv; compare.png: {INSTALL}"
+        says.append(f"files: {rundir.shown(epath.Path(self.directory))}/ ({made}, a run each)")
+        return "\n".join(says)
+
+    def figure(self) -> Figure:
+        """Loss against steps, bytes sent by a device, and seconds on the network; needs matplotlib."""
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+
+        figure = Figure(figsize=(12, 3.8), layout="constrained")
+        axes = figure.subplots(1, 3, sharey=True)
+        rows = [row for row in self.rows() if row.get(LOSS) is not None]
+        curves = {
+            r.entry: own
+            for r in self.results
+            if (own := [x for x in rows if x["strategy"] == r.entry])
+        }
+        says = {
+            "step": ("step", ""),
+            "sent_bytes": ("bytes sent by a device", "B"),
+            "seconds": (f"seconds on {self.network} (modelled)", "s"),
+        }
+        for ax, (name, (label, unit)) in zip(axes, says.items(), strict=True):
+            for i, (entry, own) in enumerate(curves.items()):
+                # Strategies that compute the same lie on one another: the later ones are thinner.
+                width = 1.2 + 3 * (len(curves) - 1 - i) / len(curves)
+                xs = [row[name] for row in own]
+                ax.plot(xs, [row[LOSS] for row in own], label=entry, linewidth=width)
+            ends = [own[-1][name] for own in curves.values()]
+            far = ends and min(ends) > 0 and max(ends) > 10 * min(ends)
+            ax.set(xlabel=label, xscale="log" if far else "linear", yscale="log")
+            if unit:
+                ax.xaxis.set_major_formatter(EngFormatter(unit=unit))
+            ax.grid(alpha=0.3)
+        axes[0].set_ylabel("training loss")
+        axes[0].legend(fontsize="small")
+        figure.suptitle(
+            f"{self.name} on {self.num_devices} devices,"
+            f" {report.seconds(self.compute)} of computation a step",
+            fontsize="medium",
+        )
+        return figure
+
+    def png(self) -> bytes:
+        """The figure."""
+        out = io.BytesIO()
+        self.figure().savefig(out, format="png", dpi=120)
+        return out.getvalue()
+
+    _repr_png_ = png  # a notebook shows it
+
+    def write(self) -> None:
+        """compare.csv, and compare.png where matplotlib is installed."""
+        folder = epath.Path(self.directory)
+        write_whole(folder / "compare.csv", self.csv())
+        if drawable():
+            (folder / "compare.png").write_bytes(self.png())
+
+
+def drawable() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
