@@ -162,10 +162,10 @@ class _Reader:
                 within = loops.unchanged(one, inside, self.module, known)
                 self.walk(one.called[0], count * (1 if times is None else times), known=within)
             elif one.op == "conditional":
-                parts = taken(one, inside, self.module)
-                for branch, part in parts:
+                branches = taken(one, inside, self.module)
+                for branch, part in branches:
                     self.walk(branch, count * part)
-                if not parts:
+                if not branches:
                     self._dearest(one, count)
             elif one.op in ("fusion", "async-start"):
                 hidden = _hidden(one, inside)

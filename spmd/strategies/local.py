@@ -214,7 +214,7 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
         weight = sum((w.astype(jnp.float32) for w in weights.values()), start=jnp.float32(0))
         # One without examples stands still, but its learning rate goes on.
         new = tree.select(
-            weight > 0, new, (params, model_state, _but_schedules(opt_state, new_opt))
+            jnp.asarray(weight > 0), new, (params, model_state, _but_schedules(opt_state, new_opt))
         )
         if parts.skip:
             new = tree.select(finite, new, ours)
