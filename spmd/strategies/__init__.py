@@ -16,6 +16,7 @@ class StrategyConfig:
     """Base of the strategy configs."""
 
     name: ClassVar[str] = ""
+    by_device: ClassVar[bool] = False  # each device takes the gradient of its own rows by itself
 
     def build(self, parts: Parts) -> Strategy:
         """The Strategy on parts.mesh."""
@@ -56,6 +57,7 @@ class AllReduce(StrategyConfig):
     """shard_map: each device takes its gradient, an explicit psum sums them (synchronous SGD)."""
 
     name: ClassVar[str] = "allreduce"
+    by_device: ClassVar[bool] = True
 
     def build(self, parts: Parts) -> Strategy:
         from spmd.strategies import allreduce

@@ -60,6 +60,8 @@ OPTIMIZERS = {
     "lion": optim.Lion(learning_rate=1e-3, ema=0.9),
     "muon": optim.Muon(learning_rate=1e-2, clip_norm=1.0, ema=0.9),
     "adafactor": optim.Adafactor(min_dim_factored=32, momentum=0.9, ema=0.9),
+    "lamb": optim.LAMB(learning_rate=1e-2),
+    "lars": optim.LARS(learning_rate=30.0),
 }
 
 
