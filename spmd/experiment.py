@@ -142,17 +142,30 @@ class Experiment:
             f" ({mesh.describe(cut)}) x train.accumulate={self.train.accumulate}; use"
             f" {max(batch_size // rows, 1) * rows} or {(batch_size // rows + 1) * rows}",
         )
+        parts = self.train.accumulate * (ways if self.strategy.by_device else 1)
+        check(
+            not self.train.noise_scale or (parts > 1 and not self.privacy.on),
+            "train.noise_scale compares the gradients of parts of a batch with that of the whole, and here"
+            + (
+                " privacy's noise is in it; leave it off"
+                if self.privacy.on
+                else " there is one part: use --train.accumulate 2 or more, or --strategy allreduce on"
+                " several devices"
+            ),
+        )
         if source is None:
             source = self.data.open("train")
             self.data.check_model(self.model)
         self.privacy.check_use(self.strategy, self.data, source, self.param_dtype)
-        num_steps = self.train.num_steps(self.privacy.sampled(batch_size), len(source))
+        examples = self.privacy.sampled(batch_size)
+        num_steps = self.train.num_steps(examples, len(source))
         if len(source):  # else it is only planned, for a number of steps that nobody has chosen
             self.strategy.check_run(num_steps, len(source))
         private = self.privacy.mechanism(len(source), batch_size, num_steps)
         task = adapt.adapt(self.task.build(self.model, self.param_dtype), self.init)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
-        tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims), task.dims)
+        mask = optim.decay_mask(abstract, task.dims)
+        tx = self.optimizer.build(num_steps, mask, task.dims, examples)
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype)
             for name, (shape, dtype) in self.data.abstract_batch(batch_size).items()
@@ -161,13 +174,14 @@ class Experiment:
             Parts(
                 task=task,
                 tx=tx,
-                rate=self.optimizer.rate(num_steps),
+                rate=self.optimizer.rate(num_steps, examples),
                 mesh=cut,
                 batch=batch,
                 accumulate=self.train.accumulate,
                 ema=self.optimizer.ema,
                 skip=self.train.nonfinite == "skip",
                 privacy=private,
+                noise_scale=self.train.noise_scale,
             )
         )
         reading = self.privacy if private else self.strategy

@@ -62,6 +62,43 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
     return grads_of
 
 
+PARTS = "parts"  # the sums in which with_parts keeps account; no metric
+
+
+def with_parts(grads_of: GradsOf) -> GradsOf:
+    """Adds what the noise scale is told from: the squared norm of the gradient of each part of the batch that
+    is taken by itself (a microbatch, a device's rows), and how many examples the part has.
+    """
+
+    def measured(params, model_state, batch, step_key, scale):
+        grads, metrics, model_state = grads_of(params, model_state, batch, step_key, scale)
+        square = jnp.square(tree.global_norm(grads))
+        num = batch["weight"].sum().astype(square.dtype)
+        parts = {PARTS: (square, num**2), f"{PARTS}/examples": (num, num**0)}
+        return grads, metrics | parts, model_state
+
+    return measured
+
+
+def signal_and_noise(sums: PyTree, norm: jax.Array) -> dict[str, jax.Array]:
+    """gradient_signal, the squared norm of the true gradient, and gradient_variance, the trace of the
+    covariance of one example's, without bias, from the norm of the whole gradient (McCandlish et al. 2018,
+    arXiv 1812.06162, appendix A.1). Their ratio, once both are averaged, is the noise scale, in examples.
+
+    For a sum over b of W examples the square expected is b^2 signal + b variance, over W^2: two equations,
+    for the parts together and for the whole, however unevenly the examples lie.
+    """
+    (squares, nums), (whole, _) = sums[PARTS], sums[f"{PARTS}/examples"]
+    whole = jnp.maximum(whole, 1)
+    share = nums / whole**2
+    several = share < 1
+    signal = jnp.where(several, (jnp.square(norm) - squares) / jnp.where(several, 1 - share, 1), 0)
+    return {
+        "gradient_signal": signal,
+        "gradient_variance": whole * (squares - share * signal),
+    }
+
+
 def _inside(constrain: Callable[..., jax.Array] | None) -> Callable[..., jax.Array] | None:
     """A placement rule for one example, whose batch dim of 1 cannot be cut."""
     if constrain is None:

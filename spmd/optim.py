@@ -24,7 +24,10 @@ class Optimizer:
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     """After the warm-up: constant, cosine to the end, or warm-up-stable-decay (linear)."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0; with base-batch-size, from the rate of that."""
+    base_batch_size: int = 0
+    """Batch size that learning-rate is for: a larger batch takes a rate as much larger (Goyal et al. 2017);
+    0 is off."""
     final_fraction: float = 0.0
     """Learning rate at the end, as a fraction of the peak (cosine, wsd)."""
     decay_fraction: float = 0.2
@@ -42,6 +45,7 @@ class Optimizer:
             "weight_decay",
             "clip_norm",
             "warmup_steps",
+            "base_batch_size",
             "final_fraction",
         ):
             value = getattr(self, name)
@@ -58,8 +62,11 @@ class Optimizer:
             value = getattr(self, name)
             check(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
 
-    def rate(self, num_steps: int) -> optax.Schedule:
-        """Learning rate at each step of a run of `num_steps`; ValueError when it ends in the warm-up."""
+    def rate(self, num_steps: int, batch_size: int = 0) -> optax.Schedule:
+        """Learning rate at each step of a run of `num_steps`; ValueError when it ends in the warm-up.
+
+        batch_size: examples of a step, by which base_batch_size scales the rate.
+        """
         import jax.numpy as jnp
         import optax
 
@@ -68,7 +75,9 @@ class Optimizer:
             f"optimizer.warmup_steps={self.warmup_steps} is more than the {num_steps} steps of the run"
             " (train.steps or train.epochs): warm up for less, or train for longer",
         )
-        peak, final = self.learning_rate, self.learning_rate * self.final_fraction
+        scaled = self.base_batch_size and batch_size
+        peak = self.learning_rate * (batch_size / self.base_batch_size if scaled else 1)
+        final = peak * self.final_fraction
         rest = max(num_steps - self.warmup_steps, 1)
         if self.schedule == "constant":
             main = optax.constant_schedule(peak)
@@ -78,7 +87,8 @@ class Optimizer:
             decay = max(round(rest * self.decay_fraction), 1)
             main = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
         if self.warmup_steps:
-            warmup = optax.linear_schedule(0.0, peak, self.warmup_steps)
+            first = min(self.learning_rate, peak) if scaled else 0.0
+            warmup = optax.linear_schedule(first, peak, self.warmup_steps)
             main = optax.join_schedules([warmup, main], [self.warmup_steps])
         # A float count: optax would mix an integer one with floats, which strict promotion refuses.
         return lambda count: jnp.asarray(main(jnp.asarray(count, jnp.float32)), jnp.float32)
@@ -90,11 +100,16 @@ class Optimizer:
         """
         raise NotImplementedError
 
+    def after_decay(self, matrices: Any, dims: Dims) -> list[optax.GradientTransformation]:
+        """What follows weight decay, before the learning rate; arguments as those of `direction`."""
+        return []
+
     def build(
-        self, num_steps: int, decay_mask: Any, dims: Dims | None = None
+        self, num_steps: int, decay_mask: Any, dims: Dims | None = None, batch_size: int = 0
     ) -> optax.GradientTransformation:
         """optax transformation; decay_mask: tree of bools like the parameters, dims: logical dims by
-        parameter name (Task.dims), for the optimizers that tell hidden layers from others.
+        parameter name (Task.dims), for the optimizers that tell hidden layers from others, batch_size: as
+        `rate` takes it.
         """
         import optax
 
@@ -102,7 +117,9 @@ class Optimizer:
         parts.append(self.direction(decay_mask, dims or {}))
         if self.weight_decay:
             parts.append(optax.add_decayed_weights(self.weight_decay, mask=decay_mask))
-        return optax.chain(*parts, optax.scale_by_learning_rate(self.rate(num_steps)))
+        parts += self.after_decay(decay_mask, dims or {})
+        rate = self.rate(num_steps, batch_size)
+        return optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,8 +320,87 @@ class Adafactor(Optimizer):
         return optax.chain(*parts)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LAMB(AdamW):
+    """Adam whose step on each layer is as long as its weights, times the learning rate; for batches of
+    thousands (You et al. 2020, arXiv 1904.00962). A layer: as in trust_ratio.
+    """
+
+    name: ClassVar[str] = "lamb"
+    learning_rate: float = 2e-3
+    """Peak learning rate: the length of a layer's step over that of its weights."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decay of arrays of two or more dims, within the step whose length is set."""
+
+    def after_decay(self, matrices: Any, dims: Dims) -> list[optax.GradientTransformation]:
+        return [trust_ratio(1.0, matrices, dims)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LARS(SGD):
+    """Momentum whose step on each layer is as long as its weights, times trust and learning rate; for image
+    models in large batches (You et al. 2017, arXiv 1708.03888). A layer: as in trust_ratio.
+    """
+
+    name: ClassVar[str] = "lars"
+    learning_rate: float = 10.0
+    """Peak learning rate; that of biases and norms too, times trust."""
+    trust: float = 1e-3
+    """The length of a layer's step over that of its weights, before the learning rate."""
+    nesterov: bool = False
+    """Nesterov's form (Sutskever et al. 2013)."""
+    weight_decay: float = 1e-4
+    """Decay of arrays of two or more dims, within the step whose length is set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.trust > 0, f"optimizer.trust={self.trust} must be more than 0")
+
+    def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
+        import optax
+
+        return optax.identity()
+
+    def after_decay(self, matrices: Any, dims: Dims) -> list[optax.GradientTransformation]:
+        # Momentum after the ratio, before the learning rate: as SGD has it, right while the rate changes.
+        return [trust_ratio(self.trust, matrices, dims), super().direction(matrices, dims)]
+
+
+def trust_ratio(trust: float, matrices: Any, dims: Dims) -> optax.GradientTransformation:
+    """Scales the update of each layer to `trust` times the norm of its weights.
+
+    A layer is an array in `matrices`, each slice along its stacked dims (`layers`, `experts`) by itself, so
+    that stacked equals unstacked; a layer of zeros keeps its update. Others (biases, norms) are scaled by
+    `trust` alone. On whole logical arrays: the norm of a shard would be wrong.
+    """
+    import jax.numpy as jnp
+    import optax
+
+    from spmd import tree
+
+    def scale(name: str, update: Any, param: Any, matrix: bool) -> Any:
+        if not matrix:
+            return update * trust
+        known = dims.get(name) or (None,) * param.ndim
+        axes = tuple(i for i, dim in enumerate(known) if dim not in ("layers", "experts"))
+        wide = tree.wide(param.dtype)
+        length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(wide)), axis=axes, keepdims=True))
+        of_param, of_update = length(param), length(update)
+        both = (of_param > 0) & (of_update > 0)
+        ratio = jnp.where(both, of_param / jnp.where(both, of_update, 1), 1)
+        return (update.astype(wide) * ratio * trust).astype(update.dtype)
+
+    return optax.stateless(
+        lambda updates, params=None: tree.map_named(scale, updates, params, matrices)
+    )
+
+
 OPTIMIZERS: dict[str, type[Optimizer]] = {
-    cls.name: cls for cls in (SGD, AdamW, Lion, Muon, Adafactor)
+    cls.name: cls for cls in (SGD, AdamW, Lion, Muon, Adafactor, LAMB, LARS)
 }
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from spmd import optim, tree
@@ -26,6 +27,62 @@ def test_schedules():
     assert rates(optim.SGD(learning_rate=0.3, schedule="constant"), 9, [0, 9]) == pytest.approx(
         [0.3] * 2
     )
+
+
+def test_the_rate_scales_with_the_batch():
+    """Goyal et al. 2017, section 2.1 and 2.2: 0.1 for 256, so 3.2 for 8192, warmed up from 0.1."""
+    config = optim.SGD(learning_rate=0.1, base_batch_size=256, warmup_steps=10, schedule="constant")
+    rate = config.rate(100, 8192)
+    np.testing.assert_allclose(
+        [rate(0), rate(5), rate(10), rate(99)], [0.1, 1.65, 3.2, 3.2], rtol=1e-5
+    )
+    assert config.rate(100, 256)(50) == pytest.approx(0.1)
+    assert config.rate(100, 128)(0) == pytest.approx(
+        0.05
+    )  # a smaller batch takes less, from the start
+    plain = optim.SGD(learning_rate=0.1, warmup_steps=10, schedule="constant").rate(100, 8192)
+    assert [plain(0), plain(10)] == pytest.approx([0.0, 0.1])
+
+
+@pytest.mark.parametrize("config", [optim.LAMB(learning_rate=0.01), optim.LARS(trust=0.01)])
+def test_a_step_is_as_long_as_its_layer(config):
+    """In each slice of stacked layers by itself; and stacked layers step as unstacked ones do."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    stack = {"kernel": draw(3, 8, 4) * jnp.array([[[1.0]], [[10.0]], [[0.0]]]), "bias": draw(3, 4)}
+    grads = {"kernel": draw(3, 8, 4), "bias": draw(3, 4)}
+    dims = {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")}
+    config = dataclasses.replace(config, schedule="constant")
+
+    def step(params, grads, dims):
+        tx = config.build(10, optim.decay_mask(params, dims), dims)
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(grads, tx.init(params), params)[0]
+
+    got = step(stack, grads, dims)
+    length = lambda x: np.linalg.norm(np.asarray(x).reshape(3, -1), axis=1)
+    want = config.learning_rate * getattr(config, "trust", 1.0) * length(stack["kernel"])
+    np.testing.assert_allclose(length(got["kernel"])[:2], want[:2], rtol=1e-5)
+    assert length(got["kernel"])[2] > 0  # a layer of zeros is not kept at zero
+    for i in range(3):
+        part = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
+        alone = step(part(stack), part(grads), {k: d[1:] for k, d in dims.items()})
+        for name, want in alone.items():
+            np.testing.assert_allclose(got[name][i], want, rtol=1e-5, err_msg=name)
+
+
+def test_lamb_is_that_of_optax_where_nothing_is_stacked():
+    params, grads = (
+        {"kernel": jnp.ones((8, 4)) * 0.3},
+        {"kernel": jnp.linspace(-1, 1, 32).reshape(8, 4)},
+    )
+    ours = optim.LAMB(schedule="constant", weight_decay=0.1).build(10, {"kernel": True})
+    theirs = optax.lamb(2e-3, 0.9, 0.999, 1e-6, weight_decay=0.1)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            got = ours.update(grads, ours.init(params), params)[0]
+            want = theirs.update(grads, theirs.init(params), params)[0]
+    np.testing.assert_allclose(got["kernel"], want["kernel"], rtol=1e-5)
 
 
 def test_decay_leaves_out_biases_and_norms_also_when_stacked():
@@ -224,6 +281,8 @@ MISTAKES = [
     (optim.Muon, "momentum", 1.5),
     (optim.Muon, "num_iterations", 0),
     (optim.Muon, "rms", 0.0),
+    (optim.LARS, "trust", 0.0),
+    (optim.SGD, "base_batch_size", -1),
     (optim.Adafactor, "decay_rate", 0.0),
     (optim.Adafactor, "min_dim_factored", 0),
     (optim.Adafactor, "clip_rms", -1.0),

@@ -206,7 +206,10 @@ def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
 
 @pytest.mark.parametrize(
     ("name", "rate"),
-    slow_but([("muon", 3e-3)], [("lion", 1e-3), ("muon", 3e-3), ("adafactor", 1e-2)]),
+    slow_but(
+        [("muon", 3e-3)],
+        [("lion", 1e-3), ("muon", 3e-3), ("adafactor", 1e-2), ("lamb", 1e-2), ("lars", 30.0)],
+    ),
 )
 def test_every_optimizer_learns(name, rate, tmp_path):
     args = ["--optimizer", name, "--optimizer.learning-rate", str(rate), "--train.steps", "150"]

@@ -16,6 +16,7 @@ class StrategyConfig:
     """Base of the strategy configs."""
 
     name: ClassVar[str] = ""
+    by_device: ClassVar[bool] = False  # each device takes the gradient of its own rows by itself
 
     def build(self, parts: Parts) -> Strategy:
         """The Strategy on parts.mesh."""
@@ -78,6 +79,7 @@ class AllReduce(StrategyConfig):
     """shard_map: each device takes its gradient, an explicit reduction sums them (synchronous SGD)."""
 
     name: ClassVar[str] = "allreduce"
+    by_device: ClassVar[bool] = True
     reduction: Literal["psum", "ring", "reduce_scatter", "hierarchical"] = free("psum")
     """psum: the compiler's all-reduce; ring: our own, of neighbours; reduce_scatter: with an all-gather;
     hierarchical: the same within mesh.data, and only the shards are summed across mesh.replica."""
@@ -115,6 +117,7 @@ class Server(StrategyConfig):
     """Parameter server on all devices: gradients are pushed to owners, parameters pulled from them."""
 
     name: ClassVar[str] = "server"
+    by_device: ClassVar[bool] = True
     staleness: int = 0
     """Workers compute on parameters so many updates old; 0 is synchronous SGD."""
     compress: Compression = Compression()

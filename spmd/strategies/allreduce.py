@@ -21,6 +21,7 @@ def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
     """Whole parameters on every device; ValueError for meshes and models that it cannot take."""
     mesh = parts.mesh
     axes = reduce.axes_of(parts, "allreduce", "keeps whole parameters on each device")
+    reduce.check_measured(parts, config.compress.kind)
     reducer = reducer_of(parts, config, axes)
     params, _ = base.abstract_params(parts)
     shardings = dataclasses.replace(

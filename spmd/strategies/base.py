@@ -54,6 +54,7 @@ class Parts(NamedTuple):
     ema: decay of the moving average of the parameters; 0 is off.
     skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
     privacy: clips the gradient of each example, and adds noise to their sum; None is off.
+    noise_scale: measures what the gradient noise scale is told from.
     """
 
     task: Any
@@ -65,6 +66,7 @@ class Parts(NamedTuple):
     ema: float = 0.0
     skip: bool = False
     privacy: Mechanism | None = None
+    noise_scale: bool = False
 
 
 def widened(params: PyTree) -> PyTree:
@@ -156,6 +158,8 @@ def grads_of(parts: Parts) -> grad.GradsOf:
     if parts.privacy is not None:
         check_private(parts)
         plain = grad.per_example(parts.task, parts.privacy.clip_norm, parts.privacy.expected)
+    if parts.noise_scale:
+        plain = grad.with_parts(plain)
     return grad.accumulated(plain, parts.accumulate)
 
 
@@ -194,8 +198,11 @@ def update(
     metrics = {
         name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
         for name, (total, weight) in sums.items()
+        if not name.startswith(grad.PARTS)
     }
     metrics["grad_norm"] = tree.global_norm(grads)
+    if parts.noise_scale:
+        metrics |= grad.signal_and_noise(sums, metrics["grad_norm"])
     metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
     if scope.current().watched:
         metrics |= {f"grads/{name}": grad for name, grad in tree.named_leaves(grads).items()}

@@ -83,6 +83,11 @@ def outer_tx(
 def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
     """ValueError where the replicas do not divide over the mesh, or the batch not over the replicas."""
     check_fits(parts, num_replicas)
+    check(
+        not parts.noise_scale,
+        "train.noise_scale compares the gradients of parts of a batch with that of the whole, which replicas that"
+        " go their own ways never take; use --strategy auto, allreduce or server",
+    )
     mesh, task = parts.mesh, parts.task
     abstract, _ = base.abstract_params(parts)
     cut = sharding.param_shardings(abstract, task.dims, mesh, fsdp=True)

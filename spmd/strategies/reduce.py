@@ -56,6 +56,14 @@ def axes_of(parts: base.Parts, strategy: str, holds: str) -> tuple[str, ...]:
     return tuple(axis for axis in BATCH_AXES if parts.mesh.shape[axis] > 1)
 
 
+def check_measured(parts: base.Parts, kind: str) -> None:
+    """ValueError where the noise scale would be told from gradients that compression has changed."""
+    check(
+        not parts.noise_scale or kind == "none",
+        f"train.noise_scale compares gradients, which strategy.compress.kind={kind} changes; use kind none",
+    )
+
+
 def gradients(parts: base.Parts, axes: tuple[str, ...]) -> Callable[..., Any]:
     """(params, model_state, batch, step_key) -> (each device's gradient, its first dim; metric sums over all
     devices; model_state). Parameters come whole.

@@ -32,6 +32,7 @@ def build(parts: base.Parts, config: Server) -> base.Strategy:
     params, _ = base.abstract_params(parts)
     owners = sharding.owner_shardings(params, parts.task.dims, parts.mesh, axes or ("data",))
     specs = jax.tree.map(lambda s: s.spec, owners)
+    reduce.check_measured(parts, config.compress.kind)
     reducer = reducer_of(parts, config, axes, owners)
     queue = Queue(config.staleness)
     shardings = dataclasses.replace(

@@ -25,6 +25,10 @@ class TrainConfig:
     nonfinite: Literal["stop", "skip"] = free("stop")
     """On a non-finite loss or gradient: stop and name the step, or skip that update."""
 
+    noise_scale: bool = free(False)
+    """Measure the gradient noise scale, the batch size beyond which larger ones gain little
+    (McCandlish et al. 2018); needs accumulate or --strategy allreduce."""
+
     def __post_init__(self) -> None:
         check(self.steps is None or self.steps >= 1, f"train.steps={self.steps} must be at least 1")
         check(self.epochs > 0, f"train.epochs={self.epochs} must be more than 0")

@@ -136,6 +136,8 @@ class Bar:
             text += f"  MFU {speed['train/mfu']:.1%}"
         if "train/memory_gb" in speed:
             text += f"  {speed['train/memory_gb']:.1f} GB"
+        if "train/noise_scale" in metrics:
+            text += f"  noise scale {metrics['train/noise_scale']:,.0f} examples"
         text += self._eval
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
@@ -176,6 +178,10 @@ def end(summary: dict[str, Any], directory: Any) -> None:
     )
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
     console.print(f"done: {summary['steps']} steps  {metrics}")
+    if (scale := summary["metrics"].get("train/noise_scale")) is not None:
+        console.print(
+            f"noise scale of the last steps: {scale:,.0f} examples; batches up to about that size are advised"
+        )
     console.print(f"seconds: {seconds}")
     lines = "metrics/" if is_remote(directory) else "metrics.jsonl"
     console.print(

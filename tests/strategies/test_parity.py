@@ -18,6 +18,7 @@ from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer
+from spmd.privacy import Mechanism
 from spmd.strategies import AllReduce, Auto, Local, base
 from tests.marks import slow_but
 
@@ -86,6 +87,8 @@ OPTIMIZERS = {
     "lion": optim.Lion(learning_rate=1e-3, ema=0.9),
     "muon": optim.Muon(learning_rate=1e-2, clip_norm=1.0, ema=0.9),
     "adafactor": optim.Adafactor(min_dim_factored=32, momentum=0.9, ema=0.9),
+    "lamb": optim.LAMB(learning_rate=1e-2),
+    "lars": optim.LARS(learning_rate=30.0),
 }
 
 
@@ -127,7 +130,7 @@ def data_of(model):
     return tokens_at if isinstance(model, Transformer) else batch_at
 
 
-def parts_for(model, cut, *, accumulate=1, dtype="float32", optimizer=None):
+def parts_for(model, cut, *, accumulate=1, dtype="float32", optimizer=None, privacy=None):
     optimizer = optimizer or optim.AdamW(learning_rate=3e-3, clip_norm=1.0, warmup_steps=3)
     task = TASKS[type(model)].build(model, dtype)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
@@ -141,6 +144,7 @@ def parts_for(model, cut, *, accumulate=1, dtype="float32", optimizer=None):
         batch=abstract,
         accumulate=accumulate,
         ema=optimizer.ema,
+        privacy=privacy,
     )
 
 
@@ -154,12 +158,12 @@ def trajectory(
     dtype="float32",
     steps=STEPS,
     optimizer=None,
+    privacy=None,
 ):
     """Losses by step and the norm of every leaf of the final state."""
     cut = mesh.make(config, jax.devices()[:num_devices])
-    built = strategy.build(
-        parts_for(model, cut, accumulate=accumulate, dtype=dtype, optimizer=optimizer)
-    )
+    how = {"accumulate": accumulate, "dtype": dtype, "optimizer": optimizer, "privacy": privacy}
+    built = strategy.build(parts_for(model, cut, **how))
     state = built.init(jax.random.key(0))
     losses = []
     for step in range(steps):
@@ -177,7 +181,7 @@ def trajectory(
 
 
 @functools.cache
-def reference(name, accumulate, dtype, optimizer=None, steps=STEPS):
+def reference(name, accumulate, dtype, optimizer=None, steps=STEPS, privacy=None):
     return trajectory(
         MODELS[name],
         Auto(),
@@ -187,6 +191,7 @@ def reference(name, accumulate, dtype, optimizer=None, steps=STEPS):
         dtype=dtype,
         optimizer=optimizer,
         steps=steps,
+        privacy=privacy,
     )
 
 
@@ -252,6 +257,24 @@ def test_optimizers_see_whole_arrays(layout, optimizer):
         got = trajectory(MODELS["mlp"], *LAYOUTS[layout], **how)
     assert_same(got, want, 1e-10)
     assert want[0][-1] < want[0][0]
+
+
+PRIVATE = [(name, layout) for name in ("mlp", "lm") for layout in LANGUAGE]
+
+
+@pytest.mark.parametrize(
+    "name,layout", slow_but([("mlp", "fsdp8"), ("mlp", "psum2x4"), ("lm", "tensor2")], PRIVATE)
+)
+def test_private_steps_equal_one_device(name, layout):
+    """Each example clipped by itself, the same noise, however batch and model are cut or accumulated."""
+    private = Mechanism(10_000, 23, BATCH, clip_norm=1.0, noise_multiplier=0.5, delta=1e-5)
+    with jax.enable_x64(True):
+        how = {"dtype": "float64", "steps": 4, "privacy": private}
+        want = reference(name, 1, **how)
+        got = trajectory(MODELS[name], *LAYOUTS[layout], accumulate=2, **how)
+    assert_same(got, want, 1e-10)
+    plain = reference(name, 1, "float64", steps=4) if name == "mlp" else None
+    assert plain is None or abs(plain[0][-1] - want[0][-1]) > 1e-4
 
 
 @pytest.mark.parametrize("strategy", [Auto(), Auto(zero=1), AllReduce()])
