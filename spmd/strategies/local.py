@@ -85,8 +85,8 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
     check_fits(parts, num_replicas)
     check(
         not parts.noise_scale,
-        "train.noise_scale compares the gradients of parts of a batch with that of the whole, which replicas that"
-        " go their own ways never take; use --strategy auto, allreduce or server",
+        "train.noise_scale compares the gradients of parts of a batch with that of the whole, which replicas"
+        " that go their own ways never take; use --strategy auto, allreduce or server",
     )
     mesh, task = parts.mesh, parts.task
     abstract, _ = base.abstract_params(parts)
