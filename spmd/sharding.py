@@ -88,17 +88,26 @@ def spec_of(
             f" {', '.join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)}",
         )
         spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
-    if fsdp and mesh.shape["fsdp"] > 1 and np.prod(shape) >= MIN_FSDP_ELEMENTS:
-        _add_fsdp(spec, shape, dims, mesh)
+    if fsdp:
+        _cut_largest(spec, shape, dims, ("fsdp",), mesh)
     return P(*spec)
 
 
-def _add_fsdp(spec: list[Any], shape: Sequence[int], dims: Dims, mesh: Mesh | AbstractMesh) -> None:
-    """Puts `fsdp` on the largest free dim that it divides, the scanned `layers` dim last."""
+def _cut_largest(
+    spec: list[Any],
+    shape: Sequence[int],
+    dims: Dims,
+    axes: tuple[str, ...],
+    mesh: Mesh | AbstractMesh,
+) -> None:
+    """Puts `axes` on the largest free dim that they divide, the scanned `layers` dim last."""
+    ways = int(np.prod([mesh.shape[a] for a in axes]))
+    if ways == 1 or np.prod(shape) < MIN_FSDP_ELEMENTS:
+        return
     order = sorted(range(len(shape)), key=lambda i: (dims[i] == "layers", -shape[i]))
     for i in order:
-        if spec[i] is None and shape[i] % mesh.shape["fsdp"] == 0:
-            spec[i] = "fsdp"
+        if spec[i] is None and shape[i] % ways == 0:
+            spec[i] = axes[0] if len(axes) == 1 else axes
             return
 
 
@@ -111,6 +120,20 @@ def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> 
         ),
         params,
     )
+
+
+def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
+    """NamedShardings that cut each parameter over `axes` alone, in the way of fsdp: for a strategy whose
+    devices each own a part of it, whatever it means.
+    """
+    dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
+
+    def place(name: str, x: Any) -> NamedSharding:
+        spec: list[Any] = [None] * len(x.shape)
+        _cut_largest(spec, x.shape, dims_of.get(name) or (None,) * len(x.shape), axes, mesh)
+        return NamedSharding(mesh, P(*spec))
+
+    return tree.map_named(place, params)
 
 
 def opt_shardings(

@@ -3,9 +3,9 @@
     step = computation, measured on one device + each collective on the network that its axes cross
 
 Nothing hides behind anything: the communication of a strategy is shown whole. Collectives of one kind over
-the same axes run as one, since XLA combines them; what a step does only sometimes (an outer step) is spread
-over its period. Not modelled: what a strategy computes beside the gradient (compression, outer updates),
-stragglers.
+the same axes run as one, since XLA combines them; what runs in every n-th step (an outer step) counts by its
+n-th part. Left out of the time: the scalars of loss and metrics, for which no parameter waits; what a strategy
+computes beside the gradient (compression, outer updates); stragglers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spmd.train.loop import Program
 
 COMBINED = ("all-reduce", "all-gather", "reduce-scatter")
+SCALAR = 8  # bytes
 BLOCKS = 5  # of steps, the median of which is taken
 BLOCK_SECONDS = 0.2
 
@@ -60,6 +61,8 @@ def seconds(program: hlo.Program, levels: network.Levels) -> float:
     """Of the collectives of a step. Groups that span no product of axes count for the whole mesh."""
     together: dict[tuple[Any, ...], float] = {}
     for i, c in enumerate(program.collectives):
+        if c.bytes <= SCALAR:
+            continue
         alone = None if c.kind in COMBINED else i
         key = (c.kind, c.axes or tuple(levels), c.dtype, c.count, alone)
         together[key] = together.get(key, 0.0) + c.bytes

@@ -46,15 +46,56 @@ class Auto(StrategyConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How gradients are made smaller to be sent; with error feedback: what is left out is sent later."""
+
+    kind: Literal["none", "int8", "top-k", "powersgd"] = "none"
+    """int8: blocks of small integers; top-k: the largest entries; powersgd: products of thin matrices."""
+    block: int = 256
+    """int8: elements that share a scale (4 bytes)."""
+    keep: float = 0.01
+    """top-k: the fraction of each array's entries that is sent, with their places (8 bytes each)."""
+    rank: int = 4
+    """powersgd: columns of the thin matrices; arrays of one dim are sent whole."""
+
+    def __post_init__(self) -> None:
+        check(self.block >= 1, f"strategy.compress.block={self.block} must be at least 1")
+        check(0 < self.keep <= 1, f"strategy.compress.keep={self.keep} must be in (0, 1]")
+        check(self.rank >= 1, f"strategy.compress.rank={self.rank} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AllReduce(StrategyConfig):
-    """shard_map: each device takes its gradient, an explicit psum sums them (synchronous SGD)."""
+    """shard_map: each device takes its gradient, an explicit reduction sums them (synchronous SGD)."""
 
     name: ClassVar[str] = "allreduce"
+    reduction: Literal["psum", "ring", "reduce_scatter", "hierarchical"] = free("psum")
+    """psum: the compiler's all-reduce; ring: our own, of neighbours; reduce_scatter: with an all-gather;
+    hierarchical: the same within mesh.data, and only the shards are summed across mesh.replica."""
+    bidirectional: bool = free(False)
+    """ring: half of each message goes round the other way."""
+    bucket_mb: float = free(4.0)
+    """MiB of gradients that travel together (psum: left to the compiler)."""
+    compress: Compression = Compression()
+    """What is sent instead of the gradients."""
+
+    def __post_init__(self) -> None:
+        check(self.bucket_mb > 0, f"strategy.bucket_mb={self.bucket_mb} must be more than 0")
+        check(
+            not self.bidirectional or self.reduction == "ring",
+            f"strategy.bidirectional is for strategy.reduction=ring, not {self.reduction}",
+        )
+        kind = self.compress.kind
+        check(
+            kind in ("none", "powersgd") or self.reduction == "psum",
+            f"strategy.compress.kind={kind} has collectives of its own and takes no"
+            f" strategy.reduction={self.reduction}: leave it at psum, or use kind powersgd or none",
+        )
 
     def build(self, parts: Parts) -> Strategy:
         from spmd.strategies import allreduce
 
-        return allreduce.build(parts)
+        return allreduce.build(parts, self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +155,28 @@ class Local(Rounds):
         return local.build(parts, self.replicas, local.Outer(self.period, self._outer_tx()))
 
 
-STRATEGIES: dict[str, type[StrategyConfig]] = {cls.name: cls for cls in (Auto, AllReduce, Local)}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Server(StrategyConfig):
+    """Parameter server on all devices: gradients are pushed to owners, parameters pulled from them."""
+
+    name: ClassVar[str] = "server"
+    staleness: int = 0
+    """Workers compute on parameters so many updates old; 0 is synchronous SGD."""
+    compress: Compression = Compression()
+    """What is pushed instead of the gradients."""
+
+    def __post_init__(self) -> None:
+        check(self.staleness >= 0, f"strategy.staleness={self.staleness} must not be negative")
+
+    def build(self, parts: Parts) -> Strategy:
+        from spmd.strategies import server
+
+        return server.build(parts, self)
+
+
+STRATEGIES: dict[str, type[StrategyConfig]] = {
+    cls.name: cls for cls in (Auto, AllReduce, Server, Local)
+}
 
 
 def named(name: str) -> type[Any]:

@@ -1,47 +1,68 @@
-"""Synchronous SGD by hand: each device takes the gradient of its rows, an explicit psum sums them."""
+"""Synchronous SGD by hand: each device takes the gradient of its rows, a reduction of ours sums them."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import PartitionSpec as P
 
-from spmd import scope, sharding
-from spmd.fields import check
-from spmd.mesh import BATCH_AXES
-from spmd.strategies import base
+from spmd import collectives, scope, sharding
+from spmd.strategies import base, compress, reduce
+
+if TYPE_CHECKING:
+    from spmd.strategies import AllReduce
 
 
-def build(parts: base.Parts) -> base.Strategy:
+def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
     """Whole parameters on every device; ValueError for meshes and models that it cannot take."""
-    mesh, task = parts.mesh, parts.task
-    for axis, size in mesh.shape.items():
-        check(
-            size == 1 or axis in ("replica", "data"),
-            f"strategy allreduce keeps whole parameters on each device: mesh.{axis}={size} must be 1;"
-            " cut by mesh.data or mesh.replica, or use --strategy auto",
-        )
-    check(
-        not task.whole_batch,
-        f"strategy allreduce shows each device a part of the batch, and {', '.join(task.whole_batch)}"
-        " would take its statistics from that part; use spmd.models.layers.BatchNorm, or --strategy auto",
-    )
+    mesh = parts.mesh
+    axes = reduce.axes_of(parts, "allreduce", "keeps whole parameters on each device")
+    reducer = reducer_of(parts, config, axes)
     params, _ = base.abstract_params(parts)
-    shardings = base.shardings_of(parts, *(sharding.replicated(mesh, params),) * 2)
-    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
-    grads_of = base.grads_of(parts)
-
-    def local(params, model_state, batch, step_key):
-        with scope.bind(axes=axes, platform=mesh.devices.flat[0].platform):
-            scale = task.scale(jax.tree.map(scope.batch_sum, task.weigh(batch)))
-            grads, sums, model_state = grads_of(params, model_state, batch, step_key, scale)
-            return *jax.tree.map(scope.batch_sum, (grads, sums)), model_state
-
-    reduced = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P(axes), P()), out_specs=P())
+    shardings = dataclasses.replace(
+        base.shardings_of(parts, *(sharding.replicated(mesh, params),) * 2),
+        strategy_state=reduce.state_shardings(parts, axes, reducer),
+    )
+    gradients = reduce.gradients(parts, axes)
+    checked = config.reduction == "psum" and config.compress.kind == "none"
+    reduced = reduce.reduced(parts, axes, reducer, P(), check_vma=checked)
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
-        grads, sums, model_state = reduced(
+        grads, sums, model_state = gradients(
             state.params, state.model_state, batch, base.step_key(state)
         )
-        return base.update(parts, state, grads, sums, model_state)
+        grads, carried = reduced(grads, state.strategy_state)
+        return base.update(parts, state, grads, sums, model_state, carried)
 
-    return base.finish(parts, shardings, step)
+    return base.finish(parts, shardings, step, reducer.init)
+
+
+def reducer_of(parts: base.Parts, config: AllReduce, axes: tuple[str, ...]) -> reduce.Reducer:
+    """The sum that `config` asks for."""
+    bucket_bytes = config.bucket_mb * reduce.MiB
+    match config.reduction:
+        case "psum":
+            total = functools.partial(jax.tree.map, scope.batch_sum)  # the compiler's own buckets
+        case "ring":
+            ring = functools.partial(
+                collectives.ring_all_reduce, axes=axes, bidirectional=config.bidirectional
+            )
+            total = lambda grads: collectives.by_bucket(ring, grads, bucket_bytes)
+        case "reduce_scatter":
+            both = functools.partial(collectives.scatter_gather, axes=axes)
+            total = lambda grads: collectives.by_bucket(both, grads, bucket_bytes)
+        case "hierarchical":
+            levels = functools.partial(
+                collectives.hierarchical,
+                inner=tuple(axis for axis in axes if axis != "replica"),
+                outer=tuple(axis for axis in axes if axis == "replica"),
+            )
+            total = lambda grads: collectives.by_bucket(levels, grads, bucket_bytes)
+    if config.compress.kind == "none":
+        return reduce.plain(total)
+    num = math.prod(parts.mesh.shape[axis] for axis in axes)
+    return compress.reducer(config.compress, compress.Way(axes, num, total, total), bucket_bytes)

@@ -72,15 +72,24 @@ def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
     return jax.eval_shape(parts.task.init, jax.random.key(0))
 
 
-def initial(
-    parts: Parts,
-    shardings: TrainState,
-    begin: Callable[[TrainState], TrainState] = lambda state: state,
-) -> Callable[[jax.Array], TrainState]:
-    """Strategy.init: jitted, every leaf born with its sharding.
+Carry = Callable[[PyTree], PyTree]  # params -> the strategy state to begin with
+Begin = Callable[[TrainState], TrainState]  # plain state -> the one that the strategy keeps
 
-    begin: puts into the plain state what a strategy keeps beside it, or keeps otherwise.
-    """
+
+def nothing(params: PyTree) -> PyTree:
+    """The strategy state of a strategy that carries nothing."""
+    return {}
+
+
+def as_it_is(state: TrainState) -> TrainState:
+    """The plain state, kept so."""
+    return state
+
+
+def initial(
+    parts: Parts, shardings: TrainState, carry: Carry = nothing, begin: Begin = as_it_is
+) -> Callable[[jax.Array], TrainState]:
+    """Strategy.init: jitted, every leaf born with its sharding."""
 
     def init(key: jax.Array) -> TrainState:
         params, model_state = parts.task.init(jax.random.fold_in(key, 0))
@@ -90,7 +99,7 @@ def initial(
             model_state=model_state,
             opt_state=parts.tx.init(params),
             key=jax.random.key_data(key),
-            strategy_state={},
+            strategy_state=carry(params),
             ema=widened(params) if parts.ema else {},
         )
         return begin(plain)
@@ -146,10 +155,17 @@ def step_key(state: TrainState) -> jax.Array:
 
 
 def update(
-    parts: Parts, state: TrainState, grads: PyTree, sums: PyTree, model_state: PyTree
+    parts: Parts,
+    state: TrainState,
+    grads: PyTree,
+    sums: PyTree,
+    model_state: PyTree,
+    strategy_state: PyTree = None,
 ) -> tuple[TrainState, Metrics]:
     """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
     on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
+
+    strategy_state: what the strategy carries on; None: as it was.
     """
     metrics = {
         name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
@@ -167,6 +183,7 @@ def update(
         params=params,
         model_state=model_state,
         opt_state=opt_state,
+        strategy_state=state.strategy_state if strategy_state is None else strategy_state,
         ema=averaged(parts, state, params),
     )
     if parts.skip:
@@ -204,14 +221,20 @@ def finish(
     parts: Parts,
     shardings: TrainState,
     step: Callable[..., Any],
-    begin: Callable[[TrainState], TrainState] = lambda state: state,
+    carry: Carry = nothing,
+    begin: Begin = as_it_is,
 ) -> Strategy:
-    """A Strategy around an unjitted step function; begin as in `initial`."""
+    """A Strategy around an unjitted step function. Other parameters begin with a strategy state of theirs,
+    where `carry` makes one.
+    """
     batches = batch_shardings(parts)
+    carried = jax.jit(carry, out_shardings=shardings.strategy_state)
 
     def with_params(state: TrainState, params: PyTree) -> TrainState:
         ema = jax.device_put(widened(params), shardings.ema) if parts.ema else {}
-        return dataclasses.replace(state, params=jax.device_put(params, shardings.params), ema=ema)
+        params = jax.device_put(params, shardings.params)
+        own = state.strategy_state if carry is nothing else carried(params)
+        return dataclasses.replace(state, params=params, strategy_state=own, ema=ema)
 
     def eval_variables(state: TrainState) -> tuple[PyTree, PyTree]:
         if not parts.ema:
@@ -220,7 +243,7 @@ def finish(
         return jax.tree.map(narrow, state.ema, state.params), state.model_state
 
     return Strategy(
-        init=initial(parts, shardings, begin),
+        init=initial(parts, shardings, carry, begin),
         step=jax.jit(
             step,
             in_shardings=(shardings, batches),

@@ -124,7 +124,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
         ema = base.averaged(parts, state, new.params)
         return dataclasses.replace(new, ema=ema, step=state.step + 1), metrics
 
-    built = base.finish(parts, shardings, step, begin)
+    built = base.finish(parts, shardings, step, begin=begin)
     copy = jax.jit(copied, out_shardings=lead(cut))
 
     def with_params(state: base.TrainState, params: PyTree) -> base.TrainState:

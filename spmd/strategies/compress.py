@@ -1,0 +1,228 @@
+"""Compressed sums: int8, top-k, PowerSGD; each with error feedback, what was left out is sent later.
+
+Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847): a device compresses its
+gradient plus what it has left out so far, so that over the steps everything arrives.
+"""
+
+# N devices, C elements of a chunk; m x n a gradient as a matrix, r its rank
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spmd import collectives, tree
+from spmd.strategies import reduce
+from spmd.strategies.reduce import Leaves
+
+PyTree = Any
+
+
+class Way(NamedTuple):
+    """Where the sums of a strategy go.
+
+    total: {name: part} -> its sum, as the strategy wants it. whole: the same, whole on every device. dims: by
+    name, which dim its owners share; None where every device wants all of everything.
+    """
+
+    axes: tuple[str, ...]
+    num: int
+    total: reduce.Sum
+    whole: reduce.Sum
+    dims: Mapping[str, int | None] | None = None
+
+    def keep(self, sums: Leaves) -> Leaves:
+        """What the strategy wants of whole sums."""
+        dims = self.dims
+        if dims is None:
+            return sums
+        return {name: collectives.own(x, self.axes, dims[name]) for name, x in sums.items()}
+
+
+class Sent(NamedTuple):
+    """sums: as the strategy wants them. errors: what this device has left out, by name. chunks, common: the
+    method's own state.
+    """
+
+    sums: Leaves
+    errors: Leaves
+    chunks: list[jax.Array]
+    common: Leaves
+
+
+class Method(NamedTuple):
+    """takes: whether it compresses an array. chunks: shapes of what each device carries beside its errors.
+    common: what all carry. send: (gradients plus errors, chunks, common) -> Sent.
+    """
+
+    takes: Callable[[str, Any], bool]
+    send: Callable[[Leaves, list[jax.Array], Leaves], Sent]
+    chunks: Callable[[Leaves], list[jax.ShapeDtypeStruct]] = lambda leaves: []
+    common: Callable[[Leaves], Leaves] = lambda leaves: {}
+
+
+def reducer(config: Any, way: Way, bucket_bytes: float) -> reduce.Reducer:
+    """The Reducer of a strategies.Compression. What it does not take (vectors, for PowerSGD) goes plainly."""
+    match config.kind:
+        case "int8" if way.dims is None:
+            method = int8_all_reduce(way, config.block, bucket_bytes)
+        case "int8":
+            method = int8_push(way, config.block)
+        case "top-k":
+            method = top_k(way, config.keep)
+        case "powersgd":
+            method = powersgd(way, config.rank)
+        case _:
+            raise AssertionError(config.kind)
+
+    def init(params: PyTree) -> PyTree:
+        named = tree.named_leaves(params).items()
+        taken = {n: jnp.zeros(p.shape, tree.wide(p.dtype)) for n, p in named if method.takes(n, p)}
+        zeros = lambda x: jnp.zeros((way.num, *x.shape), x.dtype)
+        own = {"errors": taken, "chunks": method.chunks(taken)}
+        return {"own": jax.tree.map(zeros, own), "common": method.common(taken)}
+
+    def send(grads: Leaves, state: PyTree) -> tuple[Leaves, PyTree]:
+        errors, chunks = state["own"]["errors"], state["own"]["chunks"]
+        rest = {name: g for name, g in grads.items() if name not in errors}
+        x = {name: grads[name].astype(e.dtype) + e for name, e in errors.items()}
+        sent = method.send(x, chunks, state["common"])
+        sums = {name: total.astype(grads[name].dtype) for name, total in sent.sums.items()}
+        own = {"errors": sent.errors, "chunks": sent.chunks}
+        return sums | way.total(rest), {"own": own, "common": sent.common}
+
+    return reduce.Reducer(init, reduce.by_name(send))
+
+
+# ---- int8
+
+
+def int8_all_reduce(way: Way, block: int, bucket_bytes: float) -> Method:
+    """A bucket's chunks go to their owners as int8, the sums come back as int8: two quantisations, and error
+    feedback for both, the second one's at the owner.
+    """
+
+    def buckets(leaves: Leaves) -> list[list[str]]:
+        names = list(leaves)
+        found = collectives.buckets(list(leaves.values()), bucket_bytes)
+        return [[names[i] for i in bucket] for bucket in found]
+
+    def chunks(leaves: Leaves) -> list[jax.ShapeDtypeStruct]:
+        sizes = [sum(leaves[n].size for n in bucket) for bucket in buckets(leaves)]
+        return [
+            jax.ShapeDtypeStruct((-(-size // way.num),), leaves[bucket[0]].dtype)
+            for size, bucket in zip(sizes, buckets(leaves), strict=True)
+        ]
+
+    def send(x: Leaves, chunks: list[jax.Array], common: Leaves) -> Sent:
+        sums, errors, left = Leaves(), Leaves(), list[jax.Array]()
+        for bucket, late_C in zip(buckets(x), chunks, strict=True):
+            flat = jnp.concatenate([x[name].reshape(-1) for name in bucket])
+            mine_C, error_NC = collectives.int8_reduce_scatter(
+                collectives.split(flat, way.num), way.axes, block
+            )
+            whole_NC, late_C = collectives.int8_all_gather(mine_C + late_C, way.axes, block)
+            left.append(late_C)
+            start = 0
+            for name in bucket:
+                cut = slice(start, start + x[name].size)
+                sums[name] = whole_NC.reshape(-1)[cut].reshape(x[name].shape)
+                errors[name] = error_NC.reshape(-1)[cut].reshape(x[name].shape)
+                start += x[name].size
+        return Sent(sums, errors, left, common)
+
+    return Method(lambda name, leaf: True, send, chunks)
+
+
+def int8_push(way: Way, block: int) -> Method:
+    """Each device's part of an array goes to its owner as int8, who sums; what has no owner goes plainly."""
+    assert way.dims is not None
+    dims = way.dims
+
+    def send(x: Leaves, chunks: list[jax.Array], common: Leaves) -> Sent:
+        sums, errors = Leaves(), Leaves()
+        for name, part in x.items():
+            dim = dims[name]
+            assert dim is not None
+            rows = jnp.moveaxis(part, dim, 0)
+            mine_C, error_NC = collectives.int8_reduce_scatter(
+                rows.reshape(way.num, -1), way.axes, block
+            )
+            errors[name] = jnp.moveaxis(error_NC.reshape(rows.shape), 0, dim)
+            sums[name] = jnp.moveaxis(mine_C.reshape(-1, *rows.shape[1:]), 0, dim)
+        return Sent(sums, errors, chunks, common)
+
+    return Method(lambda name, leaf: dims[name] is not None, send)
+
+
+# ---- top-k
+
+
+def top_k(way: Way, keep: float) -> Method:
+    """The largest entries of each array, with their places, gathered by every device (Lin et al. 2018, arXiv
+    1712.01887, without its momentum).
+    """
+
+    def send(x: Leaves, chunks: list[jax.Array], common: Leaves) -> Sent:
+        sums, errors = Leaves(), Leaves()
+        for name, part in x.items():
+            flat = part.reshape(-1)
+            _, place_k = jax.lax.top_k(jnp.abs(flat), num_kept(flat.size, keep))
+            value_k = flat[place_k]
+            errors[name] = flat.at[place_k].set(0).reshape(part.shape)
+            if way.axes:
+                value_k = jax.lax.all_gather(value_k, way.axes, tiled=True)
+                place_k = jax.lax.all_gather(place_k, way.axes, tiled=True)
+            sums[name] = jnp.zeros_like(flat).at[place_k].add(value_k).reshape(part.shape)
+        return Sent(way.keep(sums), errors, chunks, common)
+
+    return Method(lambda name, leaf: True, send)
+
+
+def num_kept(size: int, keep: float) -> int:
+    """Of so many entries."""
+    return min(size, max(1, math.ceil(size * keep)))
+
+
+# ---- PowerSGD
+
+
+def powersgd(way: Way, rank: int) -> Method:
+    """Arrays of two and more dims as products of two thin matrices, found by one power iteration that starts
+    from the last step's (Vogels et al. 2019, arXiv 1905.13727).
+
+    Both bases are made orthonormal by QR: a full rank then gives the whole gradient, even where the last
+    step's had a lower rank, which the paper's warm start would lose.
+    """
+
+    def ranks(shape: tuple[int, ...]) -> tuple[int, int, int]:
+        m, n = math.prod(shape[:-1]), shape[-1]
+        return m, n, min(rank, m, n)
+
+    def common(leaves: Leaves) -> Leaves:
+        found = Leaves()
+        for i, (name, leaf) in enumerate(leaves.items()):
+            _, n, r = ranks(leaf.shape)
+            key = jax.random.fold_in(jax.random.key(0), i)
+            found[name] = jax.random.normal(key, (n, r), leaf.dtype)
+        return found
+
+    def send(x: Leaves, chunks: list[jax.Array], right_nr: Leaves) -> Sent:
+        matrix_mn = {name: part.reshape(-1, part.shape[-1]) for name, part in x.items()}
+        basis_nr = {name: jnp.linalg.qr(q)[0] for name, q in right_nr.items()}
+        left_mr = way.whole({name: mat @ basis_nr[name] for name, mat in matrix_mn.items()})
+        left_mr = {name: jnp.linalg.qr(p)[0] for name, p in left_mr.items()}
+        own_nr = {name: mat.T @ left_mr[name] for name, mat in matrix_mn.items()}
+        right_nr = way.whole(own_nr)
+
+        def product(right_nr: Leaves) -> Leaves:
+            return {n: (left_mr[n] @ q.T).reshape(x[n].shape) for n, q in right_nr.items()}
+
+        errors = {name: x[name] - sent for name, sent in product(own_nr).items()}
+        return Sent(way.keep(product(right_nr)), errors, chunks, right_nr)
+
+    return Method(lambda name, leaf: len(leaf.shape) > 1, send, common=common)

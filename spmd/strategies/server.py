@@ -1,0 +1,137 @@
+"""Parameter server, spread over the devices: each owns a part of the parameters and of the optimizer state.
+
+Push: the gradients are reduce-scattered, each part's sum to its owner. The owner updates its part. Pull: the
+parts are gathered (Li et al. 2014, OSDI; at staleness 0 this is ZeRO-1's traffic).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd import collectives, scope, sharding, tree
+from spmd.strategies import base, compress, reduce
+
+if TYPE_CHECKING:
+    from spmd.strategies import Server
+
+PyTree = Any
+
+
+def build(parts: base.Parts, config: Server) -> base.Strategy:
+    """Parameters, moments and average cut over all devices; small arrays, and those that do not divide, lie
+    on every device. ValueError for meshes and models that it cannot take.
+    """
+    axes = reduce.axes_of(parts, "server", "cuts parameters over mesh.data and mesh.replica only")
+    params, _ = base.abstract_params(parts)
+    owners = sharding.owner_shardings(params, parts.task.dims, parts.mesh, axes or ("data",))
+    specs = jax.tree.map(lambda s: s.spec, owners)
+    reducer = reducer_of(parts, config, axes, owners)
+    queue = Queue(config.staleness)
+    shardings = dataclasses.replace(
+        base.shardings_of(parts, params=owners, moments=owners),
+        strategy_state=queue.shardings(owners) | reduce.state_shardings(parts, axes, reducer),
+    )
+    gradients = reduce.gradients(parts, axes)
+    push = reduce.reduced(parts, axes, reducer, specs)
+    pull = pull_of(parts, axes, specs)
+
+    def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
+        held, queued = queue.through(state.strategy_state, state.params)
+        grads, sums, model_state = gradients(
+            pull(held), state.model_state, batch, base.step_key(state)
+        )
+        grads, carried = push(
+            grads, {k: v for k, v in state.strategy_state.items() if k in ("own", "common")}
+        )
+        return base.update(parts, state, grads, sums, model_state, queued | carried)
+
+    carry = lambda params: queue.first(params) | reducer.init(params)
+    return base.finish(parts, shardings, step, carry)
+
+
+def pull_of(parts: base.Parts, axes: tuple[str, ...], specs: PyTree) -> Any:
+    """Parameters cut by `specs` -> whole on every device."""
+
+    def gather(x: jax.Array, spec: P) -> jax.Array:
+        dim = cut_dim(spec)
+        return x if dim is None else jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+    return jax.shard_map(
+        lambda params: jax.tree.map(gather, params, specs),
+        mesh=parts.mesh,
+        in_specs=(specs,),
+        out_specs=P(),
+        check_vma=False,  # what is gathered is the same everywhere, but typed as if it were not
+    )
+
+
+def reducer_of(
+    parts: base.Parts, config: Server, axes: tuple[str, ...], owners: PyTree
+) -> reduce.Reducer:
+    """The push."""
+    dims = {name: cut_dim(s.spec) for name, s in tree.named_leaves(owners).items()}
+
+    def total(grads: reduce.Leaves) -> reduce.Leaves:
+        return {n: collectives.reduce_scatter(g, axes, dims[n]) for n, g in grads.items()}
+
+    def whole(grads: reduce.Leaves) -> reduce.Leaves:
+        return {name: scope.batch_sum(g) for name, g in grads.items()}
+
+    if config.compress.kind == "none":
+        return reduce.Reducer(
+            init=lambda params: {},
+            reduce=reduce.by_name(lambda grads, state: (total(grads), state)),
+        )
+    num = math.prod(parts.mesh.shape[axis] for axis in axes)
+    return compress.reducer(config.compress, compress.Way(axes, num, total, whole, dims), 0)
+
+
+def cut_dim(spec: P) -> int | None:
+    """Which dim is cut; None: none."""
+    return next((i for i, axis in enumerate(spec) if axis is not None), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """The parameters of the last `staleness` updates, cut as the parameters are. A ring buffer: an update
+    overwrites the oldest, nothing is moved.
+
+    It counts updates itself: a step that was skipped (TrainState.step counts it) must not move it.
+    """
+
+    staleness: int
+
+    def first(self, params: PyTree) -> PyTree:
+        """Before the first update they have always been what they are."""
+        if not self.staleness:
+            return {}
+        copies = lambda p: jnp.broadcast_to(p, (self.staleness, *p.shape))
+        return {"queue": jax.tree.map(copies, params), "oldest": jnp.zeros((), jnp.int32)}
+
+    def through(self, held: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+        """(strategy state, parameters) -> (parameters `staleness` updates ago, the queue's next state)."""
+        if not self.staleness:
+            return params, {}
+        slot = held["oldest"]
+        take = lambda q: jax.lax.dynamic_index_in_dim(q, slot, keepdims=False)
+        put = lambda q, p: jax.lax.dynamic_update_index_in_dim(q, p, slot, 0)
+        queued = {
+            "queue": jax.tree.map(put, held["queue"], params),
+            "oldest": (slot + 1) % self.staleness,
+        }
+        return jax.tree.map(take, held["queue"]), queued
+
+    def shardings(self, owners: PyTree) -> PyTree:
+        """Of `first`."""
+        if not self.staleness:
+            return {}
+        mesh = jax.tree.leaves(owners)[0].mesh
+        lead = lambda s: NamedSharding(s.mesh, P(None, *s.spec))
+        return {"queue": jax.tree.map(lead, owners), "oldest": NamedSharding(mesh, P())}
