@@ -24,6 +24,7 @@
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import display
 
 import spmd
 
@@ -50,7 +51,7 @@ entries = [
 made = exp.compare(entries, network="10gbe", compute=1e-3)
 
 # %%
-made
+display(made)
 
 # %% [markdown]
 # The ring and the server at staleness 0 are the same algorithm, synchronous SGD: their curves lie on one

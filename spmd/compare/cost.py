@@ -3,9 +3,9 @@
     step = computation, measured on one device + each collective on the network that its axes cross
 
 Nothing hides behind anything: the communication of a strategy is shown whole. Collectives of one kind over
-the same axes run as one, since XLA combines them; what runs in every n-th step (an outer step) counts by its
-n-th part. Left out of the time: the scalars of loss and metrics, for which no parameter waits; what a strategy
-computes beside the gradient (compression, outer updates); stragglers.
+the same axes run as one, since XLA combines them; of what runs in every n-th step (an outer step) the n-th
+part counts. Left out of the time: the scalars of loss and metrics, for which no parameter waits; what a
+strategy computes beside the gradient (compression, outer updates); stragglers.
 """
 
 from __future__ import annotations
