@@ -35,10 +35,23 @@ def facts(exp: Experiment) -> Facts:
     return known.of(alone.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
 
 
+def planned(strategy: StrategyConfig) -> bool:
+    """Whether the closed forms of plan.comms are those of `strategy`."""
+    if isinstance(strategy, AllReduce):  # each sends twice (N - 1) / N of the gradients
+        return strategy.reduction != "hierarchical" and strategy.compress.kind == "none"
+    return isinstance(strategy, Auto)
+
+
 def layout(exp: Experiment, num_devices: int) -> Layout:
     """How `exp` is cut on so many devices. Of another strategy than auto, its mesh counts."""
     from spmd.plan.layout import Layout
 
+    check(
+        planned(exp.strategy),
+        "plan knows the traffic of strategy auto, and of allreduce with reduction psum, ring or"
+        f" reduce_scatter and no compression, but not of strategy {exp.strategy.name} as it is set;"
+        " add --strategy auto",
+    )
     auto = exp.strategy if isinstance(exp.strategy, Auto) else Auto()
     model: Any = exp.model
     sizes = {axis: n for axis, n in exp.mesh.resolve(num_devices).items() if n > 1}

@@ -63,9 +63,9 @@ def until(ready: Callable[[], bool], timeout: float = 60) -> None:
 
 
 def final_state(
-    directory: str | Path, *words: str, experiment: str = "digits"
+    directory: str | Path, *words: str, experiment: str = "digits", num_devices: int = 1
 ) -> dict[str, np.ndarray]:
-    """The leaves of the newest checkpoint of a run with these options, by name, on one device."""
+    """The leaves of the newest checkpoint of a run with these options, by name."""
     import jax
     from etils import epath
 
@@ -74,7 +74,7 @@ def final_state(
     from spmd.train import CheckpointConfig
     from spmd.train.checkpoint import Checkpoints
 
-    program = spmd.load(experiment, words).build(jax.devices()[:1])
+    program = spmd.load(experiment, words).build(jax.devices()[:num_devices])
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", CheckpointConfig())
     try:
         state = checkpoints.restore(program.abstract_state(), program.strategy.state_shardings)

@@ -40,6 +40,25 @@ TABLE = {
     "strategy": (D + "--strategy autoo", "Did you mean 'auto'"),
     "optimizer": (D + "--optimizer adam", "Did you mean 'adamw'"),
     "allreduce": (D + "--simulate 8 --mesh.fsdp 2 --strategy allreduce", "mesh.fsdp=2 must be 1"),
+    "server": (D + "--simulate 8 --mesh.fsdp 2 --strategy server", "mesh.fsdp=2 must be 1"),
+    "staleness": (D + "--strategy server --strategy.staleness -1", "staleness=-1 must not be"),
+    "bidirectional": (
+        D + "--strategy allreduce --strategy.bidirectional",
+        "strategy.bidirectional is for strategy.reduction=ring, not psum",
+    ),
+    "bucket": (D + "--strategy allreduce --strategy.bucket-mb 0", "must be more than 0"),
+    "compress_ring": (
+        D + "--strategy allreduce --strategy.reduction ring --strategy.compress.kind int8",
+        "kind=int8 has collectives of its own and takes no strategy.reduction=ring",
+    ),
+    "keep": (
+        D + "--strategy server --strategy.compress.keep 1.5",
+        "strategy.compress.keep=1.5 must be in (0, 1]",
+    ),
+    "plan_strategy": (
+        "plan --experiment digits --strategy server",
+        "plan knows the traffic of strategy auto, and of allreduce",
+    ),
     "not_prepared": ("--experiment mnist --run.dir out", "run.py data prepare"),
     "data_dir": (D + "--data.dir nowhere", "data.dir='nowhere' is no directory"),
     "data_name": (D + "--data.name ../evil", "is not a TFDS name"),

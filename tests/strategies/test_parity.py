@@ -18,7 +18,7 @@ from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer
-from spmd.strategies import AllReduce, Auto, Local, base
+from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
 from tests.marks import slow_but
 
 STEPS = 50
@@ -39,6 +39,9 @@ SYNCHRONOUS: Any = {
     "period": 1,
     "outer": "average",
 }  # where the local steps of replicas are one step
+# Compression at the setting where it leaves nothing out.
+ALL = Compression(kind="top-k", keep=1.0)
+FULL = Compression(kind="powersgd", rank=1000)
 LAYOUTS = {
     "dp2": (Auto(), MeshConfig(), 2),
     "dp4": (Auto(), MeshConfig(), 4),
@@ -64,20 +67,27 @@ LAYOUTS = {
         MeshConfig(replica=2, data=1, fsdp=2, tensor=2),
         8,
     ),
+    "ring2": (AllReduce(reduction="ring"), MeshConfig(), 2),
+    "ring4": (AllReduce(reduction="ring", bucket_mb=0.01), MeshConfig(), 4),
+    "ring2x4": (
+        AllReduce(reduction="ring", bidirectional=True, bucket_mb=0.01),
+        MeshConfig(replica=2, data=4),
+        8,
+    ),
+    "scatter_gather4": (AllReduce(reduction="reduce_scatter"), MeshConfig(), 4),
+    "hierarchical2x4": (AllReduce(reduction="hierarchical"), MeshConfig(replica=2, data=4), 8),
+    "server2": (Server(), MeshConfig(), 2),
+    "server4": (Server(), MeshConfig(), 4),
+    "server2x4": (Server(), MeshConfig(replica=2, data=4), 8),
+    "topk4": (AllReduce(compress=ALL), MeshConfig(), 4),
+    "powersgd4": (AllReduce(reduction="ring", compress=FULL), MeshConfig(), 4),
+    "server_topk4": (Server(compress=ALL), MeshConfig(), 4),
+    "server_powersgd4": (Server(compress=FULL), MeshConfig(), 4),
 }
 
 # One of each kind, and what differs in more than its size.
-QUICK = (
-    "dp8",
-    "fsdp8",
-    "hsdp2x4",
-    "zero1_2x4",
-    "tensor2",
-    "sequence2x2",
-    "psum1",
-    "psum2x4",
-    "local4x2x2",
-)
+QUICK = ("dp8", "fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum1", "psum2x4")
+QUICK += ("ring2x4", "server2x4", "local4x2x2")
 
 PLAIN = optim.SGD(learning_rate=0.1, momentum=0.0)
 
@@ -191,8 +201,9 @@ def reference(name, accumulate, dtype, optimizer=None, steps=STEPS):
 
 
 def assert_same(got, want, rtol):
-    """Losses by step, and leaf by leaf the norms of the final state."""
+    """Losses by step, and leaf by leaf the norms of the final state, but for what only the strategy has."""
     (losses, norms), (want_losses, want_norms) = got, want
+    norms = {name: norm for name, norm in norms.items() if not name.startswith("strategy_state/")}
     np.testing.assert_allclose(losses, want_losses, rtol=rtol)
     assert norms.keys() == want_norms.keys()
     for leaf, norm in want_norms.items():
@@ -226,7 +237,8 @@ def test_equals_one_device(layout, name, accumulate, dtype):
 
 
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
-LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4", "local8"]
+LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4", "server2x4"]
+LANGUAGE += ["local8", "powersgd4"]  # blocks stacked in three dims and more
 
 
 @pytest.mark.parametrize("layout", slow_but(("fsdp8", "tensor2", "sequence2x2"), LANGUAGE))
@@ -242,7 +254,10 @@ def test_language_model_equals_one_device(layout):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize(
-    "layout", slow_but(("fsdp4", "psum2x4"), ["fsdp4", "tensor2", "zero1_2x4", "psum2x4"])
+    "layout",
+    slow_but(
+        ("fsdp4", "psum2x4"), ["fsdp4", "tensor2", "zero1_2x4", "psum2x4", "ring2x4", "server2x4"]
+    ),
 )
 def test_optimizers_see_whole_arrays(layout, optimizer):
     """Muon's iterations and Adafactor's norms run on cut matrices, in the result they do not show it."""

@@ -1,0 +1,29 @@
+"""mnist on eight devices, gradients summed by a ring of neighbours (Patarasuk and Yuan 2009), both ways round.
+
+python run.py --experiment mnist_ring --data.dir DIR     # eight simulated devices
+"""
+
+from spmd import Experiment
+from spmd.data import TFDS
+from spmd.models.mlp import MLP
+from spmd.optim import SGD
+from spmd.strategies import AllReduce
+from spmd.tasks import Classification
+from spmd.train import TrainConfig
+
+
+def config() -> Experiment:
+    """The experiment mnist; what differs is how its gradients are merged, not what they are."""
+    return Experiment(
+        model=MLP(inputs=784, hidden=(256,), classes=10),
+        task=Classification(),
+        data=TFDS(
+            name="mnist",
+            batch_size=128,
+            features={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")},
+        ),
+        optimizer=SGD(learning_rate=0.2, momentum=0.9, nesterov=True, schedule="cosine"),
+        strategy=AllReduce(reduction="ring", bidirectional=True),
+        train=TrainConfig(epochs=5),
+        simulate=8,
+    )
