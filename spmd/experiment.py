@@ -144,7 +144,7 @@ class Experiment:
             self.data.check_model(self.model)
         num_steps = self.train.num_steps(batch_size, len(source))
         if len(source):  # else it is only planned, for a number of steps that nobody has chosen
-            self.strategy.check_steps(num_steps)
+            self.strategy.check_run(num_steps, len(source))
         task = adapt.adapt(self.task.build(self.model, self.param_dtype), self.init)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
         tx = self.optimizer.build(num_steps, optim.decay_mask(abstract, task.dims), task.dims)

@@ -25,8 +25,8 @@ class StrategyConfig:
         """The order in which `source` is read, as loader.train_batches takes it; None is the source's own."""
         return None
 
-    def check_steps(self, num_steps: int) -> None:
-        """ValueError when a run of so many steps would not end where the strategy can."""
+    def check_run(self, num_steps: int, num_examples: int) -> None:
+        """ValueError for a number of steps or of training examples that the strategy cannot take."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class Rounds(StrategyConfig):
             f"strategy.outer_momentum={self.outer_momentum} must be in [0, 1)",
         )
 
-    def check_steps(self, num_steps: int) -> None:
+    def check_run(self, num_steps: int, num_examples: int) -> None:
         below = num_steps // self.period * self.period
         check(
             num_steps % self.period == 0,
@@ -174,8 +174,90 @@ class Server(StrategyConfig):
         return server.build(parts, self)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Federated(Rounds):
+    """Many clients, each with its own examples: in each round a few train, and are averaged (FedAvg)."""
+
+    name: ClassVar[str] = "federated"
+    outer: Literal["average", "nesterov", "adam"] = "average"
+    """Outer optimizer of the averaged difference: average (FedAvg), nesterov (FedAvgM), adam (FedAdam)."""
+    clients: int = 100
+    """Clients that the training examples are dealt to."""
+    fraction: float = 0.1
+    """Part of the clients that takes part in each round, drawn anew."""
+    alpha: float = 0.3
+    """Of the Dirichlet distribution by which each class is dealt out: 0.1 is few classes each, 100 all."""
+    local_epochs: int = 1
+    """Passes of a client over its examples in a round, as far as `period` steps allow."""
+    drop_outs: float = 0.0
+    """Part of the clients of a round that do not report back."""
+    proximal: float = 0.0
+    """Pull of each local step towards the consensus (mu of FedProx); 0 is off."""
+    secure: bool = False
+    """Secure aggregation: the server gets masked integers whose sum is exact."""
+    secure_limit: float = 4.0
+    """Largest change of a parameter in a round under secure aggregation; what exceeds it is cut."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("clients", "local_epochs"):
+            check(
+                getattr(self, name) >= 1,
+                f"strategy.{name}={getattr(self, name)} must be at least 1",
+            )
+        check(
+            0 < self.fraction <= 1,
+            f"strategy.fraction={self.fraction} must be more than 0, at most 1",
+        )
+        for name in ("alpha", "secure_limit"):
+            check(
+                getattr(self, name) > 0,
+                f"strategy.{name}={getattr(self, name)} must be more than 0",
+            )
+        check(0 <= self.drop_outs < 1, f"strategy.drop_outs={self.drop_outs} must be in [0, 1)")
+        check(self.proximal >= 0, f"strategy.proximal={self.proximal} must not be negative")
+
+    @property
+    def clients_a_round(self) -> int:
+        """At least one."""
+        return max(1, round(self.fraction * self.clients))
+
+    def check_run(self, num_steps: int, num_examples: int) -> None:
+        super().check_run(num_steps, num_examples)
+        check(
+            self.clients <= num_examples,
+            f"strategy.clients={self.clients} are more than the {num_examples} training examples, and each"
+            f" needs one; use at most {num_examples}",
+        )
+
+    def order(self, source: Any, seed: int, batch_size: int) -> Any:
+        from spmd.strategies import clients
+
+        return clients.Rounds(
+            clients.deal(clients.labels(source), self.clients, self.alpha, seed),
+            self.clients_a_round,
+            seed=seed,
+            batch_size=batch_size,
+            period=self.period,
+            epochs=self.local_epochs,
+            drop_outs=self.drop_outs,
+        )
+
+    def build(self, parts: Parts) -> Strategy:
+        from spmd.strategies import federated
+
+        return federated.build(
+            parts,
+            self.clients_a_round,
+            self.period,
+            self._outer_tx(),
+            proximal=self.proximal,
+            limit=self.secure_limit if self.secure else 0.0,
+        )
+
+
 STRATEGIES: dict[str, type[StrategyConfig]] = {
-    cls.name: cls for cls in (Auto, AllReduce, Server, Local)
+    cls.name: cls for cls in (Auto, AllReduce, Server, Local, Federated)
 }
 
 

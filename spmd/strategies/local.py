@@ -39,14 +39,33 @@ INSIDE = tuple(axis for axis in BATCH_AXES if axis != AXIS)
 RULES = {**sharding.RULES, "batch": INSIDE}
 
 
+def _mean(x_R: jax.Array, weight_R: jax.Array) -> jax.Array:
+    """[R, ...] -> [...] by weights [R]; zeros where nothing weighs."""
+    weight_R = weight_R.astype(x_R.dtype)
+    total = weight_R.sum()
+    share_R = weight_R / jnp.where(total > 0, total, jnp.ones_like(total))
+    return jnp.sum(x_R * share_R.reshape(-1, *(1,) * (x_R.ndim - 1)), axis=0)
+
+
+def weighted_mean(
+    x_R: PyTree, weight_R: jax.Array, key: jax.Array
+) -> tuple[PyTree, dict[str, jax.Array]]:
+    """([R, ...] -> [...] by weights [R], no metrics)."""
+    del key
+    return jax.tree.map(lambda leaf_R: _mean(leaf_R, weight_R), x_R), {}
+
+
 class Outer(NamedTuple):
     """How the replicas agree. period: local steps between two outer ones.
 
-    proximal: of FedProx. forget: replicas begin each period with a new optimizer state.
+    merge: (tree [R, ...], weights [R], key) -> (their weighted mean, metrics): what crosses `replica`.
+    proximal: pull of each local step towards the consensus, of FedProx. forget: replicas begin each period
+    with a new optimizer state.
     """
 
     period: int
     tx: optax.GradientTransformation
+    merge: Callable[..., tuple[PyTree, dict[str, jax.Array]]] = weighted_mean
     proximal: float = 0.0
     forget: bool = False
 
@@ -113,16 +132,22 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
             "weight": own["weight"] + weight_R,
         }
         new = dataclasses.replace(state, opt_state=opt_state, strategy_state=own)
-        agree = lambda new: jax.lax.with_sharding_constraint(
-            _agree(parts, new, outer, copied), shardings
-        )
+
+        def agree(new: base.TrainState) -> tuple[base.TrainState, base.Metrics]:
+            new, found = _agree(parts, new, outer, copied)
+            return jax.lax.with_sharding_constraint(new, shardings), found
+
+        def apart(new: base.TrainState) -> tuple[base.TrainState, base.Metrics]:
+            _, found = jax.eval_shape(agree, new)
+            return new, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+
         if outer.period == 1:
-            new = agree(new)
+            new, found = agree(new)
         else:
             due = jax.lax.rem(state.step + 1, jnp.int32(outer.period)) == 0
-            new = jax.lax.cond(due, agree, lambda new: new, new)
+            new, found = jax.lax.cond(due, agree, apart, new)
         ema = base.averaged(parts, state, new.params)
-        return dataclasses.replace(new, ema=ema, step=state.step + 1), metrics
+        return dataclasses.replace(new, ema=ema, step=state.step + 1), metrics | found
 
     built = base.finish(parts, shardings, step, begin=begin)
     copy = jax.jit(copied, out_shardings=lead(cut))
@@ -148,11 +173,12 @@ def check_fits(parts: base.Parts, num_replicas: int) -> None:
     for axis in INSIDE:
         ways *= parts.mesh.shape[axis]
     least = num_replicas * ways * parts.accumulate
+    sizes = sorted({max(batch_size // least, 1) * least, (batch_size // least + 1) * least})
     check(
         batch_size % least == 0,
         f"data.batch_size={batch_size} does not divide over {num_replicas} replicas of the strategy x {ways}"
         f" batch shards inside each x train.accumulate={parts.accumulate}; use"
-        f" {max(batch_size // least, 1) * least} or {(batch_size // least + 1) * least}",
+        f" {' or '.join(map(str, sizes))}",
     )
 
 
@@ -186,7 +212,7 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
         new_params, new_opt = base.applied(parts.tx, grads, opt_state, params)
         new = (new_params, _varying(new_state), new_opt)
         # Of several loss terms the sum: exact where they have one weight.
-        weight = sum((w.astype(jnp.float32) for w in weights.values()), start=jnp.float32(0))
+        weight = jnp.stack([w.astype(jnp.float32) for w in weights.values()]).sum()
         # One without examples stands still, but its learning rate goes on.
         new = tree.select(
             weight > 0, new, (params, model_state, _but_schedules(opt_state, new_opt))
@@ -229,49 +255,46 @@ def _metrics(
     }
 
 
-def _mean(x_R: jax.Array, weight_R: jax.Array) -> jax.Array:
-    """[R, ...] -> [...] by weights [R]; zeros where nothing weighs."""
-    weight_R = weight_R.astype(x_R.dtype)
-    total = weight_R.sum()
-    share_R = weight_R / jnp.where(total > 0, total, jnp.ones_like(total))
-    return jnp.sum(x_R * share_R.reshape(-1, *(1,) * (x_R.ndim - 1)), axis=0)
-
-
 def _agree(
     parts: base.Parts,
     state: base.TrainState,
     outer: Outer,
     copied: Callable[[PyTree], PyTree],
-) -> base.TrainState:
-    """The outer step: the only one in which parameters cross `replica`."""
+) -> tuple[base.TrainState, base.Metrics]:
+    """The outer step: the only one in which parameters and batch statistics cross `replica`."""
     own = state.strategy_state
-    weight_R = own["weight"]
+    consensus = {"params": state.params, "statistics": _varying(state.model_state)}
+    replicas = {"params": own["params"], "statistics": own["model_state"]}
+    real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
 
-    def difference(consensus: jax.Array, x_R: jax.Array) -> jax.Array:
+    def difference(old: jax.Array, x_R: jax.Array) -> jax.Array:
         wide = tree.wide(x_R.dtype)
-        return _mean(consensus[None].astype(wide) - x_R.astype(wide), weight_R)
+        return old[None].astype(wide) - x_R.astype(wide) if real(old) else jnp.zeros(len(x_R))
 
-    def average(old: jax.Array, x_R: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x_R.dtype, jnp.floating):
-            return x_R[0]  # a counter, the same in all
-        return jnp.where(weight_R.sum() > 0, _mean(x_R, weight_R), old)
+    def moved(old: jax.Array, delta: jax.Array, x_R: jax.Array) -> jax.Array:
+        """A counter is the same in all that have not stood still."""
+        return (old.astype(delta.dtype) - delta).astype(old.dtype) if real(old) else x_R.max(axis=0)
 
-    delta = jax.tree.map(difference, state.params, own["params"])
-    params, outer_state = base.applied(outer.tx, delta, own["outer"], state.params)
-    model_state = jax.tree.map(average, _varying(state.model_state), own["model_state"])
+    differences = jax.tree.map(difference, consensus, replicas)
+    delta, found = outer.merge(differences, own["weight"], base.step_key(state))
+    params, outer_state = base.applied(outer.tx, delta["params"], own["outer"], state.params)
+    statistics = jax.tree.map(
+        moved, consensus["statistics"], delta["statistics"], replicas["statistics"]
+    )
     opt_state = state.opt_state
     if outer.forget:
         opt_state = _but_schedules(copied(parts.tx.init(params)), opt_state)
     own = own | {
         "params": copied(params),
-        "model_state": copied(model_state),
-        "weight": jnp.zeros_like(weight_R),
+        "model_state": copied(statistics),
+        "weight": jnp.zeros_like(own["weight"]),
         "outer": outer_state,
     }
-    return dataclasses.replace(
+    new = dataclasses.replace(
         state,
         params=params,
-        model_state=state.model_state | model_state,
+        model_state=state.model_state | statistics,
         opt_state=opt_state,
         strategy_state=own,
     )
+    return new, found
