@@ -1,4 +1,4 @@
-"""Federated averaging on MNIST (McMahan et al. 2017): 100 clients, Dirichlet 0.3, 10 of them in each round.
+"""Federated averaging on MNIST, 100 unlike clients, with momentum (Hsu et al. 2019, arXiv 1909.06335).
 
 python run.py --experiment mnist_federated --data.dir DIR
 """
@@ -11,22 +11,31 @@ from spmd.strategies import Federated
 from spmd.tasks import Classification
 from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
 
-ROUND = 100  # steps
+ROUND = 75  # steps
 
 
 def config() -> Experiment:
-    """50 rounds; a client passes twice over its examples, 20 at a time."""
+    """50 rounds; a client passes four times over its examples, 32 at a time, as far as 75 steps allow."""
     return Experiment(
         model=MLP(inputs=784, hidden=(200,), classes=10),
         task=Classification(),
         data=TFDS(
             name="mnist",
-            batch_size=10 * 20,
+            batch_size=10 * 32,
             features={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")},
         ),
-        optimizer=SGD(learning_rate=0.1, momentum=0.0, schedule="constant"),
-        strategy=Federated(clients=100, fraction=0.1, alpha=0.3, period=ROUND, local_epochs=2),
-        train=TrainConfig(steps=50 * ROUND, steps_per_dispatch=10),
+        optimizer=SGD(learning_rate=0.3, momentum=0.0, final_fraction=0.05),
+        strategy=Federated(
+            clients=100,
+            fraction=0.1,
+            alpha=0.3,
+            period=ROUND,
+            local_epochs=4,
+            outer="nesterov",
+            outer_learning_rate=1.0,
+            outer_momentum=0.5,
+        ),
+        train=TrainConfig(steps=50 * ROUND, steps_per_dispatch=25),
         eval=EvalConfig(every=5 * ROUND),
         checkpoint=CheckpointConfig(every=10 * ROUND),
     )

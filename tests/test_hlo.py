@@ -335,18 +335,81 @@ def test_attributes_of_a_kernel_may_go_over_several_lines():
     assert one.bytes == 32 and one.op_name == "kernel"
 
 
-def test_the_dearest_branch_of_a_conditional_counts():
-    branch = """
+BRANCH = """
 %branch.{n} (q: f32[{n}]) -> f32[{n}] {{
   %q = f32[{n}]{{0}} parameter(0)
   ROOT %r = f32[{n}]{{0}} all-reduce(%q), channel_id={n}, replica_groups={{}}, to_apply=%sum
 }}
 """
-    body = """  %p = f32[8]{0} parameter(0)
+SILENT = """
+%branch.4 (q: f32[8]) -> f32[8] {
+  ROOT %q = f32[8]{0} parameter(0)
+}
+"""
+CHOICE = """  %p = f32[8]{0} parameter(0)
   %i = s32[] constant(0)
   ROOT %out = f32[8]{0} conditional(%i, %p, %p), branch_computations={%branch.4, %branch.8}"""
-    (one,) = hlo.read(module(body, branch.format(n=4) + branch.format(n=8)), TWO).collectives
+
+
+def test_the_dearest_branch_of_a_conditional_counts():
+    program = hlo.read(module(CHOICE, BRANCH.format(n=4) + BRANCH.format(n=8)), TWO)
+    (one,) = program.collectives
     assert one.bytes == 32 and one.axes == ("data", "tensor") and one.group == 8
+
+
+PERIODIC = """  %p = f32[8]{0} parameter(0)
+  %step = s32[] parameter(1)
+  %period = s32[] constant(50)
+  %rest = s32[] remainder(%step, %period)
+  %last = s32[] constant(49)
+  %due = pred[] compare(%rest, %last), direction=EQ
+  %i = s32[] convert(%due)
+  ROOT %out = f32[8]{0} conditional(%i, %p, %p), branch_computations={%branch.4, %branch.8}"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({}, 1 / 50),
+        ({"direction=EQ": "direction=NE"}, 49 / 50),
+        ({"conditional(%i": "conditional(%due"}, 1 / 50),  # jax orders them by number all the same
+        (
+            {
+                "conditional(%i": "conditional(%due",
+                "branch_computations={%branch.4, %branch.8}": "true_computation=%branch.8,"
+                " false_computation=%branch.4",
+            },
+            1 / 50,
+        ),
+        ({"remainder": "divide"}, 1),  # unknown: as if always
+    ],
+)
+def test_what_every_nth_step_sends_counts_by_its_part(changes, part):
+    body = PERIODIC
+    for old, new in changes.items():
+        body = body.replace(old, new)
+    (one,) = hlo.read(module(body, SILENT + BRANCH.format(n=8)), TWO).collectives
+    assert one.count == pytest.approx(part)
+
+
+def test_the_period_of_a_compiled_conditional_is_read_inside_a_loop(devices):
+    """Before and after the compiler has fused the condition."""
+    cut = NamedSharding(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), P("x"))
+
+    def step(carry, _):
+        count, x = carry
+        add = lambda x: x + x.sum()
+        x = jax.lax.cond(jax.lax.rem(count + 1, jnp.int32(5)) == 0, add, lambda x: x, x)
+        return (count + 1, x), None
+
+    def steps(count, x):
+        return jax.lax.scan(step, (count, x), length=10)[0]
+
+    lowered = jax.jit(steps, in_shardings=(None, cut), out_shardings=(None, cut)).lower(
+        jnp.int32(0), jnp.zeros(64)
+    )
+    (one,) = hlo.read(lowered.compile().as_text(), {"x": 8}).collectives
+    assert one.kind == "all-reduce" and one.count == pytest.approx(2)
 
 
 def test_text_that_is_no_module_is_refused():

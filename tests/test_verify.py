@@ -233,6 +233,25 @@ def test_every_mesh_from_the_command_line(run_cli, tmp_path):
     assert found["meshes"][0]["leaves"]["float64"]["grads/head/bias"]["error"] < 1e-10
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--strategy", "local", "--strategy.replicas", "4"],
+        pytest.param(
+            ["--strategy", "federated", "--strategy.fraction", "0.04"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_local_steps_in_their_synchronous_limit(words):
+    plain = ["--simulate", "4", "--model.hidden", "32", "--optimizer.momentum", "0"]
+    plain += ["--optimizer.ema", "0.9", "--strategy.period", "1", "--strategy.outer", "average"]
+    mesh = ["--mesh.replica", "2", "--mesh.data", "1", "--mesh.fsdp", "2"]
+    report = spmd.load("digits", [*words, *plain, *mesh]).verify(4)
+    proven(report, "replica=2 fsdp=2")
+    compared = report.results[0].leaves["float64"]
+    assert {"grads/head/kernel", "params/head/kernel", "ema/head/kernel"} <= compared.keys()
+
+
 @pytest.mark.slow
 def test_meshes_that_a_strategy_refuses_are_skipped():
     words = ["--simulate", "2", "--model.hidden", "32", "--strategy", "allreduce"]

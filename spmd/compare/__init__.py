@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spmd import overrides, strategies
 from spmd.fields import check, closest, defaults
-from spmd.plan import network as networks
 
 if TYPE_CHECKING:
     from etils import epath
@@ -61,10 +60,8 @@ def run(
         program = _of(entry, lambda each=each: each.build(source=source))
         num_steps = program.num_steps
         _of(entry, lambda each=each, num=num_steps: _free(each, num))
-        levels = networks.named(network, program.mesh.shape)
-        charges[entry] = _of(
-            entry, lambda each=each, p=program, on=levels: cost.charge(each, p, on)
-        )
+        charges[entry] = cost.charge(each, program)
+        _of(entry, lambda entry=entry: charges[entry].seconds(network))
     results = []
     for i, (entry, each) in enumerate(variants.items(), 1):
         say(f"[{i}/{len(variants)}] {entry}")

@@ -3,14 +3,15 @@
     step = computation, measured on one device + each collective on the network that its axes cross
 
 Nothing hides behind anything: the communication of a strategy is shown whole. Collectives of one kind over
-the same axes run as one, since XLA combines them; what a step does only sometimes (an outer step) is spread
-over its period. Not modelled: what a strategy computes beside the gradient (compression, outer updates),
-stragglers.
+the same axes run as one, since XLA combines them; of what runs in every n-th step (an outer step) the n-th
+part counts. Left out of the time: the scalars of loss and metrics, for which no parameter waits; what a
+strategy computes beside the gradient (compression, outer updates); stragglers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,25 +24,56 @@ if TYPE_CHECKING:
     from spmd.train.loop import Program
 
 COMBINED = ("all-reduce", "all-gather", "reduce-scatter")
+SCALAR = 8  # bytes
 BLOCKS = 5  # of steps, the median of which is taken
 BLOCK_SECONDS = 0.2
 
 
 class Charge(NamedTuple):
-    """Per device and step. sent: bytes by mesh axes (`data`, `replica x data`). seconds: of collectives."""
+    """Of one device: program is the step that trains, sizes the mesh that it was compiled for."""
 
-    sent: dict[str, float]
-    seconds: float
-    num_devices: int
+    program: hlo.Program
+    sizes: dict[str, int]
+
+    @property
+    def num_devices(self) -> int:
+        """Of the mesh."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def sent(self) -> dict[str, float]:
+        """Mesh axes (`data`, `replica x data`) -> bytes that a device sends over them in a step."""
+        found: dict[str, float] = {}
+        for (axes, _), total in hlo.ledger(self.program).items():
+            name = " x ".join(axes) or "?"
+            found[name] = found.get(name, 0.0) + total.wire_bytes
+        return found
 
     @property
     def sent_bytes(self) -> float:
         """Over all axes."""
         return sum(self.sent.values())
 
+    def seconds(self, name: str) -> float:
+        """Of a step's collectives on a network, `10gbe` or `replica=wan,data=nvlink`. Groups that span no
+        product of axes count for the whole mesh.
+        """
+        levels = network.named(name, self.sizes)
+        together: dict[tuple[Any, ...], float] = {}
+        for i, c in enumerate(self.program.collectives):
+            if c.bytes <= SCALAR:
+                continue
+            alone = None if c.kind in COMBINED else i
+            key = (c.kind, c.axes or tuple(levels), c.count, c.dtype, alone)
+            together[key] = together.get(key, 0.0) + c.bytes
+        return sum(
+            count * network.seconds(network.join(levels, axes), kind, size)
+            for (kind, axes, count, *_), size in together.items()
+        )
 
-def charge(exp: Experiment, program: Program, levels: network.Levels) -> Charge:
-    """Of the step that trains, as it is partitioned for as many devices; levels: what each axis crosses."""
+
+def charge(exp: Experiment, program: Program) -> Charge:
+    """Of the step that trains, as it is partitioned for as many devices."""
     num = program.mesh.size
     if program.mesh.devices.flat[0].platform == "cpu":
         made = compile.compiled(program, targets.Target(f"cpu:{num}", num, None))
@@ -49,24 +81,7 @@ def charge(exp: Experiment, program: Program, levels: network.Levels) -> Charge:
         from spmd import ahead
 
         made = ahead.compiled(exp, f"cpu:{num}")
-    sent: dict[str, float] = {}
-    for (axes, _), total in hlo.ledger(made.program).items():
-        name = " x ".join(axes) or "?"
-        sent[name] = sent.get(name, 0.0) + total.wire_bytes
-    return Charge(sent, seconds(made.program, levels), num)
-
-
-def seconds(program: hlo.Program, levels: network.Levels) -> float:
-    """Of the collectives of a step. Groups that span no product of axes count for the whole mesh."""
-    together: dict[tuple[Any, ...], float] = {}
-    for i, c in enumerate(program.collectives):
-        alone = None if c.kind in COMBINED else i
-        key = (c.kind, c.axes or tuple(levels), c.dtype, c.count, alone)
-        together[key] = together.get(key, 0.0) + c.bytes
-    total = 0.0
-    for (kind, axes, _, count, _), size in together.items():
-        total += count * network.seconds(network.join(levels, axes), kind, size)
-    return total
+    return Charge(made.program, made.mesh)
 
 
 def measured(exp: Experiment, source: Any) -> float:

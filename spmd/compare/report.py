@@ -40,7 +40,7 @@ class Result(NamedTuple):
         return values[-1] if values else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
     """Strategies that trained with one budget. compute: seconds of a step's computation, measured here or
     given; the network is modelled.
@@ -62,7 +62,11 @@ class Comparison:
 
     def step_seconds(self, result: Result) -> float:
         """Of a step on the network."""
-        return self.compute + result.charge.seconds
+        return self.compute + result.charge.seconds(self.network)
+
+    def on(self, network: str) -> Comparison:
+        """The same runs on another network; writes nothing."""
+        return dataclasses.replace(self, network=network)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each strategy and logged step, as the CSV has it."""
@@ -113,7 +117,7 @@ class Comparison:
                 *("-" if value is None else f"{value:.4g}" for value in values),
                 tree.human_bytes(charge.sent_bytes),
                 over if len(charge.sent) > 1 else ", ".join(charge.sent) or "-",
-                report.seconds(charge.seconds),
+                report.seconds(charge.seconds(self.network)),
                 report.seconds(each),
                 "diverged" if result.failed else report.seconds(each * self.num_steps),
             )
@@ -134,6 +138,8 @@ class Comparison:
         made = "compare.csv, compare.png" if drawable() else f"compare.csv; compare.png: {INSTALL}"
         says.append(f"files: {rundir.shown(epath.Path(self.directory))}/ ({made}, a run each)")
         return "\n".join(says)
+
+    __repr__ = __str__  # beside the picture, in a notebook
 
     def figure(self) -> Figure:
         """Loss against steps, bytes sent by a device, and seconds on the network; needs matplotlib."""

@@ -162,10 +162,10 @@ class _Reader:
                 within = loops.unchanged(one, inside, self.module, known)
                 self.walk(one.called[0], count * (1 if times is None else times), known=within)
             elif one.op == "conditional":
-                branches = taken(one, inside, self.module)
-                for branch, part in branches:
+                known_ways = taken(one, inside, self.module)
+                for branch, part in known_ways:
                     self.walk(branch, count * part)
-                if not branches:
+                if not known_ways:
                     self._dearest(one, count)
             elif one.op in ("fusion", "async-start"):
                 hidden = _hidden(one, inside)

@@ -190,6 +190,25 @@ class Local(Rounds):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Server(StrategyConfig):
+    """Parameter server on all devices: gradients are pushed to owners, parameters pulled from them."""
+
+    name: ClassVar[str] = "server"
+    staleness: int = 0
+    """Workers compute on parameters so many updates old; 0 is synchronous SGD."""
+    compress: Compression = Compression()
+    """What is pushed instead of the gradients."""
+
+    def __post_init__(self) -> None:
+        check(self.staleness >= 0, f"strategy.staleness={self.staleness} must not be negative")
+
+    def build(self, parts: Parts) -> Strategy:
+        from spmd.strategies import server
+
+        return server.build(parts, self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Federated(Rounds):
     """Many clients, each with its own examples: in each round a few train, and are averaged (FedAvg)."""
 

@@ -80,7 +80,7 @@ def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
 
 
 Carry = Callable[[PyTree], PyTree]  # params -> the strategy state to begin with
-Begin = Callable[[TrainState], TrainState]
+Begin = Callable[[TrainState], TrainState]  # plain state -> the one that the strategy keeps
 
 
 def nothing(params: PyTree) -> PyTree:
@@ -88,13 +88,15 @@ def nothing(params: PyTree) -> PyTree:
     return {}
 
 
-def initial(
-    parts: Parts, shardings: TrainState, carry: Carry = nothing, begin: Begin = lambda state: state
-) -> Callable[[jax.Array], TrainState]:
-    """Strategy.init: jitted, every leaf born with its sharding.
+def as_it_is(state: TrainState) -> TrainState:
+    """The plain state, kept so."""
+    return state
 
-    begin: puts into the plain state what a strategy keeps beside it, or keeps otherwise.
-    """
+
+def initial(
+    parts: Parts, shardings: TrainState, carry: Carry = nothing, begin: Begin = as_it_is
+) -> Callable[[jax.Array], TrainState]:
+    """Strategy.init: jitted, every leaf born with its sharding."""
 
     def init(key: jax.Array) -> TrainState:
         params, model_state = parts.task.init(jax.random.fold_in(key, 0))
@@ -253,10 +255,10 @@ def finish(
     shardings: TrainState,
     step: Callable[..., Any],
     carry: Carry = nothing,
-    begin: Begin = lambda state: state,
+    begin: Begin = as_it_is,
 ) -> Strategy:
-    """A Strategy around an unjitted step function. Other parameters begin with a strategy state of theirs:
-    `carry`; begin as in `initial`.
+    """A Strategy around an unjitted step function. Other parameters begin with a strategy state of theirs,
+    where `carry` makes one.
     """
     batches = batch_shardings(parts)
     carried = None

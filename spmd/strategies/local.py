@@ -178,11 +178,12 @@ def check_fits(parts: base.Parts, num_replicas: int) -> None:
     for axis in INSIDE:
         ways *= parts.mesh.shape[axis]
     least = num_replicas * ways * parts.accumulate
+    sizes = sorted({max(batch_size // least, 1) * least, (batch_size // least + 1) * least})
     check(
         batch_size % least == 0,
         f"data.batch_size={batch_size} does not divide over {num_replicas} replicas of the strategy x {ways}"
         f" batch shards inside each x train.accumulate={parts.accumulate}; use"
-        f" {max(batch_size // least, 1) * least} or {(batch_size // least + 1) * least}",
+        f" {' or '.join(map(str, sizes))}",
     )
 
 
@@ -216,7 +217,7 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
         new_params, new_opt = base.applied(parts.tx, grads, opt_state, params)
         new = (new_params, _varying(new_state), new_opt)
         # Of several loss terms the sum: exact where they have one weight.
-        weight = sum((w.astype(jnp.float32) for w in weights.values()), start=jnp.float32(0))
+        weight = jnp.stack([w.astype(jnp.float32) for w in weights.values()]).sum()
         # One without examples stands still, but its learning rate goes on.
         new = tree.select(
             jnp.asarray(weight > 0), new, (params, model_state, _but_schedules(opt_state, new_opt))

@@ -3,8 +3,7 @@
 After Bonawitz et al. 2017 (Practical secure aggregation): numbers are integers modulo 2^32, each pair of
 clients shares a seed, the one adds what it generates and the other subtracts it. Every single input is
 uniformly distributed, the sum is exact. Of a client that has dropped out, the others reveal the seeds that
-they share with it, so that its masks leave the sum; a round that half of the clients or fewer survive is
-void.
+they share with it, so that its masks leave the sum; a round that only half of the clients survive is void.
 
 What is here is the arithmetic of the protocol, inside one program that holds all seeds: no key agreement, no
 secret sharing, and no second mask against a server that lies about who dropped out. It costs S^2 streams of

@@ -99,6 +99,17 @@ def dp_tp(p: dict[str, int]) -> Bytes:
     }
 
 
+def local(p: dict[str, int]) -> Bytes:
+    """The parameters in every 50th step."""
+    return {(("replica",), "all-reduce"): sum(p.values()) / 50}
+
+
+def local_fsdp(p: dict[str, int]) -> Bytes:
+    """FSDP inside of each replica, of which every 50th step brings the shards together."""
+    return fsdp(p) | {(("replica",), "all-reduce"): sum(p.values()) / 4 / 50}
+
+
+LOCAL = ["1", "--strategy", "local", "--strategy.replicas"]
 CASES = {
     "dp": (["8"], dp),
     "zero1": (["1", "--mesh.fsdp", "8", "--strategy.zero", "1"], zero1),
@@ -108,12 +119,14 @@ CASES = {
     "sp": (["1", "--mesh.tensor", "8", "--strategy.sequence-parallel"], sp),
     "dp_tp": (["4", "--mesh.tensor", "2"], dp_tp),
     "explicit": (["8", "--strategy", "allreduce"], dp),
+    "local": ([*LOCAL, "8", "--mesh.replica", "8"], local),
+    "local_fsdp": ([*LOCAL, "2", "--mesh.replica", "2", "--mesh.fsdp", "4"], local_fsdp),
 }
 # Scalars of metrics and clipping, norms below MIN_FSDP_ELEMENTS.
 SMALL = 0.02
 
 
-@pytest.mark.parametrize("case", slow_but(("zero1", "fsdp", "sp"), CASES))
+@pytest.mark.parametrize("case", slow_but(("zero1", "fsdp", "sp", "local"), CASES))
 def test_bytes_are_those_of_the_closed_form(case):
     words, form = CASES[case]
     program = build(words)
