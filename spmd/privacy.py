@@ -79,7 +79,7 @@ class Privacy:
         if not self.on:
             return
         why = strategy.not_private()
-        check(not why, f"privacy: {why}; use --strategy auto or allreduce")
+        check(not why, f"privacy: {why}; use --strategy auto, allreduce or server")
         check(
             not hasattr(source, "order"),
             "privacy needs each example to be sampled with the same probability, and a mixture is read by"

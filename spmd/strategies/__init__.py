@@ -73,6 +73,10 @@ class Compression:
         check(0 < self.keep <= 1, f"strategy.compress.keep={self.keep} must be in (0, 1]")
         check(self.rank >= 1, f"strategy.compress.rank={self.rank} must be at least 1")
 
+    def not_private(self) -> str:
+        """As StrategyConfig's: noise is measured for clipped gradients, and what is left out comes later."""
+        return "" if self.kind == "none" else f"strategy.compress.kind={self.kind} changes the sum"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllReduce(StrategyConfig):
@@ -109,7 +113,7 @@ class AllReduce(StrategyConfig):
         return allreduce.build(parts, self)
 
     def not_private(self) -> str:
-        return ""
+        return self.compress.not_private()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,9 @@ class Server(StrategyConfig):
         from spmd.strategies import server
 
         return server.build(parts, self)
+
+    def not_private(self) -> str:
+        return self.compress.not_private()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,25 +194,6 @@ class Local(Rounds):
         from spmd.strategies import local
 
         return local.build(parts, self.replicas, local.Outer(self.period, self._outer_tx()))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Server(StrategyConfig):
-    """Parameter server on all devices: gradients are pushed to owners, parameters pulled from them."""
-
-    name: ClassVar[str] = "server"
-    staleness: int = 0
-    """Workers compute on parameters so many updates old; 0 is synchronous SGD."""
-    compress: Compression = Compression()
-    """What is pushed instead of the gradients."""
-
-    def __post_init__(self) -> None:
-        check(self.staleness >= 0, f"strategy.staleness={self.staleness} must not be negative")
-
-    def build(self, parts: Parts) -> Strategy:
-        from spmd.strategies import server
-
-        return server.build(parts, self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
