@@ -11,7 +11,7 @@ from spmd import ahead, mesh
 from spmd.experiment import Experiment
 from spmd.fields import check
 from spmd.plan import targets
-from spmd.strategies import Auto
+from spmd.strategies import AllReduce, Auto, StrategyConfig
 
 if TYPE_CHECKING:
     from spmd.plan import report
