@@ -14,6 +14,7 @@ import pytest
 
 from spmd import experiment, tree
 from spmd.data.sources import ArraySource
+from spmd.strategies import Auto
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXAMPLES = 1000  # the data is not read: a golden file must not depend on what is prepared
@@ -22,7 +23,8 @@ EXAMPLES = 1000  # the data is not read: a golden file must not depend on what i
 def described(name: str) -> dict:
     exp = experiment.from_file(experiment.find(name))
     data = 2 if exp.data.batch_size % 8 == 0 else 1
-    exp, _ = experiment.override(exp, ["--mesh.data", str(data), "--mesh.fsdp", "4"])
+    second = "fsdp" if isinstance(exp.strategy, Auto) else "replica"
+    exp, _ = experiment.override(exp, ["--mesh.data", str(data), f"--mesh.{second}", "4"])
     source = ArraySource(
         {k: np.zeros((EXAMPLES, *shape), dtype) for k, (shape, dtype) in exp.data.features.items()}
     )

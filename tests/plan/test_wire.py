@@ -148,3 +148,7 @@ def test_rings_are_permutes_and_levels_keep_to_their_axes():
     permutes = [c for c in ring.collectives if c.kind == "collective-permute"]
     assert sum(c.count for c in permutes) == 2 * 2 * (N - 1)  # there and back, both ways
     assert all(c.bytes < SCALARS for c in ring.collectives if c.kind != "collective-permute")
+    levels, shapes = read("hierarchical")
+    across = [c for c in levels.collectives if "replica" in c.axes and c.bytes > SCALARS]
+    assert {(c.kind, c.axes) for c in across} == {("all-reduce", ("replica",))}
+    assert sum(c.count * c.bytes for c in across) == pytest.approx(elements(shapes), rel=0.01)
