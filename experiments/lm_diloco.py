@@ -21,14 +21,14 @@ def config() -> Experiment:
             name="stdlib_source",
             eval_split="test[:5]",
             sequence_length=64,
-            batch_size=128,
-            eval_batch_size=256,
+            batch_size=64,
+            eval_batch_size=512,
         ),
         optimizer=AdamW(
-            learning_rate=5e-3, final_fraction=0.02, warmup_steps=20, b2=0.99, clip_norm=1.0
+            learning_rate=1e-3, final_fraction=0.1, warmup_steps=20, b2=0.99, clip_norm=1.0
         ),
-        strategy=Local(replicas=8, period=50, outer_learning_rate=1.0, outer_momentum=0.5),
-        train=TrainConfig(steps=1500, steps_per_dispatch=25),
-        eval=EvalConfig(every=500),
-        checkpoint=CheckpointConfig(every=750, best="eval/loss", best_is="lowest"),
+        strategy=Local(replicas=8, period=50, outer="nesterov"),
+        train=TrainConfig(steps=1000, steps_per_dispatch=25),
+        eval=EvalConfig(every=250),
+        checkpoint=CheckpointConfig(every=500, best="eval/loss", best_is="lowest"),
     )
