@@ -13,22 +13,22 @@ from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
 
 
 def config() -> Experiment:
-    """Two layers, 32 wide, on the source of Python's standard library, as `lm_stdlib`."""
+    """One layer, 32 wide, on the source of Python's standard library, as `lm_stdlib`."""
     return Experiment(
-        model=Transformer(vocab=256, length=64, layers=2, heads=2, embed=32, scan=False),
+        model=Transformer(vocab=256, length=64, layers=1, heads=2, embed=32, scan=False),
         task=LanguageModel(),
         data=Text(
             name="stdlib_source",
             eval_split="test[:5]",
             sequence_length=64,
-            batch_size=32,
-            eval_batch_size=64,
+            batch_size=64,
+            eval_batch_size=512,
         ),
         optimizer=AdamW(
-            learning_rate=5e-3, final_fraction=0.02, warmup_steps=20, b2=0.99, clip_norm=1.0
+            learning_rate=1e-3, final_fraction=0.1, warmup_steps=20, b2=0.99, clip_norm=1.0
         ),
         strategy=Local(replicas=8, period=50, outer="nesterov"),
-        train=TrainConfig(steps=3000, steps_per_dispatch=25),
-        eval=EvalConfig(every=500),
-        checkpoint=CheckpointConfig(every=1500, best="eval/loss", best_is="lowest"),
+        train=TrainConfig(steps=1000, steps_per_dispatch=25),
+        eval=EvalConfig(every=250),
+        checkpoint=CheckpointConfig(every=500, best="eval/loss", best_is="lowest"),
     )
