@@ -16,7 +16,7 @@ from spmd import experiment, tree
 from spmd.data.sources import ArraySource
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-EXAMPLES = 1000  # the data is not read: a golden file must not depend on what is prepared
+EXAMPLES = 10_000  # the data is not read: a golden file must not depend on what is prepared
 
 
 def described(name: str) -> dict:
