@@ -185,6 +185,6 @@ def _word(cls: type[Any], option: str) -> list[str]:
 
 
 def _below(directory: epath.Path, entry: str, exp: Experiment) -> Experiment:
-    """The experiment of an entry with its run directory, named as the entry is typed."""
-    name = re.sub(r"[^\w.=+-]", "_", entry.replace(":", ","))
+    """The experiment of an entry with its run directory, named much as it is typed."""
+    name = re.sub(r"[^\w.=+-]", "_", entry)
     return dataclasses.replace(exp, run=dataclasses.replace(exp.run, dir=str(directory / name)))

@@ -146,7 +146,7 @@ class Comparison:
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
 
-        figure = Figure(figsize=(12, 3.8), layout="constrained")
+        figure = Figure(figsize=(12, 4.4), layout="constrained")
         axes = figure.subplots(1, 3, sharey=True)
         rows = [row for row in self.rows() if row.get(LOSS) is not None]
         curves = {
@@ -172,7 +172,7 @@ class Comparison:
                 ax.xaxis.set_major_formatter(EngFormatter(unit=unit))
             ax.grid(alpha=0.3)
         axes[0].set_ylabel("training loss")
-        axes[0].legend(fontsize="small")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(
             f"{self.name} on {self.num_devices} devices,"
             f" {report.seconds(self.compute)} of computation a step",
@@ -183,7 +183,7 @@ class Comparison:
     def png(self) -> bytes:
         """The figure."""
         out = io.BytesIO()
-        self.figure().savefig(out, format="png", dpi=120)
+        self.figure().savefig(out, format="png", dpi=100)
         return out.getvalue()
 
     _repr_png_ = png  # a notebook shows it
