@@ -106,24 +106,24 @@ def test_activations_are_cut_as_the_batch_the_heads_and_the_time_are():
     assert (named - one) / 2 == cut - one > 0
 
 
-# Peak of memory_analysis() of programs for v5p:2x2x2, compiled with libtpu 0.0.42.1 and jax 0.10.2, in GB:
-# llama3_8b with splash attention.
+# The compiler's own peak of programs for v5p, compiled with libtpu 0.0.42.1 and jax 0.10.2, in GB: llama3_8b with
+# splash attention, 16 rows. All of them: tests/plan/test_peak.py.
 COMPILED = {
-    "fsdp": (8, Layout({"fsdp": 8}, remat="full"), 21.98),
-    "fsdp_tensor": (8, Layout({"fsdp": 4, "tensor": 2}, remat="named"), 29.29),
+    "fsdp": (Layout({"fsdp": 8}, remat="full"), 25.74),
+    "dots": (Layout({"fsdp": 8}, remat="dots"), 65.99),
+    "fsdp_tensor": (Layout({"fsdp": 4, "tensor": 2}, remat="full"), 29.92),
     "sequence_parallel": (
-        16,
-        Layout({"fsdp": 4, "tensor": 2}, sequence_parallel=True, accumulate=2, remat="full"),
-        26.06,
+        Layout({"fsdp": 4, "tensor": 4}, sequence_parallel=True, remat="full"),
+        13.65,
     ),
-    "dots": (8, Layout({"fsdp": 8}, remat="dots"), 41.64),
+    "named": (Layout({"data": 4, "fsdp": 4}, remat="named"), 44.63),
 }
 
 
 @pytest.mark.parametrize("case", COMPILED)
 def test_peak_is_near_the_compiled_one(case):
-    rows, layout, peak = COMPILED[case]
-    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", str(rows))
+    layout, peak = COMPILED[case]
+    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "16")
     assert memory.of(fact, layout).peak == pytest.approx(peak * 1e9, rel=0.1)
 
 
