@@ -106,7 +106,7 @@ def test_activations_are_cut_as_the_batch_the_heads_and_the_time_are():
     assert (named - one) / 2 == cut - one > 0
 
 
-# The compiler's own peak of programs for v5p, compiled with libtpu 0.0.42.1 and jax 0.10.2, in GB: llama3_8b with
+# The peak by the compiler (libtpu 0.0.42.1, jax 0.10.2) of programs for v5p, in GB: llama3_8b with
 # splash attention, 16 rows. All of them: tests/plan/test_peak.py.
 COMPILED = {
     "fsdp": (Layout({"fsdp": 8}, remat="full"), 25.74),
