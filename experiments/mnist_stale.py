@@ -1,6 +1,8 @@
 """mnist with a parameter server whose workers compute on weights that are four updates old.
 
-python run.py --experiment mnist_stale --data.dir DIR     # 8 simulated devices, about 2 min on 2 CPU cores
+python run.py --experiment mnist_stale --data.dir DIR     # 8 simulated devices, about 1 min on 2 CPU cores;
+                                                          # expect 96.0 %
+As with --strategy.staleness 0 (95.9 %). With the momentum of mnist, 0.9, nothing is learned (11 %).
 """
 
 from spmd import Experiment
@@ -22,7 +24,7 @@ def config() -> Experiment:
             batch_size=128,
             features={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")},
         ),
-        optimizer=SGD(learning_rate=0.1, momentum=0.0, schedule="cosine"),
+        optimizer=SGD(learning_rate=0.2, momentum=0.0, schedule="cosine", warmup_steps=30),
         strategy=Server(staleness=4),
         train=TrainConfig(epochs=5),
         simulate=8,
