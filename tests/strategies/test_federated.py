@@ -163,7 +163,7 @@ def test_the_proximal_term_holds_clients_back():
         state = trained("--simulate", "1", "--strategy.proximal", mu, steps=4)
         kernel_S = np.asarray(state.strategy_state["params"]["head"]["kernel"])
         drift[mu] = np.abs(kernel_S - np.asarray(state.params["head"]["kernel"])[None]).mean()
-    assert 0 < drift["10"] < 0.7 * drift["0"]
+    assert 0 < drift["10"] < 0.8 * drift["0"]
 
 
 def test_a_thousand_clients_on_eight_devices():
