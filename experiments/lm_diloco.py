@@ -4,7 +4,8 @@ python run.py --experiment lm_diloco --strategy auto --train.steps 1000 --run.di
 python run.py --experiment lm_diloco --init.from runs/begun --simulate 8 --mesh.replica 8 --mesh.data 1
 
 Some minutes on 2 CPU cores. From a model that has begun, as in the paper: eval/loss 1.670, synchronous 1.654
-(0.9 % less), at 1/50 of the bytes over `replica`; both measured with the replicas on one device. From scratch 1,000 steps give 2.00 against 1.76: replicas of 512 tokens a step are too noisy to begin with.
+(0.9 % less), at 1/50 of the bytes over `replica`; measured with the replicas on one device. From scratch
+1,000 steps give 2.00 against 1.76: replicas of 512 tokens a step are too noisy to begin with.
 """
 
 from spmd import Experiment
