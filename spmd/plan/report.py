@@ -243,6 +243,9 @@ def _kind(reason: str) -> str:
 def rendered(table: Table) -> str:
     """A table as plain lines."""
     out = io.StringIO()
-    # A notebook would take the table as HTML, past the file.
-    Console(file=out, width=240, highlight=False, force_jupyter=False).print(table)
+    # A notebook would take the table as HTML, past the file, or with colours.
+    console = Console(
+        file=out, width=240, highlight=False, force_jupyter=False, force_terminal=False
+    )
+    console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
