@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd import grad, scope, sharding, tree
+from spmd.pipeline import execute, schedules
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -48,6 +49,7 @@ class Parts(NamedTuple):
     """What a strategy is built from; nothing in it knows of models or data.
 
     task: spmd.tasks.Task. batch: abstract global batch. rate: learning rate by step.
+    pipeline, virtual_stages: the schedule, where mesh.stage cuts the layers.
     ema: decay of the moving average of the parameters; 0 is off.
     skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
     """
@@ -58,6 +60,8 @@ class Parts(NamedTuple):
     mesh: Mesh
     batch: Any
     accumulate: int = 1
+    pipeline: schedules.Kind = "1f1b"
+    virtual_stages: int = 2
     ema: float = 0.0
     skip: bool = False
 
@@ -129,7 +133,19 @@ def batch_shardings(parts: Parts) -> Any:
 
 def grads_of(parts: Parts) -> grad.GradsOf:
     """The first part of a step: the gradient function that these parts ask for."""
+    if parts.mesh.shape["stage"] > 1:
+        return pipelined(parts)
     return grad.accumulated(grad.plain(parts.task.loss), parts.accumulate)
+
+
+def pipelined(parts: Parts) -> grad.GradsOf:
+    """The gradient function of a pipeline; ValueError for what it cannot cut."""
+    stages = parts.mesh.shape["stage"]
+    staged = parts.task.staged()
+    table = schedules.make(parts.pipeline, stages, parts.accumulate, parts.virtual_stages)
+    params, _ = abstract_params(parts)
+    execute.check_layers(execute.num_layers(params, parts.task.dims), stages, table.virtual)
+    return execute.grads_of(staged, parts.task.dims, parts.mesh, table)
 
 
 def step_key(state: TrainState) -> jax.Array:
