@@ -29,11 +29,13 @@ class Staged(NamedTuple):
     enter: (params, batch, step_key) -> x, what the first layer reads.
     through: (params, x, batch, step_key, first) -> x behind these layers; first: the number of the first.
     leave: (params, x, batch, step_key, scale) -> (scaled sum, Sums).
+    stream: logical dims of x.
     """
 
     enter: Callable[..., jax.Array]
     through: Callable[..., jax.Array]
     leave: Callable[..., tuple[jax.Array, Sums]]
+    stream: tuple[str, ...]
 
 
 def _unstaged() -> Staged:
@@ -283,14 +285,14 @@ class LanguageModel:
         return [_feature(batch, first), *(batch.get(name) for name in rest)]
 
 
-PARTS = ("enter", "through", "leave", "logits")
+PARTS = ("enter", "through", "leave", "logits", "stream")
 
 
 def _staged(
     net: Network, inputs: Callable[[Batch], Any], finish: Callable[..., tuple[jax.Array, Sums]]
 ) -> Staged:
-    """The loss in parts, of a module with the methods PARTS. finish: (module, x, batch, scale) -> (scaled
-    sum, Sums), x being what the head reads.
+    """The loss in parts, of a module with PARTS: methods, and stream, the logical dims of what flows between
+    them. finish: (module, x, batch, scale) -> (scaled sum, Sums), x being what the head reads.
     """
     kind = f"{net.kind.__module__}.{net.kind.__qualname__}"
     missing = [name for name in PARTS if not hasattr(net.kind, name)]
@@ -324,6 +326,7 @@ def _staged(
         lambda params, batch, key: call(params, batch, key, lambda m: m.enter(*inputs(batch))),
         through,
         leave,
+        net.kind.stream,
     )
 
 

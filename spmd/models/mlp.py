@@ -80,6 +80,8 @@ class _Net(nnx.Module):
 class _Stack(nnx.Module):
     """The same with hidden layers of one width, stacked; enter, through, leave and logits are its parts."""
 
+    stream = ("batch", "embed")  # what flows from part to part
+
     def __init__(self, config: MLP, rngs: nnx.Rngs):
         width, self.num_layers = config.hidden[0], len(config.hidden) - 1
         dtype = config.dtype
@@ -129,4 +131,4 @@ class _Stack(nnx.Module):
         return self.head(x)
 
     def _activated(self, x: jax.Array) -> jax.Array:
-        return scope.constrain(self.dropout(jax.nn.relu(x)), "batch", "embed")
+        return scope.constrain(self.dropout(jax.nn.relu(x)), *self.stream)

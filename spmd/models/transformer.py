@@ -127,6 +127,8 @@ class Decoder(nnx.Module):
     through and leave are the parts of hidden, for a pipeline.
     """
 
+    stream = ("batch", "residual_time", "embed")  # what flows from part to part
+
     def __init__(self, config: Transformer, rngs: nnx.Rngs):
         self.config = config
         table = jax.nn.initializers.normal(config.init_std or config.embed**-0.5)

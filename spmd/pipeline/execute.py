@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from spmd import scope, tree
+from spmd import scope, sharding, tree
 from spmd.fields import check
 from spmd.grad import GradsOf, microbatches
 from spmd.pipeline import schedules
@@ -31,6 +31,7 @@ class Staged(Protocol):
     enter: Callable[..., jax.Array]
     through: Callable[..., jax.Array]
     leave: Callable[..., tuple[jax.Array, PyTree]]
+    stream: tuple[str, ...]
 
 
 def grads_of(
@@ -49,7 +50,7 @@ def grads_of(
         structure = jax.tree.structure(params)
         specs = structure.unflatten([P(STAGE) if cut else P() for cut in stacked])
         layers = num_layers(params, dims)
-        parts = Parts(stacked, structure)
+        parts = Parts(stacked, structure, _places(params, dims, mesh))
 
         def local(params, batch_M, step_key, scale):
             with scope.bind(axes=axes, manual=(STAGE,)):
@@ -72,6 +73,15 @@ def grads_of(
 
 def _is_stacked(dims: Mapping[str, Any], name: str) -> bool:
     return (dims.get(name) or ("",))[0] == "layers"
+
+
+def _places(params: PyTree, dims: Mapping[str, Any], mesh: Mesh) -> list[P]:
+    """Where each parameter lies over the axes that are left to the compiler."""
+    specs = [
+        sharding.spec_of(name, x.shape, dims.get(name), mesh, fsdp=True)
+        for name, x in tree.named_leaves(params).items()
+    ]
+    return [P(*(None if axis == STAGE else axis for axis in spec)) for spec in specs]
 
 
 def num_layers(params: PyTree, dims: Mapping[str, Any]) -> int:
@@ -111,11 +121,24 @@ class Parts(NamedTuple):
 
     stacked: list[bool]
     structure: Any
+    places: list[P]
 
     def split(self, params: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
         """(stacked, others)."""
-        leaves = list(zip(self.structure.flatten_up_to(params), self.stacked, strict=True))
-        return [x for x, cut in leaves if cut], [x for x, cut in leaves if not cut]
+        return self._sides(self.structure.flatten_up_to(params))
+
+    def _sides(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+        pairs = list(zip(leaves, self.stacked, strict=True))
+        return [x for x, cut in pairs if cut], [x for x, cut in pairs if not cut]
+
+    def placed(self, chunks: list[jax.Array], others: list[jax.Array]) -> Any:
+        """Sums of gradients (chunks [V, L/SV, ...] and others), placed as the parameters are."""
+        of_chunks, of_others = self._sides(self.places)
+        place = jax.lax.with_sharding_constraint
+        return (
+            [place(x, P(None, *spec)) for x, spec in zip(chunks, of_chunks, strict=True)],
+            [place(x, spec) for x, spec in zip(others, of_others, strict=True)],
+        )
 
     def join(self, stacked: Any, others: Any) -> PyTree:
         """The tree again."""
@@ -185,11 +208,16 @@ class Stage:
     def _is_last(self, chunk: jax.Array) -> jax.Array:
         return (self.index == self.table.stages - 1) & (chunk == self.table.virtual - 1)
 
+    # The partitioner wants the results of both branches to lie alike, so each is placed.
+
+    def _flows(self, x: jax.Array) -> jax.Array:
+        return scope.constrain(x, *self.staged.stream)
+
     def _input(self, carry: Carry, slot: Any, chunk: Any, microbatch: Any) -> jax.Array:
         return jax.lax.cond(
             self._is_first(chunk),
-            lambda: self.enter(self.others, microbatch),
-            lambda: pick(carry.inputs, slot),
+            lambda: self._flows(self.enter(self.others, microbatch)),
+            lambda: self._flows(pick(carry.inputs, slot)),
         )
 
     def forward(self, carry: Carry, now: schedules.Program, nothing: jax.Array) -> jax.Array:
@@ -198,10 +226,10 @@ class Stage:
         def run() -> jax.Array:
             x = self._input(carry, now.forward_x, now.forward_chunk, now.forward)
             chunk = [pick(w, now.forward_chunk) for w in self.chunks]
-            return self.through(chunk, x, now.forward_chunk, now.forward)
+            return self._flows(self.through(chunk, x, now.forward_chunk, now.forward))
 
         runs = (now.forward >= 0) & ~self._is_last(now.forward_chunk)
-        return jax.lax.cond(runs, run, lambda: nothing)
+        return jax.lax.cond(runs, run, lambda: self._flows(nothing))
 
     def backward(
         self, carry: Carry, now: schedules.Program, nothing: jax.Array
@@ -212,6 +240,7 @@ class Stage:
         logits has to leave it.
         """
         number, microbatch = now.backward_chunk, now.backward
+        placed = lambda others: self.parts.placed(carry.grads[0], others)[1]
 
         def run() -> tuple[Any, PyTree, jax.Array]:
             of_chunks, of_others = carry.grads
@@ -223,27 +252,32 @@ class Stage:
                 loss = lambda others, y: self.leave(others, y, microbatch)
                 total, pull, sums = jax.vjp(loss, self.others, y, has_aux=True)
                 grads, above = pull(vary(jnp.ones_like(total)))
-                return above, added(of_others, grads), added(carry.sums, sums)
+                return self._flows(above), placed(added(of_others, grads)), added(carry.sums, sums)
 
             above, of_others, sums = jax.lax.cond(
                 self._is_last(number),
                 head,
-                lambda: (pick(carry.gradients, now.backward_ct), of_others, carry.sums),
+                lambda: (
+                    self._flows(pick(carry.gradients, now.backward_ct)),
+                    placed(of_others),
+                    carry.sums,
+                ),
             )
             grads, below = pull(above)
 
             def embedding() -> list[jax.Array]:
                 _, pull = jax.vjp(lambda others: self.enter(others, microbatch), self.others)
-                return added(of_others, pull(below)[0])
+                return placed(added(of_others, pull(below)[0]))
 
-            of_others = jax.lax.cond(self._is_first(number), embedding, lambda: of_others)
+            of_others = jax.lax.cond(self._is_first(number), embedding, lambda: placed(of_others))
             of_chunks = [
                 put(sum_, pick(sum_, number) + new, number)
                 for sum_, new in zip(of_chunks, grads, strict=True)
             ]
-            return (of_chunks, of_others), sums, below
+            return self.parts.placed(of_chunks, of_others), sums, self._flows(below)
 
-        return jax.lax.cond(now.backward >= 0, run, lambda: (carry.grads, carry.sums, nothing))
+        rest = lambda: (self.parts.placed(*carry.grads), carry.sums, self._flows(nothing))
+        return jax.lax.cond(now.backward >= 0, run, rest)
 
     def run(
         self, program: schedules.Program, num_inputs: int, num_gradients: int, axes: tuple[str, ...]
@@ -257,8 +291,10 @@ class Stage:
         x, sums = jax.eval_shape(ends)
         zeros = lambda shapes: vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
         nothing = zeros(x)
-        slots = lambda num: zeros(jax.ShapeDtypeStruct((num, *x.shape), x.dtype))
-        grads = zeros((self.chunks, self.others))
+        slots = lambda num: scope.constrain(
+            zeros(jax.ShapeDtypeStruct((num, *x.shape), x.dtype)), None, *self.staged.stream
+        )
+        grads = self.parts.placed(*zeros((self.chunks, self.others)))
         start = Carry(grads, zeros(sums), slots(num_inputs), slots(num_gradients))
         num, wrap = self.table.stages, self.table.virtual > 1
         up = [(i, (i + 1) % num) for i in range(num if wrap else num - 1)]
