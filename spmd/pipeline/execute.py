@@ -153,6 +153,7 @@ class Carry(NamedTuple):
     sums: PyTree
     inputs: jax.Array  # [slots, ...]
     gradients: jax.Array  # [slots, ...]
+    sent: tuple[jax.Array, jax.Array]  # to this stage: an input, a gradient
 
 
 class Stage:
@@ -213,18 +214,21 @@ class Stage:
     def _flows(self, x: jax.Array) -> jax.Array:
         return scope.constrain(x, *self.staged.stream)
 
-    def _input(self, carry: Carry, slot: Any, chunk: Any, microbatch: Any) -> jax.Array:
+    def _input(self, kept: jax.Array, chunk: jax.Array, microbatch: jax.Array) -> jax.Array:
         return jax.lax.cond(
             self._is_first(chunk),
             lambda: self._flows(self.enter(self.others, microbatch)),
-            lambda: self._flows(pick(carry.inputs, slot)),
+            lambda: self._flows(kept),
         )
+
+    # What is kept is read outside of the branches: a buffer that goes into one is copied.
 
     def forward(self, carry: Carry, now: schedules.Program, nothing: jax.Array) -> jax.Array:
         """What goes to the next stage. The last one's forward is part of its backward."""
+        kept = pick(carry.inputs, now.forward_x)
 
         def run() -> jax.Array:
-            x = self._input(carry, now.forward_x, now.forward_chunk, now.forward)
+            x = self._input(kept, now.forward_chunk, now.forward)
             chunk = [pick(w, now.forward_chunk) for w in self.chunks]
             return self._flows(self.through(chunk, x, now.forward_chunk, now.forward))
 
@@ -240,11 +244,13 @@ class Stage:
         logits has to leave it.
         """
         number, microbatch = now.backward_chunk, now.backward
+        kept = pick(carry.inputs, now.backward_x)
+        arrived = pick(carry.gradients, now.backward_ct)
         placed = lambda others: self.parts.placed(carry.grads[0], others)[1]
 
         def run() -> tuple[Any, PyTree, jax.Array]:
             of_chunks, of_others = carry.grads
-            x = self._input(carry, now.backward_x, number, microbatch)
+            x = self._input(kept, number, microbatch)
             chunk = [pick(w, number) for w in self.chunks]
             y, pull = jax.vjp(lambda w, x: self.through(w, x, number, microbatch), chunk, x)
 
@@ -258,7 +264,7 @@ class Stage:
                 self._is_last(number),
                 head,
                 lambda: (
-                    self._flows(pick(carry.gradients, now.backward_ct)),
+                    self._flows(arrived),
                     placed(of_others),
                     carry.sums,
                 ),
@@ -295,19 +301,25 @@ class Stage:
             zeros(jax.ShapeDtypeStruct((num, *x.shape), x.dtype)), None, *self.staged.stream
         )
         grads = self.parts.placed(*zeros((self.chunks, self.others)))
-        start = Carry(grads, zeros(sums), slots(num_inputs), slots(num_gradients))
+        start = Carry(
+            grads, zeros(sums), slots(num_inputs), slots(num_gradients), (nothing, nothing)
+        )
         num, wrap = self.table.stages, self.table.virtual > 1
         up = [(i, (i + 1) % num) for i in range(num if wrap else num - 1)]
 
         def tick(carry: Carry, row: schedules.Program) -> tuple[Carry, None]:
             now = jax.tree.map(lambda x_S: pick(x_S, self.index), row)
+            # Written first, read later: the other way round XLA would copy the buffers in every tick.
+            carry = carry._replace(
+                inputs=put_if(carry.inputs, carry.sent[0], now.x_to),
+                gradients=put_if(carry.gradients, carry.sent[1], now.ct_to),
+            )
             y = self.forward(carry, now, nothing)
             grads, sums, below = self.backward(carry, now, nothing)
             # Outside every branch: all stages exchange at every tick.
-            arrived = jax.lax.ppermute(y, STAGE, up)
-            gradient = jax.lax.ppermute(below, STAGE, [(j, i) for i, j in up])
-            inputs = put_if(carry.inputs, arrived, now.x_to)
-            return Carry(grads, sums, inputs, put_if(carry.gradients, gradient, now.ct_to)), None
+            down = [(j, i) for i, j in up]
+            sent = jax.lax.ppermute(y, STAGE, up), jax.lax.ppermute(below, STAGE, down)
+            return carry._replace(grads=grads, sums=sums, sent=sent), None
 
         done, _ = jax.lax.scan(tick, start, jax.tree.map(jnp.asarray, program))
         of_chunks, of_others = done.grads

@@ -217,7 +217,8 @@ def _check_deadlock(table: Table) -> None:
 
 class Program(NamedTuple):
     """A table with its buffers: each int32 [K, S]. x: slots of the inputs that a stage keeps until their
-    backward; ct: of the gradients that reach it. _to: where what arrives at the end of a tick is put.
+    backward; ct: of the gradients that reach it. _to: where what was sent in the tick before is put, before
+    anything is read.
     """
 
     forward: Any  # microbatch, or IDLE
@@ -249,20 +250,20 @@ def program(table: Table) -> tuple[Program, int, int]:
     slots, num_inputs = _slots(inputs, table.stages)
     for key, slot in slots.items():
         stage = key[0] % table.stages
-        made.x_to[inputs[key][0], stage] = slot
+        made.x_to[inputs[key][0] + 1, stage] = slot
         made.forward_x[forward[key], stage] = made.backward_x[backward[key], stage] = slot
     gradients = {k: (backward[k[0] + 1, k[1]], backward[k]) for k in backward if k[0] < last}
     slots, num_gradients = _slots(gradients, table.stages)
     for key, slot in slots.items():
         stage = key[0] % table.stages
-        made.ct_to[gradients[key][0], stage] = slot
+        made.ct_to[gradients[key][0] + 1, stage] = slot
         made.backward_ct[backward[key], stage] = slot
     return made, num_inputs, num_gradients
 
 
 def _slots(lives: dict[Key, tuple[int, int]], stages: int) -> tuple[dict[Key, int], int]:
-    """A slot on its stage for each (virtual stage, microbatch), and how many slots a stage has. lives: put at
-    the end of a tick, read for the last time within another, after which the slot is free.
+    """A slot on its stage for each (virtual stage, microbatch), and how many slots a stage has. lives: the
+    tick in which it is sent, and that in which it is read for the last time, after which the slot is free.
     """
     found: dict[Key, int] = {}
     free_from: list[list[int]] = [[] for _ in range(stages)]

@@ -110,22 +110,53 @@ def test_gradients_are_those_of_one_device(name, kind, stages, data, tensor):
         assert error <= 1e-9 * np.linalg.norm(value), leaf
 
 
-@pytest.mark.parametrize(
-    "name,sizes",
-    slow_but(
-        [("mlp", {"stage": 2, "fsdp": 2})],
-        [
-            ("mlp", {"stage": 2, "fsdp": 2}),
-            ("lm", {"stage": 2, "fsdp": 2}),
-            ("lm", {"stage": 2, "fsdp": 2, "tensor": 2}),
-            ("lm", {"stage": 2, "replica": 2, "data": 2}),
-        ],
-    ),
-)
-def test_beside_other_axes(name, sizes):
-    want, got = one_device(name, 4), gradients(name, sizes, 4)
+BESIDE = {
+    "fsdp": {"stage": 2, "fsdp": 2},
+    "fsdp_tensor": {"stage": 2, "fsdp": 2, "tensor": 2},
+    "replica_data": {"stage": 2, "replica": 2, "data": 2},
+}
+PAIRS = [("mlp", "fsdp"), ("mlp", "replica_data"), *(("lm", beside) for beside in BESIDE)]
+
+
+@pytest.mark.parametrize("name,beside", slow_but([("mlp", "fsdp")], PAIRS))
+def test_beside_other_axes(name, beside):
+    want, got = one_device(name, 4), gradients(name, BESIDE[beside], 4)
     for leaf, value in want.items():
         assert np.linalg.norm(got[leaf] - value) <= 1e-9 * np.linalg.norm(value), leaf
+
+
+ROWS, WIDTH = 1024, 64  # of a microbatch, and of a layer
+
+
+def compiled(kind, stages, microbatches):
+    """A gradient function whose memory is that of the inputs of its stages, and the bytes of its batch."""
+    model = MLP(inputs=64, hidden=(WIDTH,) * (stages + 1), stacked=True)
+    jitted, (params, batch, key) = lowered(
+        parts_of(model, {"stage": stages}, microbatches, kind), model
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct((ROWS * microbatches, *x.shape[1:]), x.dtype)
+        for name, x in batch.items()
+    }
+    return jitted.lower(params, batch, key).compile(), tree.num_bytes(batch)
+
+
+@pytest.mark.slow
+def test_1f1b_keeps_the_inputs_of_a_stage_for_a_few_microbatches_only():
+    """GPipe keeps m inputs, 1F1B in slot form 2 S - 3 (the first stage looks its input up again): about m - S
+    less, and no more for more microbatches, but for the batch itself.
+    """
+    stages, unit = 4, ROWS * WIDTH * 8
+    temp, batch = {}, {}
+    with jax.enable_x64(True):
+        for kind, microbatches in (("gpipe", 64), ("1f1b", 64), ("1f1b", 16)):
+            made, batch[microbatches] = compiled(kind, stages, microbatches)
+            temp[kind, microbatches] = made.memory_analysis().temp_size_in_bytes
+    saved = (temp["gpipe", 64] - temp["1f1b", 64]) / unit
+    assert saved == pytest.approx(64 - (2 * stages - 3), rel=1e-3)
+    assert saved == pytest.approx(64 - stages, rel=0.05)
+    grown = temp["1f1b", 64] - temp["1f1b", 16]
+    assert grown == pytest.approx(batch[64] - batch[16], abs=0.05 * unit)
 
 
 def test_mistakes_say_what_works():

@@ -47,7 +47,13 @@ def test_what_is_read_is_what_was_put_there():
         last = table.stages * table.virtual - 1
         inputs = np.full((table.stages, num_inputs, 2), -1)
         gradients = np.full((table.stages, num_gradients, 2), -1)
+        up, down = {}, {}
         for tick in range(table.ticks):
+            for stage in range(table.stages):
+                if (slot := run.x_to[tick, stage]) >= 0:
+                    inputs[stage, slot] = up[stage]
+                if (slot := run.ct_to[tick, stage]) >= 0:
+                    gradients[stage, slot] = down[stage]
             up, down = {}, {}
             for stage in range(table.stages):
                 at = lambda name, run=run, tick=tick, stage=stage: int(
@@ -68,11 +74,6 @@ def test_what_is_read_is_what_was_put_there():
                         read = gradients[stage, at("backward_ct")]
                         assert read.tolist() == [virtual, microbatch]
                     down[(stage - 1) % table.stages] = (virtual - 1, microbatch)
-            for stage in range(table.stages):
-                if (slot := run.x_to[tick, stage]) >= 0:
-                    inputs[stage, slot] = up[stage]
-                if (slot := run.ct_to[tick, stage]) >= 0:
-                    gradients[stage, slot] = down[stage]
 
 
 def changed(table, way, tick, stage, value):
