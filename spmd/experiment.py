@@ -178,6 +178,8 @@ class Experiment:
                 mesh=cut,
                 batch=batch,
                 accumulate=self.train.accumulate,
+                pipeline=self.train.pipeline,
+                virtual_stages=self.train.virtual_stages,
                 ema=self.optimizer.ema,
                 skip=self.train.nonfinite == "skip",
                 privacy=private,
@@ -211,6 +213,8 @@ class Experiment:
         program = self.build()
         if program.mesh.devices.flat[0].platform == "cpu":
             allocator.keep()
+        if warning := self.pipeline_warning(program.mesh.shape["stage"]):
+            agree.say(warning, sys.stderr)
         place = (self.run.dir, self.name, self.config(), self.identity())
 
         def claim() -> str:
@@ -244,6 +248,13 @@ class Experiment:
             begin=lambda: rundir.record(path, *place[1:]),
         )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
+
+    def pipeline_warning(self, stages: int) -> str:
+        """Of a pipeline that mostly waits; else ""."""
+        from spmd.pipeline import schedules
+
+        chunks = self.train.virtual_stages if self.train.pipeline == "interleaved" else 1
+        return schedules.short(stages, self.train.accumulate, chunks) if stages > 1 else ""
 
     def verify(self, steps: int = 20, *, all_meshes: bool = False) -> Report:
         """The step on this experiment's mesh, or on every mesh of its devices, against one device's.

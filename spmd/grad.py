@@ -121,21 +121,23 @@ def noised(grads: PyTree, step_key: jax.Array, deviation: float) -> PyTree:
     return jax.tree.unflatten(structure, [g + n for g, n in zip(leaves, noise, strict=True)])
 
 
-def accumulated(grads_of: GradsOf, num_microbatches: int) -> GradsOf:
-    """Sums gradients over microbatches in a scan: the memory of one, the gradient of all.
+def microbatches(batch: PyTree, num: int) -> PyTree:
+    """[B, ...] -> [M, B/M, ...] for each leaf.
 
     Microbatch m takes rows m, m + M, m + 2M, ... so that each device keeps its own rows (no resharding)
     and the microbatches are the same sets of examples on every mesh.
     """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num, *x.shape[1:]), 1, 0), batch)
+
+
+def accumulated(grads_of: GradsOf, num_microbatches: int) -> GradsOf:
+    """Sums gradients over microbatches in a scan: the memory of one, the gradient of all."""
     if num_microbatches == 1:
         return grads_of
 
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(-1, num_microbatches, *x.shape[1:]), 1, 0)
-
     def summed(params, model_state, batch, step_key, scale):
-        microbatches = jax.tree.map(split, batch)
-        first = jax.tree.map(lambda x: x[0], microbatches)
+        batches = microbatches(batch, num_microbatches)
+        first = jax.tree.map(lambda x: x[0], batches)
         shapes = jax.eval_shape(grads_of, params, model_state, first, step_key, scale)
         zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2]))
 
@@ -144,7 +146,7 @@ def accumulated(grads_of: GradsOf, num_microbatches: int) -> GradsOf:
             *new, model_state = grads_of(params, model_state, microbatch, step_key, scale)
             return (jax.tree.map(jnp.add, sums, tuple(new)), model_state), None
 
-        ((grads, metrics), model_state), _ = jax.lax.scan(body, (zeros, model_state), microbatches)
+        ((grads, metrics), model_state), _ = jax.lax.scan(body, (zeros, model_state), batches)
         return grads, metrics, model_state
 
     return summed

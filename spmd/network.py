@@ -26,6 +26,7 @@ class Network(NamedTuple):
     call: Callable[..., tuple[Any, PyTree]]
     dims: dict[str, tuple[str, ...] | None]
     whole_batch: tuple[str, ...]
+    kind: type  # of the module
 
     def evaluated(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
         """fn(module), without dropout, with the statistics of training."""
@@ -77,7 +78,7 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
     def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
         return call(params, model_state, lambda module: module(*args), train=train)
 
-    return Network(init, apply, call, dims, whole_batch)
+    return Network(init, apply, call, dims, whole_batch, type(abstract))
 
 
 def _dicts(state: nnx.State) -> PyTree:

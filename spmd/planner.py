@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spmd.plan.facts import Facts
     from spmd.plan.layout import Layout
     from spmd.plan.scaling import Bound, Point
+    from spmd.plan.schedule import Schedule
     from spmd.plan.search import Candidate
 
 AT_ONCE = 2  # compilations side by side: each takes gigabytes of the host's memory
@@ -96,6 +97,23 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
         found = comms.compiled(program.program, cut)
         made = made._replace(estimate=cost.estimate(known, on, cut, found))
     return made._replace(compiled=program)
+
+
+def schedule(exp: Experiment, target: str) -> Schedule:
+    """The pipeline of `exp` on `target`; ValueError where it has none, or one that cannot be."""
+    import jax
+
+    from spmd.pipeline import execute, schedules
+    from spmd.plan.schedule import Schedule
+
+    task = exp.task.build(exp.model, exp.param_dtype)
+    task.staged()
+    stages = exp.mesh.resolve(targets.parse(target).num_devices)["stage"]
+    train = exp.train
+    table = schedules.make(train.pipeline, stages, train.accumulate, train.virtual_stages)
+    layers = execute.num_layers(jax.eval_shape(task.init, jax.random.key(0))[0], task.dims)
+    execute.check_layers(layers, stages, table.virtual)
+    return Schedule(table, layers, exp.pipeline_warning(stages))
 
 
 def search(

@@ -25,7 +25,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "time": ("context",),
     "residual_time": ("context",),  # between the blocks: see sequence_parallel
     "position": (),
-    "layers": (),
+    "layers": ("stage",),
     "embed": (),
     "mlp": ("tensor",),
     "heads": ("tensor",),
@@ -205,13 +205,21 @@ def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
 
 
 def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
-    """What a jitted program on `mesh` binds in its scope: where logical dims of activations lie."""
+    """What a jitted program on `mesh` binds in its scope: where logical dims of activations lie.
+
+    Within a shard_map over some axes (a pipeline's), arrays are blocks of them, and the others place them.
+    """
 
     def spec(shape: Sequence[int], dims: Dims) -> P:
-        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=rules)
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        left = {dim: tuple(a for a in axes if a not in manual) for dim, axes in rules.items()}
+        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left)
 
     def constrain(x: jax.Array, dims: Dims) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(x.shape, dims)))
+        placed: Any = spec(x.shape, dims)
+        if not jax.sharding.get_abstract_mesh().manual_axes:
+            placed = NamedSharding(mesh, placed)
+        return jax.lax.with_sharding_constraint(x, placed)
 
     def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Dims) -> Any:
         def run(*args: jax.Array) -> jax.Array:

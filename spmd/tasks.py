@@ -14,12 +14,34 @@ import jax.numpy as jnp
 
 from spmd import losses, scope, tree
 from spmd.fields import check, closest
-from spmd.network import network
+from spmd.network import Network, network
 
 Batch = Mapping[str, jax.Array]
 PyTree = Any
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
 FROZEN = "frozen"  # where in the model state parameters lie that are not trained
+
+
+class Staged(NamedTuple):
+    """A training loss in parts, for a pipeline. params: a tree in which stacked leaves may hold only some of
+    the layers; enter and leave read none of these, through reads no others.
+
+    enter: (params, batch, step_key) -> x, what the first layer reads.
+    through: (params, x, batch, step_key, first) -> x behind these layers; first: the number of the first.
+    leave: (params, x, batch, step_key, scale) -> (scaled sum, Sums).
+    stream: logical dims of x.
+    """
+
+    enter: Callable[..., jax.Array]
+    through: Callable[..., jax.Array]
+    leave: Callable[..., tuple[jax.Array, Sums]]
+    stream: tuple[str, ...]
+
+
+def _unstaged() -> Staged:
+    raise ValueError(
+        "mesh.stage cuts layers, and this task does not say what they are; use --mesh.stage 1"
+    )
 
 
 class Task(NamedTuple):
@@ -38,6 +60,7 @@ class Task(NamedTuple):
     state_dims: logical dims of what in the model state is cut as parameters are; the rest lies whole on
       every device.
     plain: (params, model_state) -> those of the model itself, where the task trains something else.
+    staged: () -> the loss in parts; ValueError, by name, for a model that is no stack of layers.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -51,6 +74,7 @@ class Task(NamedTuple):
     whole_batch: tuple[str, ...] = ()
     state_dims: Mapping[str, tuple[str | None, ...] | None] = MappingProxyType({})
     plain: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, state: (params, state)
+    staged: Callable[[], Staged] = _unstaged
 
     def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """coefficient / global weight; 0 where a term has no weight in this batch."""
@@ -111,8 +135,11 @@ class Classification:
                     params, model_state, self._input(batch, real), train=True
                 )
             metrics = sums(logits_BC, batch, self.label_smoothing)
-            total = metrics["loss"][0]
-            return total * scale["loss"].astype(total.dtype), (metrics, model_state)
+            return _scaled(metrics, scale), (metrics, model_state)
+
+        def finish(module, x, batch, scale):
+            metrics = sums(module.logits(x), batch, self.label_smoothing)
+            return _scaled(metrics, scale), metrics
 
         def predict(params, model_state, batch):
             return net.apply(params, model_state, self._input(batch, real), train=False)[0]
@@ -127,6 +154,7 @@ class Classification:
             call=net.evaluated,
             whole_batch=net.whole_batch,
             evaluate=lambda p, s, batch: sums(predict(p, s, batch), batch, 0.0),
+            staged=lambda: _staged(net, lambda batch: [self._input(batch, real)], finish),
         )
 
     def _input(self, batch: Batch, real: Any) -> jax.Array:
@@ -168,10 +196,11 @@ class LanguageModel:
                 sums, model_state = net.call(
                     params, model_state, lambda module: self._sums(module, batch), train=True
                 )
-            total = jnp.zeros((), sums["loss"][0].dtype)
-            for term in terms:
-                total += sums[term][0] * scale[term].astype(total.dtype)
-            return total, (sums, model_state)
+            return _scaled(sums, scale), (sums, model_state)
+
+        def finish(module, x, batch, scale):
+            sums = self._sums(module, batch, hidden=x)
+            return _scaled(sums, scale), sums
 
         def predict(params, model_state, batch):
             return net.evaluated(params, model_state, lambda m: m(*self._inputs(batch)))
@@ -186,15 +215,19 @@ class LanguageModel:
             call=net.evaluated,
             whole_batch=net.whole_batch,
             evaluate=lambda p, s, batch: net.evaluated(p, s, lambda m: self._sums(m, batch)),
+            staged=lambda: _staged(net, self._inputs, finish),
         )
 
-    def _sums(self, module: Any, batch: Batch) -> Sums:
+    def _sums(self, module: Any, batch: Batch, hidden: jax.Array | None = None) -> Sums:
+        """hidden: what the head reads, where it is known already."""
         weight_BT = _token_weights(batch)
         target_BT = _feature(batch, "targets")
-        if self.chunks == 1:
-            totals = self._totals(module(*self._inputs(batch)), target_BT, weight_BT)
+        if self.chunks > 1:
+            totals = self._chunked(module, batch, hidden, target_BT, weight_BT)
         else:
-            totals = self._chunked(module, batch, target_BT, weight_BT)
+            given = hidden is not None
+            logits_BTV = module.logits(hidden) if given else module(*self._inputs(batch))
+            totals = self._totals(logits_BTV, target_BT, weight_BT)
         weight = weight_BT.sum()
         return {name: (total, weight.astype(total.dtype)) for name, total in totals.items()}
 
@@ -209,7 +242,12 @@ class LanguageModel:
         return {n: jnp.sum(x * weight_BT.astype(x.dtype)) for n, x in by_name.items()}
 
     def _chunked(
-        self, module: Any, batch: Batch, target_BT: jax.Array, weight_BT: jax.Array
+        self,
+        module: Any,
+        batch: Batch,
+        x_BTD: jax.Array | None,
+        target_BT: jax.Array,
+        weight_BT: jax.Array,
     ) -> dict[str, jax.Array]:
         """As _totals, but the logits of a chunk are made, reduced and, in the backward pass, made again.
 
@@ -237,7 +275,8 @@ class LanguageModel:
         def add(sums, chunk):
             return jax.tree.map(jnp.add, sums, totals(*chunk)), None
 
-        x_BTD = module.hidden(*self._inputs(batch))
+        if x_BTD is None:
+            x_BTD = module.hidden(*self._inputs(batch))
         chunks = jax.tree.map(split, (x_BTD, target_BT, weight_BT))
         shapes = jax.eval_shape(totals, *jax.tree.map(lambda x: x[0], chunks))
         zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
@@ -246,6 +285,59 @@ class LanguageModel:
     def _inputs(self, batch: Batch) -> list[jax.Array | None]:
         first, *rest = self.inputs
         return [_feature(batch, first), *(batch.get(name) for name in rest)]
+
+
+PARTS = ("enter", "through", "leave", "logits", "stream")
+
+
+def _staged(
+    net: Network, inputs: Callable[[Batch], Any], finish: Callable[..., tuple[jax.Array, Sums]]
+) -> Staged:
+    """The loss in parts, of a module with PARTS: methods, and stream, the logical dims of what flows between
+    them. finish: (module, x, batch, scale) -> (scaled sum, Sums), x being what the head reads.
+    """
+    kind = f"{net.kind.__module__}.{net.kind.__qualname__}"
+    missing = [name for name in PARTS if not hasattr(net.kind, name)]
+    check(
+        not missing,
+        f"mesh.stage cuts a stack of equal layers, and {kind} is none: it has no"
+        f" {', '.join(missing)}; use spmd.models.transformer, spmd.models.mlp with model.stacked, or"
+        " --mesh.stage 1",
+    )
+    _, state = jax.eval_shape(net.init, jax.random.key(0))
+    check(
+        not jax.tree.leaves(state),
+        f"mesh.stage: {kind} keeps a state beside its parameters (batch statistics), which a pipeline"
+        " does not carry; use --mesh.stage 1",
+    )
+
+    def call(params: PyTree, batch: Batch, step_key: jax.Array, fn: Callable[[Any], Any]) -> Any:
+        keys_B = scope.example_keys(step_key, batch["example_id"])
+        with scope.bind(keys=keys_B, weight=batch["weight"], calls=0):
+            return net.call(params, state, fn, train=True)[0]
+
+    def through(params, x, batch, step_key, first):
+        run = lambda module: module.through(x, *inputs(batch), first=first)
+        return call(params, batch, step_key, run)
+
+    def leave(params, x, batch, step_key, scale):
+        run = lambda module: finish(module, module.leave(x), batch, scale)
+        return call(params, batch, step_key, run)
+
+    return Staged(
+        lambda params, batch, key: call(params, batch, key, lambda m: m.enter(*inputs(batch))),
+        through,
+        leave,
+        net.kind.stream,
+    )
+
+
+def _scaled(sums: Sums, scale: Mapping[str, jax.Array]) -> jax.Array:
+    """The loss: each of its terms by its factor."""
+    total = jnp.zeros((), sums["loss"][0].dtype)
+    for term, factor in scale.items():
+        total += sums[term][0] * factor.astype(total.dtype)
+    return total
 
 
 def _token_weights(batch: Batch) -> jax.Array:

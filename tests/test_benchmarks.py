@@ -18,6 +18,7 @@ TITLES = {
     "digest": ["s for 1 GB"],
     "input_pipeline": ["steps per item"],
     "votes": ["of 50 ms steps"],
+    "pipeline": ["compile", "1f1b / gpipe, median of pairs"],
     "gpu_gpt2": ["spmd", "TFLOP/s", "MFU"],
     "lm_peers": ["spmd, 1 per dispatch", "spmd, 10.6M parameters", ">= 0.98"],
     "mnist_peers": [

@@ -22,6 +22,7 @@ LAYERS = (
     ("models", "network"),
     ("tasks",),
     ("grad",),
+    ("pipeline",),
     ("strategies",),
     ("train",),
     ("plan", "verify", "convert", "init", "sample"),

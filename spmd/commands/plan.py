@@ -20,9 +20,10 @@ class Options:
 
     target: str = ""
     """cpu:8, h100:64, v5p:4x4x4 (a TPU slice, in chips); empty is cpu:8, or cpu: and --simulate."""
-    show: Literal["summary", "memory", "comms", "shardings", "scaling"] = "summary"
+    show: Literal["summary", "memory", "comms", "shardings", "schedule", "scaling"] = "summary"
     """summary: all of it in short; memory: bytes of a device by part; comms: every collective, with its mesh
-    axis and its line; shardings: every array of the state and its cut; scaling: over --targets."""
+    axis and its line; shardings: every array of the state and its cut; schedule: which microbatch each
+    stage of a pipeline works on at which tick; scaling: over --targets."""
     compile: bool = True
     """Compiles the step: by the TPU's own compiler, which need not have one, else on simulated devices;
     without, everything is estimated."""
@@ -64,8 +65,10 @@ class Options:
             "plot=terminal and json=- both print; give one of them a file",
         )
         check(
-            not self.check or (self.compile and not self.search and self.show != "shardings"),
-            "--check reads the compiled program: give it without --no-compile, --search and --show shardings",
+            not self.check
+            or (self.compile and not self.search and self.show not in ("shardings", "schedule")),
+            "--check reads the compiled program: give it without --no-compile, --search, and --show shardings"
+            " or schedule",
         )
         check(self.best >= 0, f"best={self.best} must not be negative")
         check(
@@ -108,6 +111,9 @@ def _made(exp: Experiment, options: Options) -> tuple[str, Any, bool]:
         plain = {"points": [p.json() for p in points], "bounds": [b.json() for b in bounds]}
         return report.scaling_view(points, bounds), plain, True
     target = exp.target(options.target)
+    if options.show == "schedule":
+        pipeline = planner.schedule(exp, target)
+        return str(pipeline), pipeline.json(), True
     if options.search:
         say = lambda text: print(text, file=sys.stderr)  # stdout may be the JSON's
         found = planner.search(exp, target, best=options.best, say=say)

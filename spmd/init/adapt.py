@@ -90,6 +90,14 @@ def adapt(task: Task, config: InitConfig) -> Task:
         evaluate=lambda p, s, batch: task.evaluate(*plain(p, s), batch),
         predict=lambda p, s, batch: task.predict(*plain(p, s), batch),
         call=lambda p, s, fn: task.call(*plain(p, s), fn),
+        staged=_unstaged,
+    )
+
+
+def _unstaged() -> Any:
+    raise ValueError(
+        "mesh.stage: a pipeline trains all layers, and init.freeze or init.lora leave some out; use"
+        " --mesh.fsdp or --mesh.tensor for these, or --mesh.stage 1"
     )
 
 

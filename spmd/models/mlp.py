@@ -6,11 +6,12 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from spmd import scope
 from spmd.fields import check
-from spmd.models.layers import Dense, Dropout, he_normal
+from spmd.models.layers import Dense, Dropout, Linear, he_normal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,14 +28,22 @@ class MLP:
     """Dropout rate after each hidden layer."""
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Compute type; empty is the parameters' own."""
+    stacked: bool = False
+    """The hidden layers behind the first, all of one width, as one array [layers, ...]: scanned, and cut by
+    mesh.stage."""
 
     def __post_init__(self) -> None:
         for width in (self.inputs, self.classes, *self.hidden):
             check(width >= 1, f"model widths must be at least 1, given {width}")
         check(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
+        check(
+            not self.stacked or (len(self.hidden) > 1 and len(set(self.hidden)) == 1),
+            "model.stacked needs two hidden layers at least, all of one width, given"
+            f" model.hidden={self.hidden}",
+        )
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        return _Net(self, rngs)
+        return (_Stack if self.stacked else _Net)(self, rngs)
 
 
 class _Net(nnx.Module):
@@ -66,3 +75,60 @@ class _Net(nnx.Module):
             x = self.dropout(jax.nn.relu(layer(x)))
             x = scope.constrain(x, "batch", layer.kernel.get_metadata("dims")[1])
         return self.head(x)
+
+
+class _Stack(nnx.Module):
+    """The same with hidden layers of one width, stacked; enter, through, leave and logits are its parts."""
+
+    stream = ("batch", "embed")  # what flows from part to part
+
+    def __init__(self, config: MLP, rngs: nnx.Rngs):
+        width, self.num_layers = config.hidden[0], len(config.hidden) - 1
+        dtype = config.dtype
+        self.first = Dense(
+            rngs, (config.inputs, width), ("input", "embed"), init=he_normal, dtype=dtype
+        )
+        self.layers = Linear(
+            rngs,
+            "bd,df->bf",
+            (width, width),
+            ("embed", "mlp"),
+            layers=self.num_layers,
+            bias=True,
+            gain=2**0.5,
+        )
+        self.dropout = Dropout(config.dropout)
+        self.head = Dense(rngs, (width, config.classes), ("embed", "classes"), dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, ...] -> logits [B, classes]."""
+        return self.logits(self.leave(self.through(self.enter(x), x)))
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """What the first of the stacked layers reads."""
+        with scope.layer(self.num_layers):  # the number that none of them has
+            return self._activated(self.first(x.reshape(x.shape[0], -1)))
+
+    def through(self, x: jax.Array, inputs: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:
+        """x behind the layers whose parameters there are; first: the number of the first one."""
+        graph, weights = nnx.split(self.layers)
+        num = self.layers.kernel[...].shape[0]
+
+        def step(x: jax.Array, layer: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
+            index, weights = layer
+            with scope.layer(index):
+                return self._activated(nnx.merge(graph, weights)(x)), None
+
+        stack = (first + jnp.arange(num, dtype=jnp.int32), nnx.as_pure(weights))
+        return jax.lax.scan(step, x, stack)[0]
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """What the head reads."""
+        return x
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[B, classes]."""
+        return self.head(x)
+
+    def _activated(self, x: jax.Array) -> jax.Array:
+        return scope.constrain(self.dropout(jax.nn.relu(x)), *self.stream)

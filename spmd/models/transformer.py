@@ -123,7 +123,11 @@ class Transformer:
 
 
 class Decoder(nnx.Module):
-    """The module: __call__ is the whole model, hidden and logits its halves, decode its cached form."""
+    """The module: __call__ is the whole model, hidden and logits its halves, decode its cached form; enter,
+    through and leave are the parts of hidden, for a pipeline.
+    """
+
+    stream = ("batch", "residual_time", "embed")  # what flows from part to part
 
     def __init__(self, config: Transformer, rngs: nnx.Rngs):
         self.config = config
@@ -195,6 +199,53 @@ class Decoder(nnx.Module):
     def _dtype(self) -> Any:
         return jnp.dtype(self.config.dtype or self.embed.table[...].dtype)
 
+    def enter(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the first block reads: [B, T, D]."""
+        config, time = self.config, tokens_BT.shape[1]
+        check(
+            time <= config.length,
+            f"a sequence of {time} tokens is longer than model.length={config.length}",
+        )
+        x_BTD = self.embed(tokens_BT, self._dtype)
+        if self.position is not None:
+            positions_BT = _positions(tokens_BT, positions_BT)
+            x_BTD += self.position(jnp.maximum(positions_BT, 0), self._dtype)
+        with scope.layer(config.layers):  # the number that no block has
+            return self.dropout(_residual(x_BTD))
+
+    def through(
+        self,
+        x_BTD: jax.Array,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        *,
+        first: jax.Array | int = 0,
+    ) -> jax.Array:
+        """x behind the blocks whose parameters there are; first: the number of the first one."""
+        place = self._place(tokens_BT, positions_BT, segments_BT, x_BTD.dtype)
+        return _through(self.blocks, x_BTD, place, None, first)[0]
+
+    def leave(self, x_BTD: jax.Array) -> jax.Array:
+        """What the head reads, of what the last block gives: [B, T, D]."""
+        x_BTD = self.norm(x_BTD)
+        return scope.constrain(x_BTD, "batch", _time("time", x_BTD), "embed")
+
+    def _place(
+        self, tokens_BT: jax.Array, positions_BT: Any, segments_BT: Any, dtype: Any
+    ) -> Place:
+        config = self.config
+        positions_BT = _positions(tokens_BT, positions_BT)
+        angles = None
+        if config.position == "rope":
+            angles = rotary(positions_BT, config.width, config.rope_theta, dtype)
+        return Place(positions_BT, segments_BT, angles)
+
     def _run(
         self,
         tokens_BT: jax.Array,
@@ -202,24 +253,10 @@ class Decoder(nnx.Module):
         segments_BT: jax.Array | None,
         cache: Any,
     ) -> tuple[jax.Array, Any]:
-        config, time = self.config, tokens_BT.shape[1]
-        check(
-            time <= config.length,
-            f"a sequence of {time} tokens is longer than model.length={config.length}",
-        )
-        if positions_BT is None:
-            positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
-        x_BTD = self.embed(tokens_BT, self._dtype)
-        angles = None
-        if self.position is not None:
-            x_BTD += self.position(jnp.maximum(positions_BT, 0), self._dtype)
-        else:
-            angles = rotary(positions_BT, config.width, config.rope_theta, self._dtype)
-        with scope.layer(config.layers):  # the number that no block has
-            x_BTD = self.dropout(_residual(x_BTD))
-        x_BTD, cache = _through(self.blocks, x_BTD, Place(positions_BT, segments_BT, angles), cache)
-        x_BTD = self.norm(x_BTD)
-        return scope.constrain(x_BTD, "batch", _time("time", x_BTD), "embed"), cache
+        x_BTD = self.enter(tokens_BT, positions_BT)
+        place = self._place(tokens_BT, positions_BT, segments_BT, x_BTD.dtype)
+        x_BTD, cache = _through(self.blocks, x_BTD, place, cache)
+        return self.leave(x_BTD), cache
 
 
 class Table(nnx.Module):
@@ -320,10 +357,22 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.silu(_activation("gate", self.gate(x_BTD), "mlp")) * y_BTF)
 
 
-def _through(blocks: Block, x_BTD: jax.Array, place: Place, cache: Any) -> tuple[jax.Array, Any]:
-    """The blocks one after the other, scanned or unrolled, from the same stacked arrays."""
+def _positions(tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
+    """Those given, or 0, 1, ..."""
+    if positions_BT is None:
+        return jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+    return positions_BT
+
+
+def _through(
+    blocks: Block, x_BTD: jax.Array, place: Place, cache: Any, first: jax.Array | int = 0
+) -> tuple[jax.Array, Any]:
+    """The blocks one after the other, scanned or unrolled, from the same stacked arrays; a stage of a
+    pipeline has some of them, numbered from `first` on.
+    """
     config = blocks.config
     graph, weights = nnx.split(blocks)
+    num = blocks.attention_norm.scale[...].shape[0]
 
     def block(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         index, weights, cache = layer
@@ -331,11 +380,11 @@ def _through(blocks: Block, x_BTD: jax.Array, place: Place, cache: Any) -> tuple
             return nnx.merge(graph, weights)(x_BTD, place, cache)
 
     step = _remat(block, config)
-    stack = (jnp.arange(config.layers, dtype=jnp.int32), nnx.as_pure(weights), cache)
+    stack = (first + jnp.arange(num, dtype=jnp.int32), nnx.as_pure(weights), cache)
     if config.scan:
         return jax.lax.scan(step, x_BTD, stack)
     caches = []
-    for layer in _unstacked(stack, config.layers):
+    for layer in _unstacked(stack, num):
         x_BTD, new = step(x_BTD, layer)
         caches.append(new)
     return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *caches)

@@ -13,13 +13,13 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
     runs on shards, and the new parameters are gathered (Rajbhandari et al. 2020, section 5).
     sequence_parallel: norms and residuals are cut over mesh.tensor, along time.
     """
+    grads_of = base.grads_of(parts)
     params, _ = base.abstract_params(parts)
     place = lambda fsdp: sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=fsdp)
     cut = place(True)
     shardings = base.shardings_of(
         parts, params=cut if zero == 3 else place(False), moments=cut, fsdp=zero == 3
     )
-    grads_of = base.grads_of(parts)
     rules = sharding.sequence_parallel() if sequence_parallel else sharding.RULES
     placement = sharding.placement(parts.mesh, rules)
 

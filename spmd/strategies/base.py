@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd import grad, scope, sharding, tree
 from spmd.fields import check
+from spmd.pipeline import execute, schedules
 from spmd.privacy import Mechanism
 from spmd.tasks import FROZEN
 
@@ -51,6 +52,7 @@ class Parts(NamedTuple):
     """What a strategy is built from; nothing in it knows of models or data.
 
     task: spmd.tasks.Task. batch: abstract global batch. rate: learning rate by step.
+    pipeline, virtual_stages: the schedule, where mesh.stage cuts the layers.
     ema: decay of the moving average of the parameters; 0 is off.
     skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
     privacy: clips the gradient of each example, and adds noise to their sum; None is off.
@@ -63,6 +65,8 @@ class Parts(NamedTuple):
     mesh: Mesh
     batch: Any
     accumulate: int = 1
+    pipeline: schedules.Kind = "1f1b"
+    virtual_stages: int = 2
     ema: float = 0.0
     skip: bool = False
     privacy: Mechanism | None = None
@@ -156,6 +160,8 @@ def grads_of(parts: Parts) -> grad.GradsOf:
 
     ValueError for a model that cannot be private.
     """
+    if parts.mesh.shape["stage"] > 1:
+        return pipelined(parts)
     plain = grad.plain(parts.task.loss)
     if parts.privacy is not None:
         check_private(parts)
@@ -175,6 +181,22 @@ def check_private(parts: Parts) -> None:
         f"privacy clips the gradient of each example by itself, and {', '.join(layers)} would mix them:"
         " statistics over the batch (batch norm). Use a model with another norm, or none",
     )
+
+
+def pipelined(parts: Parts) -> grad.GradsOf:
+    """The gradient function of a pipeline; ValueError for what it cannot cut."""
+    stages = parts.mesh.shape["stage"]
+    for asked, name in ((parts.privacy, "privacy"), (parts.noise_scale, "train.noise_scale")):
+        check(
+            not asked,
+            f"{name} needs gradients of parts of the batch, which a pipeline (mesh.stage={stages}) sums up as it"
+            " goes; use mesh.stage=1",
+        )
+    staged = parts.task.staged()
+    table = schedules.make(parts.pipeline, stages, parts.accumulate, parts.virtual_stages)
+    params, _ = abstract_params(parts)
+    execute.check_layers(execute.num_layers(params, parts.task.dims), stages, table.virtual)
+    return execute.grads_of(staged, parts.task.dims, parts.mesh, table)
 
 
 def step_key(state: TrainState) -> jax.Array:

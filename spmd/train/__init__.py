@@ -17,7 +17,11 @@ class TrainConfig:
     epochs: float = free(1.0)
     """Passes over the training split, when steps is not given."""
     accumulate: int = free(1)
-    """Microbatches that one step sums its gradient over (saves memory)."""
+    """Microbatches that one step sums its gradient over (saves memory); those of a pipeline."""
+    pipeline: Literal["gpipe", "1f1b", "interleaved"] = free("1f1b")
+    """Schedule of a pipeline (mesh.stage > 1); see it with plan --show schedule."""
+    virtual_stages: int = free(2)
+    """Parts of the layers on each stage, with train.pipeline=interleaved."""
     steps_per_dispatch: int = free(1)
     """Steps scanned in one dispatch; small models are bound by dispatch."""
     steps_in_flight: int = free(2)
@@ -32,7 +36,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self.steps is None or self.steps >= 1, f"train.steps={self.steps} must be at least 1")
         check(self.epochs > 0, f"train.epochs={self.epochs} must be more than 0")
-        for name in ("accumulate", "steps_per_dispatch", "steps_in_flight"):
+        for name in ("accumulate", "virtual_stages", "steps_per_dispatch", "steps_in_flight"):
             value = getattr(self, name)
             check(value >= 1, f"train.{name}={value} must be at least 1")
         check(

@@ -84,6 +84,18 @@ LAYOUTS = {
     "server_powersgd4": (Server(compress=FULL), MeshConfig(), 4),
 }
 
+# Of models that are a stack of layers; four microbatches. All schedules: tests/pipeline/test_execute.py.
+PIPELINES = {
+    "stage2": (Auto(), MeshConfig(data=1, stage=2), 2),
+    "stage2_fsdp2x2": (Auto(), MeshConfig(data=2, fsdp=2, stage=2), 8),
+    "stage2_zero1": (Auto(zero=1), MeshConfig(data=1, fsdp=2, stage=2), 4),
+    "stage2_sequence2x2": (
+        Auto(sequence_parallel=True),
+        MeshConfig(data=2, stage=2, tensor=2),
+        8,
+    ),
+}
+
 # One of each kind, and what differs in more than its size.
 QUICK = ("fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4")
 QUICK += ("ring2x4", "server2x4", "local4x2x2")
@@ -256,6 +268,15 @@ def test_language_model_equals_one_device(layout):
         got = trajectory(MODELS["lm"], *LAYOUTS[layout], **how)
     assert_same(got, want, 1e-10)
     assert want[0][-1] < want[0][0]
+
+
+@pytest.mark.parametrize("layout", slow_but(("stage2",), PIPELINES))
+def test_pipelines_equal_one_device(layout):
+    with jax.enable_x64(True):
+        how = {"dtype": "float64", "steps": 4, "accumulate": 4}
+        want = reference("lm", **how)
+        got = trajectory(MODELS["lm"], *PIPELINES[layout], **how)
+    assert_same(got, want, 1e-10)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -1,0 +1,1 @@
+"""Layers over devices: schedules as tables (schedules), and the loop that runs any of them (execute)."""

@@ -1,0 +1,382 @@
+"""One loop that runs any schedule: a gradient function whose layers lie on different devices."""
+
+# K ticks, S stages, M microbatches, V chunks of layers on each stage
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from spmd import scope, sharding, tree
+from spmd.fields import check
+from spmd.grad import GradsOf, microbatches
+from spmd.pipeline import schedules
+
+PyTree = Any
+STAGE = "stage"
+# Manual beside the stages, so that gradients are summed over them once a step instead of once a microbatch.
+# What else cuts the batch cuts parameters too, and is left to the compiler.
+MANUAL_BATCH = ("replica", "data")
+
+
+class Staged(Protocol):
+    """A loss in parts, as tasks.Staged: what comes before a stack of layers, the layers, what comes after."""
+
+    enter: Callable[..., jax.Array]
+    through: Callable[..., jax.Array]
+    leave: Callable[..., tuple[jax.Array, PyTree]]
+    stream: tuple[str, ...]
+
+
+def grads_of(
+    staged: Staged, dims: Mapping[str, Any], mesh: Mesh, table: schedules.Table
+) -> GradsOf:
+    """The gradient function that runs `table` on mesh.stage; dims: of the parameters, those that begin with
+    "layers" being stacked.
+
+    Equals grad.accumulated of as many microbatches. ValueError for layers that the stages do not divide.
+    """
+    program, num_inputs, num_gradients = schedules.program(table)
+    axes = tuple(axis for axis in MANUAL_BATCH if mesh.shape[axis] > 1)
+
+    def pipelined(params, model_state, batch, step_key, scale):
+        stacked = [_is_stacked(dims, name) for name in tree.named_leaves(params)]
+        structure = jax.tree.structure(params)
+        specs = structure.unflatten([P(STAGE) if cut else P() for cut in stacked])
+        layers = num_layers(params, dims)
+        parts = Parts(stacked, structure, _places(params, dims, mesh))
+
+        def local(params, batch_M, step_key, scale):
+            with scope.bind(axes=axes, manual=(STAGE,)):
+                args = vary((params, batch_M, step_key, scale))
+                stage = Stage(staged, table, parts, layers // (table.stages * table.virtual), *args)
+                return stage.run(program, num_inputs, num_gradients, axes)
+
+        run = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs, P(None, axes), P(), P()),
+            out_specs=(specs, P()),
+            axis_names={STAGE, *axes},
+        )
+        grads, sums = run(params, microbatches(batch, table.microbatches), step_key, scale)
+        return grads, sums, model_state
+
+    return pipelined
+
+
+def _is_stacked(dims: Mapping[str, Any], name: str) -> bool:
+    return (dims.get(name) or ("",))[0] == "layers"
+
+
+def _places(params: PyTree, dims: Mapping[str, Any], mesh: Mesh) -> list[P]:
+    """Where each parameter lies over the axes that are left to the compiler."""
+    specs = [
+        sharding.spec_of(name, x.shape, dims.get(name), mesh, fsdp=True)
+        for name, x in tree.named_leaves(params).items()
+    ]
+    return [P(*(None if axis == STAGE else axis for axis in spec)) for spec in specs]
+
+
+def num_layers(params: PyTree, dims: Mapping[str, Any]) -> int:
+    """Length of the stack."""
+    named = tree.named_leaves(params)
+    return max(x.shape[0] for name, x in named.items() if _is_stacked(dims, name))
+
+
+def check_layers(layers: int, stages: int, virtual: int) -> None:
+    """ValueError with the counts that work, for layers that the stages do not divide."""
+    times = f" x train.virtual_stages={virtual}" if virtual > 1 else ""
+    counts = [n for n in range(2, layers // virtual + 1) if layers % (n * virtual) == 0]
+    check(
+        layers % (stages * virtual) == 0,
+        f"mesh.stage={stages}{times} does not divide the {layers} layers of the model; "
+        + (f"use mesh.stage={' or '.join(map(str, counts))}" if counts else "use mesh.stage=1")
+        + f", or {-(-layers // (stages * virtual)) * stages * virtual} layers",
+    )
+
+
+def vary(values: PyTree) -> PyTree:
+    """Typed as different on each device of every manual axis: else a gradient would be summed over the axis
+    where it is taken, within a branch that not all devices run.
+    """
+    now = scope.current()
+    manual = (*now.axes, *now.manual)
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in manual if axis not in jax.typeof(x).mat.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, values)
+
+
+class Parts(NamedTuple):
+    """How a parameter tree falls into stacked leaves and the others (embedding, last norm, head)."""
+
+    stacked: list[bool]
+    structure: Any
+    places: list[P]
+
+    def split(self, params: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
+        """(stacked, others)."""
+        return self._sides(self.structure.flatten_up_to(params))
+
+    def _sides(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+        pairs = list(zip(leaves, self.stacked, strict=True))
+        return [x for x, cut in pairs if cut], [x for x, cut in pairs if not cut]
+
+    def placed(self, chunks: list[jax.Array], others: list[jax.Array]) -> Any:
+        """Sums of gradients (chunks [V, L/SV, ...] and others), placed as the parameters are."""
+        of_chunks, of_others = self._sides(self.places)
+        place = jax.lax.with_sharding_constraint
+        return (
+            [place(x, P(None, *spec)) for x, spec in zip(chunks, of_chunks, strict=True)],
+            [place(x, spec) for x, spec in zip(others, of_others, strict=True)],
+        )
+
+    def join(self, stacked: Any, others: Any) -> PyTree:
+        """The tree again."""
+        sides = iter(stacked), iter(others)
+        return self.structure.unflatten([next(sides[not cut]) for cut in self.stacked])
+
+
+class Carry(NamedTuple):
+    """What a stage holds between ticks. grads: of the stacked leaves [V, L/SV, ...] and of the others."""
+
+    grads: tuple[list[jax.Array], list[jax.Array]]
+    sums: PyTree
+    inputs: jax.Array  # [slots, ...]
+    gradients: jax.Array  # [slots, ...]
+    sent: tuple[jax.Array, jax.Array]  # to this stage: an input, a gradient
+
+
+class Stage:
+    """One device's stage while it is traced."""
+
+    def __init__(
+        self,
+        staged: Staged,
+        table: schedules.Table,
+        parts: Parts,
+        per_chunk: int,
+        params: PyTree,
+        batch_M: PyTree,
+        step_key: jax.Array,
+        scale: PyTree,
+    ):
+        self.staged, self.table, self.parts, self.per_chunk = staged, table, parts, per_chunk
+        self.batch_M, self.key, self.scale = batch_M, step_key, scale
+        self.index = jax.lax.axis_index(STAGE)
+        stacked, self.others = parts.split(params)
+        self.chunks = [x.reshape(table.virtual, -1, *x.shape[1:]) for x in stacked]
+        self.chunks = exchanged(self.chunks, table, back=False)
+        # Stand-ins, so that a part that reads what it does not get a gradient for fails while it is traced.
+        shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        self.no_chunk = [shapes(x[0]) for x in self.chunks]
+        self.no_others = [shapes(x) for x in self.others]
+
+    def enter(self, others: list[jax.Array], microbatch: jax.Array) -> jax.Array:
+        """What the first layer reads."""
+        params = self.parts.join(self.no_chunk, others)
+        return vary(self.staged.enter(params, self._rows(microbatch), self.key))
+
+    def through(
+        self, chunk: list[jax.Array], x: jax.Array, number: jax.Array, microbatch: jax.Array
+    ) -> jax.Array:
+        """x behind the layers of chunk `number` of this stage."""
+        params = self.parts.join(chunk, self.no_others)
+        first = (number * self.table.stages + self.index) * self.per_chunk
+        return vary(self.staged.through(params, x, self._rows(microbatch), self.key, first))
+
+    def leave(self, others: list[jax.Array], x: jax.Array, microbatch: jax.Array) -> Any:
+        """(scaled loss, sums)."""
+        params = self.parts.join(self.no_chunk, others)
+        rows = self._rows(microbatch)
+        return vary(self.staged.leave(params, x, rows, self.key, self.scale))
+
+    def _rows(self, microbatch: jax.Array) -> PyTree:
+        return jax.tree.map(lambda x: pick(x, microbatch), self.batch_M)
+
+    def _is_first(self, chunk: jax.Array) -> jax.Array:
+        return (self.index == 0) & (chunk == 0)
+
+    def _is_last(self, chunk: jax.Array) -> jax.Array:
+        return (self.index == self.table.stages - 1) & (chunk == self.table.virtual - 1)
+
+    # The partitioner wants the results of both branches to lie alike, so each is placed.
+
+    def _flows(self, x: jax.Array) -> jax.Array:
+        return scope.constrain(x, *self.staged.stream)
+
+    def _input(self, kept: jax.Array, chunk: jax.Array, microbatch: jax.Array) -> jax.Array:
+        return jax.lax.cond(
+            self._is_first(chunk),
+            lambda: self._flows(self.enter(self.others, microbatch)),
+            lambda: self._flows(kept),
+        )
+
+    # What is kept is read outside of the branches: a buffer that goes into one is copied.
+
+    def forward(self, carry: Carry, now: schedules.Program, nothing: jax.Array) -> jax.Array:
+        """What goes to the next stage. The last one's forward is part of its backward."""
+        kept = pick(carry.inputs, now.forward_x)
+
+        def run() -> jax.Array:
+            x = self._input(kept, now.forward_chunk, now.forward)
+            chunk = [pick(w, now.forward_chunk) for w in self.chunks]
+            return self._flows(self.through(chunk, x, now.forward_chunk, now.forward))
+
+        runs = (now.forward >= 0) & ~self._is_last(now.forward_chunk)
+        return jax.lax.cond(runs, run, lambda: self._flows(nothing))
+
+    def backward(
+        self, carry: Carry, now: schedules.Program, nothing: jax.Array
+    ) -> tuple[Any, PyTree, jax.Array]:
+        """(gradients, sums, what goes to the stage before). Computes the chunk anew from its input.
+
+        The head's gradient is taken within one branch, and the embedding's too: nothing of the size of the
+        logits has to leave it.
+        """
+        number, microbatch = now.backward_chunk, now.backward
+        kept = pick(carry.inputs, now.backward_x)
+        arrived = pick(carry.gradients, now.backward_ct)
+        placed = lambda others: self.parts.placed(carry.grads[0], others)[1]
+
+        def run() -> tuple[Any, PyTree, jax.Array]:
+            of_chunks, of_others = carry.grads
+            x = self._input(kept, number, microbatch)
+            chunk = [pick(w, number) for w in self.chunks]
+            y, pull = jax.vjp(lambda w, x: self.through(w, x, number, microbatch), chunk, x)
+
+            def head() -> tuple[jax.Array, list[jax.Array], PyTree]:
+                loss = lambda others, y: self.leave(others, y, microbatch)
+                total, pull, sums = jax.vjp(loss, self.others, y, has_aux=True)
+                grads, above = pull(vary(jnp.ones_like(total)))
+                return self._flows(above), placed(added(of_others, grads)), added(carry.sums, sums)
+
+            above, of_others, sums = jax.lax.cond(
+                self._is_last(number),
+                head,
+                lambda: (
+                    self._flows(arrived),
+                    placed(of_others),
+                    carry.sums,
+                ),
+            )
+            grads, below = pull(above)
+
+            def embedding() -> list[jax.Array]:
+                _, pull = jax.vjp(lambda others: self.enter(others, microbatch), self.others)
+                return placed(added(of_others, pull(below)[0]))
+
+            of_others = jax.lax.cond(self._is_first(number), embedding, lambda: placed(of_others))
+            of_chunks = [
+                put(sum_, pick(sum_, number) + new, number)
+                for sum_, new in zip(of_chunks, grads, strict=True)
+            ]
+            return self.parts.placed(of_chunks, of_others), sums, self._flows(below)
+
+        rest = lambda: (self.parts.placed(*carry.grads), carry.sums, self._flows(nothing))
+        return jax.lax.cond(now.backward >= 0, run, rest)
+
+    def run(
+        self, program: schedules.Program, num_inputs: int, num_gradients: int, axes: tuple[str, ...]
+    ) -> tuple[PyTree, PyTree]:
+        """(gradients, sums), each summed over the devices that share it."""
+
+        def ends() -> tuple[jax.Array, PyTree]:
+            x = self.enter(self.others, jnp.int32(0))
+            return x, self.leave(self.others, x, jnp.int32(0))[1]
+
+        x, sums = jax.eval_shape(ends)
+        zeros = lambda shapes: vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        nothing = zeros(x)
+        slots = lambda num: scope.constrain(
+            zeros(jax.ShapeDtypeStruct((num, *x.shape), x.dtype)), None, *self.staged.stream
+        )
+        grads = self.parts.placed(*zeros((self.chunks, self.others)))
+        start = Carry(
+            grads, zeros(sums), slots(num_inputs), slots(num_gradients), (nothing, nothing)
+        )
+        num, wrap = self.table.stages, self.table.virtual > 1
+        up = [(i, (i + 1) % num) for i in range(num if wrap else num - 1)]
+
+        def tick(carry: Carry, row: schedules.Program) -> tuple[Carry, None]:
+            now = jax.tree.map(lambda x_S: pick(x_S, self.index), row)
+            # Written first, read later: the other way round XLA would copy the buffers in every tick.
+            carry = carry._replace(
+                inputs=put_if(carry.inputs, carry.sent[0], now.x_to),
+                gradients=put_if(carry.gradients, carry.sent[1], now.ct_to),
+            )
+            y = self.forward(carry, now, nothing)
+            grads, sums, below = self.backward(carry, now, nothing)
+            # Outside every branch: all stages exchange at every tick.
+            down = [(j, i) for i, j in up]
+            sent = jax.lax.ppermute(y, STAGE, up), jax.lax.ppermute(below, STAGE, down)
+            return carry._replace(grads=grads, sums=sums, sent=sent), None
+
+        done, _ = jax.lax.scan(tick, start, jax.tree.map(jnp.asarray, program))
+        of_chunks, of_others = done.grads
+        of_chunks = exchanged(of_chunks, self.table, back=True)
+        of_stack = [x.reshape(-1, *x.shape[2:]) for x in of_chunks]
+        if axes:
+            of_stack = jax.lax.psum(of_stack, axes)
+        everywhere = (
+            *axes,
+            STAGE,
+        )  # over the stages: a tied embedding has a part of its gradient on two
+        of_others = jax.lax.psum(of_others, everywhere)
+        return self.parts.join(of_stack, of_others), jax.lax.psum(done.sums, everywhere)
+
+
+def exchanged(chunks: list[jax.Array], table: schedules.Table, *, back: bool) -> list[jax.Array]:
+    """[V, ...] on each stage: from V neighbouring chunks of layers, as the parameters lie, to every S-th one,
+    as virtual stages take them; `back` undoes it. V rounds of one chunk each.
+    """
+    num, virtual = table.stages, table.virtual
+    if virtual == 1:
+        return chunks
+    common = math.gcd(num, virtual)
+    stage = jax.lax.axis_index(STAGE)
+    out = [vary(jnp.zeros_like(x)) for x in chunks]
+    for turn in range(virtual):
+        # Which of its chunks each stage sends in this turn, so that each receives one.
+        sends = [
+            turn // common * common + (turn + s // (num // common)) % common for s in range(num)
+        ]
+        numbers = [s * virtual + j for s, j in enumerate(sends)]
+        pairs = [(s, n % num) for s, n in enumerate(numbers)]
+        slots = {to: n // num for (_, to), n in zip(pairs, numbers, strict=True)}
+        here, there = jnp.asarray(sends), jnp.asarray([slots[s] for s in range(num)])
+        if back:
+            here, there, pairs = there, here, [(to, s) for s, to in pairs]
+        moved = [jax.lax.ppermute(pick(x, here[stage]), STAGE, pairs) for x in chunks]
+        out = [put(o, m, there[stage]) for o, m in zip(out, moved, strict=True)]
+    return out
+
+
+def added(sums: PyTree, new: PyTree) -> PyTree:
+    """Leaf by leaf."""
+    return jax.tree.map(jnp.add, sums, new)
+
+
+def pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index]; an index of -1, where nothing is read, is as good as 0."""
+    return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+
+
+def put(x: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """x with x[index] = new."""
+    return jax.lax.dynamic_update_index_in_dim(x, new, index, 0)
+
+
+def put_if(x: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+    """x with x[index] = new, or x for an index of -1."""
+    at = jnp.maximum(index, 0)
+    return put(x, jnp.where(index >= 0, new, pick(x, at)), at)
