@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,9 +32,10 @@ class Scope:
     keys: jax.Array | None = None
     weight: jax.Array | None = None
     constrain: Callable[[jax.Array, Dims], jax.Array] | None = None
-    blockwise: Callable[[Callable[..., Any], tuple[Dims, ...], Dims], Callable[..., Any]] | None = (
+    blockwise: Callable[[Callable[..., Any], tuple[Dims, ...], Any], Callable[..., Any]] | None = (
         None
     )
+    cut: Callable[[str], dict[str, int]] | None = None
     platform: str = ""
     watched: bool = False
     calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
@@ -112,13 +114,33 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 
 def blockwise(
-    fn: Callable[..., Any], in_dims: tuple[Dims, ...], out_dims: Dims
+    fn: Callable[..., Any], in_dims: tuple[Dims, ...], out_dims: Any
 ) -> Callable[..., Any]:
     """`fn` on each device's block of its arrays, cut by logical dims: for kernels that the compiler cannot
-    partition. Without a scope, `fn` itself.
+    partition, and for exchanges of its own (over the axes of `cut`). Without a scope, `fn` itself.
+
+    out_dims: of the result, or a tuple of those of several.
     """
     rule = current().blockwise
-    return fn if rule is None else rule(fn, in_dims, out_dims)
+    if rule is None:
+        return fn
+
+    def block(*args: Any) -> Any:
+        with bind(constrain=None, blockwise=None):  # within a block nothing is left to be placed
+            return fn(*args)
+
+    return rule(block, in_dims, out_dims)
+
+
+def cut(dim: str) -> dict[str, int]:
+    """`{axis: size}` of what cuts a logical dim over several devices; {} where nothing does."""
+    rule = current().cut
+    return {} if rule is None else rule(dim)
+
+
+def ways(dim: str) -> int:
+    """Over how many devices a logical dim is cut."""
+    return math.prod(cut(dim).values())
 
 
 def platform() -> str:

@@ -190,16 +190,24 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     def constrain(x: jax.Array, dims: Dims) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(x.shape, dims)))
 
-    def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Dims) -> Any:
-        def run(*args: jax.Array) -> jax.Array:
+    def cut(dim: str) -> dict[str, int]:
+        return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
+
+    def whole_blocks(dims: Dims) -> P:  # of a result: its blocks are of one size whatever that is
+        return P(*(tuple(cut(dim)) if dim else None for dim in dims))
+
+    def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Any) -> Any:
+        several = any(isinstance(dims, tuple) for dims in out_dims)
+        outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
+
+        def run(*args: jax.Array) -> Any:
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
-            shape = jax.eval_shape(fn, *args).shape
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
-            return jax.shard_map(
-                fn, mesh=mesh, in_specs=ins, out_specs=spec(shape, out_dims), check_vma=False
-            )(*args)
+            return jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)(
+                *args
+            )
 
         return run
 
     platform = mesh.devices.flat[0].platform
-    return {"constrain": constrain, "blockwise": blockwise, "platform": platform}
+    return {"constrain": constrain, "blockwise": blockwise, "cut": cut, "platform": platform}

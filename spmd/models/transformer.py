@@ -16,7 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spmd import scope, tree
 from spmd.fields import check, free
-from spmd.models.attention import Implementation, Place, attend, attend_cached, rotary, rotate
+from spmd.models.attention import (
+    Context,
+    Implementation,
+    Place,
+    attend,
+    attend_cached,
+    rotary,
+    rotate,
+)
 from spmd.models.layers import Dropout, Linear, Norm, contract, lookup, param
 
 Cache = dict[str, jax.Array]  # key, value: [L, B, S, G, K]
@@ -72,6 +80,8 @@ class Transformer:
     """Compute type; empty is the parameters' own. Norms, softmax and sums of gradients stay float32."""
     attention: Implementation = free("xla")
     """XLA anywhere; cudnn on NVIDIA GPUs, splash on TPUs, which never hold all scores at once."""
+    context: Context = free("ring")
+    """With mesh.context, keys and values go round a ring, or (ulysses) heads are exchanged against time."""
     scan: bool = free(True)
     """One compiled block, scanned over the layers; else unrolled: slower to compile, faster to run."""
     remat: Literal["none", "full", "dots", "named"] = free("none")
@@ -279,6 +289,7 @@ class Attention(nnx.Module):
         shape, dims = (config.heads, config.width, config.embed), ("heads", "head_dim", "embed")
         self.out = Linear(rngs, "bthk,hkd->btd", shape, dims, **_options(config, residual=True))
         self.implementation: Implementation = config.attention
+        self.context: Context = config.context
 
     def __call__(self, x_BTD: jax.Array, place: Place, cache: Any) -> tuple[jax.Array, Any]:
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
@@ -290,7 +301,9 @@ class Attention(nnx.Module):
         k_BTGK = _activation("key", k_BTGK, "kv_heads", "head_dim")
         v_BTGK = _activation("value", v_BTGK, "kv_heads", "head_dim")
         if cache is None:
-            y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, place.segments_BT, self.implementation)
+            y_BTHK = attend(
+                q_BTHK, k_BTGK, v_BTGK, place.segments_BT, self.implementation, self.context
+            )
         else:
             cache = {
                 "key": _written(cache["key"], k_BTGK, place.positions_BT),
