@@ -25,6 +25,7 @@ class Scope:
     """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples; platform: of the
     devices that will run it ("" is the default backend's).
 
+    notes: what layers told of their examples, by name: (values, their weights), each [B].
     watched: verify looks on: modules name their outputs, and the update returns the gradients.
     """
 
@@ -38,6 +39,7 @@ class Scope:
     cut: Callable[[str], dict[str, int]] | None = None
     platform: str = ""
     watched: bool = False
+    notes: dict[str, tuple[jax.Array, jax.Array]] | None = None
     calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
 
 
@@ -146,6 +148,13 @@ def ways(dim: str) -> int:
 def platform() -> str:
     """`cpu`, `gpu` or `tpu`: of the devices that will run what is traced."""
     return current().platform or jax.default_backend()
+
+
+def note(name: str, value_B: jax.Array, weight_B: jax.Array) -> None:
+    """Tells the task of the examples: a loss that it asked for, else a metric. Not from within a loop."""
+    notes = current().notes
+    if notes is not None:
+        notes[name] = (value_B, weight_B)
 
 
 def varying(tree: Any) -> Any:

@@ -33,6 +33,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "choice": (),  # the router's outputs: each device chooses among all experts
     "conv": (),
     "input": (),
     "channels": (),
@@ -45,6 +46,11 @@ def sequence_parallel(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str,
     arXiv 2205.05198).
     """
     return {**rules, "residual_time": (*rules["residual_time"], "tensor")}
+
+
+def whole_sequences(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
+    """Rules by which no device has a part of a sequence: of decoding, whose prompts are of any length."""
+    return {**rules, "time": (), "residual_time": ()}
 
 
 # Below this, one all-gather costs more than the memory it saves.

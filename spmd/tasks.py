@@ -158,6 +158,7 @@ class LanguageModel:
         `hidden` and `logits`. The batch: tokens, targets [B, T], and perhaps positions and segments [B, T].
         """
         net = network(model, param_dtype)
+        noted: dict[str, float] = getattr(model, "losses", {})
         terms = ("loss", "z_loss") if self.z_loss else ("loss",)
 
         def loss(params, model_state, batch, step_key, scale):
@@ -167,7 +168,7 @@ class LanguageModel:
                     params, model_state, lambda module: self._sums(module, batch), train=True
                 )
             total = jnp.zeros((), sums["loss"][0].dtype)
-            for term in terms:
+            for term in (*terms, *noted):
                 total += sums[term][0] * scale[term].astype(total.dtype)
             return total, (sums, model_state)
 
@@ -177,8 +178,11 @@ class LanguageModel:
         return Task(
             init=net.init,
             dims=net.dims,
-            coefficients={"loss": 1.0, "z_loss": self.z_loss},
-            weigh=lambda batch: dict.fromkeys(terms, _token_weights(batch).sum()),
+            coefficients={"loss": 1.0, "z_loss": self.z_loss} | noted,
+            weigh=lambda batch: (
+                dict.fromkeys(terms, _token_weights(batch).sum())
+                | dict.fromkeys(noted, batch["weight"].sum())
+            ),
             loss=loss,
             predict=predict,
             call=net.evaluated,
@@ -189,12 +193,18 @@ class LanguageModel:
     def _sums(self, module: Any, batch: Batch) -> Sums:
         weight_BT = _token_weights(batch)
         target_BT = _feature(batch, "targets")
-        if self.chunks == 1:
-            totals = self._totals(module(*self._inputs(batch)), target_BT, weight_BT)
-        else:
-            totals = self._chunked(module, batch, target_BT, weight_BT)
+        notes: dict[str, tuple[jax.Array, jax.Array]] = {}
+        with scope.bind(notes=notes):
+            if self.chunks == 1:
+                totals = self._totals(module(*self._inputs(batch)), target_BT, weight_BT)
+            else:
+                totals = self._chunked(module, batch, target_BT, weight_BT)
         weight = weight_BT.sum()
-        return {name: (total, weight.astype(total.dtype)) for name, total in totals.items()}
+        sums = {name: (total, weight.astype(total.dtype)) for name, total in totals.items()}
+        for name, pair in notes.items():
+            value, weight = (jnp.sum(x * batch["weight"].astype(x.dtype)) for x in pair)
+            sums[name] = (value, weight)
+        return sums
 
     def _totals(
         self, logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array

@@ -137,7 +137,8 @@ def _forward(axes, q, k, v, segments):
     there = (k, v, segments)
     coming = _rotate(there, axes)
     early, late = (
-        _fold(_at(empty, n), q[n], k[n], v[n], _seen(segments[n], segments[n], True)) for n in (0, 1)
+        _fold(_at(empty, n), q[n], k[n], v[n], _seen(segments[n], segments[n], True))
+        for n in (0, 1)
     )
     late = _fold(late, q[1], k[0], v[0], _seen(segments[1], segments[0], False))
 
@@ -146,7 +147,9 @@ def _forward(axes, q, k, v, segments):
         early, late = sums
         k, v, other = there
         late = _fold(late, q[1], k[0], v[0], _seen(segments[1], other[0], False))
-        before = me >= step  # theirs are early chunks before both of ours; else both are before our late one
+        before = (
+            me >= step
+        )  # theirs are early chunks before both of ours; else both are before our late one
         pick = lambda x: jnp.where(before, x[0], x[1])
         either = jax.tree.map(lambda a, b: jnp.where(before, a, b), early, late)
         seen = _seen(pick(segments), pick(other), False)
@@ -159,7 +162,9 @@ def _forward(axes, q, k, v, segments):
         coming = _rotate(there, axes)  # travels while these are folded in
         return (turn(sums, there, step), coming), None
 
-    (sums, there), _ = jax.lax.scan(body, ((early, late), coming), jnp.arange(1, num - 1, dtype=jnp.int32))
+    (sums, there), _ = jax.lax.scan(
+        body, ((early, late), coming), jnp.arange(1, num - 1, dtype=jnp.int32)
+    )
     early, late = turn(sums, there, num - 1)
     sums = jax.tree.map(lambda a, b: jnp.stack([a, b]), early, late)
     out = (sums.values / sums.total[..., None]).astype(q.dtype)
@@ -249,12 +254,8 @@ def _fold(sums: Sums, q: jax.Array, k: jax.Array, v: jax.Array, seen_Bts: jax.Ar
     shares = jnp.where(seen, jnp.exp(scores - largest[..., None]), 0)
     kept = jnp.exp(sums.largest - largest)
     wide = sums.values.dtype
-    values = jnp.einsum(
-        "btgrs,bsgk->btgrk", shares.astype(q.dtype), v, preferred_element_type=wide
-    )
-    return Sums(
-        largest, sums.total * kept + shares.sum(-1), sums.values * kept[..., None] + values
-    )
+    values = jnp.einsum("btgrs,bsgk->btgrk", shares.astype(q.dtype), v, preferred_element_type=wide)
+    return Sums(largest, sums.total * kept + shares.sum(-1), sums.values * kept[..., None] + values)
 
 
 def _pair_gradients(q, gradient, partition, inner, k, v, seen_Bts):

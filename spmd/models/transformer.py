@@ -26,6 +26,7 @@ from spmd.models.attention import (
     rotate,
 )
 from spmd.models.layers import Dropout, Linear, Norm, contract, lookup, param
+from spmd.models.moe import Experts, Load, Mixture
 
 Cache = dict[str, jax.Array]  # key, value: [L, B, S, G, K]
 CACHE_DIMS = ("layers", "batch", None, "kv_heads", "head_dim")
@@ -52,6 +53,8 @@ class Transformer:
     """Width of a head; 0 is embed / heads."""
     mlp: int = 0
     """Width of the feed-forward layer; 0 is 4 * embed."""
+    experts: Experts = Experts()
+    """A mixture of feed-forward layers, each as wide as model.mlp, in the place of one."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm or LayerNorm."""
     norm_epsilon: float = 1e-5
@@ -112,6 +115,10 @@ class Transformer:
             f"rotary positions turn pairs: the head dim must be even, given {self.width};"
             " change model.embed or model.head_dim, or use model.position=learned",
         )
+        check(
+            not (self.experts.num and self.bias),
+            "model.bias: experts have no biases; set model.bias to False, or model.experts.num to 0",
+        )
 
     @property
     def num_kv_heads(self) -> int:
@@ -127,6 +134,12 @@ class Transformer:
     def rows(self) -> int:
         """Rows of the embedding's table."""
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """`{name: weight}` of the losses that a forward pass notes in its scope."""
+        balance = self.experts.balance if self.experts.num else 0.0
+        return {"balance": balance} if balance else {}
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         return Decoder(self, rngs)
@@ -227,9 +240,23 @@ class Decoder(nnx.Module):
             angles = rotary(positions_BT, config.width, config.rope_theta, self._dtype)
         with scope.layer(config.layers):  # the number that no block has
             x_BTD = self.dropout(_residual(x_BTD))
-        x_BTD, cache = _through(self.blocks, x_BTD, Place(positions_BT, segments_BT, angles), cache)
+        place = Place(positions_BT, segments_BT, angles)
+        x_BTD, (cache, load) = _through(self.blocks, x_BTD, place, cache)
+        if load is not None:
+            self._note(load)
         x_BTD = self.norm(x_BTD)
         return scope.constrain(x_BTD, "batch", _time("time", x_BTD), "embed"), cache
+
+    def _note(self, load: Load) -> None:
+        """Loads of all layers: the loss, how full each expert is (1: as the mean), and the router's offsets."""
+        experts, counts_BE = self.config.experts, load.counts_BE.mean(0)
+        tokens_B = counts_BE.sum(-1) / experts.top_k
+        scope.note("balance", load.balance_B.mean(0), jnp.ones_like(tokens_B))
+        for i in range(experts.num):
+            full_B = counts_BE[:, i] * (experts.num / experts.top_k)
+            scope.note(f"load/{i}", full_B, tokens_B)
+        if isinstance(self.blocks.mlp, Mixture):
+            self.blocks.mlp.learn(load.counts_BE)
 
 
 class Table(nnx.Module):
@@ -256,18 +283,29 @@ class Block(nnx.Module):
         self.attention_norm = _norm(config, rngs)
         self.attention = Attention(config, rngs)
         self.mlp_norm = _norm(config, rngs)
-        self.mlp = FeedForward(config, rngs)
+        width = config.mlp or 4 * config.embed
+        self.mlp = (
+            _mixture(config, rngs, width)
+            if config.experts.num
+            else FeedForward(config, rngs, width)
+        )
         self.dropout = Dropout(config.dropout)
         self.config = config
 
-    def __call__(self, x_BTD: jax.Array, place: Place, cache: Any) -> tuple[jax.Array, Any]:
-        time = _time("time", x_BTD)
+    def __call__(
+        self, x_BTD: jax.Array, place: Place, cache: Any
+    ) -> tuple[jax.Array, tuple[Any, Load | None]]:
+        time, load = _time("time", x_BTD), None
         y_BTD = scope.constrain(self.attention_norm(x_BTD), "batch", time, "embed")
         y_BTD, cache = self.attention(y_BTD, place, cache)
         x_BTD = _residual(x_BTD + self.dropout(_residual(y_BTD)))
         y_BTD = scope.constrain(self.mlp_norm(x_BTD), "batch", time, "embed")
-        x_BTD = _residual(x_BTD + self.dropout(_residual(self.mlp(y_BTD))))
-        return x_BTD, cache
+        if isinstance(self.mlp, Mixture):
+            y_BTD, load = self.mlp(y_BTD, place.segments_BT)
+        else:
+            y_BTD = self.mlp(y_BTD)
+        x_BTD = _residual(x_BTD + self.dropout(_residual(y_BTD)))
+        return x_BTD, (cache, load)
 
 
 class Attention(nnx.Module):
@@ -316,8 +354,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Two or, gated, three products around a non-linearity."""
 
-    def __init__(self, config: Transformer, rngs: nnx.Rngs):
-        width = config.mlp or 4 * config.embed
+    def __init__(self, config: Transformer, rngs: nnx.Rngs, width: int):
         into = lambda: Linear(
             rngs, "btd,df->btf", (config.embed, width), ("embed", "mlp"), **_options(config)
         )
@@ -333,7 +370,36 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.silu(_activation("gate", self.gate(x_BTD), "mlp")) * y_BTF)
 
 
-def _through(blocks: Block, x_BTD: jax.Array, place: Place, cache: Any) -> tuple[jax.Array, Any]:
+def _mixture(config: Transformer, rngs: nnx.Rngs, width: int) -> Mixture:
+    num, shared = config.experts.num, config.experts.shared
+
+    def kernels(
+        spec: str, sizes: tuple[int, ...], dims: tuple[str, ...], **residual: bool
+    ) -> Linear:
+        return Linear(rngs, spec, sizes, dims, **_options(config, **residual))
+
+    def into() -> Linear:
+        return kernels("btd,edf->btef", (num, config.embed, width), ("experts", "embed", "mlp"))
+
+    return Mixture(
+        config.experts,
+        config.layers,
+        router=kernels("btd,de->bte", (config.embed, num), ("embed", "choice")),
+        up=into(),
+        gate=into() if config.activation == "swiglu" else None,
+        down=kernels(
+            "btef,efd->bted",
+            (num, width, config.embed),
+            ("experts", "mlp", "embed"),
+            residual=True,
+        ),
+        shared=FeedForward(config, rngs, shared * width) if shared else None,
+    )
+
+
+def _through(
+    blocks: Block, x_BTD: jax.Array, place: Place, cache: Any
+) -> tuple[jax.Array, tuple[Any, Load | None]]:
     """The blocks one after the other, scanned or unrolled, from the same stacked arrays."""
     config = blocks.config
     graph, weights = nnx.split(blocks)
@@ -347,11 +413,11 @@ def _through(blocks: Block, x_BTD: jax.Array, place: Place, cache: Any) -> tuple
     stack = (jnp.arange(config.layers, dtype=jnp.int32), nnx.as_pure(weights), cache)
     if config.scan:
         return jax.lax.scan(step, x_BTD, stack)
-    caches = []
+    made = []
     for layer in _unstacked(stack, config.layers):
         x_BTD, new = step(x_BTD, layer)
-        caches.append(new)
-    return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *caches)
+        made.append(new)
+    return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *made)
 
 
 def _unstacked(stack: Any, layers: int) -> list[Any]:

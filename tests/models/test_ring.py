@@ -24,7 +24,8 @@ HEADS = (4, 2)
 def inputs(rng, batch, time, heads=HEADS, head_dim=8, dtype=np.float64):
     """Queries, keys, values, the weights of a loss, and segments cut at random; 0 at the end is padding."""
     q, k, v, w = (
-        rng.normal(size=(batch, time, n, head_dim)).astype(dtype) for n in (heads[0], *heads[1:] * 2, heads[0])
+        rng.normal(size=(batch, time, n, head_dim)).astype(dtype)
+        for n in (heads[0], *heads[1:] * 2, heads[0])
     )
     segments = (rng.random((batch, time)) < rng.random()).cumsum(1) + 1
     padding = np.arange(time) >= rng.integers(1, time + 1, (batch, 1))

@@ -5,6 +5,7 @@ A new mesh axis or strategy joins LAYOUTS; it does not get a copy of this test.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -46,6 +47,12 @@ LAYOUTS = {
     "zero1_2x4": (Auto(zero=1), MeshConfig(data=2, fsdp=4), 8),
     "tensor2": (Auto(), MeshConfig(data=2, fsdp=2, tensor=2), 8),
     "sequence2x2": (Auto(sequence_parallel=True), MeshConfig(data=2, fsdp=2, tensor=2), 8),
+    "ring2": (Auto(), MeshConfig(data=1, context=2), 2),
+    "ring4": (Auto(), MeshConfig(data=1, context=4), 4),
+    "ring8": (Auto(), MeshConfig(data=1, context=8), 8),
+    "ring2x2x2": (Auto(), MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8),
+    "ring2x2": (Auto(), MeshConfig(data=2, context=2), 4),
+    "ring2_sequence2": (Auto(sequence_parallel=True), MeshConfig(context=2, tensor=2), 8),
     "psum1": (AllReduce(), MeshConfig(), 1),
     "psum2": (AllReduce(), MeshConfig(), 2),
     "psum4": (AllReduce(), MeshConfig(), 4),
@@ -189,15 +196,24 @@ def test_equals_one_device(layout, name, accumulate, dtype):
 
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
 LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4"]
+LANGUAGE += [name for name in LAYOUTS if name.startswith("ring")]
+QUICK_LANGUAGE = ("fsdp8", "tensor2", "sequence2x2", "ring2x2x2")
 
 
-@pytest.mark.parametrize("layout", slow_but(("fsdp8", "tensor2", "sequence2x2"), LANGUAGE))
-def test_language_model_equals_one_device(layout):
+@pytest.mark.parametrize(
+    "layout,context",
+    slow_but(
+        [(layout, "ring") for layout in QUICK_LANGUAGE],
+        [*((layout, "ring") for layout in LANGUAGE), ("ring2", "ulysses"), ("ring2x2", "ulysses")],
+    ),
+)
+def test_language_model_equals_one_device(layout, context):
     """Packed documents, uneven padding, dropout, z-loss, a loss in chunks."""
     with jax.enable_x64(True):
         how = {"dtype": "float64", "steps": 8}
         want = reference("lm", 1, **how)
-        got = trajectory(MODELS["lm"], *LAYOUTS[layout], **how)
+        model = dataclasses.replace(MODELS["lm"], context=context)
+        got = trajectory(model, *LAYOUTS[layout], **how)
     assert_same(got, want, 1e-10)
     assert want[0][-1] < want[0][0]
 
