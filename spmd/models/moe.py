@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of a feed-forward layer: each token goes to a few of them, none is lost."""
+"""A mixture of experts in the place of a feed-forward layer: each token goes to a few, none is lost."""
 
 # B batch, T time, N tokens of a device, M = N * k rows, D embed, E experts, F mlp, k experts of a token,
 # W devices that share the experts
@@ -108,7 +108,7 @@ class Mixture(nnx.Module):
 def route(
     scores_BTE: jax.Array, top_k: int, offset_E: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(experts of each token, their shares), each [B, T, k]; shares sum to 1 and know nothing of the offset."""
+    """(experts of each token, their shares), each [B, T, k]; shares sum to 1, without the offset."""
     steered = scores_BTE
     if offset_E is not None:
         steered += jax.lax.stop_gradient(offset_E).astype(steered.dtype).reshape(1, 1, -1)

@@ -62,8 +62,8 @@ def ring(
     (Liu et al. 2023, arXiv 2310.01889); exact, the softmax in at least float32.
 
     A causal mask would leave the first device idle. So time is cut into 2 n chunks, and device i takes chunks
-    i and 2 n - 1 - i: each step has the work of two pairs of chunks on every device (zigzag, Zhu 2024; Llama 3,
-    arXiv 2407.21783, section 3.3.2). They are brought there within attention, so that no other layer knows.
+    i and 2 n - 1 - i: each step has the work of two pairs of chunks on every device (zigzag; Llama 3, arXiv
+    2407.21783, section 3.3.2). They are brought there within attention, so that no other layer knows.
     """
     axes, ways, time = tuple(scope.cut("time")), scope.ways("time"), q_BTHK.shape[1]
     check(
@@ -118,7 +118,7 @@ def natural(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 class Sums(NamedTuple):
-    """Of the softmax so far, for each query: the largest score, the sum of exponentials, the weighted values."""
+    """The softmax so far, by query: the largest score, the sum of exponentials, the weighted values."""
 
     largest: jax.Array  # [..., B, c, G, R]
     total: jax.Array

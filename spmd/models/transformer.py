@@ -53,7 +53,7 @@ class Transformer:
     """Width of a head; 0 is embed / heads."""
     mlp: int = 0
     """Width of the feed-forward layer; 0 is 4 * embed."""
-    experts: Experts = Experts()
+    experts: Experts = dataclasses.field(default_factory=Experts)
     """A mixture of feed-forward layers, each as wide as model.mlp, in the place of one."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm or LayerNorm."""
@@ -248,7 +248,7 @@ class Decoder(nnx.Module):
         return scope.constrain(x_BTD, "batch", _time("time", x_BTD), "embed"), cache
 
     def _note(self, load: Load) -> None:
-        """Loads of all layers: the loss, how full each expert is (1: as the mean), and the router's offsets."""
+        """Of all layers: the loss, how full each expert is (1: as the mean), and the router's offsets."""
         experts, counts_BE = self.config.experts, load.counts_BE.mean(0)
         tokens_B = counts_BE.sum(-1) / experts.top_k
         scope.note("balance", load.balance_B.mean(0), jnp.ones_like(tokens_B))

@@ -7,14 +7,12 @@ import functools
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spmd import hlo, mesh, scope, sharding
+from spmd import mesh, scope, sharding
 from spmd.mesh import MeshConfig
 from spmd.models.attention import attend
-from spmd.plan import targets
 from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")

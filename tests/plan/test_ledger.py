@@ -100,8 +100,8 @@ def dp_tp(p: dict[str, int]) -> Bytes:
 
 
 def ring(p: dict[str, int]) -> Bytes:
-    """In each block keys and values go round: forward and backward n - 1 times, their gradients n times. Before
-    that three arrays, and after it one, change into the zigzag order and back, and so do their gradients.
+    """In each block keys and values go round: forward and backward n - 1 times, their gradients n times.
+    Before that three arrays, and after it one, change their order (zigzag), and so do their gradients.
     """
     n, segments = 8, 4 * B * T // 8
     each = 2 * (3 * n - 2) + 2 * 4
