@@ -16,6 +16,7 @@ from spmd import mesh, optim, tasks, tree
 from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
+from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
 from spmd.strategies import AllReduce, Auto, base
 from tests.marks import slow_but
@@ -29,6 +30,10 @@ MODELS = {
         vocab=64, length=16, layers=2, embed=32, heads=4, kv_heads=2, mlp=64, dropout=0.1, tied=True
     ),
 }
+# Shared experts, the loss by sequence and the offsets: both kinds of balance at once.
+MODELS["moe"] = dataclasses.replace(
+    MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)
+)
 TASKS = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
@@ -53,6 +58,11 @@ LAYOUTS = {
     "ring2x2x2": (Auto(), MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8),
     "ring2x2": (Auto(), MeshConfig(data=2, context=2), 4),
     "ring2_sequence2": (Auto(sequence_parallel=True), MeshConfig(context=2, tensor=2), 8),
+    "expert2": (Auto(), MeshConfig(data=1, expert=2), 2),
+    "expert4": (Auto(), MeshConfig(data=1, expert=4), 4),
+    "expert8": (Auto(), MeshConfig(data=1, expert=8), 8),
+    "expert2x2x2": (Auto(), MeshConfig(data=1, fsdp=2, expert=2, tensor=2), 8),
+    "expert4_ring2": (Auto(), MeshConfig(data=1, context=2, expert=4), 8),
     "psum1": (AllReduce(), MeshConfig(), 1),
     "psum2": (AllReduce(), MeshConfig(), 2),
     "psum4": (AllReduce(), MeshConfig(), 4),
@@ -216,6 +226,20 @@ def test_language_model_equals_one_device(layout, context):
         got = trajectory(model, *LAYOUTS[layout], **how)
     assert_same(got, want, 1e-10)
     assert want[0][-1] < want[0][0]
+
+
+EXPERTS = [name for name in LAYOUTS if name.startswith("expert")]
+
+
+@pytest.mark.parametrize("layout", slow_but(("expert2",), [*EXPERTS, "fsdp4", "psum2", "ring2x2"]))
+def test_experts_equal_one_device(layout):
+    """Routing, both kinds of balance and their metrics, with the experts here or there."""
+    with jax.enable_x64(True):
+        how = {"dtype": "float64", "steps": 3}
+        want = reference("moe", 1, **how)
+        got = trajectory(MODELS["moe"], *LAYOUTS[layout], **how)
+    assert_same(got, want, 1e-10)
+    assert want[1]["model_state/blocks/mlp/offset"] > 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
