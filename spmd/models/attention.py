@@ -89,7 +89,7 @@ def _attend_cut(
     if segments_BT is None:
         segments_BT = jnp.ones(q_BTHK.shape[:2], jnp.int32)
     if context == "ulysses":
-        kernel = lambda *args: attend(*args, implementation)
+        kernel = functools.partial(attend, implementation=implementation)
         return ulysses(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel)
     check(
         implementation == "xla",

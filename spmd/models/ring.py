@@ -178,7 +178,7 @@ def _backward(axes, kept, gradient):
     inner = jnp.sum(out.astype(wide) * gradient.astype(wide), axis=-1)
     query = (q, gradient, partition, inner)  # what a pair needs of its queries
 
-    def pair(query, key, seen):
+    def pair(query: Any, key: Any, seen: jax.Array) -> Any:
         return _pair_gradients(*query, *key, seen)
 
     there = (k, v, segments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from spmd import mesh, scope, sharding
+from spmd import hlo, mesh, scope, sharding
 from spmd.mesh import MeshConfig
 from spmd.models.attention import attend
 from tests.marks import slow_but
@@ -71,6 +72,79 @@ def test_equals_one_device(name, seed):
         got = compiled(*CUTS[name])((q, k, v), w, segments)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def shapes(text):
+    return [[int(n) for n in dims.split(",")] for dims in re.findall(r"[a-z]\d+\[([\d,]+)\]", text)]
+
+
+@pytest.mark.parametrize("time", slow_but((8192,), (8192, 32768)))
+def test_no_scores_of_all_tokens_and_the_bytes_of_the_closed_form(time):
+    num, (heads, kv_heads), head_dim = 8, HEADS, 8
+    q, k = (jax.ShapeDtypeStruct((1, time, n, head_dim), np.float32) for n in HEADS)
+    segments = jax.ShapeDtypeStruct((1, time), np.int32)
+    made = compiled("ring", (("context", num),)).lower((q, k, k), q, segments).compile()
+    text = made.as_text()
+    assert max(np.prod(shape) for shape in shapes(text)) < time**2 / num
+    assert not any(shape.count(time) > 1 for shape in shapes(text))
+    axes = dict.fromkeys(mesh.AXES, 1) | {"context": num}
+    total = hlo.ledger(hlo.read(text, axes))[("context",), "collective-permute"]
+    of_q, of_k = (4 * time // num * n * head_dim for n in (heads, kv_heads))
+    # One turn of keys and values less than 2 (n - 1) + n: forward and backward begin alike, and without
+    # layers between them the compiler makes that one.
+    wanted = 2 * (3 * num - 3) * of_k + 4 * of_k + 4 * of_q
+    wanted += (2 * num - 2) * 4 * time // num  # segments
+    assert total.bytes == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [8192, 16384])
+def test_long_sequences_equal_one_device_in_float32(time):
+    """One head: what one device holds is [T, T]."""
+    rng = np.random.default_rng(0)
+    q, k, v, w, _ = inputs(rng, 1, time, heads=(1, 1), dtype=np.float32)
+    segments = (np.arange(time).reshape(1, -1) // 3000 + 1).astype(np.int32)
+    want = compiled(*ONE)((q, k, v), w, segments)
+    got = compiled("ring", (("context", 8),))((q, k, v), w, segments)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "context,sizes,time,message",
+    [
+        (
+            "ring",
+            (("context", 4),),
+            12,
+            "its 12 tokens; use a length that is a multiple of 8",
+        ),
+        (
+            "ulysses",
+            (("context", 4),),
+            16,
+            "2 key and value heads do not divide by mesh.context=4",
+        ),
+        (
+            "ulysses",
+            (("context", 2), ("tensor", 2)),
+            16,
+            "mesh.context may be 1, or use --model.context",
+        ),
+    ],
+)
+def test_mistakes(context, sizes, time, message):
+    q, k = (jax.ShapeDtypeStruct((2, time, n, 8), np.float32) for n in HEADS)
+    segments = jax.ShapeDtypeStruct((2, time), np.int32)
+    with pytest.raises(ValueError, match=message):
+        compiled(context, sizes).lower((q, k, k), q, segments)
+
+
+def test_a_ring_has_its_own_kernel():
+    q, k, v, _, segments = inputs(np.random.default_rng(0), 2, 16)
+    cut = mesh.make(MeshConfig(data=1, context=2), jax.devices()[:2])
+    with scope.bind(**sharding.placement(cut)), pytest.raises(ValueError, match="context ulysses"):
+        attend(q, k, v, segments, "cudnn", "ring")
 
 
 def test_the_one_device_result_is_of_the_plain_form():
