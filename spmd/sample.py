@@ -125,7 +125,8 @@ class _Steps:
         self._variables, self._ways = snapshot.variables, meshes.batch_shards(mesh)
         self._rows = NamedSharding(mesh, sharding.batch_spec())
         whole = NamedSharding(mesh, P())
-        placement, seed_key = sharding.placement(mesh), jax.random.key(seed)
+        placement = sharding.placement(mesh, sharding.whole_sequences())
+        seed_key = jax.random.key(seed)
 
         def drawn(logits_BV: jax.Array, number: jax.Array) -> jax.Array:
             row_B = jnp.arange(logits_BV.shape[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ class Scope:
     keys, weight: [B] of this trace's examples; platform: of the devices that will run it ("" is the default
     backend's).
 
+    notes: what layers told of their examples, by name: (values, their weights), each [B].
     watched: verify looks on: modules name their outputs, and the update returns the gradients.
     """
 
@@ -33,11 +35,13 @@ class Scope:
     keys: jax.Array | None = None
     weight: jax.Array | None = None
     constrain: Callable[[jax.Array, Dims], jax.Array] | None = None
-    blockwise: Callable[[Callable[..., Any], tuple[Dims, ...], Dims], Callable[..., Any]] | None = (
+    blockwise: Callable[[Callable[..., Any], tuple[Dims, ...], Any], Callable[..., Any]] | None = (
         None
     )
+    cut: Callable[[str], dict[str, int]] | None = None
     platform: str = ""
     watched: bool = False
+    notes: dict[str, tuple[jax.Array, jax.Array]] | None = None
     calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
 
 
@@ -114,18 +118,45 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 
 def blockwise(
-    fn: Callable[..., Any], in_dims: tuple[Dims, ...], out_dims: Dims
+    fn: Callable[..., Any], in_dims: tuple[Dims, ...], out_dims: Any
 ) -> Callable[..., Any]:
     """`fn` on each device's block of its arrays, cut by logical dims: for kernels that the compiler cannot
-    partition. Without a scope, `fn` itself.
+    partition, and for exchanges of its own (over the axes of `cut`). Without a scope, `fn` itself.
+
+    out_dims: of the result, or a tuple of those of several.
     """
     rule = current().blockwise
-    return fn if rule is None else rule(fn, in_dims, out_dims)
+    if rule is None:
+        return fn
+
+    def block(*args: Any) -> Any:
+        with bind(constrain=None, blockwise=None):  # within a block nothing is left to be placed
+            return fn(*args)
+
+    return rule(block, in_dims, out_dims)
+
+
+def cut(dim: str) -> dict[str, int]:
+    """`{axis: size}` of what cuts a logical dim over several devices; {} where nothing does."""
+    rule = current().cut
+    return {} if rule is None else rule(dim)
+
+
+def ways(dim: str) -> int:
+    """Over how many devices a logical dim is cut."""
+    return math.prod(cut(dim).values())
 
 
 def platform() -> str:
     """`cpu`, `gpu` or `tpu`: of the devices that will run what is traced."""
     return current().platform or jax.default_backend()
+
+
+def note(name: str, value_B: jax.Array, weight_B: jax.Array) -> None:
+    """Tells the task of the examples: a loss that it asked for, else a metric. Not from within a loop."""
+    notes = current().notes
+    if notes is not None:
+        notes[name] = (value_B, weight_B)
 
 
 def varying(tree: Any) -> Any:

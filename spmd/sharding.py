@@ -33,6 +33,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "choice": (),  # the router's outputs: each device chooses among all experts
     "conv": (),
     "input": (),
     "channels": (),
@@ -45,6 +46,11 @@ def sequence_parallel(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str,
     arXiv 2205.05198).
     """
     return {**rules, "residual_time": (*rules["residual_time"], "tensor")}
+
+
+def whole_sequences(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
+    """Rules by which no device has a part of a sequence: of decoding, whose prompts are of any length."""
+    return {**rules, "time": (), "residual_time": ()}
 
 
 # Below this, one all-gather costs more than the memory it saves.
@@ -221,16 +227,24 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
             placed = NamedSharding(mesh, placed)
         return jax.lax.with_sharding_constraint(x, placed)
 
-    def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Dims) -> Any:
-        def run(*args: jax.Array) -> jax.Array:
+    def cut(dim: str) -> dict[str, int]:
+        return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
+
+    def whole_blocks(dims: Dims) -> P:  # of a result: its blocks are of one size whatever that is
+        return P(*(tuple(cut(dim)) if dim else None for dim in dims))
+
+    def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Any) -> Any:
+        several = any(isinstance(dims, tuple) for dims in out_dims)
+        outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
+
+        def run(*args: jax.Array) -> Any:
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
-            shape = jax.eval_shape(fn, *args).shape
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
-            return jax.shard_map(
-                fn, mesh=mesh, in_specs=ins, out_specs=spec(shape, out_dims), check_vma=False
-            )(*args)
+            return jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)(
+                *args
+            )
 
         return run
 
     platform = mesh.devices.flat[0].platform
-    return {"constrain": constrain, "blockwise": blockwise, "platform": platform}
+    return {"constrain": constrain, "blockwise": blockwise, "cut": cut, "platform": platform}

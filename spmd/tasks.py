@@ -188,6 +188,7 @@ class LanguageModel:
         """
         net = network(model, param_dtype)
         real = tree.wide(jnp.dtype(param_dtype))
+        noted: dict[str, float] = getattr(model, "losses", {})
         terms = ("loss", "z_loss") if self.z_loss else ("loss",)
 
         def loss(params, model_state, batch, step_key, scale):
@@ -208,8 +209,11 @@ class LanguageModel:
         return Task(
             init=net.init,
             dims=net.dims,
-            coefficients={"loss": 1.0, "z_loss": self.z_loss},
-            weigh=lambda batch: dict.fromkeys(terms, _token_weights(batch).astype(real).sum()),
+            coefficients={"loss": 1.0, "z_loss": self.z_loss} | noted,
+            weigh=lambda batch: (
+                dict.fromkeys(terms, _token_weights(batch).astype(real).sum())
+                | dict.fromkeys(noted, batch["weight"].astype(real).sum())
+            ),
             loss=loss,
             predict=predict,
             call=net.evaluated,
@@ -222,14 +226,20 @@ class LanguageModel:
         """hidden: what the head reads, where it is known already."""
         weight_BT = _token_weights(batch)
         target_BT = _feature(batch, "targets")
-        if self.chunks > 1:
-            totals = self._chunked(module, batch, hidden, target_BT, weight_BT)
-        else:
-            given = hidden is not None
-            logits_BTV = module.logits(hidden) if given else module(*self._inputs(batch))
-            totals = self._totals(logits_BTV, target_BT, weight_BT)
+        notes: dict[str, tuple[jax.Array, jax.Array]] = {}
+        with scope.bind(notes=notes):
+            if self.chunks > 1:
+                totals = self._chunked(module, batch, hidden, target_BT, weight_BT)
+            else:
+                given = hidden is not None
+                logits_BTV = module.logits(hidden) if given else module(*self._inputs(batch))
+                totals = self._totals(logits_BTV, target_BT, weight_BT)
         weight = weight_BT.sum()
-        return {name: (total, weight.astype(total.dtype)) for name, total in totals.items()}
+        sums = {name: (total, weight.astype(total.dtype)) for name, total in totals.items()}
+        for name, pair in notes.items():
+            value, weight = (jnp.sum(x * batch["weight"].astype(x.dtype)) for x in pair)
+            sums[name] = (value, weight)
+        return sums
 
     def _totals(
         self, logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array

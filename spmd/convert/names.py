@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ FAMILIES = {
         "num_kv_heads": "heads",
     },
     "llama": {"norm": "rms", "activation": "swiglu", "position": "rope"},
+    "mixtral": {"norm": "rms", "activation": "swiglu", "position": "rope", "bias": False},
 }
 # Their prefix may be absent (GPT-2 at OpenAI); these hold no weights.
-PREFIX = {"gpt2": "transformer.", "llama": "model."}
+PREFIX = {"gpt2": "transformer.", "llama": "model.", "mixtral": "model."}
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
@@ -65,15 +67,21 @@ class Part(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of the files. layer: of its arrays; parts: side by side on its last axis."""
+    """A tensor of the files. at: where it lies in its arrays, (), (layer,) or (layer, expert); parts: side by
+    side on its last axis.
+    """
 
     name: str
-    layer: int | None
+    at: tuple[int, ...]
     parts: tuple[Part, ...]
+
+    def inner(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of what it holds of a layer's array of this shape: all, or an expert."""
+        return tuple(shape[max(len(self.at) - 1, 0) :])
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
         """From those of a layer's arrays."""
-        each = [part.shape_there(shapes[part.array]) for part in self.parts]
+        each = [part.shape_there(self.inner(shapes[part.array])) for part in self.parts]
         return (*each[0][:-1], sum(shape[-1] for shape in each))
 
 
@@ -82,18 +90,17 @@ ROWS, COLUMNS = ((0,), (1,)), ((1,), (0,))  # a matrix as it is, and transposed
 
 def tensors(model: Transformer, family: str) -> Iterator[Tensor]:
     """All tensors of a model, in the order of their layers."""
-    one = lambda name, array, axes: Tensor(name, None, (Part(array, axes),))
+    one = lambda name, array, axes: Tensor(name, (), (Part(array, axes),))
     if family == "gpt2":
         yield one("transformer.wte.weight", "embed/table", ROWS)
         yield one("transformer.wpe.weight", "position/table", ROWS)
     else:
         yield one("model.embed_tokens.weight", "embed/table", ROWS)
-    block = _gpt2 if family == "gpt2" else _llama
     for layer in range(model.layers):
-        for name, parts in block(model.bias):
+        for name, expert, parts in _block(model, family):
             blocks = tuple(Part(f"blocks/{array}", axes) for array, axes in parts)
             prefix = "transformer.h" if family == "gpt2" else "model.layers"
-            yield Tensor(f"{prefix}.{layer}.{name}", layer, blocks)
+            yield Tensor(f"{prefix}.{layer}.{name}", (layer, *expert), blocks)
     if family == "gpt2":
         yield one("transformer.ln_f.weight", "norm/scale", ((0,),))
         yield one("transformer.ln_f.bias", "norm/bias", ((0,),))
@@ -103,7 +110,19 @@ def tensors(model: Transformer, family: str) -> Iterator[Tensor]:
         yield one("lm_head.weight", "head/kernel", COLUMNS)
 
 
-def _gpt2(bias: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+def _block(model: Transformer, family: str) -> Iterator[tuple[str, tuple[int, ...], list[Any]]]:
+    """(name, expert, parts) of a layer."""
+    for name, parts in _gpt2() if family == "gpt2" else _llama(model.bias, family == "llama"):
+        yield name, (), parts
+    if family == "mixtral":
+        yield "block_sparse_moe.gate.weight", (), [("mlp/router/kernel", COLUMNS)]
+        for i in range(model.experts.num):
+            for there, here in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+                name = f"block_sparse_moe.experts.{i}.{there}.weight"
+                yield name, (i,), [(f"mlp/{here}/kernel", COLUMNS)]
+
+
+def _gpt2() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Its Conv1D keeps matrices as [inputs, outputs], queries, keys and values side by side."""
     heads = ("query", "key", "value")
     vector = ((0,),)
@@ -120,7 +139,7 @@ def _gpt2(bias: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
         yield f"mlp.{there}.bias", [(f"mlp/{here}/bias", vector)]
 
 
-def _llama(bias: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+def _llama(bias: bool, dense: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Matrices as [outputs, inputs]; rotary pairs are the halves of a head, as ours are."""
     yield "input_layernorm.weight", [("attention_norm/scale", ((0,),))]
     for letter, here in (("q", "query"), ("k", "key"), ("v", "value")):
@@ -131,14 +150,14 @@ def _llama(bias: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     if bias:
         yield "self_attn.o_proj.bias", [("attention/out/bias", ((0,),))]
     yield "post_attention_layernorm.weight", [("mlp_norm/scale", ((0,),))]
-    for here in ("gate", "up", "down"):
+    for here in ("gate", "up", "down") if dense else ():
         yield f"mlp.{here}_proj.weight", [(f"mlp/{here}/kernel", COLUMNS)]
         if bias:
             yield f"mlp.{here}_proj.bias", [(f"mlp/{here}/bias", ((0,),))]
 
 
 def family_of(model: Any) -> str:
-    """`gpt2` or `llama`; ValueError with the fields that are of neither."""
+    """One of FAMILIES; ValueError with the fields that are of neither."""
     check(
         isinstance(model, Transformer),
         f"Hugging Face weights are those of spmd.models.transformer.Transformer, not {type(model).__name__}",
@@ -146,11 +165,18 @@ def family_of(model: Any) -> str:
     differ: dict[str, list[str]] = {}
     for family, fields in FAMILIES.items():
         wanted = fields | {"qk_norm": False, "logit_cap": 0.0}
+        if family == "mixtral":
+            wanted |= {"experts.shared": 0, "experts.bias_rate": 0.0}
+        else:
+            wanted |= {"experts.num": 0}
+        found = {name: operator.attrgetter(name)(model) for name in wanted}
         differ[family] = [
-            f"model.{name}={getattr(model, name)}"
+            f"model.{name}={found[name]}"
             for name, value in wanted.items()
-            if getattr(model, name) != (model.heads if value == "heads" else value)
+            if found[name] != (model.heads if value == "heads" else value)
         ]
+        if family == "mixtral" and not model.experts.num:
+            differ[family].append("model.experts.num=0")
         if family == "gpt2" and model.width * model.heads != model.embed:
             differ[family].append(f"model.head_dim={model.head_dim}")
         if not differ[family]:
@@ -181,8 +207,7 @@ def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
             "layer_norm_epsilon": model.norm_epsilon,
             "activation_function": "gelu_new",
         }
-    return common | {
-        "architectures": ["LlamaForCausalLM"],
+    common |= {
         "max_position_embeddings": model.length,
         "hidden_size": model.embed,
         "num_hidden_layers": model.layers,
@@ -194,6 +219,17 @@ def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
         "rope_theta": model.rope_theta,  # where older versions look for it
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "hidden_act": "silu",
+    }
+    if family == "mixtral":
+        return common | {
+            "architectures": ["MixtralForCausalLM"],
+            "num_local_experts": model.experts.num,
+            "num_experts_per_tok": model.experts.top_k,
+            "router_aux_loss_coef": model.experts.balance,
+            "sliding_window": None,
+        }
+    return common | {
+        "architectures": ["LlamaForCausalLM"],
         "attention_bias": model.bias,
         "mlp_bias": model.bias,
     }
@@ -215,11 +251,19 @@ _DEFAULTS = {
         "attention_bias": False,
         "mlp_bias": False,
     },
+    "mixtral": {
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "hidden_act": "silu",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 }
 _SAME = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "silu": "silu", "swish": "silu"}
 # Sequences may be shorter here; shapes tell of a learned table's length.
 _APART = {"architectures", "dtype", "bos_token_id", "eos_token_id", "rope_parameters"}
-_APART |= {"max_position_embeddings"}
+_APART |= {"max_position_embeddings", "router_aux_loss_coef"}
 
 
 def differences(model: Transformer, family: str, there: Mapping[str, Any]) -> list[str]:
@@ -229,7 +273,7 @@ def differences(model: Transformer, family: str, there: Mapping[str, Any]) -> li
     found, here = [], config_of(model, family, "")
     there = {**_DEFAULTS[family], **there}
     rope = there.get("rope_parameters") or there.get("rope_scaling") or {}
-    if family == "llama":
+    if family != "gpt2":
         there["rope_theta"] = rope.get("rope_theta", there["rope_theta"])
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":

@@ -83,10 +83,10 @@ class Weights(NamedTuple):
                 for tensor in its:
                     view, offset = opened.get_slice(stored[tensor.name]), 0
                     for part in tensor.parts:
-                        name, shape = f"params/{part.array}", shapes[part.array]
+                        name, shape = f"params/{part.array}", tensor.inner(shapes[part.array])
                         if name in wanted:
-                            layer = (part, view, offset, shape, tensor.layer)
-                            found[name] = _put(wanted[name], found.get(name), *layer)
+                            block = (part, view, offset, shape, tensor.at)
+                            found[name] = _put(wanted[name], found.get(name), *block)
                         offset += part.shape_there(shape)[-1]
         return found
 
@@ -197,13 +197,13 @@ def _put(
     view: Any,
     offset: int,
     shape: tuple[int, ...],
-    layer: int | None,
+    at: tuple[int, ...],
 ) -> jax.Array:
-    """The array with one more layer, each device's block read by itself."""
+    """The array with one more layer (or an expert of it), each device's block read by itself."""
     placed: Any = wanted.sharding
-    whole = wanted.shape if layer is None else wanted.shape[1:]
-    if layer is not None and isinstance(placed, NamedSharding):
-        placed = NamedSharding(placed.mesh, P(*placed.spec[1:]))
+    whole = wanted.shape[len(at) :]
+    if isinstance(placed, NamedSharding):
+        placed = NamedSharding(placed.mesh, P(*placed.spec[len(at) :]))
 
     def block(index: Any) -> np.ndarray:
         full = [slice(*s.indices(n)[:2]) for s, n in zip(index, whole, strict=True)]
@@ -214,16 +214,16 @@ def _put(
         return np.ascontiguousarray(np.pad(found, missing) if whole != shape else found)
 
     read = jax.make_array_from_callback(whole, placed, block)
-    if layer is None:
+    if not at:
         return read
     zeros, update = _stacking(wanted.shape, str(wanted.dtype), wanted.sharding)
     # Waits: else the host would run ahead and hold many layers.
-    return jax.block_until_ready(update(zeros() if before is None else before, read, layer))
+    return jax.block_until_ready(update(zeros() if before is None else before, read, at))
 
 
 @functools.cache
 def _stacking(shape: tuple[int, ...], dtype: str, placed: Any) -> tuple[Any, Any]:
-    """(zeros, (array, layer's array, index) -> array): in place, so that no layer lies there twice."""
+    """(zeros, (array, block, where) -> array): in place, so that no layer lies there twice."""
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)
-    put = lambda array, layer, index: jax.lax.dynamic_update_index_in_dim(array, layer, index, 0)
+    put = lambda array, block, at: array.at[at].set(block)
     return zeros, jax.jit(put, donate_argnums=0, out_shardings=placed)

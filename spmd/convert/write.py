@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -33,7 +34,7 @@ def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> lis
         raise ValueError("run.py export needs: pip install safetensors") from None
     leaves = tree.named_leaves(params)
     shards = _shards(model, family, leaves, shard)
-    total = sum(_bytes(t, model, leaves) for its in shards for t in its)
+    total = sum(_bytes(t, leaves) for its in shards for t in its)
     part = path.parent / f"{path.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -64,7 +65,7 @@ def _shards(model: Any, family: str, leaves: Any, limit: int) -> list[list[names
     found: list[list[names.Tensor]] = [[]]
     size = 0
     for tensor in names.tensors(model, family):
-        more = _bytes(tensor, model, leaves)
+        more = _bytes(tensor, leaves)
         if found[-1] and size + more > limit:
             found.append([])
             size = 0
@@ -73,11 +74,11 @@ def _shards(model: Any, family: str, leaves: Any, limit: int) -> list[list[names
     return found
 
 
-def _bytes(tensor: names.Tensor, model: Any, leaves: Any) -> int:
+def _bytes(tensor: names.Tensor, leaves: Any) -> int:
     count = 0
     for part in tensor.parts:
         leaf = leaves[part.array]
-        count += leaf.nbytes // (model.layers if tensor.layer is not None else 1)
+        count += leaf.nbytes // math.prod(leaf.shape[: len(tensor.at)])
     return count
 
 
@@ -86,7 +87,7 @@ def _tensor(tensor: names.Tensor, model: Any, leaves: Any) -> np.ndarray:
     parts = []
     for part in tensor.parts:
         leaf = leaves[part.array]
-        array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        array = np.asarray(leaf[tensor.at])
         if part.array == "embed/table":
             array = array[: model.vocab]
         elif part.array == "head/kernel":

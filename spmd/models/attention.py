@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from spmd import scope, tree
 from spmd.fields import check
 from spmd.models.layers import contract
+from spmd.models.ring import ring, ulysses
 
 Implementation = Literal["xla", "cudnn", "splash"]
+Context = Literal["ring", "ulysses"]
 
 
 class Place(NamedTuple):
@@ -48,12 +50,15 @@ def attend(
     v_BTGK: jax.Array,
     segments_BT: jax.Array | None,
     implementation: Implementation,
+    context: Context = "ring",
 ) -> jax.Array:
     """Each token attends to itself and what stands before it in its document: [B, T, H, K].
 
-    Softmax in at least float32. ValueError where the asked-for implementation cannot run: there is no
-    silent fall back to a slower one.
+    context: how, where devices share a sequence. Softmax in at least float32. ValueError where what is asked
+    for cannot run: there is no silent fall back to a slower one.
     """
+    if scope.cut("time"):
+        return _attend_cut(q_BTHK, k_BTGK, v_BTGK, segments_BT, implementation, context)
     if implementation == "splash":
         return _splash(q_BTHK, k_BTGK, v_BTGK, segments_BT)
     same_BTS = None
@@ -70,6 +75,28 @@ def attend(
     return jax.nn.dot_product_attention(
         q_BTHK, k_BTGK, v_BTGK, mask=mask, is_causal=True, implementation="cudnn"
     )
+
+
+def _attend_cut(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    implementation: Implementation,
+    context: Context,
+) -> jax.Array:
+    """Where each device has a part of the sequence."""
+    if segments_BT is None:
+        segments_BT = jnp.ones(q_BTHK.shape[:2], jnp.int32)
+    if context == "ulysses":
+        kernel = functools.partial(attend, implementation=implementation)
+        return ulysses(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel)
+    check(
+        implementation == "xla",
+        f"model.attention={implementation} takes whole sequences, and model.context=ring cuts them; use"
+        " --model.context ulysses, or --model.attention xla",
+    )
+    return ring(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
 
 def attend_cached(

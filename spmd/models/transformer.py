@@ -16,8 +16,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spmd import scope, tree
 from spmd.fields import check, free
-from spmd.models.attention import Implementation, Place, attend, attend_cached, rotary, rotate
+from spmd.models.attention import (
+    Context,
+    Implementation,
+    Place,
+    attend,
+    attend_cached,
+    rotary,
+    rotate,
+)
 from spmd.models.layers import Dropout, Linear, Norm, contract, lookup, param
+from spmd.models.moe import Experts, Load, Mixture
 
 Cache = dict[str, jax.Array]  # key, value: [L, B, S, G, K]
 CACHE_DIMS = ("layers", "batch", None, "kv_heads", "head_dim")
@@ -44,6 +53,8 @@ class Transformer:
     """Width of a head; 0 is embed / heads."""
     mlp: int = 0
     """Width of the feed-forward layer; 0 is 4 * embed."""
+    experts: Experts = dataclasses.field(default_factory=Experts)
+    """A mixture of feed-forward layers, each as wide as model.mlp, in the place of one."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm or LayerNorm."""
     norm_epsilon: float = 1e-5
@@ -72,6 +83,8 @@ class Transformer:
     """Compute type; empty is the parameters' own. Norms, softmax and sums of gradients stay float32."""
     attention: Implementation = free("xla")
     """XLA anywhere; cudnn on NVIDIA GPUs, splash on TPUs, which never hold all scores at once."""
+    context: Context = free("ring")
+    """With mesh.context, keys and values go round a ring, or (ulysses) heads are exchanged against time."""
     scan: bool = free(True)
     """One compiled block, scanned over the layers; else unrolled: slower to compile, faster to run."""
     remat: Literal["none", "full", "dots", "named"] = free("none")
@@ -102,6 +115,10 @@ class Transformer:
             f"rotary positions turn pairs: the head dim must be even, given {self.width};"
             " change model.embed or model.head_dim, or use model.position=learned",
         )
+        check(
+            not (self.experts.num and self.bias),
+            "model.bias: experts have no biases; set model.bias to False, or model.experts.num to 0",
+        )
 
     @property
     def num_kv_heads(self) -> int:
@@ -117,6 +134,12 @@ class Transformer:
     def rows(self) -> int:
         """Rows of the embedding's table."""
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """`{name: weight}` of the losses that a forward pass notes in its scope."""
+        balance = self.experts.balance if self.experts.num else 0.0
+        return {"balance": balance} if balance else {}
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         return Decoder(self, rngs)
@@ -228,6 +251,12 @@ class Decoder(nnx.Module):
         first: jax.Array | int = 0,
     ) -> jax.Array:
         """x behind the blocks whose parameters there are; first: the number of the first one."""
+        experts = self.config.experts.num
+        check(
+            not experts,
+            f"model.experts.num={experts}: a pipeline carries no router's loss and load from stage to stage;"
+            " use mesh.stage=1, and cut by mesh.expert",
+        )
         place = self._place(tokens_BT, positions_BT, segments_BT, x_BTD.dtype)
         return _through(self.blocks, x_BTD, place, None, first)[0]
 
@@ -255,8 +284,21 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         x_BTD = self.enter(tokens_BT, positions_BT)
         place = self._place(tokens_BT, positions_BT, segments_BT, x_BTD.dtype)
-        x_BTD, cache = _through(self.blocks, x_BTD, place, cache)
+        x_BTD, (cache, load) = _through(self.blocks, x_BTD, place, cache)
+        if load is not None:
+            self._note(load)
         return self.leave(x_BTD), cache
+
+    def _note(self, load: Load) -> None:
+        """Of all layers: the loss, how full each expert is (1: as the mean), and the router's offsets."""
+        experts, counts_BE = self.config.experts, load.counts_BE.mean(0)
+        tokens_B = counts_BE.sum(-1) / experts.top_k
+        scope.note("balance", load.balance_B.mean(0), jnp.ones_like(tokens_B))
+        for i in range(experts.num):
+            full_B = counts_BE[:, i] * (experts.num / experts.top_k)
+            scope.note(f"load/{i}", full_B, tokens_B)
+        if isinstance(self.blocks.mlp, Mixture):
+            self.blocks.mlp.learn(load.counts_BE)
 
 
 class Table(nnx.Module):
@@ -283,18 +325,29 @@ class Block(nnx.Module):
         self.attention_norm = _norm(config, rngs)
         self.attention = Attention(config, rngs)
         self.mlp_norm = _norm(config, rngs)
-        self.mlp = FeedForward(config, rngs)
+        width = config.mlp or 4 * config.embed
+        self.mlp = (
+            _mixture(config, rngs, width)
+            if config.experts.num
+            else FeedForward(config, rngs, width)
+        )
         self.dropout = Dropout(config.dropout)
         self.config = config
 
-    def __call__(self, x_BTD: jax.Array, place: Place, cache: Any) -> tuple[jax.Array, Any]:
-        time = _time("time", x_BTD)
+    def __call__(
+        self, x_BTD: jax.Array, place: Place, cache: Any
+    ) -> tuple[jax.Array, tuple[Any, Load | None]]:
+        time, load = _time("time", x_BTD), None
         y_BTD = scope.constrain(self.attention_norm(x_BTD), "batch", time, "embed")
         y_BTD, cache = self.attention(y_BTD, place, cache)
         x_BTD = _residual(x_BTD + self.dropout(_residual(y_BTD)))
         y_BTD = scope.constrain(self.mlp_norm(x_BTD), "batch", time, "embed")
-        x_BTD = _residual(x_BTD + self.dropout(_residual(self.mlp(y_BTD))))
-        return x_BTD, cache
+        if isinstance(self.mlp, Mixture):
+            y_BTD, load = self.mlp(y_BTD, place.segments_BT)
+        else:
+            y_BTD = self.mlp(y_BTD)
+        x_BTD = _residual(x_BTD + self.dropout(_residual(y_BTD)))
+        return x_BTD, (cache, load)
 
 
 class Attention(nnx.Module):
@@ -316,6 +369,7 @@ class Attention(nnx.Module):
         shape, dims = (config.heads, config.width, config.embed), ("heads", "head_dim", "embed")
         self.out = Linear(rngs, "bthk,hkd->btd", shape, dims, **_options(config, residual=True))
         self.implementation: Implementation = config.attention
+        self.context: Context = config.context
 
     def __call__(self, x_BTD: jax.Array, place: Place, cache: Any) -> tuple[jax.Array, Any]:
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
@@ -327,7 +381,9 @@ class Attention(nnx.Module):
         k_BTGK = _activation("key", k_BTGK, "kv_heads", "head_dim")
         v_BTGK = _activation("value", v_BTGK, "kv_heads", "head_dim")
         if cache is None:
-            y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, place.segments_BT, self.implementation)
+            y_BTHK = attend(
+                q_BTHK, k_BTGK, v_BTGK, place.segments_BT, self.implementation, self.context
+            )
         else:
             cache = {
                 "key": _written(cache["key"], k_BTGK, place.positions_BT),
@@ -340,8 +396,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Two or, gated, three products around a non-linearity."""
 
-    def __init__(self, config: Transformer, rngs: nnx.Rngs):
-        width = config.mlp or 4 * config.embed
+    def __init__(self, config: Transformer, rngs: nnx.Rngs, width: int):
         into = lambda: Linear(
             rngs, "btd,df->btf", (config.embed, width), ("embed", "mlp"), **_options(config)
         )
@@ -364,9 +419,36 @@ def _positions(tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Arra
     return positions_BT
 
 
+def _mixture(config: Transformer, rngs: nnx.Rngs, width: int) -> Mixture:
+    num, shared = config.experts.num, config.experts.shared
+
+    def kernels(
+        spec: str, sizes: tuple[int, ...], dims: tuple[str, ...], **residual: bool
+    ) -> Linear:
+        return Linear(rngs, spec, sizes, dims, **_options(config, **residual))
+
+    def into() -> Linear:
+        return kernels("btd,edf->btef", (num, config.embed, width), ("experts", "embed", "mlp"))
+
+    return Mixture(
+        config.experts,
+        config.layers,
+        router=kernels("btd,de->bte", (config.embed, num), ("embed", "choice")),
+        up=into(),
+        gate=into() if config.activation == "swiglu" else None,
+        down=kernels(
+            "btef,efd->bted",
+            (num, width, config.embed),
+            ("experts", "mlp", "embed"),
+            residual=True,
+        ),
+        shared=FeedForward(config, rngs, shared * width) if shared else None,
+    )
+
+
 def _through(
     blocks: Block, x_BTD: jax.Array, place: Place, cache: Any, first: jax.Array | int = 0
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, tuple[Any, Load | None]]:
     """The blocks one after the other, scanned or unrolled, from the same stacked arrays; a stage of a
     pipeline has some of them, numbered from `first` on.
     """
@@ -383,11 +465,11 @@ def _through(
     stack = (first + jnp.arange(num, dtype=jnp.int32), nnx.as_pure(weights), cache)
     if config.scan:
         return jax.lax.scan(step, x_BTD, stack)
-    caches = []
+    made = []
     for layer in _unstacked(stack, num):
         x_BTD, new = step(x_BTD, layer)
-        caches.append(new)
-    return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *caches)
+        made.append(new)
+    return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *made)
 
 
 def _unstacked(stack: Any, layers: int) -> list[Any]:

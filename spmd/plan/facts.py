@@ -186,6 +186,8 @@ def widths(model: Transformer) -> dict[str, int]:
     """Elements for each token of what a block makes, by the names of model.saved, and of its residual."""
     query, key = model.heads * model.width, model.num_kv_heads * model.width
     wide = model.mlp or 4 * model.embed
+    if model.experts.num:  # those that a token goes to; the router's own product is left out
+        wide *= model.experts.top_k + model.experts.shared
     gate = {"gate": wide} if model.activation == "swiglu" else {}
     made = {"query": query, "key": key, "value": key, "attended": query, "up": wide}
     return {"residual": model.embed, **made, **gate}

@@ -189,8 +189,14 @@ def pipelined(parts: Parts) -> grad.GradsOf:
     for asked, name in ((parts.privacy, "privacy"), (parts.noise_scale, "train.noise_scale")):
         check(
             not asked,
-            f"{name} needs gradients of parts of the batch, which a pipeline (mesh.stage={stages}) sums up as it"
-            " goes; use mesh.stage=1",
+            f"{name} needs gradients of parts of the batch, which a pipeline (mesh.stage={stages}) sums up as"
+            " it goes; use mesh.stage=1",
+        )
+    for axis in ("context", "expert"):
+        check(
+            parts.mesh.shape[axis] == 1,
+            f"mesh.{axis}={parts.mesh.shape[axis]} is not supported inside of a pipeline (mesh.stage={stages}):"
+            " use data, fsdp and tensor beside mesh.stage",
         )
     staged = parts.task.staged()
     table = schedules.make(parts.pipeline, stages, parts.accumulate, parts.virtual_stages)

@@ -99,8 +99,12 @@ def describe(sizes: Sizes) -> str:
 
 
 def model_axes(program: Program) -> list[str]:
-    """The axes that can cut this model: the batch's, and those that a rule gives to one of its dims."""
+    """The axes that can cut this model: the batch's, and those that a rule gives to one of its dims or to its
+    sequences.
+    """
     dims = {dim for named_dims in program.task.dims.values() for dim in named_dims or () if dim}
+    if "tokens" in program.abstract_batch():
+        dims.add("time")
     used = {"replica", "data", "fsdp"} | {axis for dim in dims for axis in RULES[dim]}
     return [axis for axis in AXES if axis in used]
 
@@ -193,6 +197,12 @@ class Proof:
         for sizes, result in zip(cuts, results, strict=True):
             try:
                 program = self.build(precision, sizes)
+                with scope.bind(
+                    watched=True
+                ):  # what does not divide is told while a step is traced
+                    jax.eval_shape(
+                        program.strategy.step, program.abstract_state(), program.abstract_batch()
+                    )
                 cases.append(Case(result, sizes, program, own_state(self.reference, program)))
             except ValueError as error:
                 if not skip:

@@ -26,6 +26,7 @@ import numpy as np
 
 from spmd import Experiment
 from spmd.data import Arrays
+from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
 from spmd.optim import AdamW
 from spmd.tasks import LanguageModel
@@ -57,6 +58,7 @@ MODELS = {
     "llama": f"{SIZES}, mlp=48, rope_theta=10000.0",
     "llama gqa tied": f"{SIZES}, kv_heads=2, head_dim=16, mlp=48, tied=True, vocab_multiple=64,"
     " norm_epsilon=1e-6",
+    "mixtral": f"{SIZES}, kv_heads=2, mlp=48, rope_theta=1e6, experts=Experts(num=4)",
     "llama biases": f"{SIZES}, kv_heads=2, mlp=48, bias=True",
 }
 MESH = ("--simulate", "4", "--mesh.fsdp", "2", "--mesh.tensor", "2")
@@ -100,7 +102,12 @@ def theirs(model, **more):
         )
         made = transformers.GPT2LMHeadModel(config)
     else:
-        config = transformers.LlamaConfig(
+        name = "Mixtral" if model.experts.num else "Llama"
+        if model.experts.num:
+            more |= {"num_local_experts": model.experts.num, "sliding_window": None}
+        else:
+            more |= {"attention_bias": model.bias, "mlp_bias": model.bias}
+        config = getattr(transformers, f"{name}Config")(
             vocab_size=VOCAB,
             max_position_embeddings=TIME,
             hidden_size=model.embed,
@@ -111,12 +118,10 @@ def theirs(model, **more):
             intermediate_size=model.mlp,
             rms_norm_eps=model.norm_epsilon,
             rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            attention_bias=model.bias,
-            mlp_bias=model.bias,
             **none,
             **more,
         )
-        made = transformers.LlamaForCausalLM(config)
+        made = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():  # biases are 0 and norms 1 at first: any order would do
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from spmd import tasks, tree
+from spmd.models.moe import Experts
 from spmd.models.transformer import CACHE_DIMS, Transformer
 from tests.marks import slow_but
 
@@ -38,6 +39,10 @@ PUBLISHED = {
     "llama3-70b": (
         dataclasses.replace(LLAMA3, layers=80, embed=8192, heads=64, mlp=28672),
         70_553_706_496,
+    ),
+    "mixtral-8x7b": (
+        dataclasses.replace(LLAMA3, vocab=32_000, experts=Experts(num=8, top_k=2)),
+        46_702_792_704,
     ),
 }
 

@@ -110,6 +110,29 @@ def local_fsdp(p: dict[str, int]) -> Bytes:
 
 
 LOCAL = ["1", "--strategy", "local", "--strategy.replicas"]
+
+
+def ring(p: dict[str, int]) -> Bytes:
+    """In each block keys and values go round: forward and backward n - 1 times, their gradients n times.
+    Before that three arrays, and after it one, change their order (zigzag), and so do their gradients.
+    """
+    n, segments = 8, 4 * B * T // 8
+    each = 2 * (3 * n - 2) + 2 * 4
+    return {
+        (("context",), "all-reduce"): sum(p.values()),
+        (("context",), "collective-permute"): L * (each * A / n + 2 * (n - 1) * segments),
+    }
+
+
+def ulysses(p: dict[str, int]) -> Bytes:
+    """In each block an all-to-all of four arrays, and of their gradients."""
+    return {
+        (("context",), "all-reduce"): sum(p.values()),
+        (("context",), "all-to-all"): L * 2 * 4 * A / 8,
+        (("context",), "all-gather"): 4 * B * T,
+    }
+
+
 CASES = {
     "dp": (["8"], dp),
     "zero1": (["1", "--mesh.fsdp", "8", "--strategy.zero", "1"], zero1),
@@ -118,6 +141,8 @@ CASES = {
     "tp": (["1", "--mesh.tensor", "8"], tp),
     "sp": (["1", "--mesh.tensor", "8", "--strategy.sequence-parallel"], sp),
     "dp_tp": (["4", "--mesh.tensor", "2"], dp_tp),
+    "ring": (["1", "--mesh.context", "8"], ring),
+    "ulysses": (["1", "--mesh.context", "8", "--model.context", "ulysses"], ulysses),
     "explicit": (["8", "--strategy", "allreduce"], dp),
     "local": ([*LOCAL, "8", "--mesh.replica", "8"], local),
     "local_fsdp": ([*LOCAL, "2", "--mesh.replica", "2", "--mesh.fsdp", "4"], local_fsdp),

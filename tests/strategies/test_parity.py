@@ -17,6 +17,7 @@ from spmd import mesh, optim, tasks, tree
 from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
+from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
 from spmd.privacy import Mechanism
 from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
@@ -31,6 +32,10 @@ MODELS = {
         vocab=64, length=16, layers=2, embed=32, heads=4, kv_heads=2, mlp=64, dropout=0.1, tied=True
     ),
 }
+# Shared experts, the loss by sequence and the offsets: both kinds of balance at once.
+MODELS["moe"] = dataclasses.replace(
+    MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)
+)
 TASKS = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
@@ -54,6 +59,17 @@ LAYOUTS = {
     "zero1_2x4": (Auto(zero=1), MeshConfig(data=2, fsdp=4), 8),
     "tensor2": (Auto(), MeshConfig(data=2, fsdp=2, tensor=2), 8),
     "sequence2x2": (Auto(sequence_parallel=True), MeshConfig(data=2, fsdp=2, tensor=2), 8),
+    "context2": (Auto(), MeshConfig(data=1, context=2), 2),
+    "context4": (Auto(), MeshConfig(data=1, context=4), 4),
+    "context8": (Auto(), MeshConfig(data=1, context=8), 8),
+    "context2x2x2": (Auto(), MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8),
+    "context2x2": (Auto(), MeshConfig(data=2, context=2), 4),
+    "context2_sequence2": (Auto(sequence_parallel=True), MeshConfig(context=2, tensor=2), 8),
+    "expert2": (Auto(), MeshConfig(data=1, expert=2), 2),
+    "expert4": (Auto(), MeshConfig(data=1, expert=4), 4),
+    "expert8": (Auto(), MeshConfig(data=1, expert=8), 8),
+    "expert2x2x2": (Auto(), MeshConfig(data=1, fsdp=2, expert=2, tensor=2), 8),
+    "expert4_context2": (Auto(), MeshConfig(data=1, context=2, expert=4), 8),
     "psum1": (AllReduce(), MeshConfig(), 1),
     "psum2": (AllReduce(), MeshConfig(), 2),
     "psum4": (AllReduce(), MeshConfig(), 4),
@@ -256,16 +272,30 @@ def test_equals_one_device(layout, name, accumulate, dtype):
 
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
 LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4", "server2x4"]
+PRIVATE_LAYOUTS = [*LANGUAGE]
 LANGUAGE += ["local8", "powersgd4"]  # blocks stacked in three dims and more
+LANGUAGE += [name for name in LAYOUTS if name.startswith("context")]
+QUICK_LANGUAGE = ("fsdp8", "tensor2", "sequence2x2", "context2x2x2")
 
 
-@pytest.mark.parametrize("layout", slow_but(("fsdp8", "tensor2", "sequence2x2"), LANGUAGE))
-def test_language_model_equals_one_device(layout):
+@pytest.mark.parametrize(
+    "layout,context",
+    slow_but(
+        [(layout, "ring") for layout in QUICK_LANGUAGE],
+        [
+            *((layout, "ring") for layout in LANGUAGE),
+            ("context2", "ulysses"),
+            ("context2x2", "ulysses"),
+        ],
+    ),
+)
+def test_language_model_equals_one_device(layout, context):
     """Packed documents, uneven padding, dropout, z-loss, a loss in chunks."""
     with jax.enable_x64(True):
         how = {"dtype": "float64", "steps": 8, "optimizer": optimizer_of(LAYOUTS[layout][0])}
         want = reference("lm", 1, **how)
-        got = trajectory(MODELS["lm"], *LAYOUTS[layout], **how)
+        model = dataclasses.replace(MODELS["lm"], context=context)
+        got = trajectory(model, *LAYOUTS[layout], **how)
     assert_same(got, want, 1e-10)
     assert want[0][-1] < want[0][0]
 
@@ -277,6 +307,22 @@ def test_pipelines_equal_one_device(layout):
         want = reference("lm", **how)
         got = trajectory(MODELS["lm"], *PIPELINES[layout], **how)
     assert_same(got, want, 1e-10)
+
+
+EXPERTS = [name for name in LAYOUTS if name.startswith("expert")]
+
+
+@pytest.mark.parametrize(
+    "layout", slow_but(("expert2",), [*EXPERTS, "fsdp4", "psum2", "context2x2"])
+)
+def test_experts_equal_one_device(layout):
+    """Routing, both kinds of balance and their metrics, with the experts here or there."""
+    with jax.enable_x64(True):
+        how = {"dtype": "float64", "steps": 3}
+        want = reference("moe", 1, **how)
+        got = trajectory(MODELS["moe"], *LAYOUTS[layout], **how)
+    assert_same(got, want, 1e-10)
+    assert want[1]["model_state/blocks/mlp/offset"] > 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -296,7 +342,7 @@ def test_optimizers_see_whole_arrays(layout, optimizer):
     assert want[0][-1] < want[0][0]
 
 
-PRIVATE = [(name, layout) for name in ("mlp", "lm") for layout in LANGUAGE]
+PRIVATE = [(name, layout) for name in ("mlp", "lm") for layout in PRIVATE_LAYOUTS]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""Attention over a sequence cut over devices equals that of one device, its gradients too."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+
+from spmd import hlo, mesh, scope, sharding
+from spmd.mesh import MeshConfig
+from spmd.models.attention import attend
+from tests.marks import slow_but
+
+pytestmark = pytest.mark.usefixtures("devices")
+HEADS = (4, 2)
+
+
+def inputs(rng, batch, time, heads=HEADS, head_dim=8, dtype=np.float64):
+    """Queries, keys, values, the weights of a loss, and segments cut at random; 0 at the end is padding."""
+    q, k, v, w = (
+        rng.normal(size=(batch, time, n, head_dim)).astype(dtype)
+        for n in (heads[0], *heads[1:] * 2, heads[0])
+    )
+    segments = (rng.random((batch, time)) < rng.random()).cumsum(1) + 1
+    padding = np.arange(time) >= rng.integers(1, time + 1, (batch, 1))
+    return q, k, v, w, np.where(padding, 0, segments).astype(np.int32)
+
+
+@functools.cache
+def compiled(context, sizes):
+    """(output, gradients) on a mesh; sizes: of its axes."""
+    number = int(np.prod([size for _, size in sizes]))
+    cut = mesh.make(MeshConfig(**{"data": 1} | dict(sizes)), jax.devices()[:number])
+
+    def loss(qkv, w, segments):
+        y = attend(*qkv, segments, "xla", context)
+        return (y * w).sum(), y
+
+    @jax.jit
+    def run(qkv, w, segments):
+        with scope.bind(**sharding.placement(cut)):
+            (_, y), grads = jax.value_and_grad(loss, has_aux=True)(qkv, w, segments)
+        return y, *grads
+
+    return run
+
+
+ONE = ("ring", ())
+CUTS = {
+    "ring2": ("ring", (("context", 2),)),
+    "ring4": ("ring", (("context", 4),)),
+    "ring8": ("ring", (("context", 8),)),
+    "ring2_fsdp2_tensor2": ("ring", (("fsdp", 2), ("context", 2), ("tensor", 2))),
+    "ulysses2": ("ulysses", (("context", 2),)),
+    "ulysses2_data2": ("ulysses", (("data", 2), ("context", 2))),
+    "ulysses2_tensor1_fsdp4": ("ulysses", (("fsdp", 4), ("context", 2))),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(("ring4", "ring2_fsdp2_tensor2", "ulysses2_data2"), CUTS))
+@hypothesis.given(seed=st.integers(0, 2**31))
+@hypothesis.settings(max_examples=6, deadline=None)
+def test_equals_one_device(name, seed):
+    with jax.enable_x64(True):
+        q, k, v, w, segments = inputs(np.random.default_rng(seed), 4, 32)
+        want = compiled(*ONE)((q, k, v), w, segments)
+        got = compiled(*CUTS[name])((q, k, v), w, segments)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def shapes(text):
+    return [[int(n) for n in dims.split(",")] for dims in re.findall(r"[a-z]\d+\[([\d,]+)\]", text)]
+
+
+@pytest.mark.parametrize("time", slow_but((8192,), (8192, 32768)))
+def test_no_scores_of_all_tokens_and_the_bytes_of_the_closed_form(time):
+    num, (heads, kv_heads), head_dim = 8, HEADS, 8
+    q, k = (jax.ShapeDtypeStruct((1, time, n, head_dim), np.float32) for n in HEADS)
+    segments = jax.ShapeDtypeStruct((1, time), np.int32)
+    made = compiled("ring", (("context", num),)).lower((q, k, k), q, segments).compile()
+    text = made.as_text()
+    assert max(np.prod(shape) for shape in shapes(text)) < time**2 / num
+    assert not any(shape.count(time) > 1 for shape in shapes(text))
+    axes = dict.fromkeys(mesh.AXES, 1) | {"context": num}
+    total = hlo.ledger(hlo.read(text, axes))[("context",), "collective-permute"]
+    of_q, of_k = (4 * time // num * n * head_dim for n in (heads, kv_heads))
+    # One turn of keys and values less than 2 (n - 1) + n: forward and backward begin alike, and without
+    # layers between them the compiler makes that one.
+    wanted = 2 * (3 * num - 3) * of_k + 4 * of_k + 4 * of_q
+    wanted += (2 * num - 2) * 4 * time // num  # segments
+    assert total.bytes == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", [8192, 16384])
+def test_long_sequences_equal_one_device_in_float32(time):
+    """One head: what one device holds is [T, T]."""
+    rng = np.random.default_rng(0)
+    q, k, v, w, _ = inputs(rng, 1, time, heads=(1, 1), dtype=np.float32)
+    segments = (np.arange(time).reshape(1, -1) // 3000 + 1).astype(np.int32)
+    want = compiled(*ONE)((q, k, v), w, segments)
+    got = compiled("ring", (("context", 8),))((q, k, v), w, segments)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "context,sizes,time,message",
+    [
+        (
+            "ring",
+            (("context", 4),),
+            12,
+            "its 12 tokens; use a length that is a multiple of 8",
+        ),
+        (
+            "ulysses",
+            (("context", 4),),
+            16,
+            "2 key and value heads do not divide by mesh.context=4",
+        ),
+        (
+            "ulysses",
+            (("context", 2), ("tensor", 2)),
+            16,
+            "mesh.context may be 1, or use --model.context",
+        ),
+    ],
+)
+def test_mistakes(context, sizes, time, message):
+    q, k = (jax.ShapeDtypeStruct((2, time, n, 8), np.float32) for n in HEADS)
+    segments = jax.ShapeDtypeStruct((2, time), np.int32)
+    with pytest.raises(ValueError, match=message):
+        compiled(context, sizes).lower((q, k, k), q, segments)
+
+
+def test_a_ring_has_its_own_kernel():
+    q, k, v, _, segments = inputs(np.random.default_rng(0), 2, 16)
+    cut = mesh.make(MeshConfig(data=1, context=2), jax.devices()[:2])
+    with scope.bind(**sharding.placement(cut)), pytest.raises(ValueError, match="context ulysses"):
+        attend(q, k, v, segments, "cudnn", "ring")
+
+
+def test_the_one_device_result_is_of_the_plain_form():
+    """The reference above must be no ring."""
+    with jax.enable_x64(True):
+        q, k, v, w, segments = inputs(np.random.default_rng(0), 2, 16)
+        want = attend(q, k, v, segments, "xla")
+        text = compiled(*ONE).lower((q, k, v), w, segments).as_text()
+        ring = compiled(*CUTS["ring4"]).lower((q, k, v), w, segments).as_text()
+        np.testing.assert_allclose(compiled(*ONE)((q, k, v), w, segments)[0], want, rtol=1e-12)
+    assert "collective_permute" in ring and "collective_permute" not in text
