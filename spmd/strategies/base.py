@@ -195,7 +195,7 @@ def pipelined(parts: Parts) -> grad.GradsOf:
     for axis in ("context", "expert"):
         check(
             parts.mesh.shape[axis] == 1,
-            f"mesh.{axis}={parts.mesh.shape[axis]} is not supported inside of a pipeline (mesh.stage={stages}):"
+            f"mesh.{axis}={parts.mesh.shape[axis]} is not supported in a pipeline (mesh.stage={stages});"
             " use data, fsdp and tensor beside mesh.stage",
         )
     staged = parts.task.staged()
