@@ -161,7 +161,7 @@ def test_1f1b_keeps_the_inputs_of_a_stage_for_a_few_microbatches_only():
 
 def test_mistakes_say_what_works():
     def refused(name, sizes, microbatches, *schedule):
-        with pytest.raises(ValueError) as error:
+        with jax.enable_x64(True), pytest.raises(ValueError) as error:
             base.grads_of(parts_of(name, sizes, microbatches, *schedule))
         return str(error.value)
 
