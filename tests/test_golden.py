@@ -23,12 +23,12 @@ EXAMPLES = 10_000  # the data is not read: a golden file must not depend on what
 def described(name: str) -> dict:
     exp = experiment.from_file(experiment.find(name))
     data = 2 if exp.data.batch_size % 8 == 0 else 1
-    second = "fsdp" if isinstance(exp.strategy, Auto) else "replica"
-    exp, _ = experiment.override(exp, ["--mesh.data", str(data), f"--mesh.{second}", "4"])
+    second, size = ("fsdp", 4) if isinstance(exp.strategy, Auto) else ("replica", 2)
+    exp, _ = experiment.override(exp, ["--mesh.data", str(data), f"--mesh.{second}", str(size)])
     source = ArraySource(
         {k: np.zeros((EXAMPLES, *shape), dtype) for k, (shape, dtype) in exp.data.features.items()}
     )
-    program = exp.build(jax.devices()[: 4 * data], source=source)
+    program = exp.build(jax.devices()[: size * data], source=source)
     placed = tree.named_leaves(program.strategy.state_shardings)
     return {
         "config": exp.config(),
