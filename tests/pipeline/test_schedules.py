@@ -132,3 +132,18 @@ def test_the_picture_of_a_table():
     )
     narrow = schedules.draw(schedules.make("interleaved", 2, 2, 2), width=40)
     assert narrow.count("tick") > 1 and "F1.1B1.1" in narrow
+
+
+def test_plan_shows_the_schedule(capsys):
+    from spmd.commands import main
+
+    words = "--simulate 4 --mesh.data 1 --mesh.stage 4 --show schedule"
+    assert (
+        main(["plan", "--experiment", "lm_stdlib", "--train.accumulate", "3", *words.split()]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "1f1b: 4 layers on 4 stages, 3 microbatches, 9 ticks; a stage waits 50.0%" in shown
+    assert "stage 3  .    .    .    F0B0 F1B1 F2B2" in shown
+    assert "--train.accumulate 16 makes that 16%" in shown
+    assert main(["plan", "--experiment", "digits", *words.split()]) == 2
+    assert "spmd.models.mlp._Net is none" in capsys.readouterr().err
