@@ -4,8 +4,8 @@ library (embedded: no network).
 python run.py --experiment moe_tiny        # some minutes on 2 CPU cores
 
 Each token goes to 2 experts of half the usual width: the products of a dense model of this size, though on
-CPUs XLA's ragged_dot multiplies by all 8. metrics.jsonl has train/load/0 to train/load/7: how full each expert
-is, 1 where loads are even.
+CPUs XLA's ragged_dot multiplies by all 8. metrics.jsonl has train/load/0 to train/load/7: how full each
+expert is, 1 where loads are even.
 """
 
 from spmd import Experiment
