@@ -112,7 +112,14 @@ def route(
     steered = scores_BTE
     if offset_E is not None:
         steered += jax.lax.stop_gradient(offset_E).astype(steered.dtype).reshape(1, 1, -1)
-    choice_BTk = jax.lax.top_k(steered, top_k)[1]
+    dims = ("batch", "time" if scores_BTE.shape[1] > 1 else None, None)
+    # On each device's tokens: the compiler would bring those of all together for a top_k.
+    run = scope.blockwise(functools.partial(_best, top_k=top_k), (dims, dims), (dims, dims))
+    return run(scores_BTE, steered)
+
+
+def _best(scores_BTE: jax.Array, steered_BTE: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    choice_BTk = jax.lax.top_k(steered_BTE, top_k)[1]
     share_BTk = jnp.take_along_axis(scores_BTE, choice_BTk, axis=-1)
     return choice_BTk, share_BTk / share_BTk.sum(-1, keepdims=True)
 

@@ -179,7 +179,8 @@ def _backward(axes, kept, gradient):
     query = (q, gradient, partition, inner)  # what a pair needs of its queries
 
     def pair(query: Any, key: Any, seen: jax.Array) -> Any:
-        return _pair_gradients(*query, *key, seen)
+        (q, gradient, partition, inner), (k, v) = query, key
+        return _pair_gradients(q, gradient, partition, inner, k, v, seen)
 
     there = (k, v, segments)
     coming = _rotate(there, axes)

@@ -133,6 +133,18 @@ def ulysses(p: dict[str, int]) -> Bytes:
     }
 
 
+def experts(p: dict[str, int]) -> Bytes:
+    """Experts stay where they are; in each block the rows of top_k experts travel there and back, again where
+    the backward pass computes them anew, and their gradients. The text has as many rounds as can be: 8.
+    """
+    rows, names = 4 * B * T // 8 * 2 * D, 4 * B * T // 8 * 2
+    here = sum(n for name, n in p.items() if "/mlp/" not in name or "router" in name)
+    return {
+        (("expert",), "all-reduce"): here,
+        (("expert",), "all-to-all"): L * 8 * (6 * rows + 2 * names),
+    }
+
+
 CASES = {
     "dp": (["8"], dp),
     "zero1": (["1", "--mesh.fsdp", "8", "--strategy.zero", "1"], zero1),
@@ -143,6 +155,7 @@ CASES = {
     "dp_tp": (["4", "--mesh.tensor", "2"], dp_tp),
     "ring": (["1", "--mesh.context", "8"], ring),
     "ulysses": (["1", "--mesh.context", "8", "--model.context", "ulysses"], ulysses),
+    "experts": (["1", "--mesh.expert", "8", "--model.experts.num", "8"], experts),
     "explicit": (["8", "--strategy", "allreduce"], dp),
     "local": ([*LOCAL, "8", "--mesh.replica", "8"], local),
     "local_fsdp": ([*LOCAL, "2", "--mesh.replica", "2", "--mesh.fsdp", "4"], local_fsdp),
@@ -170,7 +183,8 @@ def test_bytes_are_those_of_the_closed_form(case):
             tree.named_leaves(state).values(), tree.named_leaves(placed).values(), strict=True
         )
     )
-    batch = (4 * T + 1) * 4 * B * program.mesh.shape["tensor"] // 8
+    ways = program.mesh.shape["tensor"] * program.mesh.shape["context"]  # they do not cut the batch
+    batch = (4 * T + 1) * 4 * B * ways // 8
     assert made.memory.arguments == held + batch  # without example_id, of which nothing is drawn
     assert made.memory.aliased == pytest.approx(held, rel=0.01)
 
