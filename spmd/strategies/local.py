@@ -167,6 +167,12 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
 
 def check_fits(parts: base.Parts, num_replicas: int) -> None:
     """ValueError where the replicas do not divide over the mesh, or the batch not over the replicas."""
+    for axis in ("stage", "context", "expert"):
+        check(
+            parts.mesh.shape[axis] == 1,
+            f"mesh.{axis}={parts.mesh.shape[axis]} is not supported inside of a replica or client; use data, fsdp"
+            " and tensor, or --strategy auto",
+        )
     over = parts.mesh.shape[AXIS]
     check(
         num_replicas % over == 0,
