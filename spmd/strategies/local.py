@@ -170,8 +170,8 @@ def check_fits(parts: base.Parts, num_replicas: int) -> None:
     for axis in ("stage", "context", "expert"):
         check(
             parts.mesh.shape[axis] == 1,
-            f"mesh.{axis}={parts.mesh.shape[axis]} is not supported inside of a replica or client; use data, fsdp"
-            " and tensor, or --strategy auto",
+            f"mesh.{axis}={parts.mesh.shape[axis]} is not supported inside of a replica or client; use"
+            " data, fsdp and tensor, or --strategy auto",
         )
     over = parts.mesh.shape[AXIS]
     check(
