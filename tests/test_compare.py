@@ -123,6 +123,7 @@ def test_a_strategy_that_diverges_is_shown_and_the_others_go_on(devices, tmp_pat
     assert "[2/2] allreduce" in shown and "step 6  eval/accuracy" in shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_comparison_that_goes_on(devices, start_cli, tmp_path, capsys):
     words = [*WORDS[:2], *WORDS[4:], "--checkpoint.every", "100000", "--simulate", "2"]
     words += ["--strategies", "auto,allreduce", "--run.dir", str(tmp_path / "runs")]

@@ -31,9 +31,13 @@ MECHANISM = Mechanism(
 # ---- the gradient
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["mlp", "lm"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "accumulate"),
+    slow_but(
+        [("mlp", "float32", 4), ("lm", "float64", 1)],
+        [(n, d, m) for n in ("mlp", "lm") for d in ("float32", "float64") for m in (1, 4)],
+    ),
+)
 def test_gradient_is_that_of_a_loop_over_examples(name, dtype, accumulate):
     with jax.enable_x64(dtype == "float64"):
         model = MODELS[name]
@@ -201,7 +205,7 @@ def test_truncation_costs():
     assert Privacy(epsilon=1.0).sampled(625) == 511
 
 
-@pytest.mark.parametrize("target", [0.5, 3.0])
+@pytest.mark.parametrize("target", slow_but((3.0,), (0.5, 3.0)))
 def test_the_noise_for_an_epsilon_is_the_least_that_does(target):
     made = Privacy(epsilon=target).mechanism(60_000, 256, 200)
     assert made is not None
@@ -213,6 +217,7 @@ def test_the_noise_for_an_epsilon_is_the_least_that_does(target):
 # ---- runs
 
 
+@pytest.mark.slow
 def test_verify_proves_a_private_step():
     words = ["--simulate", "4", "--mesh.data", "2", "--mesh.fsdp", "2", "--train.accumulate", "2"]
     report = spmd.load("digits", [*words, "--privacy.noise-multiplier", "1.0"]).verify(2)

@@ -62,7 +62,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(("ring4", "ring2_fsdp2_tensor2", "ulysses2_data2"), CUTS))
+@pytest.mark.parametrize("name", slow_but(("ring2_fsdp2_tensor2", "ulysses2_data2"), CUTS))
 @hypothesis.given(seed=st.integers(0, 2**31))
 @hypothesis.settings(max_examples=6, deadline=None)
 def test_equals_one_device(name, seed):

@@ -168,6 +168,7 @@ def test_the_proximal_term_holds_clients_back():
     assert 0 < drift["10"] < 0.8 * drift["0"]
 
 
+@pytest.mark.slow
 def test_a_thousand_clients_on_eight_devices():
     words = ["--strategy.clients", "1000", "--strategy.fraction", "1", "--data.batch-size", "2000"]
     program = spmd.load("digits", [*WORDS, *words, *SPREAD]).build()

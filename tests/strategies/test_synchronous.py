@@ -45,6 +45,7 @@ def test_equals_one_device(strategy, optimizer, num):
     assert result.worst("float32", "loss") < 1e-5
 
 
+@pytest.mark.slow
 def test_what_is_left_out_shows():
     """The same proof fails where something is left out."""
     words = [*WORDS, "--simulate", "2", "--strategy", "allreduce", *ALL[:2]]
@@ -78,6 +79,7 @@ def test_what_is_carried_resumes_bit_by_bit(case, tmp_path):
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_errors_of_another_mesh_are_refused(tmp_path):
     """They belong to the devices that made them: a clear message, and the checkpoint stays."""
     words = [
