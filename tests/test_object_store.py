@@ -128,6 +128,7 @@ def test_train_stop_resume_evaluate(bucket, run_cli, start_cli, tmp_path):
 
 
 @emulated
+@pytest.mark.slow
 def test_what_is_refused_leaves_the_bucket_as_it_was(bucket, run_cli):
     run = ("--experiment", "digits", "--train.steps", 5, "--run.dir", "gs://bucket/runs/b")
     assert run_cli(*run, "--run.fresh").returncode == 0  # nothing to move

@@ -98,6 +98,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_run_and_the_last_step(run_cli, small_disk):
     args = (*DIGITS, "--run.dir", small_disk / "out", "--log.every", 5)
     full = run_cli(*args)

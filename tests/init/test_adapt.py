@@ -79,7 +79,7 @@ def reference(config):
 
 
 FREEZE = InitConfig(freeze=("blocks/mlp/*", "embed/table"))
-QUICK = {("fsdp2xtensor2", LORA)}
+QUICK = {("psum4", LORA)}
 CASES = [
     pytest.param(layout, config, marks=[] if (layout, config) in QUICK else pytest.mark.slow)
     for config in (LORA, FREEZE)
@@ -99,6 +99,7 @@ def test_equals_one_device(layout, config):
     assert losses[0] != losses[-1]
 
 
+@pytest.mark.slow
 def test_adapters_of_stacked_heads_and_where_they_lie():
     _, leaves, placed = trained(LORA, *LAYOUTS["fsdp2xtensor2"])
     shapes = {

@@ -34,6 +34,7 @@ def test_the_second_start_compiles_no_step(cached, tmp_path):
     assert cached("--run.dir", "c").stderr == ""  # XLA has nothing to say about what it loads
 
 
+@pytest.mark.slow
 def test_off_and_a_directory_of_ones_own(cached, tmp_path):
     assert cached("--run.compile-cache", "off").returncode == 0
     assert not (tmp_path / "cache/compiled").exists()
