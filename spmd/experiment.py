@@ -140,18 +140,21 @@ class Experiment:
             batch_size % rows == 0,
             f"data.batch_size={batch_size} does not divide over {ways} batch shards"
             f" ({mesh.describe(cut)}) x train.accumulate={self.train.accumulate}; use"
-            f" {max(batch_size // rows, 1) * rows} or {(batch_size // rows + 1) * rows}",
+            f" {fields.multiples(batch_size, rows)}",
         )
         parts = self.train.accumulate * (ways if self.strategy.by_device else 1)
+        compares = (
+            "train.noise_scale compares the gradients of parts of a batch with that of the whole, and"
+            " here"
+        )
         check(
-            not self.train.noise_scale or (parts > 1 and not self.privacy.on),
-            "train.noise_scale compares the gradients of parts of a batch with that of the whole, and here"
-            + (
-                " privacy's noise is in it; leave it off"
-                if self.privacy.on
-                else " there is one part: use --train.accumulate 2 or more, or --strategy allreduce on"
-                " several devices"
-            ),
+            not (self.train.noise_scale and self.privacy.on),
+            f"{compares} privacy's noise is in it; leave it off",
+        )
+        check(
+            not self.train.noise_scale or parts > 1,
+            f"{compares} there is one part: use --train.accumulate 2 or more, or --strategy allreduce on"
+            " several devices",
         )
         if source is None:
             source = self.data.open("train")

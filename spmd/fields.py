@@ -13,6 +13,12 @@ def free(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"free": True})
 
 
+def multiples(number: int, of: int) -> str:
+    """`64 or 128`: the positive multiples of `of` next to a number that is none."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` when a known name is near, else the empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -16,9 +16,8 @@ from spmd.fields import check
 if TYPE_CHECKING:
     import numpy as np
 
-ROOM = (
-    5.0  # standard deviations of the sampled number that the rows hold beside its mean, by default
-)
+# Standard deviations of the sampled number that the rows hold beside its mean, by default.
+ROOM = 5.0
 MOST_NOISE = 100.0  # multiples of the clip norm; the largest that are in use are about 40
 # Of the privacy loss, rounded to the safe side; 1e-4 takes ten times as long for 0.1 % less of epsilon.
 INTERVAL = 1e-3
@@ -79,7 +78,10 @@ class Privacy:
         if not self.on:
             return
         why = strategy.not_private()
-        check(not why, f"privacy: {why}; use --strategy auto, allreduce or server")
+        check(
+            not why,
+            f"privacy: {why}; use --strategy auto, allreduce or server, without compression",
+        )
         check(
             not hasattr(source, "order"),
             "privacy needs each example to be sampled with the same probability, and a mixture is read by"

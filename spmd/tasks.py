@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -129,8 +130,7 @@ class Classification:
             }
 
         def loss(params, model_state, batch, step_key, scale):
-            keys_B = scope.example_keys(step_key, batch["example_id"])
-            with scope.bind(keys=keys_B, weight=batch["weight"], calls=0):
+            with _training(batch, step_key):
                 logits_BC, model_state = net.apply(
                     params, model_state, self._input(batch, real), train=True
                 )
@@ -192,8 +192,7 @@ class LanguageModel:
         terms = ("loss", "z_loss") if self.z_loss else ("loss",)
 
         def loss(params, model_state, batch, step_key, scale):
-            keys_B = scope.example_keys(step_key, batch["example_id"])
-            with scope.bind(keys=keys_B, weight=batch["weight"], calls=0):
+            with _training(batch, step_key):
                 sums, model_state = net.call(
                     params, model_state, lambda module: self._sums(module, batch), train=True
                 )
@@ -322,8 +321,7 @@ def _staged(
     )
 
     def call(params: PyTree, batch: Batch, step_key: jax.Array, fn: Callable[[Any], Any]) -> Any:
-        keys_B = scope.example_keys(step_key, batch["example_id"])
-        with scope.bind(keys=keys_B, weight=batch["weight"], calls=0):
+        with _training(batch, step_key):
             return net.call(params, state, fn, train=True)[0]
 
     def through(params, x, batch, step_key, first):
@@ -340,6 +338,12 @@ def _staged(
         leave,
         net.kind.stream,
     )
+
+
+def _training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextManager[Any]:
+    """The scope of a training step's forward pass: a key and a weight for each example."""
+    keys_B = scope.example_keys(step_key, batch["example_id"])
+    return scope.bind(keys=keys_B, weight=batch["weight"], calls=0)
 
 
 def _scaled(sums: Sums, scale: Mapping[str, jax.Array]) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[ROOT] = tempfile.mkdtemp(prefix="spmd-tests-")
         os.environ["SPMD_CACHE_DIR"] = f"{os.environ[ROOT]}/cache"
         os.environ["TFDS_DATA_DIR"] = f"{os.environ[ROOT]}/tfds"
+
+    # What a shell starts in the background ignores SIGINT, and so would all that the tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     import jax
 

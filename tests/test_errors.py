@@ -10,6 +10,7 @@ from spmd.commands import main
 from spmd.experiment import find, from_file
 
 D = "--experiment digits --run.dir out "
+STACKED = D + "--model.hidden 32 32 32 --model.stacked "
 
 TABLE = {
     "experiment": ("--experiment digitz", "Did you mean 'digits'"),
@@ -54,6 +55,31 @@ TABLE = {
     "keep": (
         D + "--strategy server --strategy.compress.keep 1.5",
         "strategy.compress.keep=1.5 must be in (0, 1]",
+    ),
+    "privacy_compress": (
+        D + "--strategy allreduce --strategy.compress.kind int8 --privacy.epsilon 8",
+        "privacy: strategy.compress.kind=int8 changes the sum; use",
+    ),
+    "noise_compress": (
+        D + "--simulate 2 --strategy server --strategy.compress.kind int8 --train.noise-scale",
+        "train.noise_scale compares gradients, which strategy.compress.kind=int8 changes",
+    ),
+    "noise_local": (
+        D
+        + "--simulate 1 --strategy local --strategy.period 1 --train.noise-scale --train.accumulate 2",
+        "replicas that go their own ways never take",
+    ),
+    "local_context": (
+        D + "--strategy local --strategy.period 1 --simulate 2 --mesh.data 1 --mesh.context 2",
+        "mesh.context=2 is not supported inside of a replica or client",
+    ),
+    "stage_expert": (
+        STACKED + "--simulate 4 --mesh.data 1 --mesh.stage 2 --mesh.expert 2",
+        "mesh.expert=2 is not supported in a pipeline (mesh.stage=2)",
+    ),
+    "stage_privacy": (
+        STACKED + "--simulate 2 --mesh.data 1 --mesh.stage 2 --privacy.noise-multiplier 1",
+        "privacy needs gradients of parts of the batch, which a pipeline (mesh.stage=2) sums up",
     ),
     "plan_strategy": (
         "plan --experiment digits --strategy server",

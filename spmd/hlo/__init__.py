@@ -81,21 +81,31 @@ class Total:
     bytes: float
     wire_bytes: float
 
-
-def ledger(program: Program) -> dict[tuple[tuple[str, ...], str], Total]:
-    """(axes, kind) -> its sum over the program, the largest first."""
-    sums = defaultdict[tuple[tuple[str, ...], str], list[Collective]](list)
-    for c in program.collectives:
-        sums[(c.axes, c.kind)].append(c)
-    totals = {
-        key: Total(
-            sum(c.count for c in found),
-            sum(c.count * c.bytes for c in found),
-            sum(c.count * c.wire_bytes for c in found),
+    def __add__(self, other: Total) -> Total:
+        return Total(
+            self.count + other.count,
+            self.bytes + other.bytes,
+            self.wire_bytes + other.wire_bytes,
         )
-        for key, found in sums.items()
-    }
-    return dict(sorted(totals.items(), key=lambda item: -item[1].wire_bytes))
+
+
+Key = tuple[tuple[str, ...], str]  # mesh axes, kind
+
+
+def ledger(program: Program) -> dict[Key, Total]:
+    """(axes, kind) -> its sum over the program, the largest first."""
+    return summed(
+        ((c.axes, c.kind), Total(c.count, c.count * c.bytes, c.count * c.wire_bytes))
+        for c in program.collectives
+    )
+
+
+def summed(found: Iterable[tuple[Key, Total]]) -> dict[Key, Total]:
+    """The sum of each key, the most bytes on the wire first."""
+    sums: dict[Key, Total] = {}
+    for key, each in found:
+        sums[key] = sums[key] + each if key in sums else each
+    return dict(sorted(sums.items(), key=lambda item: -item[1].wire_bytes))
 
 
 def alike(found: Iterable[Collective]) -> list[Collective]:

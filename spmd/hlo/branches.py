@@ -5,9 +5,8 @@ from __future__ import annotations
 from spmd.hlo.text import Computation, Instruction, Module
 
 _SAME = ("copy", "bitcast", "reshape", "convert")
-Place = tuple[
-    Computation, Instruction, dict[int, "Place"]
-]  # parameters of a fusion -> what they are
+# The last: parameters of a fusion -> what they are.
+Place = tuple[Computation, Instruction, dict[int, "Place"]]
 
 
 def taken(one: Instruction, inside: Computation, module: Module) -> list[tuple[str, float]]:

@@ -92,7 +92,17 @@ class Mixture(nnx.Module):
             y_BTD += self.shared(x_BTD)
         return y_BTD, _load(scores_BTE, choice_BTk, segments_BT)
 
-    def learn(self, counts_LBE: jax.Array) -> None:
+    def tell(self, load_L: Load) -> None:
+        """Of all layers, stacked: the loss, how full each expert is (1: as the mean), and new offsets."""
+        num, top_k = self.experts.num, self.experts.top_k
+        counts_BE = load_L.counts_BE.mean(0)
+        tokens_B = counts_BE.sum(-1) / top_k
+        scope.note("balance", load_L.balance_B.mean(0), jnp.ones_like(tokens_B))
+        for i in range(num):
+            scope.note(f"load/{i}", counts_BE[:, i] * (num / top_k), tokens_B)
+        self._learn(load_L.counts_BE)
+
+    def _learn(self, counts_LBE: jax.Array) -> None:
         """Moves the offsets of all layers against the loads of the global batch."""
         if self.offset is None or self.use_running_average:
             return

@@ -147,9 +147,8 @@ def _forward(axes, q, k, v, segments):
         early, late = sums
         k, v, other = there
         late = _fold(late, q[1], k[0], v[0], _seen(segments[1], other[0], False))
-        before = (
-            me >= step
-        )  # theirs are early chunks before both of ours; else both are before our late one
+        # Theirs are early chunks before both of ours; else both are before our late one.
+        before = me >= step
         pick = lambda x: jnp.where(before, x[0], x[1])
         either = jax.tree.map(lambda a, b: jnp.where(before, a, b), early, late)
         seen = _seen(pick(segments), pick(other), False)

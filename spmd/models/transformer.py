@@ -285,20 +285,9 @@ class Decoder(nnx.Module):
         x_BTD = self.enter(tokens_BT, positions_BT)
         place = self._place(tokens_BT, positions_BT, segments_BT, x_BTD.dtype)
         x_BTD, (cache, load) = _through(self.blocks, x_BTD, place, cache)
-        if load is not None:
-            self._note(load)
+        if load is not None and isinstance(self.blocks.mlp, Mixture):
+            self.blocks.mlp.tell(load)
         return self.leave(x_BTD), cache
-
-    def _note(self, load: Load) -> None:
-        """Of all layers: the loss, how full each expert is (1: as the mean), and the router's offsets."""
-        experts, counts_BE = self.config.experts, load.counts_BE.mean(0)
-        tokens_B = counts_BE.sum(-1) / experts.top_k
-        scope.note("balance", load.balance_B.mean(0), jnp.ones_like(tokens_B))
-        for i in range(experts.num):
-            full_B = counts_BE[:, i] * (experts.num / experts.top_k)
-            scope.note(f"load/{i}", full_B, tokens_B)
-        if isinstance(self.blocks.mlp, Mixture):
-            self.blocks.mlp.learn(load.counts_BE)
 
 
 class Table(nnx.Module):

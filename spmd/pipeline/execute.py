@@ -263,11 +263,7 @@ class Stage:
             above, of_others, sums = jax.lax.cond(
                 self._is_last(number),
                 head,
-                lambda: (
-                    self._flows(arrived),
-                    placed(of_others),
-                    carry.sums,
-                ),
+                lambda: (self._flows(arrived), placed(of_others), carry.sums),
             )
             grads, below = pull(above)
 
@@ -327,10 +323,8 @@ class Stage:
         of_stack = [x.reshape(-1, *x.shape[2:]) for x in of_chunks]
         if axes:
             of_stack = jax.lax.psum(of_stack, axes)
-        everywhere = (
-            *axes,
-            STAGE,
-        )  # over the stages: a tied embedding has a part of its gradient on two
+        # Over the stages too: a tied embedding has a part of its gradient on two.
+        everywhere = (*axes, STAGE)
         of_others = jax.lax.psum(of_others, everywhere)
         return self.parts.join(of_stack, of_others), jax.lax.psum(done.sums, everywhere)
 

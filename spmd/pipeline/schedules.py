@@ -66,8 +66,8 @@ def make(kind: Kind, stages: int, microbatches: int, virtual: int = 1) -> Table:
         fields.check(
             microbatches % stages == 0,
             f"train.accumulate={microbatches} microbatches: train.pipeline=interleaved takes them in groups"
-            f" of mesh.stage={stages}; use {max(microbatches // stages, 1) * stages} or"
-            f" {(microbatches // stages + 1) * stages}, or train.pipeline=1f1b",
+            f" of mesh.stage={stages}; use {fields.multiples(microbatches, stages)}, or"
+            " train.pipeline=1f1b",
         )
     else:
         virtual = 1

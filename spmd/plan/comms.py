@@ -88,18 +88,12 @@ def compiled(program: hlo.Program, layout: Layout) -> list[Collective]:
     return found
 
 
-def ledger(found: Iterable[Collective]) -> dict[tuple[tuple[str, ...], str], hlo.Total]:
+def ledger(found: Iterable[Collective]) -> dict[hlo.Key, hlo.Total]:
     """As hlo.ledger, of collectives in closed form: (axes, kind) -> its sum over a step."""
-    sums: dict[tuple[tuple[str, ...], str], hlo.Total] = {}
-    for each in found:
-        key = each.axes, each.kind
-        before = sums.get(key, hlo.Total(0, 0, 0.0))
-        sums[key] = hlo.Total(
-            before.count + each.count,
-            before.bytes + each.count * each.bytes,
-            before.wire_bytes + each.wire_bytes,
-        )
-    return dict(sorted(sums.items(), key=lambda item: -item[1].wire_bytes))
+    return hlo.summed(
+        ((each.axes, each.kind), hlo.Total(each.count, each.count * each.bytes, each.wire_bytes))
+        for each in found
+    )
 
 
 # ---- parameters

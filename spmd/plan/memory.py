@@ -6,10 +6,10 @@ State and batch are exact: the same rules cut them as in a run. The rest is a mo
   accumulation their sum is held beside those of a microbatch.
 - saved activations: what enters each block, and what model.remat keeps of it (`kept`); of another model, what
   jax.vjp keeps, all of it cut by examples.
-- temporaries, the larger of two moments. In the loss: the logits of a chunk and their gradient, both float32,
-  and the gathered head with its gradient. In the backward pass of a block: all that the block makes (their
-  gradients take the place of what is no longer needed), and of its gathered weights and of the gradients not
-  yet summed the largest two each: one that is used, one on its way.
+- temporaries, the larger of two moments. In the loss: the logits of a chunk in float32, a part of their
+  gradient (LOGITS), and the gathered head with its gradient. In the backward pass of a block: all that the
+  block makes (their gradients take the place of what is no longer needed), and of its gathered weights and
+  of the gradients not yet summed the largest two each: one that is used, one on its way.
 - with attention=xla, scores [T, T] of each head: float32, and the compute type.
 - the update runs in place (the state is donated), array by array.
 
@@ -28,6 +28,9 @@ from spmd.plan.layout import Layout, tokens
 from spmd.plan.shardings import GROUPS, OTHER
 
 WIDE = 4  # bytes of what stays float32 in bfloat16 models: logits, scores, norms
+# Of the gradient of the logits, in the compute type: the compiler stores from none to all of it, since the
+# products that it goes into may make it anew. Between what GPT-2 on TPUs shows (docs/plan.md).
+LOGITS = 0.75
 ON_THE_WAY = 2  # weights that are held gathered: the one that is used, and the next
 # Beside a program: what the runtime keeps. A CUDA context with its collectives' buffers is of this order.
 RESERVED = 0.5 * 2**30
@@ -104,7 +107,7 @@ def _activations(facts: Facts, layout: Layout) -> tuple[float, float, float]:
     enters = model.embed * facts.compute / (tensor if layout.sequence_parallel else 1)
     each = kept(model, facts.length, layout, facts.compute)
     saved = here * model.layers * (enters + each)
-    logits = here / facts.chunks * model.rows / tensor * (WIDE + 0.75 * facts.compute)
+    logits = here / facts.chunks * model.rows / tensor * (WIDE + LOGITS * facts.compute)
     block = here * kept(model, facts.length, layout._replace(remat="none"), facts.compute)
     return saved, logits + _head(facts, layout), block + _weights(facts, layout)
 

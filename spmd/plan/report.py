@@ -72,7 +72,7 @@ class Plan(NamedTuple):
         }
 
 
-def sent(plan: Plan) -> dict[tuple[tuple[str, ...], str], hlo.Total]:
+def sent(plan: Plan) -> dict[hlo.Key, hlo.Total]:
     """(axes, kind) -> its sum over a step, of the compiled program where there is one."""
     made = plan.compiled
     return hlo.ledger(made.program) if made else comms.ledger(plan.collectives)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from spmd.fields import check, closest, free
+from spmd.fields import check, closest, free, multiples
 
 if TYPE_CHECKING:
     from spmd.strategies.base import Parts, Strategy
@@ -164,11 +164,10 @@ class Rounds(StrategyConfig):
         )
 
     def check_run(self, num_steps: int, num_examples: int) -> None:
-        below = num_steps // self.period * self.period
         check(
             num_steps % self.period == 0,
             f"the run's {num_steps} steps end between two outer steps: strategy.period={self.period} must"
-            f" divide them; use --train.steps {f'{below} or ' if below else ''}{below + self.period}",
+            f" divide them; use --train.steps {multiples(num_steps, self.period)}",
         )
 
     def _outer_tx(self) -> Any:

@@ -17,6 +17,7 @@ step: sums over weights again, and no collective over `replica` in between but t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd import scope, sharding, tree
-from spmd.fields import check
+from spmd.fields import check, multiples
 from spmd.mesh import BATCH_AXES
 from spmd.strategies import base
 from spmd.tasks import FROZEN
@@ -180,16 +181,13 @@ def check_fits(parts: base.Parts, num_replicas: int) -> None:
         f" may be {', '.join(str(n) for n in range(1, num_replicas + 1) if num_replicas % n == 0)}",
     )
     batch_size = jax.tree.leaves(parts.batch)[0].shape[0]
-    ways = 1
-    for axis in INSIDE:
-        ways *= parts.mesh.shape[axis]
+    ways = math.prod(parts.mesh.shape[axis] for axis in INSIDE)
     least = num_replicas * ways * parts.accumulate
-    sizes = sorted({max(batch_size // least, 1) * least, (batch_size // least + 1) * least})
     check(
         batch_size % least == 0,
         f"data.batch_size={batch_size} does not divide over {num_replicas} replicas of the strategy x {ways}"
         f" batch shards inside each x train.accumulate={parts.accumulate}; use"
-        f" {' or '.join(map(str, sizes))}",
+        f" {multiples(batch_size, least)}",
     )
 
 

@@ -28,7 +28,6 @@ class TrainConfig:
     """Dispatches under way before the host waits for the oldest (at most 8)."""
     nonfinite: Literal["stop", "skip"] = free("stop")
     """On a non-finite loss or gradient: stop and name the step, or skip that update."""
-
     noise_scale: bool = free(False)
     """Measure the gradient noise scale, the batch size beyond which larger ones gain little
     (McCandlish et al. 2018); needs accumulate or --strategy allreduce."""

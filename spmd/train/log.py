@@ -108,9 +108,8 @@ class Log:
             for k, v in columns.items()
             if k != "finite"
         }
-        if (
-            values.get("train/gradient_signal", 0.0) > 0
-        ):  # else it is below what these steps can tell
+        # Not positive: below what these steps can tell.
+        if values.get("train/gradient_signal", 0.0) > 0:
             signal, noise = values["train/gradient_signal"], values["train/gradient_variance"]
             values["train/noise_scale"] = max(noise / signal, 0.0)
         values["train/skipped_steps"] = float((columns["finite"] == 0).sum())

@@ -197,9 +197,8 @@ class Proof:
         for sizes, result in zip(cuts, results, strict=True):
             try:
                 program = self.build(precision, sizes)
-                with scope.bind(
-                    watched=True
-                ):  # what does not divide is told while a step is traced
+                # What does not divide is told while a step is traced.
+                with scope.bind(watched=True):
                     jax.eval_shape(
                         program.strategy.step, program.abstract_state(), program.abstract_batch()
                     )
