@@ -184,15 +184,18 @@ class Local(Rounds):
     name: ClassVar[str] = "local"
     replicas: int = 8
     """Replicas, whatever the mesh; mesh.replica, over which they are spread, must divide them."""
+    compress: Compression = Compression()
+    """What the replicas send in an outer step instead of their differences to the consensus."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.replicas >= 1, f"strategy.replicas={self.replicas} must be at least 1")
 
     def build(self, parts: Parts) -> Strategy:
-        from spmd.strategies import local
+        from spmd.strategies import local, merge
 
-        return local.build(parts, self.replicas, local.Outer(self.period, self._outer_tx()))
+        sent = merge.of(self.compress, parts, self.replicas)
+        return local.build(parts, self.replicas, local.Outer(self.period, self._outer_tx(), sent))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

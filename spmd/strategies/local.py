@@ -29,44 +29,25 @@ from jax.sharding import PartitionSpec as P
 
 from spmd import scope, sharding, tree
 from spmd.fields import check, multiples
-from spmd.mesh import BATCH_AXES
 from spmd.strategies import base
+from spmd.strategies.merge import AXIS, INSIDE, Merge, stateless, weighted, weighted_mean
 from spmd.tasks import FROZEN
 
 PyTree = Any
-AXIS = "replica"
-INSIDE = tuple(axis for axis in BATCH_AXES if axis != AXIS)
 # What a replica activates is cut over the axes inside of it; vmap adds that of the replicas.
 RULES = {**sharding.RULES, "batch": INSIDE}
-
-
-def _mean(x_R: jax.Array, weight_R: jax.Array) -> jax.Array:
-    """[R, ...] -> [...] by weights [R]; zeros where nothing weighs."""
-    weight_R = weight_R.astype(x_R.dtype)
-    total = weight_R.sum()
-    share_R = weight_R / jnp.where(total > 0, total, jnp.ones_like(total))
-    return jnp.sum(x_R * share_R.reshape(-1, *(1,) * (x_R.ndim - 1)), axis=0)
-
-
-def weighted_mean(
-    x_R: PyTree, weight_R: jax.Array, key: jax.Array
-) -> tuple[PyTree, dict[str, jax.Array]]:
-    """([R, ...] -> [...] by weights [R], no metrics)."""
-    del key
-    return jax.tree.map(lambda leaf_R: _mean(leaf_R, weight_R), x_R), {}
 
 
 class Outer(NamedTuple):
     """How the replicas agree. period: local steps between two outer ones.
 
-    merge: (tree [R, ...], weights [R], key) -> (their weighted mean, metrics): what crosses `replica`.
-    proximal: pull of each local step towards the consensus, of FedProx. forget: replicas begin each period
-    with a new optimizer state.
+    merge: what crosses `replica`. proximal: pull of each local step towards the consensus, of FedProx.
+    forget: replicas begin each period with a new optimizer state.
     """
 
     period: int
     tx: optax.GradientTransformation
-    merge: Callable[..., tuple[PyTree, dict[str, jax.Array]]] = weighted_mean
+    merge: Merge = stateless(weighted_mean)
     proximal: float = 0.0
     forget: bool = False
 
@@ -103,6 +84,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
             "model_state": lead(_varying(plain.model_state)),
             "weight": NamedSharding(mesh, P(AXIS)),
             "outer": sharding.opt_shardings(outer.tx, outer_shapes, abstract, cut, mesh),
+            "merge": outer.merge.shardings,
         },
     )
     copied = lambda part: jax.tree.map(
@@ -115,6 +97,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
             "model_state": copied(_varying(state.model_state)),
             "weight": jnp.zeros(num_replicas, jnp.float32),
             "outer": outer.tx.init(base.widened(state.params)),
+            "merge": outer.merge.init(state.params),
         }
         return dataclasses.replace(state, opt_state=copied(state.opt_state), strategy_state=own)
 
@@ -256,11 +239,11 @@ def _metrics(
     for name, (total_R, counted_R) in sums.items():
         counted = counted_R.sum()
         metrics[name] = total_R.sum() / jnp.where(counted > 0, counted, jnp.ones_like(counted))
-    metrics["replica_grad_norm"] = jnp.sqrt(_mean(norm_R**2, weight_R))
+    metrics["replica_grad_norm"] = jnp.sqrt(weighted(norm_R**2, weight_R))
     metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
     metrics["finite"] = finite_R.all().astype(jnp.float32)
     return metrics | {
-        f"grads/{name}": _mean(grad, weight_R) for name, grad in tree.named_leaves(grads).items()
+        f"grads/{name}": weighted(grad, weight_R) for name, grad in tree.named_leaves(grads).items()
     }
 
 
@@ -285,7 +268,9 @@ def _agree(
         return (old.astype(delta.dtype) - delta).astype(old.dtype) if real(old) else x_R.max(axis=0)
 
     differences = jax.tree.map(difference, consensus, replicas)
-    delta, found = outer.merge(differences, own["weight"], base.step_key(state))
+    delta, found, carried = outer.merge.mean(
+        differences, own["weight"], base.step_key(state), own["merge"]
+    )
     params, outer_state = base.applied(outer.tx, delta["params"], own["outer"], state.params)
     statistics = jax.tree.map(
         moved, consensus["statistics"], delta["statistics"], replicas["statistics"]
@@ -298,6 +283,7 @@ def _agree(
         "model_state": copied(statistics),
         "weight": jnp.zeros_like(own["weight"]),
         "outer": outer_state,
+        "merge": carried,
     }
     new = dataclasses.replace(
         state,
