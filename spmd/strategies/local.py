@@ -17,6 +17,7 @@ step: sums over weights again, and no collective over `replica` in between but t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -27,7 +28,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import scope, sharding, tree
+from spmd import grad, scope, sharding, tree
 from spmd.fields import check, multiples
 from spmd.strategies import base
 from spmd.strategies.merge import AXIS, INSIDE, Merge, stateless, weighted, weighted_mean
@@ -112,8 +113,8 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
         own = state.strategy_state
         ours = (own["params"], own["model_state"], state.opt_state)
         (params, model_state, opt_state), (sums, weight_R, norm_R, finite_R, grads) = jax.vmap(
-            lambda ours, batch: one(state, ours, batch), spmd_axis_name=AXIS
-        )(ours, jax.tree.map(rows, batch))
+            functools.partial(one, state), spmd_axis_name=AXIS
+        )(ours, jax.tree.map(rows, batch), jnp.arange(num_replicas))
         metrics = _metrics(parts, state, sums, weight_R, norm_R, finite_R, grads)
         own = own | {
             "params": params,
@@ -180,13 +181,15 @@ def _varying(model_state: PyTree) -> PyTree:
 
 
 def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]:
-    """The step of one replica, to be mapped: (state, (params, model_state, opt_state), its rows) -> the new
-    three, and (metric sums, weight, gradient norm, whether finite, gradient where watched).
+    """The step of one replica, to be mapped: (state, (params, model_state, opt_state), its rows, its number)
+    -> the new three, and (metric sums, weight, gradient norm, whether finite, gradient where watched).
     """
     grads_of = base.grads_of(parts)
     placement = sharding.placement(parts.mesh, RULES)
 
-    def one(state: base.TrainState, ours: PyTree, batch: base.Batch) -> tuple[PyTree, PyTree]:
+    def one(
+        state: base.TrainState, ours: PyTree, batch: base.Batch, number: jax.Array
+    ) -> tuple[PyTree, PyTree]:
         params, model_state, opt_state = ours
         frozen = {name: x for name, x in state.model_state.items() if name == FROZEN}
         with scope.bind(**placement):
@@ -195,6 +198,8 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
                 params, model_state | frozen, batch, base.step_key(state), parts.task.scale(weights)
             )
         grads = jax.lax.with_sharding_constraint(grads, cut)
+        if parts.privacy is not None:
+            grads = grad.noised(grads, base.step_key(state), parts.privacy.deviation, number)
         norm = tree.global_norm(grads)
         finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
         watched = grads if scope.current().watched else {}
@@ -205,6 +210,8 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
         new = (new_params, _varying(new_state), new_opt)
         # Of several loss terms the sum: exact where they have one weight.
         weight = jnp.stack([w.astype(jnp.float32) for w in weights.values()]).sum()
+        if parts.privacy is not None:  # nor may it show how many were sampled: all weigh alike
+            weight = jnp.ones_like(weight)
         # One without examples stands still, but its learning rate goes on.
         new = tree.select(
             jnp.asarray(weight > 0), new, (params, model_state, _but_schedules(opt_state, new_opt))
@@ -243,7 +250,7 @@ def _metrics(
     metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
     metrics["finite"] = finite_R.all().astype(jnp.float32)
     return metrics | {
-        f"grads/{name}": weighted(grad, weight_R) for name, grad in tree.named_leaves(grads).items()
+        f"grads/{name}": weighted(leaf, weight_R) for name, leaf in tree.named_leaves(grads).items()
     }
 
 
