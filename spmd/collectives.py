@@ -183,6 +183,7 @@ def split(x: jax.Array, num: int) -> jax.Array:
 
 # ---- int8
 
+
 class Placing(NamedTuple):
     """Of arrays that several devices hold, where the axes are those of a vmap and the compiler exchanges.
 
@@ -192,6 +193,9 @@ class Placing(NamedTuple):
 
     placed: Callable[[jax.Array], jax.Array] = lambda x: x
     alone: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn
+
+
+DIRECT = Placing()
 
 
 def quantised(x_C: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
@@ -212,7 +216,7 @@ def dequantised(q_C: jax.Array, scale: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def int8_reduce_scatter(
-    x_NC: jax.Array, axes: Axes, block: int, by: Placing = Placing()
+    x_NC: jax.Array, axes: Axes, block: int, by: Placing = DIRECT
 ) -> tuple[jax.Array, jax.Array]:
     """A[N, C] {U_X} -> A[N_X, C] by an all-to-all of int8: this device's chunk [C], and what the
     quantisation left out of its own part, [N, C].
@@ -226,7 +230,7 @@ def int8_reduce_scatter(
 
 
 def int8_all_gather(
-    x_C: jax.Array, axes: Axes, block: int, by: Placing = Placing()
+    x_C: jax.Array, axes: Axes, block: int, by: Placing = DIRECT
 ) -> tuple[jax.Array, jax.Array]:
     """A[N_X, C] -> A[N, C] by an all-gather of int8: the whole, the same on every device, and what the
     quantisation left out of this device's chunk, [C].

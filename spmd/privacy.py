@@ -185,10 +185,10 @@ class Mechanism:
 
     def about(self, num_steps: int) -> str:
         """One line for the start of a run."""
-        whose = f" in each of {self.parts} replicas" if self.parts > 1 else ""
+        who = f"each of {self.parts} replicas" if self.parts > 1 else "each"
         return (
             f"private: epsilon {self.epsilon(num_steps):.3f} at delta {self.delta:g} after {num_steps} steps;"
-            f" each samples{whose} {self.expected} of {self.num_examples} examples on average and uses at most"
+            f" {who} samples {self.expected} of {self.num_examples} examples on average and uses at most"
             f" {self.rows}, clip norm {self.clip_norm:g}, noise multiplier {self.noise_multiplier:.4f}"
         )
 

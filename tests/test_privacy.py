@@ -125,7 +125,9 @@ def test_each_replica_has_noise_of_its_own():
     built = Local(replicas=4, period=3, outer="average").build(parts)
     state = built.init(jax.random.key(0))
     start = np.array(state.params["layers"][1]["kernel"], np.float64)
-    weight = np.repeat([1.0, 0.0], 16).astype(np.float32)  # two replicas have an example each, at most
+    weight = np.repeat([1.0, 0.0], 16).astype(
+        np.float32
+    )  # two replicas have an example each, at most
     weight[1:9] = 0
     batch = jax.device_put(batch_at(0) | {"weight": weight}, built.batch_shardings)
     state, _ = built.step(state, batch)
@@ -315,7 +317,7 @@ def test_epsilon_of_replicas_is_that_of_one_of_them():
     alone = Mechanism(math.ceil(num / 4), each, 64, 1.0, 1.0, made.delta)
     assert made.epsilon(50) == alone.epsilon(50)
     assert made.deviation == 1.0 / each
-    assert "in each of 4 replicas" in made.about(50)
+    assert "each of 4 replicas samples" in made.about(50)
     order = program.order(program.source)
     assert len(np.unique(order[np.arange(64)] % 4)) <= 2  # one turn, and empty rows
 

@@ -35,7 +35,7 @@ class Way(NamedTuple):
     total: reduce.Sum
     whole: reduce.Sum
     dims: Mapping[str, int | None] | None = None
-    by: collectives.Placing = collectives.Placing()
+    by: collectives.Placing = collectives.DIRECT
 
     def keep(self, sums: Leaves) -> Leaves:
         """What the strategy wants of whole sums."""
@@ -129,9 +129,7 @@ def int8_all_reduce(way: Way, block: int, bucket_bytes: float) -> Method:
         for bucket, late_C in zip(buckets(x), chunks, strict=True):
             x_NC = way.by.alone(chunked)([x[name] for name in bucket])
             mine_C, error_NC = collectives.int8_reduce_scatter(x_NC, way.axes, block, way.by)
-            whole_NC, late_C = collectives.int8_all_gather(
-                mine_C + late_C, way.axes, block, way.by
-            )
+            whole_NC, late_C = collectives.int8_all_gather(mine_C + late_C, way.axes, block, way.by)
             left.append(late_C)
             start = 0
             for name in bucket:

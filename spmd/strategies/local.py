@@ -10,6 +10,10 @@ stand beside it, [R, ...], cut by mesh.replica.
 
 Each replica divides by its own weight, and is averaged by the weight that it has seen since the last outer
 step: sums over weights again, and no collective over `replica` in between but the scalars of the metrics.
+
+Under privacy each replica takes private steps of its own (privacy.py says why all of them together give away
+no more than one): it clips, adds its own noise, and weighs as much as any other, since the number of examples
+in its sample must not show. What is compressed and sent is made of noisy steps only.
 """
 
 # R replicas, B rows of the global batch
@@ -85,7 +89,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
             "model_state": lead(_varying(plain.model_state)),
             "weight": NamedSharding(mesh, P(AXIS)),
             "outer": sharding.opt_shardings(outer.tx, outer_shapes, abstract, cut, mesh),
-            "merge": outer.merge.shardings,
+            "merge": dict(outer.merge.shardings),
         },
     )
     copied = lambda part: jax.tree.map(

@@ -1,11 +1,9 @@
-"""What crosses `replica` in an outer step: the replicas' differences to the consensus, to their weighted mean.
+"""What crosses `replica` in an outer step: differences of the replicas to the consensus, to their mean.
 
-Compressed, each replica sends its share of the mean, with what it has left out so far added (compress.py). The
+Compressed, each replica sends its share of the mean plus what it has left out so far (compress.py). The
 methods run in a vmap over the replicas, whose collectives the compiler makes: so the result depends on the
 replicas only, not on how they lie on the mesh, and the arrays of one of them may be cut (FSDP, tensor
-parallelism).
-
-Replicas of one device each send for themselves: fewer bytes where a device has one.
+parallelism). Several replicas of one device each send for themselves.
 """
 
 # R replicas
@@ -14,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -42,7 +41,7 @@ class Merge(NamedTuple):
 
     mean: Callable[..., tuple[PyTree, base.Metrics, PyTree]]
     init: Callable[[PyTree], PyTree] = base.nothing
-    shardings: Any = {}
+    shardings: Any = MappingProxyType({})
 
 
 def stateless(mean: Callable[..., tuple[PyTree, base.Metrics]]) -> Merge:
