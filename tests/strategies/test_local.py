@@ -91,9 +91,10 @@ def test_equals_replicas_trained_apart():
         strategy = Local(replicas=2, period=3)
         _, state, _ = run(SMALL, strategy, (MeshConfig(replica=2, data=1), 2), optimizer=inner)
     got = (state.params, state.model_state)
+    # Adam's 1 - 0.999^t is float32 even here, and its last bits depend on whether it is mapped over replicas.
     for name, leaf in tree.named_leaves(want).items():
         np.testing.assert_allclose(
-            tree.named_leaves(got)[name], leaf, rtol=1e-9, atol=1e-12, err_msg=name
+            tree.named_leaves(got)[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name
         )
 
 
