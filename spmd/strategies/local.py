@@ -214,7 +214,7 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
         new = (new_params, _varying(new_state), new_opt)
         # Of several loss terms the sum: exact where they have one weight.
         weight = jnp.stack([w.astype(jnp.float32) for w in weights.values()]).sum()
-        if parts.privacy is not None:  # nor may it show how many were sampled: all weigh alike
+        if parts.privacy is not None:  # how many were sampled must not show: all weigh alike
             weight = jnp.ones_like(weight)
         # One without examples stands still, but its learning rate goes on.
         new = tree.select(
