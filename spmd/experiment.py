@@ -154,11 +154,12 @@ class Experiment:
             source = self.data.open("train")
             self.data.check_model(self.model)
         self.privacy.check_use(self.strategy, self.data, source, self.param_dtype)
-        examples = self.privacy.sampled(batch_size)
+        replicas = self.strategy.private_parts
+        examples = self.privacy.sampled(batch_size, replicas)
         num_steps = self.train.num_steps(examples, len(source))
         if len(source):  # else it is only planned, for a number of steps that nobody has chosen
             self.strategy.check_run(num_steps, len(source))
-        private = self.privacy.mechanism(len(source), batch_size, num_steps)
+        private = self.privacy.mechanism(len(source), batch_size, num_steps, replicas)
         task = adapt.adapt(self.task.build(self.model, self.param_dtype), self.init)
         abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
         mask = optim.decay_mask(abstract, task.dims)
@@ -183,7 +184,9 @@ class Experiment:
                 noise_scale=self.train.noise_scale,
             )
         )
-        reading = self.privacy if private else self.strategy
+        reading = self.strategy.order
+        if private:
+            reading = functools.partial(self.privacy.order, parts=replicas)
         return Program(
             name=self.name,
             seed=self.seed,
@@ -196,7 +199,7 @@ class Experiment:
             start=functools.partial(weights.start, self.init, self.model)
             if self.init.from_
             else None,
-            order=lambda source: reading.order(source, self.seed, batch_size),
+            order=lambda source: reading(source, self.seed, batch_size),
             privacy=private,
         )
 
@@ -279,12 +282,14 @@ class Experiment:
                 model = dataclasses.replace(model, dtype="")
             cut = mesh.MeshConfig(**({"data": 1} | dict(sizes or {})))
             num = math.prod(cut.sizes().values())
+            # Replicas each add their own noise, which no other strategy does.
+            alike = self.privacy.on and self.strategy.private_parts > 1
             other = dataclasses.replace(
                 self,
                 model=model,
                 mesh=cut,
                 param_dtype=precision.param_dtype,
-                strategy=self.strategy if sizes is not None else strategies.Auto(),
+                strategy=self.strategy if alike or sizes is not None else strategies.Auto(),
             )
             return other.build(devices[:num], source=source)
 
