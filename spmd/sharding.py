@@ -216,10 +216,12 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     Within a shard_map over some axes (a pipeline's), arrays are blocks of them, and the others place them.
     """
 
-    def spec(shape: Sequence[int], dims: Dims) -> P:
+    def left() -> dict[str, tuple[str, ...]]:
         manual = jax.sharding.get_abstract_mesh().manual_axes
-        left = {dim: tuple(a for a in axes if a not in manual) for dim, axes in rules.items()}
-        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left)
+        return {dim: tuple(a for a in axes if a not in manual) for dim, axes in rules.items()}
+
+    def spec(shape: Sequence[int], dims: Dims) -> P:
+        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left())
 
     def constrain(x: jax.Array, dims: Dims) -> jax.Array:
         placed: Any = spec(x.shape, dims)
@@ -231,18 +233,20 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
 
     def whole_blocks(dims: Dims) -> P:  # of a result: its blocks are of one size whatever that is
-        return P(*(tuple(cut(dim)) if dim else None for dim in dims))
+        axes = left()
+        used = lambda dim: tuple(a for a in axes[dim] if mesh.shape[a] > 1)
+        return P(*(used(dim) if dim else None for dim in dims))
 
     def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Any) -> Any:
         several = any(isinstance(dims, tuple) for dims in out_dims)
-        outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
 
         def run(*args: jax.Array) -> Any:
+            outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
+            manual = jax.sharding.get_abstract_mesh().manual_axes
+            inside = {"axis_names": set(mesh.axis_names) - set(manual)} if manual else {"mesh": mesh}
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
-            return jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)(
-                *args
-            )
+            return jax.shard_map(fn, in_specs=ins, out_specs=outs, check_vma=False, **inside)(*args)
 
         return run
 

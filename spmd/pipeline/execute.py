@@ -44,6 +44,7 @@ def grads_of(
     """
     program, num_inputs, num_gradients = schedules.program(table)
     axes = tuple(axis for axis in MANUAL_BATCH if mesh.shape[axis] > 1)
+    together = mesh.shape["context"] > 1
 
     def pipelined(params, model_state, batch, step_key, scale):
         stacked = [_is_stacked(dims, name) for name in tree.named_leaves(params)]
@@ -55,7 +56,8 @@ def grads_of(
         def local(params, batch_M, step_key, scale):
             with scope.bind(axes=axes, manual=(STAGE,)):
                 args = vary((params, batch_M, step_key, scale))
-                stage = Stage(staged, table, parts, layers // (table.stages * table.virtual), *args)
+                per_chunk = layers // (table.stages * table.virtual)
+                stage = Stage(staged, table, parts, per_chunk, together, *args)
                 return stage.run(program, num_inputs, num_gradients, axes)
 
         run = jax.shard_map(
@@ -64,6 +66,7 @@ def grads_of(
             in_specs=(specs, P(None, axes), P(), P()),
             out_specs=(specs, P()),
             axis_names={STAGE, *axes},
+            check_vma=False,  # exchanges within a stage are shard_maps of their own, which say nothing of it
         )
         grads, sums = run(params, microbatches(batch, table.microbatches), step_key, scale)
         return grads, sums, model_state
@@ -157,7 +160,12 @@ class Carry(NamedTuple):
 
 
 class Stage:
-    """One device's stage while it is traced."""
+    """One device's stage while it is traced.
+
+    together: layers permute blocks within a stage. A permutation waits for all devices, so that none may stand
+    in a branch that some stages do not run: a stage with nothing to do runs its layers on what is there, at
+    the same time as the others, and its results are left out.
+    """
 
     def __init__(
         self,
@@ -165,12 +173,14 @@ class Stage:
         table: schedules.Table,
         parts: Parts,
         per_chunk: int,
+        together: bool,
         params: PyTree,
         batch_M: PyTree,
         step_key: jax.Array,
         scale: PyTree,
     ):
-        self.staged, self.table, self.parts, self.per_chunk = staged, table, parts, per_chunk
+        self.staged, self.table, self.parts = staged, table, parts
+        self.per_chunk, self.together = per_chunk, together
         self.batch_M, self.key, self.scale = batch_M, step_key, scale
         self.index = jax.lax.axis_index(STAGE)
         stacked, self.others = parts.split(params)
@@ -209,6 +219,10 @@ class Stage:
     def _is_last(self, chunk: jax.Array) -> jax.Array:
         return (self.index == self.table.stages - 1) & (chunk == self.table.virtual - 1)
 
+    def _enters(self, runs: jax.Array, microbatch_S: jax.Array) -> jax.Array:
+        """Whether a branch with layers in it is taken; microbatch: of each stage at this tick."""
+        return jnp.any(microbatch_S >= 0) if self.together else runs
+
     # The partitioner wants the results of both branches to lie alike, so each is placed.
 
     def _flows(self, x: jax.Array) -> jax.Array:
@@ -223,8 +237,10 @@ class Stage:
 
     # What is kept is read outside of the branches: a buffer that goes into one is copied.
 
-    def forward(self, carry: Carry, now: schedules.Program, nothing: jax.Array) -> jax.Array:
-        """What goes to the next stage. The last one's forward is part of its backward."""
+    def forward(
+        self, carry: Carry, row: schedules.Program, now: schedules.Program, nothing: jax.Array
+    ) -> jax.Array:
+        """What goes to the next stage; row: the tick of all stages, now: of this one. The last one's forward is part of its backward."""
         kept = pick(carry.inputs, now.forward_x)
 
         def run() -> jax.Array:
@@ -233,17 +249,17 @@ class Stage:
             return self._flows(self.through(chunk, x, now.forward_chunk, now.forward))
 
         runs = (now.forward >= 0) & ~self._is_last(now.forward_chunk)
-        return jax.lax.cond(runs, run, lambda: self._flows(nothing))
+        return jax.lax.cond(self._enters(runs, row.forward), run, lambda: self._flows(nothing))
 
     def backward(
-        self, carry: Carry, now: schedules.Program, nothing: jax.Array
+        self, carry: Carry, row: schedules.Program, now: schedules.Program, nothing: jax.Array
     ) -> tuple[Any, PyTree, jax.Array]:
         """(gradients, sums, what goes to the stage before). Computes the chunk anew from its input.
 
         The head's gradient is taken within one branch, and the embedding's too: nothing of the size of the
         logits has to leave it.
         """
-        number, microbatch = now.backward_chunk, now.backward
+        number, microbatch, runs = now.backward_chunk, now.backward, now.backward >= 0
         kept = pick(carry.inputs, now.backward_x)
         arrived = pick(carry.gradients, now.backward_ct)
         placed = lambda others: self.parts.placed(carry.grads[0], others)[1]
@@ -261,7 +277,7 @@ class Stage:
                 return self._flows(above), placed(added(of_others, grads)), added(carry.sums, sums)
 
             above, of_others, sums = jax.lax.cond(
-                self._is_last(number),
+                runs & self._is_last(number),
                 head,
                 lambda: (self._flows(arrived), placed(of_others), carry.sums),
             )
@@ -271,7 +287,11 @@ class Stage:
                 _, pull = jax.vjp(lambda others: self.enter(others, microbatch), self.others)
                 return placed(added(of_others, pull(below)[0]))
 
-            of_others = jax.lax.cond(self._is_first(number), embedding, lambda: placed(of_others))
+            of_others = jax.lax.cond(
+                runs & self._is_first(number), embedding, lambda: placed(of_others)
+            )
+            if self.together:
+                grads = [jnp.where(runs, new, jnp.zeros_like(new)) for new in grads]
             of_chunks = [
                 put(sum_, pick(sum_, number) + new, number)
                 for sum_, new in zip(of_chunks, grads, strict=True)
@@ -279,7 +299,7 @@ class Stage:
             return self.parts.placed(of_chunks, of_others), sums, self._flows(below)
 
         rest = lambda: (self.parts.placed(*carry.grads), carry.sums, self._flows(nothing))
-        return jax.lax.cond(now.backward >= 0, run, rest)
+        return jax.lax.cond(self._enters(runs, row.backward), run, rest)
 
     def run(
         self, program: schedules.Program, num_inputs: int, num_gradients: int, axes: tuple[str, ...]
@@ -310,8 +330,8 @@ class Stage:
                 inputs=put_if(carry.inputs, carry.sent[0], now.x_to),
                 gradients=put_if(carry.gradients, carry.sent[1], now.ct_to),
             )
-            y = self.forward(carry, now, nothing)
-            grads, sums, below = self.backward(carry, now, nothing)
+            y = self.forward(carry, row, now, nothing)
+            grads, sums, below = self.backward(carry, row, now, nothing)
             # Outside every branch: all stages exchange at every tick.
             down = [(j, i) for i, j in up]
             sent = jax.lax.ppermute(y, STAGE, up), jax.lax.ppermute(below, STAGE, down)

@@ -104,6 +104,11 @@ LAYOUTS = {
 PIPELINES = {
     "stage2": (Auto(), MeshConfig(data=1, stage=2), 2),
     "stage2_fsdp2x2": (Auto(), MeshConfig(data=2, fsdp=2, stage=2), 8),
+    "stage2_context2": (Auto(), MeshConfig(data=1, stage=2, context=2), 4),
+    "stage2_context2x2": (Auto(), MeshConfig(data=2, stage=2, context=2), 8),
+    "stage2_context4": (Auto(), MeshConfig(data=1, stage=2, context=4), 8),
+    "stage2_context2_tensor2": (Auto(), MeshConfig(data=1, stage=2, context=2, tensor=2), 8),
+    "stage2_context2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, context=2), 8),
     "stage2_zero1": (Auto(zero=1), MeshConfig(data=1, fsdp=2, stage=2), 4),
     "stage2_sequence2x2": (
         Auto(sequence_parallel=True),
@@ -300,12 +305,19 @@ def test_language_model_equals_one_device(layout, context):
     assert want[0][-1] < want[0][0]
 
 
-@pytest.mark.parametrize("layout", slow_but(("stage2",), PIPELINES))
-def test_pipelines_equal_one_device(layout):
+ULYSSES = [(layout, "ulysses") for layout in PIPELINES if "context" in layout]
+
+
+@pytest.mark.parametrize(
+    "layout,context",
+    slow_but([("stage2", "ring")], [*((layout, "ring") for layout in PIPELINES), *ULYSSES]),
+)
+def test_pipelines_equal_one_device(layout, context):
     with jax.enable_x64(True):
         how = {"dtype": "float64", "steps": 4, "accumulate": 4}
         want = reference("lm", **how)
-        got = trajectory(MODELS["lm"], *PIPELINES[layout], **how)
+        model = dataclasses.replace(MODELS["lm"], context=context)
+        got = trajectory(model, *PIPELINES[layout], **how)
     assert_same(got, want, 1e-10)
 
 
