@@ -29,7 +29,7 @@ class Staged(Protocol):
     """A loss in parts, as tasks.Staged: what comes before a stack of layers, the layers, what comes after."""
 
     enter: Callable[..., jax.Array]
-    through: Callable[..., jax.Array]
+    through: Callable[..., tuple[jax.Array, jax.Array, PyTree, PyTree]]
     leave: Callable[..., tuple[jax.Array, PyTree]]
     stream: tuple[str, ...]
 
@@ -53,23 +53,24 @@ def grads_of(
         layers = num_layers(params, dims)
         parts = Parts(stacked, structure, _places(params, dims, mesh))
 
-        def local(params, batch_M, step_key, scale):
-            with scope.bind(axes=axes, manual=(STAGE,)):
-                args = vary((params, batch_M, step_key, scale))
+        def local(params, model_state, batch_M, step_key, scale):
+            with scope.bind(axes=axes):
                 per_chunk = layers // (table.stages * table.virtual)
-                stage = Stage(staged, table, parts, per_chunk, together, *args)
-                return stage.run(program, num_inputs, num_gradients, axes)
+                given = (params, batch_M, step_key, scale)
+                stage = Stage(staged, table, parts, per_chunk, together, *given)
+                return stage.run(model_state, program, num_inputs, num_gradients, axes)
 
         run = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(specs, P(None, axes), P(), P()),
-            out_specs=(specs, P()),
+            in_specs=(specs, P(STAGE), P(None, axes), P(), P()),
+            out_specs=(specs, P(), P(STAGE)),
             axis_names={STAGE, *axes},
-            check_vma=False,  # exchanges within a stage are shard_maps of their own, which say nothing of it
+            # A gradient stays on its device until it is summed, since its branch does not run on all.
+            # Exchanges within a stage are shard_maps of their own, which say nothing of how results vary.
+            check_vma=False,
         )
-        grads, sums = run(params, microbatches(batch, table.microbatches), step_key, scale)
-        return grads, sums, model_state
+        return run(params, model_state, microbatches(batch, table.microbatches), step_key, scale)
 
     return pipelined
 
@@ -103,20 +104,6 @@ def check_layers(layers: int, stages: int, virtual: int) -> None:
         + (f"use mesh.stage={' or '.join(map(str, counts))}" if counts else "use mesh.stage=1")
         + f", or {-(-layers // (stages * virtual)) * stages * virtual} layers",
     )
-
-
-def vary(values: PyTree) -> PyTree:
-    """Typed as different on each device of every manual axis: else a gradient would be summed over the axis
-    where it is taken, within a branch that not all devices run.
-    """
-    now = scope.current()
-    manual = (*now.axes, *now.manual)
-
-    def one(x: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in manual if axis not in jax.typeof(x).mat.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, values)
 
 
 class Parts(NamedTuple):
@@ -154,6 +141,7 @@ class Carry(NamedTuple):
 
     grads: tuple[list[jax.Array], list[jax.Array]]
     sums: PyTree
+    states: PyTree  # [M + 1, V, L/SV, ...]: of the layers, before each microbatch
     inputs: jax.Array  # [slots, ...]
     gradients: jax.Array  # [slots, ...]
     sent: tuple[jax.Array, jax.Array]  # to this stage: an input, a gradient
@@ -162,7 +150,7 @@ class Carry(NamedTuple):
 class Stage:
     """One device's stage while it is traced.
 
-    together: layers permute blocks within a stage. A permutation waits for all devices, so that none may stand
+    together: layers permute blocks within a stage. A permutation waits for all devices, so it must not stand
     in a branch that some stages do not run: a stage with nothing to do runs its layers on what is there, at
     the same time as the others, and its results are left out.
     """
@@ -194,21 +182,27 @@ class Stage:
     def enter(self, others: list[jax.Array], microbatch: jax.Array) -> jax.Array:
         """What the first layer reads."""
         params = self.parts.join(self.no_chunk, others)
-        return vary(self.staged.enter(params, self._rows(microbatch), self.key))
+        return self.staged.enter(params, self._rows(microbatch), self.key)
 
     def through(
-        self, chunk: list[jax.Array], x: jax.Array, number: jax.Array, microbatch: jax.Array
-    ) -> jax.Array:
-        """x behind the layers of chunk `number` of this stage."""
+        self,
+        chunk: list[jax.Array],
+        x: jax.Array,
+        states: PyTree,
+        number: jax.Array,
+        microbatch: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
+        """(x behind the layers of chunk `number` of this stage, scaled loss, sums, their new state)."""
         params = self.parts.join(chunk, self.no_others)
         first = (number * self.table.stages + self.index) * self.per_chunk
-        return vary(self.staged.through(params, x, self._rows(microbatch), self.key, first))
+        state = jax.tree.map(lambda s: pick(pick(s, microbatch), number), states)
+        rows = self._rows(microbatch)
+        return self.staged.through(params, state, x, rows, self.key, first, self.scale)
 
     def leave(self, others: list[jax.Array], x: jax.Array, microbatch: jax.Array) -> Any:
         """(scaled loss, sums)."""
         params = self.parts.join(self.no_chunk, others)
-        rows = self._rows(microbatch)
-        return vary(self.staged.leave(params, x, rows, self.key, self.scale))
+        return self.staged.leave(params, x, self._rows(microbatch), self.key, self.scale)
 
     def _rows(self, microbatch: jax.Array) -> PyTree:
         return jax.tree.map(lambda x: pick(x, microbatch), self.batch_M)
@@ -239,89 +233,115 @@ class Stage:
 
     def forward(
         self, carry: Carry, row: schedules.Program, now: schedules.Program, nothing: jax.Array
-    ) -> jax.Array:
-        """What goes to the next stage; row: the tick of all stages, now: of this one. The last one's forward is part of its backward."""
+    ) -> tuple[jax.Array, PyTree]:
+        """(what goes to the next stage, states); row: the tick of all stages, now: of this one. That of
+        the last one is part of its backward.
+        """
+        number, microbatch = now.forward_chunk, now.forward
         kept = pick(carry.inputs, now.forward_x)
+        runs = (microbatch >= 0) & ~self._is_last(number)
 
-        def run() -> jax.Array:
-            x = self._input(kept, now.forward_chunk, now.forward)
-            chunk = [pick(w, now.forward_chunk) for w in self.chunks]
-            return self._flows(self.through(chunk, x, now.forward_chunk, now.forward))
+        def run() -> tuple[jax.Array, PyTree]:
+            x = self._input(kept, number, microbatch)
+            chunk = [pick(w, number) for w in self.chunks]
+            y, _, _, state = self.through(chunk, x, carry.states, number, microbatch)
+            return self._flows(y), after(carry.states, state, number, microbatch, runs)
 
-        runs = (now.forward >= 0) & ~self._is_last(now.forward_chunk)
-        return jax.lax.cond(self._enters(runs, row.forward), run, lambda: self._flows(nothing))
+        rest = lambda: (self._flows(nothing), carry.states)
+        return jax.lax.cond(self._enters(runs, row.forward), run, rest)
 
     def backward(
         self, carry: Carry, row: schedules.Program, now: schedules.Program, nothing: jax.Array
-    ) -> tuple[Any, PyTree, jax.Array]:
-        """(gradients, sums, what goes to the stage before). Computes the chunk anew from its input.
+    ) -> tuple[Any, PyTree, PyTree, jax.Array]:
+        """(gradients, sums, states, what goes to the stage before). Computes the chunk anew from its input.
 
         The head's gradient is taken within one branch, and the embedding's too: nothing of the size of the
         logits has to leave it.
         """
         number, microbatch, runs = now.backward_chunk, now.backward, now.backward >= 0
+        is_first, is_last = runs & self._is_first(number), runs & self._is_last(number)
         kept = pick(carry.inputs, now.backward_x)
         arrived = pick(carry.gradients, now.backward_ct)
         placed = lambda others: self.parts.placed(carry.grads[0], others)[1]
 
-        def run() -> tuple[Any, PyTree, jax.Array]:
+        def layers(chunk: list[jax.Array], x: jax.Array) -> Any:
+            y, total, *told = self.through(chunk, x, carry.states, number, microbatch)
+            return (y, total), told
+
+        def run() -> tuple[Any, PyTree, PyTree, jax.Array]:
             of_chunks, of_others = carry.grads
             x = self._input(kept, number, microbatch)
             chunk = [pick(w, number) for w in self.chunks]
-            y, pull = jax.vjp(lambda w, x: self.through(w, x, number, microbatch), chunk, x)
+            (y, total), pull, (told, state) = jax.vjp(layers, chunk, x, has_aux=True)
 
             def head() -> tuple[jax.Array, list[jax.Array], PyTree]:
                 loss = lambda others, y: self.leave(others, y, microbatch)
                 total, pull, sums = jax.vjp(loss, self.others, y, has_aux=True)
-                grads, above = pull(vary(jnp.ones_like(total)))
+                grads, above = pull(jnp.ones_like(total))
                 return self._flows(above), placed(added(of_others, grads)), added(carry.sums, sums)
 
             above, of_others, sums = jax.lax.cond(
-                runs & self._is_last(number),
-                head,
-                lambda: (self._flows(arrived), placed(of_others), carry.sums),
+                is_last, head, lambda: (self._flows(arrived), placed(of_others), carry.sums)
             )
-            grads, below = pull(above)
+            grads, below = pull((above, jnp.ones_like(total)))
 
             def embedding() -> list[jax.Array]:
                 _, pull = jax.vjp(lambda others: self.enter(others, microbatch), self.others)
                 return placed(added(of_others, pull(below)[0]))
 
-            of_others = jax.lax.cond(
-                runs & self._is_first(number), embedding, lambda: placed(of_others)
-            )
+            of_others = jax.lax.cond(is_first, embedding, lambda: placed(of_others))
             if self.together:
-                grads = [jnp.where(runs, new, jnp.zeros_like(new)) for new in grads]
+                grads, told = where(runs, (grads, told), zeros((grads, told)))
             of_chunks = [
                 put(sum_, pick(sum_, number) + new, number)
                 for sum_, new in zip(of_chunks, grads, strict=True)
             ]
-            return self.parts.placed(of_chunks, of_others), sums, self._flows(below)
+            grads = self.parts.placed(of_chunks, of_others)
+            states = after(carry.states, state, number, microbatch, is_last)
+            return grads, added(sums, told), states, self._flows(below)
 
-        rest = lambda: (self.parts.placed(*carry.grads), carry.sums, self._flows(nothing))
+        def rest() -> tuple[Any, PyTree, PyTree, jax.Array]:
+            return self.parts.placed(*carry.grads), carry.sums, carry.states, self._flows(nothing)
+
         return jax.lax.cond(self._enters(runs, row.backward), run, rest)
 
-    def run(
-        self, program: schedules.Program, num_inputs: int, num_gradients: int, axes: tuple[str, ...]
-    ) -> tuple[PyTree, PyTree]:
-        """(gradients, sums), each summed over the devices that share it."""
+    def start(self, model_state: PyTree, num_inputs: int, num_gradients: int) -> Carry:
+        """Before the first tick."""
+        chunks = jax.tree.map(
+            lambda s: s.reshape(self.table.virtual, -1, *s.shape[1:]), model_state
+        )
+        states = jax.tree.map(
+            lambda s: jnp.broadcast_to(s, (self.table.microbatches + 1, *s.shape)),
+            exchanged(chunks, self.table, back=False),
+        )
+        at = jnp.int32(0)
 
         def ends() -> tuple[jax.Array, PyTree]:
-            x = self.enter(self.others, jnp.int32(0))
-            return x, self.leave(self.others, x, jnp.int32(0))[1]
+            x = self.enter(self.others, at)
+            _, _, told, _ = self.through([w[0] for w in self.chunks], x, states, at, at)
+            return x, self.leave(self.others, x, at)[1] | told
 
         x, sums = jax.eval_shape(ends)
-        zeros = lambda shapes: vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-        nothing = zeros(x)
         slots = lambda num: scope.constrain(
-            zeros(jax.ShapeDtypeStruct((num, *x.shape), x.dtype)), None, *self.staged.stream
+            jnp.zeros((num, *x.shape), x.dtype), None, *self.staged.stream
         )
         grads = self.parts.placed(*zeros((self.chunks, self.others)))
-        start = Carry(
-            grads, zeros(sums), slots(num_inputs), slots(num_gradients), (nothing, nothing)
-        )
-        num, wrap = self.table.stages, self.table.virtual > 1
-        up = [(i, (i + 1) % num) for i in range(num if wrap else num - 1)]
+        nothing = zeros(x)
+        sent = nothing, nothing
+        return Carry(grads, zeros(sums), states, slots(num_inputs), slots(num_gradients), sent)
+
+    def run(
+        self,
+        model_state: PyTree,
+        program: schedules.Program,
+        num_inputs: int,
+        num_gradients: int,
+        axes: tuple[str, ...],
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """(gradients, sums, model state), each summed over the devices that share it."""
+        start = self.start(model_state, num_inputs, num_gradients)
+        nothing, num = start.sent[0], self.table.stages
+        up = [(i, (i + 1) % num) for i in range(num if self.table.virtual > 1 else num - 1)]
 
         def tick(carry: Carry, row: schedules.Program) -> tuple[Carry, None]:
             now = jax.tree.map(lambda x_S: pick(x_S, self.index), row)
@@ -330,26 +350,31 @@ class Stage:
                 inputs=put_if(carry.inputs, carry.sent[0], now.x_to),
                 gradients=put_if(carry.gradients, carry.sent[1], now.ct_to),
             )
-            y = self.forward(carry, row, now, nothing)
-            grads, sums, below = self.backward(carry, row, now, nothing)
+            y, states = self.forward(carry, row, now, nothing)
+            carry = carry._replace(states=states)
+            grads, sums, states, below = self.backward(carry, row, now, nothing)
             # Outside every branch: all stages exchange at every tick.
             down = [(j, i) for i, j in up]
             sent = jax.lax.ppermute(y, STAGE, up), jax.lax.ppermute(below, STAGE, down)
-            return carry._replace(grads=grads, sums=sums, sent=sent), None
+            return carry._replace(grads=grads, sums=sums, states=states, sent=sent), None
 
         done, _ = jax.lax.scan(tick, start, jax.tree.map(jnp.asarray, program))
         of_chunks, of_others = done.grads
-        of_chunks = exchanged(of_chunks, self.table, back=True)
-        of_stack = [x.reshape(-1, *x.shape[2:]) for x in of_chunks]
+        last = jax.tree.map(lambda s: s[-1], done.states)
+        of_chunks, last = exchanged((of_chunks, last), self.table, back=True)
+        of_stack, model_state = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (of_chunks, last)
+        )
         if axes:
             of_stack = jax.lax.psum(of_stack, axes)
         # Over the stages too: a tied embedding has a part of its gradient on two.
         everywhere = (*axes, STAGE)
         of_others = jax.lax.psum(of_others, everywhere)
-        return self.parts.join(of_stack, of_others), jax.lax.psum(done.sums, everywhere)
+        sums = jax.lax.psum(done.sums, everywhere)
+        return self.parts.join(of_stack, of_others), sums, model_state
 
 
-def exchanged(chunks: list[jax.Array], table: schedules.Table, *, back: bool) -> list[jax.Array]:
+def exchanged(chunks: PyTree, table: schedules.Table, *, back: bool) -> PyTree:
     """[V, ...] on each stage: from V neighbouring chunks of layers, as the parameters lie, to every S-th one,
     as virtual stages take them; `back` undoes it. V rounds of one chunk each.
     """
@@ -358,7 +383,7 @@ def exchanged(chunks: list[jax.Array], table: schedules.Table, *, back: bool) ->
         return chunks
     common = math.gcd(num, virtual)
     stage = jax.lax.axis_index(STAGE)
-    out = [vary(jnp.zeros_like(x)) for x in chunks]
+    out = zeros(chunks)
     for turn in range(virtual):
         # Which of its chunks each stage sends in this turn, so that each receives one.
         sends = [
@@ -370,14 +395,41 @@ def exchanged(chunks: list[jax.Array], table: schedules.Table, *, back: bool) ->
         here, there = jnp.asarray(sends), jnp.asarray([slots[s] for s in range(num)])
         if back:
             here, there, pairs = there, here, [(to, s) for s, to in pairs]
-        moved = [jax.lax.ppermute(pick(x, here[stage]), STAGE, pairs) for x in chunks]
-        out = [put(o, m, there[stage]) for o, m in zip(out, moved, strict=True)]
+        move = lambda x: jax.lax.ppermute(pick(x, here[stage]), STAGE, pairs)  # noqa: B023
+        out = jax.tree.map(lambda o, x: put(o, move(x), there[stage]), out, chunks)  # noqa: B023
     return out
 
 
-def added(sums: PyTree, new: PyTree) -> PyTree:
-    """Leaf by leaf."""
+def added(sums: Any, new: Any) -> Any:
+    """Leaf by leaf; a dict of sums may get some of them only."""
+    if isinstance(sums, dict):
+        return {
+            name: added(sum_, new[name]) if name in new else sum_ for name, sum_ in sums.items()
+        }
     return jax.tree.map(jnp.add, sums, new)
+
+
+def zeros(like: PyTree) -> PyTree:
+    """Leaf by leaf."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+
+def where(condition: jax.Array, x: PyTree, y: PyTree) -> PyTree:
+    """Leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def after(
+    states: PyTree, new: PyTree, number: jax.Array, microbatch: jax.Array, when: jax.Array
+) -> PyTree:
+    """States with that of a chunk after a microbatch, [L/SV, ...], put in its place."""
+
+    def one(s: jax.Array, n: jax.Array) -> jax.Array:
+        at = (microbatch + 1, number, *(jnp.zeros_like(number),) * n.ndim)
+        old = jax.lax.dynamic_slice(s, at, (1, 1, *n.shape))
+        return jax.lax.dynamic_update_slice(s, jnp.where(when, n[None, None], old), at)
+
+    return jax.tree.map(one, states, new)
 
 
 def pick(x: jax.Array, index: jax.Array) -> jax.Array:

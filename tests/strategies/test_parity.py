@@ -109,6 +109,12 @@ PIPELINES = {
     "stage2_context4": (Auto(), MeshConfig(data=1, stage=2, context=4), 8),
     "stage2_context2_tensor2": (Auto(), MeshConfig(data=1, stage=2, context=2, tensor=2), 8),
     "stage2_context2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, context=2), 8),
+    "stage2_expert2": (Auto(), MeshConfig(data=1, stage=2, expert=2), 4),
+    "stage2_expert4": (Auto(), MeshConfig(data=1, stage=2, expert=4), 8),
+    "stage2_expert2x2": (Auto(), MeshConfig(data=2, stage=2, expert=2), 8),
+    "stage2_expert2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, expert=2), 8),
+    "stage2_expert2_tensor2": (Auto(), MeshConfig(data=1, stage=2, expert=2, tensor=2), 8),
+    "stage2_expert2_context2": (Auto(), MeshConfig(data=1, stage=2, expert=2, context=2), 8),
     "stage2_zero1": (Auto(zero=1), MeshConfig(data=1, fsdp=2, stage=2), 4),
     "stage2_sequence2x2": (
         Auto(sequence_parallel=True),
@@ -305,12 +311,15 @@ def test_language_model_equals_one_device(layout, context):
     assert want[0][-1] < want[0][0]
 
 
-ULYSSES = [(layout, "ulysses") for layout in PIPELINES if "context" in layout]
+ULYSSES = [("stage2_context2", "ulysses"), ("stage2_context2x2", "ulysses")]
 
 
 @pytest.mark.parametrize(
     "layout,context",
-    slow_but([("stage2", "ring")], [*((layout, "ring") for layout in PIPELINES), *ULYSSES]),
+    slow_but(
+        [("stage2", "ring")],
+        [*((layout, "ring") for layout in PIPELINES if "expert" not in layout), *ULYSSES],
+    ),
 )
 def test_pipelines_equal_one_device(layout, context):
     with jax.enable_x64(True):
@@ -333,6 +342,23 @@ def test_experts_equal_one_device(layout):
         how = {"dtype": "float64", "steps": 3}
         want = reference("moe", 1, **how)
         got = trajectory(MODELS["moe"], *LAYOUTS[layout], **how)
+    assert_same(got, want, 1e-10)
+    assert want[1]["model_state/blocks/mlp/offset"] > 0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    slow_but(
+        ("stage2_expert2",),
+        ["stage2", "stage2_context2", *(name for name in PIPELINES if "expert" in name)],
+    ),
+)
+def test_experts_in_a_pipeline_equal_one_device(layout):
+    """Their loss, their loads, and their offsets, which each microbatch moves."""
+    with jax.enable_x64(True):
+        how = {"dtype": "float64", "steps": 3, "accumulate": 4}
+        want = reference("moe", **how)
+        got = trajectory(MODELS["moe"], *PIPELINES[layout], **how)
     assert_same(got, want, 1e-10)
     assert want[1]["model_state/blocks/mlp/offset"] > 0
 
