@@ -54,7 +54,8 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
 
         # The batch is the dim that vmap adds: a placement inside speaks of the others only.
         bound = scope.current()
-        axes = BATCH_AXES if bound.constrain is not None else None
+        left = tuple(axis for axis in BATCH_AXES if axis not in bound.axes)
+        axes = left if bound.constrain is not None else None
         with scope.bind(constrain=_inside(bound.constrain), blockwise=None, cut=None):
             grads, metrics = jax.vmap(one, spmd_axis_name=axes)(batch)
         return *jax.tree.map(lambda x: x.sum(0), (grads, metrics)), model_state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -129,14 +129,15 @@ def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> 
 
 
 def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
-    """NamedShardings that cut each parameter over `axes` alone, in the way of fsdp: for a strategy whose
+    """NamedShardings that cut each parameter over `axes` too, in the way of fsdp: for a strategy whose
     devices each own a part of it, whatever it means.
     """
     dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
 
     def place(name: str, x: Any) -> NamedSharding:
-        spec: list[Any] = [None] * len(x.shape)
-        _cut_largest(spec, x.shape, dims_of.get(name) or (None,) * len(x.shape), axes, mesh)
+        of = dims_of.get(name)
+        spec = list(spec_of(name, x.shape, of, mesh, fsdp=False))
+        _cut_largest(spec, x.shape, of or (None,) * len(x.shape), axes, mesh)
         return NamedSharding(mesh, P(*spec))
 
     return tree.map_named(place, params)
@@ -210,6 +211,12 @@ def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
 
 
+def manual(mesh: Mesh, axes: Collection[str]) -> dict[str, Any]:
+    """What jax.shard_map takes to be manual over `axes`, within another one too."""
+    inside = jax.sharding.get_abstract_mesh().manual_axes
+    return {"axis_names": set(axes)} | ({} if inside else {"mesh": mesh})
+
+
 def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
     """What a jitted program on `mesh` binds in its scope: where logical dims of activations lie.
 
@@ -217,8 +224,8 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     """
 
     def left() -> dict[str, tuple[str, ...]]:
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        return {dim: tuple(a for a in axes if a not in manual) for dim, axes in rules.items()}
+        inside = jax.sharding.get_abstract_mesh().manual_axes
+        return {dim: tuple(a for a in axes if a not in inside) for dim, axes in rules.items()}
 
     def spec(shape: Sequence[int], dims: Dims) -> P:
         return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left())

@@ -20,8 +20,9 @@ from spmd.pipeline import schedules
 
 PyTree = Any
 STAGE = "stage"
-# Manual beside the stages, so that gradients are summed over them once a step instead of once a microbatch.
-# What else cuts the batch cuts parameters too, and is left to the compiler.
+# Manual beside the stages, so that gradients are summed over them once a step instead of once a microbatch;
+# where a strategy has made them manual, it sums. What else cuts the batch cuts parameters too, and is left to
+# the compiler.
 MANUAL_BATCH = ("replica", "data")
 
 
@@ -43,10 +44,11 @@ def grads_of(
     Equals grad.accumulated of as many microbatches. ValueError for layers that the stages do not divide.
     """
     program, num_inputs, num_gradients = schedules.program(table)
-    axes = tuple(axis for axis in MANUAL_BATCH if mesh.shape[axis] > 1)
     together = mesh.shape["context"] > 1
 
     def pipelined(params, model_state, batch, step_key, scale):
+        outer = scope.current().axes
+        axes = tuple(a for a in MANUAL_BATCH if mesh.shape[a] > 1 and a not in outer)
         stacked = [_is_stacked(dims, name) for name in tree.named_leaves(params)]
         structure = jax.tree.structure(params)
         specs = structure.unflatten([P(STAGE) if cut else P() for cut in stacked])
@@ -54,18 +56,18 @@ def grads_of(
         parts = Parts(stacked, structure, _places(params, dims, mesh))
 
         def local(params, model_state, batch_M, step_key, scale):
-            with scope.bind(axes=axes):
+            with scope.bind(axes=(*outer, *axes)):
+                waits = scope.platform() == "cpu" and mesh.size > table.stages
                 per_chunk = layers // (table.stages * table.virtual)
                 given = (params, batch_M, step_key, scale)
-                stage = Stage(staged, table, parts, per_chunk, together, *given)
+                stage = Stage(staged, table, parts, per_chunk, together, waits, *given)
                 return stage.run(model_state, program, num_inputs, num_gradients, axes)
 
         run = jax.shard_map(
             local,
-            mesh=mesh,
             in_specs=(specs, P(STAGE), P(None, axes), P(), P()),
             out_specs=(specs, P(), P(STAGE)),
-            axis_names={STAGE, *axes},
+            **sharding.manual(mesh, (STAGE, *axes)),
             # A gradient stays on its device until it is summed, since its branch does not run on all.
             # Exchanges within a stage are shard_maps of their own, which say nothing of how results vary.
             check_vma=False,
@@ -152,7 +154,7 @@ class Stage:
 
     together: layers permute blocks within a stage. A permutation waits for all devices, so it must not stand
     in a branch that some stages do not run: a stage with nothing to do runs its layers on what is there, at
-    the same time as the others, and its results are left out.
+    the same time as the others, and its results are left out. waits: see _after.
     """
 
     def __init__(
@@ -162,13 +164,14 @@ class Stage:
         parts: Parts,
         per_chunk: int,
         together: bool,
+        waits: bool,
         params: PyTree,
         batch_M: PyTree,
         step_key: jax.Array,
         scale: PyTree,
     ):
         self.staged, self.table, self.parts = staged, table, parts
-        self.per_chunk, self.together = per_chunk, together
+        self.per_chunk, self.together, self.waits = per_chunk, together, waits
         self.batch_M, self.key, self.scale = batch_M, step_key, scale
         self.index = jax.lax.axis_index(STAGE)
         stacked, self.others = parts.split(params)
@@ -213,18 +216,26 @@ class Stage:
     def _is_last(self, chunk: jax.Array) -> jax.Array:
         return (self.index == self.table.stages - 1) & (chunk == self.table.virtual - 1)
 
-    def _enters(self, runs: jax.Array, microbatch_S: jax.Array) -> jax.Array:
-        """Whether a branch with layers in it is taken; microbatch: of each stage at this tick."""
-        return jnp.any(microbatch_S >= 0) if self.together else runs
-
     # The partitioner wants the results of both branches to lie alike, so each is placed.
 
     def _flows(self, x: jax.Array) -> jax.Array:
         return scope.constrain(x, *self.staged.stream)
 
+    def _after(self, x: jax.Array, *numbers: jax.Array) -> tuple[jax.Array, ...]:
+        """The numbers, known only once x is.
+
+        XLA on CPUs may start a collective that stands behind a branch before those in the branch, in an order
+        that differs by device, and then all wait for ever. What depends on the branch's result cannot.
+        """
+        if not self.waits:
+            return numbers
+        zero = lambda x: (x.reshape(-1)[0] > 0).astype(jnp.int32) >> 1  # which XLA does not see
+        zero = scope.blockwise(zero, (self.staged.stream,), ())(x)
+        return tuple(number + zero for number in numbers)
+
     def _input(self, kept: jax.Array, chunk: jax.Array, microbatch: jax.Array) -> jax.Array:
         return jax.lax.cond(
-            self._is_first(chunk),
+            (microbatch >= 0) & self._is_first(chunk),
             lambda: self._flows(self.enter(self.others, microbatch)),
             lambda: self._flows(kept),
         )
@@ -237,30 +248,39 @@ class Stage:
         """(what goes to the next stage, states); row: the tick of all stages, now: of this one. That of
         the last one is part of its backward.
         """
-        number, microbatch = now.forward_chunk, now.forward
         kept = pick(carry.inputs, now.forward_x)
+        x = self._input(kept, now.forward_chunk, now.forward)
+        number, microbatch, some = self._after(x, now.forward_chunk, now.forward, row.forward.max())
         runs = (microbatch >= 0) & ~self._is_last(number)
 
         def run() -> tuple[jax.Array, PyTree]:
-            x = self._input(kept, number, microbatch)
             chunk = [pick(w, number) for w in self.chunks]
             y, _, _, state = self.through(chunk, x, carry.states, number, microbatch)
             return self._flows(y), after(carry.states, state, number, microbatch, runs)
 
         rest = lambda: (self._flows(nothing), carry.states)
-        return jax.lax.cond(self._enters(runs, row.forward), run, rest)
+        return jax.lax.cond(some >= 0 if self.together else runs, run, rest)
 
     def backward(
-        self, carry: Carry, row: schedules.Program, now: schedules.Program, nothing: jax.Array
+        self,
+        carry: Carry,
+        row: schedules.Program,
+        now: schedules.Program,
+        nothing: jax.Array,
+        y: jax.Array,
     ) -> tuple[Any, PyTree, PyTree, jax.Array]:
         """(gradients, sums, states, what goes to the stage before). Computes the chunk anew from its input.
+        y: of the forward in the same tick, which comes first.
 
         The head's gradient is taken within one branch, and the embedding's too: nothing of the size of the
         logits has to leave it.
         """
-        number, microbatch, runs = now.backward_chunk, now.backward, now.backward >= 0
-        is_first, is_last = runs & self._is_first(number), runs & self._is_last(number)
         kept = pick(carry.inputs, now.backward_x)
+        at = self._after(y, now.backward_chunk, now.backward, row.backward.max())
+        x = self._input(kept, *at[:2])
+        number, microbatch, some = self._after(x, *at)
+        runs = microbatch >= 0
+        is_first, is_last = runs & self._is_first(number), runs & self._is_last(number)
         arrived = pick(carry.gradients, now.backward_ct)
         placed = lambda others: self.parts.placed(carry.grads[0], others)[1]
 
@@ -270,7 +290,6 @@ class Stage:
 
         def run() -> tuple[Any, PyTree, PyTree, jax.Array]:
             of_chunks, of_others = carry.grads
-            x = self._input(kept, number, microbatch)
             chunk = [pick(w, number) for w in self.chunks]
             (y, total), pull, (told, state) = jax.vjp(layers, chunk, x, has_aux=True)
 
@@ -283,7 +302,7 @@ class Stage:
             above, of_others, sums = jax.lax.cond(
                 is_last, head, lambda: (self._flows(arrived), placed(of_others), carry.sums)
             )
-            grads, below = pull((above, jnp.ones_like(total)))
+            grads, below = self._pulled(pull, above, jnp.ones_like(total))
 
             def embedding() -> list[jax.Array]:
                 _, pull = jax.vjp(lambda others: self.enter(others, microbatch), self.others)
@@ -303,7 +322,15 @@ class Stage:
         def rest() -> tuple[Any, PyTree, PyTree, jax.Array]:
             return self.parts.placed(*carry.grads), carry.sums, carry.states, self._flows(nothing)
 
-        return jax.lax.cond(self._enters(runs, row.backward), run, rest)
+        return jax.lax.cond(some >= 0 if self.together else runs, run, rest)
+
+    def _pulled(self, pull: Callable[..., Any], above: jax.Array, one: jax.Array) -> Any:
+        """The layers' gradients: all there once one of them is, and begun after the head's."""
+        run = lambda: pull((above, one))
+        if not self.waits:
+            return run()
+        (when,) = self._after(above, jnp.int32(0))
+        return jax.lax.cond(when >= 0, run, lambda: zeros(jax.eval_shape(run)))
 
     def start(self, model_state: PyTree, num_inputs: int, num_gradients: int) -> Carry:
         """Before the first tick."""
@@ -352,7 +379,7 @@ class Stage:
             )
             y, states = self.forward(carry, row, now, nothing)
             carry = carry._replace(states=states)
-            grads, sums, states, below = self.backward(carry, row, now, nothing)
+            grads, sums, states, below = self.backward(carry, row, now, nothing, y)
             # Outside every branch: all stages exchange at every tick.
             down = [(j, i) for i, j in up]
             sent = jax.lax.ppermute(y, STAGE, up), jax.lax.ppermute(below, STAGE, down)

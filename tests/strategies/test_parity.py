@@ -311,7 +311,7 @@ def test_language_model_equals_one_device(layout, context):
     assert want[0][-1] < want[0][0]
 
 
-ULYSSES = [("stage2_context2", "ulysses"), ("stage2_context2x2", "ulysses")]
+ULYSSES = [(f"stage2_{rest}", "ulysses") for rest in ("context2", "context2x2", "context2_fsdp2")]
 
 
 @pytest.mark.parametrize(
