@@ -256,9 +256,9 @@ def test_local_steps_in_their_synchronous_limit(words):
 def test_meshes_that_a_strategy_refuses_are_skipped():
     words = ["--simulate", "2", "--model.hidden", "32", "--strategy", "allreduce"]
     report = spmd.load("digits", words).verify(2, all_meshes=True)
-    proven(report, "replica=2", "data=2")
+    proven(report, "replica=2", "data=2", "tensor=2")
     skipped = {result.mesh: result.skipped for result in report.results if result.skipped}
-    assert skipped.keys() == {"fsdp=2", "tensor=2"}
+    assert skipped.keys() == {"fsdp=2"}
     assert "mesh.fsdp=2 must be 1" in skipped["fsdp=2"] and skipped["fsdp=2"] in str(report)
 
 

@@ -98,6 +98,15 @@ LAYOUTS = {
     "powersgd4": (AllReduce(reduction="ring", compress=FULL), MeshConfig(), 4),
     "server_topk4": (Server(compress=ALL), MeshConfig(), 4),
     "server_powersgd4": (Server(compress=FULL), MeshConfig(), 4),
+    # Replicas whose devices share a model.
+    "psum2_tensor2": (AllReduce(), MeshConfig(tensor=2), 4),
+    "psum2_context2": (AllReduce(), MeshConfig(context=2), 4),
+    "psum2_expert2": (AllReduce(), MeshConfig(expert=2), 4),
+    "ring2_expert2_tensor2": (AllReduce(reduction="ring"), MeshConfig(expert=2, tensor=2), 8),
+    "server2_tensor2": (Server(), MeshConfig(tensor=2), 4),
+    "server2_expert2_context2": (Server(), MeshConfig(expert=2, context=2), 8),
+    "powersgd2_tensor2": (AllReduce(compress=FULL), MeshConfig(tensor=2), 4),
+    "server_topk2_context2": (Server(compress=ALL), MeshConfig(context=2), 4),
 }
 
 # Of models that are a stack of layers; four microbatches. All schedules: tests/pipeline/test_execute.py.
@@ -115,6 +124,18 @@ PIPELINES = {
     "stage2_expert2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, expert=2), 8),
     "stage2_expert2_tensor2": (Auto(), MeshConfig(data=1, stage=2, expert=2, tensor=2), 8),
     "stage2_expert2_context2": (Auto(), MeshConfig(data=1, stage=2, expert=2, context=2), 8),
+    "stage2_psum2": (AllReduce(), MeshConfig(stage=2), 4),
+    "stage2_ring2_context2": (AllReduce(reduction="ring"), MeshConfig(stage=2, context=2), 8),
+    "stage2_hierarchical2x2": (
+        AllReduce(reduction="hierarchical"),
+        MeshConfig(replica=2, stage=2),
+        8,
+    ),
+    "stage2_psum2_expert2": (AllReduce(), MeshConfig(stage=2, expert=2), 8),
+    "stage2_topk2": (AllReduce(compress=ALL), MeshConfig(stage=2), 4),
+    "stage2_server2": (Server(), MeshConfig(stage=2), 4),
+    "stage2_server2_tensor2": (Server(), MeshConfig(stage=2, tensor=2), 8),
+    "stage2_server2_expert2": (Server(), MeshConfig(stage=2, expert=2), 8),
     "stage2_zero1": (Auto(zero=1), MeshConfig(data=1, fsdp=2, stage=2), 4),
     "stage2_sequence2x2": (
         Auto(sequence_parallel=True),
@@ -285,7 +306,7 @@ def test_equals_one_device(layout, name, accumulate, dtype):
 LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4", "server2x4"]
 PRIVATE_LAYOUTS = [*LANGUAGE]
 LANGUAGE += ["local8", "powersgd4"]  # blocks stacked in three dims and more
-LANGUAGE += [name for name in LAYOUTS if name.startswith("context")]
+LANGUAGE += [name for name in LAYOUTS if "context" in name or "2_tensor2" in name]
 QUICK_LANGUAGE = ("sequence2x2", "context2x2x2")
 
 
@@ -330,7 +351,7 @@ def test_pipelines_equal_one_device(layout, context):
     assert_same(got, want, 1e-10)
 
 
-EXPERTS = [name for name in LAYOUTS if name.startswith("expert")]
+EXPERTS = [name for name in LAYOUTS if "expert" in name]
 
 
 @pytest.mark.parametrize(
