@@ -250,12 +250,10 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         def run(*args: jax.Array) -> Any:
             outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
-            manual = jax.sharding.get_abstract_mesh().manual_axes
-            inside = (
-                {"axis_names": set(mesh.axis_names) - set(manual)} if manual else {"mesh": mesh}
-            )
+            inside = jax.sharding.get_abstract_mesh().manual_axes
+            how = manual(mesh, [axis for axis in mesh.axis_names if axis not in inside])
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
-            return jax.shard_map(fn, in_specs=ins, out_specs=outs, check_vma=False, **inside)(*args)
+            return jax.shard_map(fn, in_specs=ins, out_specs=outs, check_vma=False, **how)(*args)
 
         return run
 
