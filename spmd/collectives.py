@@ -8,8 +8,9 @@ has not been taken yet, A[I_X] is cut over X. Several axes are one: their device
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,20 @@ def split(x: jax.Array, num: int) -> jax.Array:
 # ---- int8
 
 
+class Placing(NamedTuple):
+    """Of arrays that several devices hold, where the axes are those of a vmap and the compiler exchanges.
+
+    placed: cuts what is sent, so that each sends a part. alone: runs a function on each device by itself, on
+    whole arrays, for what the compiler cannot cut. Inside shard_map there is nothing to do.
+    """
+
+    placed: Callable[[jax.Array], jax.Array] = lambda x: x
+    alone: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn
+
+
+DIRECT = Placing()
+
+
 def quantised(x_C: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """[..., C] -> int8 [..., C'], scales float32 [..., C' / block], C' the next multiple of `block`."""
     x_C = jnp.pad(x_C, [(0, 0)] * (x_C.ndim - 1) + [(0, -x_C.shape[-1] % block)])
@@ -200,26 +215,35 @@ def dequantised(q_C: jax.Array, scale: jax.Array, like: jax.Array) -> jax.Array:
     return x_C[..., : like.shape[-1]]
 
 
-def int8_reduce_scatter(x_NC: jax.Array, axes: Axes, block: int) -> tuple[jax.Array, jax.Array]:
+def int8_reduce_scatter(
+    x_NC: jax.Array, axes: Axes, block: int, by: Placing = DIRECT
+) -> tuple[jax.Array, jax.Array]:
     """A[N, C] {U_X} -> A[N_X, C] by an all-to-all of int8: this device's chunk [C], and what the
     quantisation left out of its own part, [N, C].
     """
-    q_NC, scale = quantised(x_NC, block)
-    error_NC = x_NC - dequantised(q_NC, scale, x_NC)
+    q_NC, scale, error_NC = by.alone(functools.partial(_quantised, block=block))(x_NC)
     if axes:
-        q_NC = jax.lax.all_to_all(q_NC, axes, 0, 0, tiled=True)
-        scale = jax.lax.all_to_all(scale, axes, 0, 0, tiled=True)
-    return dequantised(q_NC, scale, x_NC).sum(axis=0), error_NC
+        swap = lambda x: by.placed(jax.lax.all_to_all(by.placed(x), axes, 0, 0, tiled=True))
+        q_NC, scale = swap(q_NC), swap(scale)
+    total = lambda q_NC, scale: dequantised(q_NC, scale, x_NC).sum(axis=0)
+    return by.alone(total)(q_NC, scale), error_NC
 
 
-def int8_all_gather(x_C: jax.Array, axes: Axes, block: int) -> tuple[jax.Array, jax.Array]:
+def int8_all_gather(
+    x_C: jax.Array, axes: Axes, block: int, by: Placing = DIRECT
+) -> tuple[jax.Array, jax.Array]:
     """A[N_X, C] -> A[N, C] by an all-gather of int8: the whole, the same on every device, and what the
     quantisation left out of this device's chunk, [C].
     """
-    q_C, scale = quantised(x_C, block)
-    error_C = x_C - dequantised(q_C, scale, x_C)
+    q_C, scale, error_C = by.alone(functools.partial(_quantised, block=block))(x_C)
     if axes:
-        q_C = jax.lax.all_gather(q_C, axes)
-        scale = jax.lax.all_gather(scale, axes)
-    whole = dequantised(q_C, scale, x_C)
-    return whole.reshape(size(axes), -1), error_C
+        gather = lambda x: by.placed(jax.lax.all_gather(by.placed(x), axes))
+        q_C, scale = gather(q_C), gather(scale)
+    whole = lambda q, scale: dequantised(q, scale, x_C).reshape(size(axes), -1)
+    return by.alone(whole)(q_C, scale), error_C
+
+
+def _quantised(x_C: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`quantised`, and what it left out."""
+    q_C, scale = quantised(x_C, block)
+    return q_C, scale, x_C - dequantised(q_C, scale, x_C)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from spmd import scope, tree
-from spmd.mesh import BATCH_AXES
 
 PyTree = Any
 # (params, model_state, batch, step_key, scale) -> (gradient sum, metric sums, model_state)
@@ -54,10 +53,10 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
 
         # The batch is the dim that vmap adds: a placement inside speaks of the others only.
         bound = scope.current()
-        left = tuple(axis for axis in BATCH_AXES if axis not in bound.axes)
-        axes = left if bound.constrain is not None else None
+        axes = bound.cut("batch") if bound.cut is not None else ()
+        axes = tuple(axis for axis in axes if axis not in bound.axes)
         with scope.bind(constrain=_inside(bound.constrain), blockwise=None, cut=None):
-            grads, metrics = jax.vmap(one, spmd_axis_name=axes)(batch)
+            grads, metrics = jax.vmap(one, spmd_axis_name=axes or None)(batch)
         return *jax.tree.map(lambda x: x.sum(0), (grads, metrics)), model_state
 
     return grads_of
@@ -111,10 +110,17 @@ def _inside(constrain: Callable[..., jax.Array] | None) -> Callable[..., jax.Arr
 NOISE = -2
 
 
-def noised(grads: PyTree, step_key: jax.Array, deviation: float) -> PyTree:
-    """Adds a normal deviate to each element; once a step, to whole arrays, so that no cut of them shows."""
+def noised(
+    grads: PyTree, step_key: jax.Array, deviation: float, part: jax.Array | None = None
+) -> PyTree:
+    """Adds a normal deviate to each element; once a step, to whole arrays, so that no cut of them shows.
+
+    part: number of the one of a step's several sums that this is.
+    """
     leaves, structure = jax.tree.flatten(grads)
-    keys = jax.random.split(jax.random.fold_in(step_key, jnp.int32(NOISE)), len(leaves))
+    key = jax.random.fold_in(step_key, jnp.int32(NOISE))
+    key = key if part is None else jax.random.fold_in(key, part)
+    keys = jax.random.split(key, len(leaves))
     noise = [
         deviation * jax.random.normal(k, g.shape, g.dtype)
         for k, g in zip(keys, leaves, strict=True)

@@ -2,6 +2,12 @@
 
 Each step takes every example with the same probability, on its own (Poisson sampling); grad.per_example
 clips the gradient of each, and grad.noised adds the noise to their sum (Abadi et al. 2016, arXiv 1607.00133).
+
+A strategy may take a step in several parts, each a private step of its own (the replicas of `local`). In
+step t example i can then be sampled by part (i - t) % parts only. So all that a step gives away of an example
+comes from one part's sample, sum and noise; the other parts compute what they would without it. Given all
+that was seen before, a step is one sampled Gaussian of a part's size, and steps compose as ever: the states
+that parts begin with, and what they agree on, were seen already. That the turns go round is for training.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from spmd.fields import check
+from spmd.fields import check, multiples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,23 +61,30 @@ class Privacy:
         """Whether the run is private at all."""
         return bool(self.epsilon or self.noise_multiplier)
 
-    def sampled(self, batch_size: int) -> int:
-        """Examples of a step on average; batch_size: rows that a step has."""
+    def sampled(self, batch_size: int, parts: int = 1) -> int:
+        """Examples of a step on average; batch_size: rows that a step has, over all its parts."""
         if not self.on:
             return batch_size
         if not self.expected_batch_size:
-            return max(1, math.floor((math.sqrt(ROOM**2 + 4 * batch_size) - ROOM) ** 2 / 4))
+            rows = batch_size // parts
+            each = math.floor((math.sqrt(ROOM**2 + 4 * rows) - ROOM) ** 2 / 4)
+            return parts * max(1, each)
         check(
             self.expected_batch_size <= batch_size,
             f"privacy.expected_batch_size={self.expected_batch_size} is more than the data.batch_size="
             f"{batch_size} rows of a step, which also hold what is above the average; use"
-            f" {self.sampled_by_default(batch_size)} or a larger --data.batch-size",
+            f" {self.sampled_by_default(batch_size, parts)} or a larger --data.batch-size",
+        )
+        check(
+            self.expected_batch_size % parts == 0,
+            f"privacy.expected_batch_size={self.expected_batch_size} does not divide over the {parts}"
+            f" replicas, which each sample by themselves; use {multiples(self.expected_batch_size, parts)}",
         )
         return self.expected_batch_size
 
-    def sampled_by_default(self, batch_size: int) -> int:
+    def sampled_by_default(self, batch_size: int, parts: int = 1) -> int:
         """`sampled` where no expected_batch_size is given."""
-        return dataclasses.replace(self, expected_batch_size=0).sampled(batch_size)
+        return dataclasses.replace(self, expected_batch_size=0).sampled(batch_size, parts)
 
     def check_use(self, strategy: Any, data: Any, source: Any, param_dtype: str) -> None:
         """ValueError for what cannot be private; all are the experiment's own."""
@@ -80,7 +93,7 @@ class Privacy:
         why = strategy.not_private()
         check(
             not why,
-            f"privacy: {why}; use --strategy auto, allreduce or server, without compression",
+            f"privacy: {why}; use --strategy auto or local, or allreduce or server without compression",
         )
         check(
             not hasattr(source, "order"),
@@ -98,17 +111,25 @@ class Privacy:
             " clip norm; use --param-dtype float32",
         )
 
-    def mechanism(self, num_examples: int, batch_size: int, num_steps: int) -> Mechanism | None:
-        """What the steps do, the noise found; None when off.
+    def mechanism(
+        self, num_examples: int, batch_size: int, num_steps: int, parts: int = 1
+    ) -> Mechanism | None:
+        """What each of a step's parts does, the noise found; None when off.
 
         num_examples: 0 where the data is left closed, for a planner: then without accounting. ValueError when
         epsilon is out of reach.
         """
         if not self.on:
             return None
-        mean = self.sampled(batch_size)
+        mean = self.sampled(batch_size, parts)
         made = Mechanism(
-            num_examples, mean, batch_size, self.clip_norm, self.noise_multiplier or 1.0, self.delta
+            -(-num_examples // parts),
+            mean // parts,
+            batch_size // parts,
+            self.clip_norm,
+            self.noise_multiplier or 1.0,
+            self.delta,
+            parts,
         )
         if not num_examples:
             return made
@@ -127,14 +148,18 @@ class Privacy:
             made = dataclasses.replace(made, noise_multiplier=noise)
         return made
 
-    def order(self, source: Any, seed: int, batch_size: int) -> Poisson:
+    def order(self, source: Any, seed: int, batch_size: int, parts: int = 1) -> Poisson:
         """The order in which `source` is read."""
-        return Poisson(seed, len(source), self.sampled(batch_size), batch_size)
+        mean = self.sampled(batch_size, parts)
+        return Poisson(seed, len(source), mean, batch_size, parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
-    """What one step does: `expected` of num_examples sampled, at most `rows` of them used, each clipped."""
+    """What one step does: `expected` of num_examples sampled, at most `rows` of them used, each clipped.
+
+    parts: that a step has; the numbers are then those of one, num_examples the most whose turn it can be.
+    """
 
     num_examples: int
     expected: int
@@ -142,6 +167,12 @@ class Mechanism:
     clip_norm: float
     noise_multiplier: float
     delta: float
+    parts: int = 1
+
+    @property
+    def examples(self) -> int:
+        """Of a whole step, on average."""
+        return self.expected * self.parts
 
     @property
     def deviation(self) -> float:
@@ -154,9 +185,10 @@ class Mechanism:
 
     def about(self, num_steps: int) -> str:
         """One line for the start of a run."""
+        who = f"each of {self.parts} replicas" if self.parts > 1 else "each"
         return (
             f"private: epsilon {self.epsilon(num_steps):.3f} at delta {self.delta:g} after {num_steps} steps;"
-            f" each samples {self.expected} of {self.num_examples} examples on average and uses at most"
+            f" {who} samples {self.expected} of {self.num_examples} examples on average and uses at most"
             f" {self.rows}, clip norm {self.clip_norm:g}, noise multiplier {self.noise_multiplier:.4f}"
         )
 
@@ -173,11 +205,17 @@ class Mechanism:
 class Poisson:
     """Stream position -> example index: each step takes every example with probability expected / n, in
     random order, so that those beyond its rows are a random part; -1 in the rows that are left.
+
+    parts: each with its part of the rows, in order; part r takes in step t only examples i with
+    i % parts == (r + t) % parts.
     """
 
-    def __init__(self, seed: int, num_examples: int, expected: int, batch_size: int):
-        self._seed, self._n, self._batch_size = seed, num_examples, batch_size
-        self._probability = expected / num_examples
+    def __init__(
+        self, seed: int, num_examples: int, expected: int, batch_size: int, parts: int = 1
+    ):
+        self._seed, self._n, self._batch_size, self._parts = seed, num_examples, batch_size, parts
+        most = -(-num_examples // parts)
+        self._probability = expected / parts / most
 
     def _step(self, step: int) -> np.ndarray:
         """[batch_size] indices of one step."""
@@ -185,9 +223,15 @@ class Poisson:
 
         bits = np.random.Philox(np.random.SeedSequence([self._seed, step, int.from_bytes(b"dp")]))
         draw = np.random.Generator(bits)
-        num = draw.binomial(self._n, self._probability)
-        chosen = draw.choice(self._n, num, replace=False)[: self._batch_size]
-        return np.pad(chosen, (0, self._batch_size - len(chosen)), constant_values=-1)
+        rows = self._batch_size // self._parts
+        found = np.full((self._parts, rows), -1)
+        for part in range(self._parts):
+            first = (part + step) % self._parts
+            size = len(range(first, self._n, self._parts))
+            num = draw.binomial(size, self._probability)
+            chosen = draw.choice(size, num, replace=False)[:rows]
+            found[part, : len(chosen)] = first + self._parts * chosen
+        return found.ravel()
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         import numpy as np

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, strict promotion, caches in a temporary directory."""
+"""Eight simulated CPU devices, quick compiles, strict promotion, caches in a temporary directory."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # What a shell starts in the background ignores SIGINT, and so would all that the tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    # Most of the time in these tests is LLVM's: 2.5 times less without its optimisations. What run.py's own
+    # processes compile is optimised as ever (tests/command.py), and XLA's passes are the same in both.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}".strip()
 
     import jax
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from spmd.commands import main
-from spmd.experiment import find, from_file
+from spmd.registry import find, from_file
 
 D = "--experiment digits --run.dir out "
 STACKED = D + "--model.hidden 32 32 32 --model.stacked "

@@ -17,10 +17,11 @@ from scipy import optimize, stats
 
 import spmd
 from spmd import grad, mesh, optim, privacy, tree
+from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.privacy import Mechanism, Poisson, Privacy
-from spmd.strategies import StrategyConfig
+from spmd.strategies import AllReduce, Compression, Federated, Local, StrategyConfig
 from tests.marks import slow_but
 from tests.strategies.test_parity import LAYOUTS, MODELS, TASKS, batch_at, data_of, parts_for
 
@@ -72,16 +73,17 @@ WIDE = MLP(inputs=64, hidden=(256, 256))
 
 
 @functools.cache
-def noise_of(layout, accumulate, steps=2):
-    """What `steps` steps without any example add to the parameters, each leaf by name."""
+def noise_of(layout, accumulate, one_device=False):
+    """What two steps without any example add to the parameters, each leaf by name."""
     strategy, sizes, num = LAYOUTS[layout]
+    sizes, num = (MeshConfig(), 1) if one_device else (sizes, num)
     optimizer = optim.SGD(learning_rate=1.0, momentum=0.0, schedule="constant")
     cut = mesh.make(sizes, jax.devices()[:num])
     parts = parts_for(WIDE, cut, accumulate=accumulate, optimizer=optimizer)
     built = strategy.build(parts._replace(privacy=MECHANISM))
     state, found = built.init(jax.random.key(0)), []
     empty = batch_at(0) | {"weight": np.zeros(32, np.float32)}
-    for _ in range(steps):
+    for _ in range(2):
         before = jax.tree.map(np.array, state.params)
         state, metrics = built.step(state, jax.device_put(empty, built.batch_shardings))
         found.append(jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, state.params, before))
@@ -89,27 +91,110 @@ def noise_of(layout, accumulate, steps=2):
     return {f"{i}/{k}": v for i, s in enumerate(found) for k, v in tree.named_leaves(s).items()}
 
 
-QUICK = [("psum1", 1), ("hsdp2x4", 4), ("tensor2", 1), ("psum2x4", 4)]
+QUICK = [("psum1", 1), ("hsdp2x4", 4), ("tensor2", 1), ("psum2x4", 4), ("local4x2x2", 4)]
 
 
 @pytest.mark.parametrize(
     "layout,accumulate", slow_but(QUICK, [(name, n) for name in LAYOUTS for n in (1, 4)])
 )
 def test_noise_is_added_once_with_the_right_deviation(layout, accumulate):
-    found = noise_of(layout, accumulate)
-    flat = np.concatenate([x.ravel() for x in found.values()]) / MECHANISM.deviation
+    found, strategy = noise_of(layout, accumulate), LAYOUTS[layout][0]
+    # Of replicas the mean of as many noises.
+    deviation = MECHANISM.deviation / math.sqrt(strategy.private_parts)
+    flat = np.concatenate([x.ravel() for x in found.values()]) / deviation
     assert flat.size > 1e5
     assert abs(flat.std() - 1) < 0.01
     assert abs(flat.mean()) < 4 / math.sqrt(flat.size)
     assert abs((abs(flat) < 1).mean() - 0.6827) < 0.005  # a normal one
     first, second = (found[f"{i}/layers/1/kernel"].ravel() for i in range(2))
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.02  # anew in each step
-    for leaf, want in noise_of("psum1", 1).items():  # and the same on every mesh
+    same = (layout, 1, True) if isinstance(strategy, Local) else ("psum1", 1)
+    for leaf, want in noise_of(*same).items():  # and the same on every mesh
         np.testing.assert_allclose(found[leaf], want, atol=1e-6, err_msg=leaf)
 
 
 def test_the_deviation_is_that_of_the_sum_over_the_expected_number():
     assert MECHANISM.deviation == pytest.approx(1.5 * 0.5 / 24)
+
+
+def test_each_replica_has_noise_of_its_own():
+    """Between two outer steps they are as far apart as their noise; an empty sample shows in none of them."""
+    optimizer = optim.SGD(learning_rate=1.0, momentum=0.0, schedule="constant")
+    cut = mesh.make(MeshConfig(replica=2, data=1, fsdp=2), jax.devices()[:4])
+    parts = parts_for(WIDE, cut, optimizer=optimizer)._replace(privacy=MECHANISM)
+    built = Local(replicas=4, period=3, outer="average").build(parts)
+    state = built.init(jax.random.key(0))
+    start = np.array(state.params["layers"][1]["kernel"], np.float64)
+    weight = np.repeat([1.0, 0.0], 16).astype(
+        np.float32
+    )  # two replicas have an example each, at most
+    weight[1:9] = 0
+    batch = jax.device_put(batch_at(0) | {"weight": weight}, built.batch_shardings)
+    state, _ = built.step(state, batch)
+    found = np.array(state.strategy_state["params"]["layers"][1]["kernel"], np.float64) - start
+    noise_RX = found.reshape(4, -1) / MECHANISM.deviation
+    np.testing.assert_allclose(noise_RX[2:].std(1), 1, rtol=0.02)
+    assert abs(np.corrcoef(noise_RX) - np.eye(4)).max() < 0.02
+    assert np.ptp(np.array(state.strategy_state["weight"])) == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "accumulate"),
+    slow_but(
+        [("replica2fsdp2tensor2", 2)],
+        [(where, n) for where in ("one", "replica4", "replica2fsdp2tensor2") for n in (1, 2)],
+    ),
+)
+def test_private_replicas_are_a_loop_over_examples(where, accumulate):
+    """One local step, plain SGD, averaging: the mean over replicas of clipped sums and noises."""
+    sizes, num = {
+        "one": (MeshConfig(), 1),
+        "replica4": (MeshConfig(replica=4, data=1), 4),
+        "replica2fsdp2tensor2": (MeshConfig(replica=2, data=1, fsdp=2, tensor=2), 8),
+    }[where]
+    replicas, rate, held = 4, 0.5, 90
+    made = Mechanism(-(-held // replicas), 5, 8, 0.5, 1.5, 1e-5, replicas)
+    order = Poisson(3, held, 5 * replicas, 8 * replicas, replicas)
+    source = {k: np.concatenate([batch_at(i)[k] for i in range(3)])[:held] for k in batch_at(0)}
+    optimizer = optim.SGD(learning_rate=rate, momentum=0.0, schedule="constant")
+    with jax.enable_x64(True):
+        how = {"dtype": "float64", "optimizer": optimizer, "accumulate": accumulate}
+        cut = mesh.make(sizes, jax.devices()[:num])
+        parts = parts_for(MODELS["mlp"], cut, **how)._replace(privacy=made)
+        built = Local(replicas=replicas, period=1, outer="average").build(parts)
+        state = built.init(jax.random.key(0))
+        params = jax.tree.map(np.array, state.params)
+        one = jax.jit(jax.grad(parts.task.loss, has_aux=True))
+        for step in range(3):
+            chosen = order[np.arange(32) + 32 * step]
+            chosen[8:16] = np.where(step == 1, -1, chosen[8:16])  # an empty sample
+            batch = {k: v[np.maximum(chosen, 0)] for k, v in source.items()}
+            batch["example_id"] = chosen.astype(np.int32)
+            batch["weight"] = (chosen >= 0).astype(np.float32)
+            state, _ = built.step(state, jax.device_put(batch, built.batch_shardings))
+            key = jax.random.fold_in(jax.random.key(0), step)
+            moves = []
+            for r in range(replicas):
+                total = jax.tree.map(lambda p: np.zeros(p.shape), params)
+                for i in range(8 * r, 8 * r + 8):
+                    row = {k: jnp.asarray(v[i : i + 1]) for k, v in batch.items()}
+                    grads, _ = one(params, {}, row, key, parts.task.scale(parts.task.weigh(row)))
+                    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+                    factor = min(1, 0.5 / norm) / 5 if norm else 0
+                    total = jax.tree.map(lambda t, g, f=factor: t + f * g, total, grads)
+                mine = jax.random.fold_in(jax.random.fold_in(key, jnp.int32(grad.NOISE)), r)
+                leaves, structure = jax.tree.flatten(total)
+                keys = jax.random.split(mine, len(leaves))
+                leaves = [
+                    g + 1.5 * 0.5 / 5 * jax.random.normal(k, g.shape, "float64")
+                    for k, g in zip(keys, leaves, strict=True)
+                ]
+                moves.append(jax.tree.unflatten(structure, leaves))
+            mean = jax.tree.map(lambda *m: sum(m) / replicas, *moves)
+            params = jax.tree.map(lambda p, m: p - rate * m, params, mean)
+    for leaf, want in tree.named_leaves(params).items():
+        got = tree.named_leaves(state.params)[leaf]
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11, err_msg=leaf)
 
 
 # ---- the sample
@@ -146,6 +231,21 @@ def test_what_is_beyond_the_rows_is_left_out_at_random():
     assert len(full) > 0.99 * steps
     counts = np.bincount(full.ravel(), minlength=num)
     assert stats.chisquare(counts).pvalue > 1e-4  # no example is more often among those kept
+
+
+def test_replicas_take_turns():
+    """In a step no example can come to two replicas, and each comes to any with the same probability."""
+    num, rows, steps, parts = 203, 64, 4000, 4
+    order = Poisson(3, num, 24, rows, parts)
+    found = order[np.arange(steps * rows)].reshape(steps, parts, rows // parts)
+    turn = (np.arange(parts) + np.arange(steps)[:, None])[..., None] % parts
+    assert ((found % parts == turn) | (found < 0)).all()
+    counts = np.bincount(found[found >= 0], minlength=num)
+    q = 6 / 51  # of a part's examples
+    each = (counts / steps - q) / math.sqrt(q * (1 - q) / steps)
+    assert abs(each).max() < 4.5 and abs(each.std() - 1) < 0.2
+    some = np.random.default_rng(0).permutation(steps * rows)[:500]
+    np.testing.assert_array_equal(Poisson(3, num, 24, rows, parts)[some], found.ravel()[some])
 
 
 # ---- epsilon
@@ -205,6 +305,23 @@ def test_truncation_costs():
     assert Privacy(epsilon=1.0).sampled(625) == 511
 
 
+def test_epsilon_of_replicas_is_that_of_one_of_them():
+    words = ["--strategy", "local", "--strategy.replicas", "4", "--data.batch-size", "256"]
+    words += ["--simulate", "4", "--mesh.replica", "4", "--mesh.data", "1", "--train.steps", "50"]
+    program = spmd.load("digits", [*words, *NOISY]).experiment.build()
+    made, num = program.privacy, len(program.source)
+    assert made is not None
+    each = Privacy(noise_multiplier=1.0).sampled(64)
+    assert (made.parts, made.expected, made.rows) == (4, each, 64)
+    assert program.examples == 4 * each
+    alone = Mechanism(math.ceil(num / 4), each, 64, 1.0, 1.0, made.delta)
+    assert made.epsilon(50) == alone.epsilon(50)
+    assert made.deviation == 1.0 / each
+    assert "each of 4 replicas samples" in made.about(50)
+    order = program.order(program.source)
+    assert len(np.unique(order[np.arange(64)] % 4)) <= 2  # one turn, and empty rows
+
+
 @pytest.mark.parametrize("target", slow_but((3.0,), (0.5, 3.0)))
 def test_the_noise_for_an_epsilon_is_the_least_that_does(target):
     made = Privacy(epsilon=target).mechanism(60_000, 256, 200)
@@ -217,9 +334,21 @@ def test_the_noise_for_an_epsilon_is_the_least_that_does(target):
 # ---- runs
 
 
+REPLICAS = ["--strategy", "local", "--strategy.replicas", "4", "--strategy.period", "2"]
+REPLICAS += ["--mesh.replica", "2", "--mesh.data", "1", "--train.steps", "50"]
+
+
 @pytest.mark.slow
-def test_verify_proves_a_private_step():
-    words = ["--simulate", "4", "--mesh.data", "2", "--mesh.fsdp", "2", "--train.accumulate", "2"]
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--mesh.data", "2"],
+        REPLICAS,
+        [*REPLICAS, "--strategy.compress.kind", "int8"],  # after the noise nothing counts
+    ],
+)
+def test_verify_proves_a_private_step(more):
+    words = ["--simulate", "4", "--mesh.fsdp", "2", "--train.accumulate", "2", *more]
     report = spmd.load("digits", [*words, "--privacy.noise-multiplier", "1.0"]).verify(2)
     assert report.proven, report
 
@@ -264,7 +393,7 @@ def refused(text, *words, **changes):
 NOISY = ("--privacy.noise-multiplier", "1.0")
 
 
-class Local(StrategyConfig):
+class Mine(StrategyConfig):
     """Says nothing of privacy."""
 
     name: ClassVar[str] = "mine"
@@ -274,7 +403,12 @@ def test_mistakes_are_told():
     refused(r"norms/0, norms/1 would mix them", *NOISY, model=CNN())
     refused("mixup", *NOISY, "--data.augment.mixup", "0.2")
     refused("bfloat16", *NOISY, "--param-dtype", "bfloat16")
-    refused("strategy mine .* use --strategy auto", *NOISY, strategy=Local())
+    refused("strategy mine .* use --strategy auto", *NOISY, strategy=Mine())
+    refused("whole epochs, not as a random sample", *NOISY, strategy=Federated())
+    int8 = Compression(kind="int8")
+    refused("kind=int8 changes the sum; .* local", *NOISY, strategy=AllReduce(compress=int8))
+    words = ("--privacy.expected-batch-size", "42", "--train.steps", "50")
+    refused("42 does not divide over the 8 replicas", *NOISY, *words, strategy=Local())
     refused("out of reach .* spends", "--privacy.epsilon", "0.001", "--data.batch-size", "512")
     refused(
         "delta=0.001 must be less than one over",

@@ -27,10 +27,15 @@ class StrategyConfig:
         return None
 
     def not_private(self) -> str:
-        """Why no privacy can be had with it; "" where its update sees one sum of the examples' gradients, to
-        which noise is added, and nothing else of them.
+        """Why no privacy can be had with it; "" where it sees nothing of the examples but sums of their
+        gradients, to which noise is added: one for each of `private_parts`.
         """
         return f"strategy {self.name} does more with gradients than to sum those of all examples"
+
+    @property
+    def private_parts(self) -> int:
+        """Parts of a private step that sample and add noise by themselves, in the order of the rows."""
+        return 1
 
     def check_run(self, num_steps: int, num_examples: int) -> None:
         """ValueError for a number of steps or of training examples that the strategy cannot take."""
@@ -151,6 +156,8 @@ class Rounds(StrategyConfig):
     """Outer learning rate; 0 is the usual one: 1 of average, 0.7 of nesterov, 0.01 of adam."""
     outer_momentum: float = 0.9
     """Decay of the outer momentum; average has none."""
+    compress: Compression = Compression()
+    """What the replicas send in an outer step instead of their differences to the consensus."""
 
     def __post_init__(self) -> None:
         check(self.period >= 1, f"strategy.period={self.period} must be at least 1")
@@ -190,9 +197,17 @@ class Local(Rounds):
         check(self.replicas >= 1, f"strategy.replicas={self.replicas} must be at least 1")
 
     def build(self, parts: Parts) -> Strategy:
-        from spmd.strategies import local
+        from spmd.strategies import local, merge
 
-        return local.build(parts, self.replicas, local.Outer(self.period, self._outer_tx()))
+        sent = merge.of(self.compress, parts, self.replicas)
+        return local.build(parts, self.replicas, local.Outer(self.period, self._outer_tx(), sent))
+
+    def not_private(self) -> str:
+        return ""  # each replica's gradient has its noise before anything is made of it, or sent
+
+    @property
+    def private_parts(self) -> int:
+        return self.replicas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,6 +252,12 @@ class Federated(Rounds):
             )
         check(0 <= self.drop_outs < 1, f"strategy.drop_outs={self.drop_outs} must be in [0, 1)")
         check(self.proximal >= 0, f"strategy.proximal={self.proximal} must not be negative")
+        check(
+            self.compress.kind == "none",
+            f"strategy.compress.kind={self.compress.kind}: what compression leaves out is sent by the same"
+            " replica later, and strategy federated has other clients in each round; use kind none, or"
+            " --strategy local",
+        )
 
     @property
     def clients_a_round(self) -> int:
@@ -262,6 +283,12 @@ class Federated(Rounds):
             period=self.period,
             epochs=self.local_epochs,
             drop_outs=self.drop_outs,
+        )
+
+    def not_private(self) -> str:
+        return (
+            "strategy federated reads each client's examples in whole epochs, not as a random sample, and"
+            " weighs a client by how many it has"
         )
 
     def build(self, parts: Parts) -> Strategy:

@@ -26,7 +26,8 @@ class Way(NamedTuple):
     """Where the sums of a strategy go.
 
     total: {name: part} -> its sum, as the strategy wants it. whole: the same, whole on every device. dims: by
-    name, which dim its owners share; None where every device wants all of everything.
+    name, which dim its owners share; None where every device wants all of everything. by: where the
+    compiler makes the collectives.
     """
 
     axes: tuple[str, ...]
@@ -34,6 +35,7 @@ class Way(NamedTuple):
     total: reduce.Sum
     whole: reduce.Sum
     dims: Mapping[str, int | None] | None = None
+    by: collectives.Placing = collectives.DIRECT
 
     def keep(self, sums: Leaves) -> Leaves:
         """What the strategy wants of whole sums."""
@@ -118,14 +120,16 @@ def int8_all_reduce(way: Way, block: int, bucket_bytes: float) -> Method:
             for size, bucket in zip(sizes, buckets(leaves), strict=True)
         ]
 
+    def chunked(parts: list[jax.Array]) -> jax.Array:
+        """[N, C] end to end."""
+        return collectives.split(jnp.concatenate([part.reshape(-1) for part in parts]), way.num)
+
     def send(x: Leaves, chunks: list[jax.Array], common: Leaves) -> Sent:
         sums, errors, left = Leaves(), Leaves(), list[jax.Array]()
         for bucket, late_C in zip(buckets(x), chunks, strict=True):
-            flat = jnp.concatenate([x[name].reshape(-1) for name in bucket])
-            mine_C, error_NC = collectives.int8_reduce_scatter(
-                collectives.split(flat, way.num), way.axes, block
-            )
-            whole_NC, late_C = collectives.int8_all_gather(mine_C + late_C, way.axes, block)
+            x_NC = way.by.alone(chunked)([x[name] for name in bucket])
+            mine_C, error_NC = collectives.int8_reduce_scatter(x_NC, way.axes, block, way.by)
+            whole_NC, late_C = collectives.int8_all_gather(mine_C + late_C, way.axes, block, way.by)
             left.append(late_C)
             start = 0
             for name in bucket:
@@ -167,17 +171,22 @@ def top_k(way: Way, keep: float) -> Method:
     1712.01887, without its momentum).
     """
 
+    def largest(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(their values, their places, x without them)."""
+        flat = x.reshape(-1)
+        _, place_k = jax.lax.top_k(jnp.abs(flat), num_kept(flat.size, keep))
+        return flat[place_k], place_k, flat.at[place_k].set(0).reshape(x.shape)
+
+    def gathered(x_k: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(way.by.placed(x_k), way.axes, tiled=True) if way.axes else x_k
+
     def send(x: Leaves, chunks: list[jax.Array], common: Leaves) -> Sent:
         sums, errors = Leaves(), Leaves()
         for name, part in x.items():
-            flat = part.reshape(-1)
-            _, place_k = jax.lax.top_k(jnp.abs(flat), num_kept(flat.size, keep))
-            value_k = flat[place_k]
-            errors[name] = flat.at[place_k].set(0).reshape(part.shape)
-            if way.axes:
-                value_k = jax.lax.all_gather(value_k, way.axes, tiled=True)
-                place_k = jax.lax.all_gather(place_k, way.axes, tiled=True)
-            sums[name] = jnp.zeros_like(flat).at[place_k].add(value_k).reshape(part.shape)
+            value_k, place_k, errors[name] = way.by.alone(largest)(part)
+            added = lambda v, p, like=part: jnp.zeros(like.size, v.dtype).at[p].add(v)
+            whole = way.by.alone(added)(gathered(value_k), gathered(place_k))
+            sums[name] = whole.reshape(part.shape)
         return Sent(way.keep(sums), errors, chunks, common)
 
     return Method(lambda name, leaf: True, send)

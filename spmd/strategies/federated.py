@@ -13,7 +13,7 @@ import functools
 
 import optax
 
-from spmd.strategies import base, clients, local, secure
+from spmd.strategies import base, clients, local, merge, secure
 
 
 def build(
@@ -30,11 +30,11 @@ def build(
     ValueError for data without a label, and as `local.build`.
     """
     clients.label_of(parts.batch)
-    merge = local.weighted_mean
+    mean = merge.weighted_mean
     if limit:
         local.check_fits(parts, num_slots)
         rows = parts.batch["weight"].shape[0] // num_slots
         most = float(rows * period * len(parts.task.coefficients))
-        merge = functools.partial(secure.mean, limit=limit, most=most)
-    outer = local.Outer(period, tx, merge=merge, proximal=proximal, forget=True)
+        mean = functools.partial(secure.mean, limit=limit, most=most)
+    outer = local.Outer(period, tx, merge.stateless(mean), proximal=proximal, forget=True)
     return local.build(parts, num_slots, outer)

@@ -10,6 +10,10 @@ stand beside it, [R, ...], cut by mesh.replica.
 
 Each replica divides by its own weight, and is averaged by the weight that it has seen since the last outer
 step: sums over weights again, and no collective over `replica` in between but the scalars of the metrics.
+
+Under privacy each replica takes private steps of its own (privacy.py says why all of them together give away
+no more than one): it clips, adds its own noise, and weighs as much as any other, since the number of examples
+in its sample must not show. What is compressed and sent is made of noisy steps only.
 """
 
 # R replicas, B rows of the global batch
@@ -17,6 +21,7 @@ step: sums over weights again, and no collective over `replica` in between but t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -27,46 +32,27 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import scope, sharding, tree
+from spmd import grad, scope, sharding, tree
 from spmd.fields import check, multiples
-from spmd.mesh import BATCH_AXES
 from spmd.strategies import base
+from spmd.strategies.merge import AXIS, INSIDE, Merge, stateless, weighted, weighted_mean
 from spmd.tasks import FROZEN
 
 PyTree = Any
-AXIS = "replica"
-INSIDE = tuple(axis for axis in BATCH_AXES if axis != AXIS)
 # What a replica activates is cut over the axes inside of it; vmap adds that of the replicas.
 RULES = {**sharding.RULES, "batch": INSIDE}
-
-
-def _mean(x_R: jax.Array, weight_R: jax.Array) -> jax.Array:
-    """[R, ...] -> [...] by weights [R]; zeros where nothing weighs."""
-    weight_R = weight_R.astype(x_R.dtype)
-    total = weight_R.sum()
-    share_R = weight_R / jnp.where(total > 0, total, jnp.ones_like(total))
-    return jnp.sum(x_R * share_R.reshape(-1, *(1,) * (x_R.ndim - 1)), axis=0)
-
-
-def weighted_mean(
-    x_R: PyTree, weight_R: jax.Array, key: jax.Array
-) -> tuple[PyTree, dict[str, jax.Array]]:
-    """([R, ...] -> [...] by weights [R], no metrics)."""
-    del key
-    return jax.tree.map(lambda leaf_R: _mean(leaf_R, weight_R), x_R), {}
 
 
 class Outer(NamedTuple):
     """How the replicas agree. period: local steps between two outer ones.
 
-    merge: (tree [R, ...], weights [R], key) -> (their weighted mean, metrics): what crosses `replica`.
-    proximal: pull of each local step towards the consensus, of FedProx. forget: replicas begin each period
-    with a new optimizer state.
+    merge: what crosses `replica`. proximal: pull of each local step towards the consensus, of FedProx.
+    forget: replicas begin each period with a new optimizer state.
     """
 
     period: int
     tx: optax.GradientTransformation
-    merge: Callable[..., tuple[PyTree, dict[str, jax.Array]]] = weighted_mean
+    merge: Merge = stateless(weighted_mean)
     proximal: float = 0.0
     forget: bool = False
 
@@ -103,6 +89,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
             "model_state": lead(_varying(plain.model_state)),
             "weight": NamedSharding(mesh, P(AXIS)),
             "outer": sharding.opt_shardings(outer.tx, outer_shapes, abstract, cut, mesh),
+            "merge": dict(outer.merge.shardings),
         },
     )
     copied = lambda part: jax.tree.map(
@@ -115,6 +102,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
             "model_state": copied(_varying(state.model_state)),
             "weight": jnp.zeros(num_replicas, jnp.float32),
             "outer": outer.tx.init(base.widened(state.params)),
+            "merge": outer.merge.init(state.params),
         }
         return dataclasses.replace(state, opt_state=copied(state.opt_state), strategy_state=own)
 
@@ -129,8 +117,8 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
         own = state.strategy_state
         ours = (own["params"], own["model_state"], state.opt_state)
         (params, model_state, opt_state), (sums, weight_R, norm_R, finite_R, grads) = jax.vmap(
-            lambda ours, batch: one(state, ours, batch), spmd_axis_name=AXIS
-        )(ours, jax.tree.map(rows, batch))
+            functools.partial(one, state), spmd_axis_name=AXIS
+        )(ours, jax.tree.map(rows, batch), jnp.arange(num_replicas))
         metrics = _metrics(parts, state, sums, weight_R, norm_R, finite_R, grads)
         own = own | {
             "params": params,
@@ -197,13 +185,15 @@ def _varying(model_state: PyTree) -> PyTree:
 
 
 def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]:
-    """The step of one replica, to be mapped: (state, (params, model_state, opt_state), its rows) -> the new
-    three, and (metric sums, weight, gradient norm, whether finite, gradient where watched).
+    """The step of one replica, to be mapped: (state, (params, model_state, opt_state), its rows, its number)
+    -> the new three, and (metric sums, weight, gradient norm, whether finite, gradient where watched).
     """
     grads_of = base.grads_of(parts)
     placement = sharding.placement(parts.mesh, RULES)
 
-    def one(state: base.TrainState, ours: PyTree, batch: base.Batch) -> tuple[PyTree, PyTree]:
+    def one(
+        state: base.TrainState, ours: PyTree, batch: base.Batch, number: jax.Array
+    ) -> tuple[PyTree, PyTree]:
         params, model_state, opt_state = ours
         frozen = {name: x for name, x in state.model_state.items() if name == FROZEN}
         with scope.bind(**placement):
@@ -212,6 +202,8 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
                 params, model_state | frozen, batch, base.step_key(state), parts.task.scale(weights)
             )
         grads = jax.lax.with_sharding_constraint(grads, cut)
+        if parts.privacy is not None:
+            grads = grad.noised(grads, base.step_key(state), parts.privacy.deviation, number)
         norm = tree.global_norm(grads)
         finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
         watched = grads if scope.current().watched else {}
@@ -222,6 +214,8 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
         new = (new_params, _varying(new_state), new_opt)
         # Of several loss terms the sum: exact where they have one weight.
         weight = jnp.stack([w.astype(jnp.float32) for w in weights.values()]).sum()
+        if parts.privacy is not None:  # how many were sampled must not show: all weigh alike
+            weight = jnp.ones_like(weight)
         # One without examples stands still, but its learning rate goes on.
         new = tree.select(
             jnp.asarray(weight > 0), new, (params, model_state, _but_schedules(opt_state, new_opt))
@@ -256,11 +250,11 @@ def _metrics(
     for name, (total_R, counted_R) in sums.items():
         counted = counted_R.sum()
         metrics[name] = total_R.sum() / jnp.where(counted > 0, counted, jnp.ones_like(counted))
-    metrics["replica_grad_norm"] = jnp.sqrt(_mean(norm_R**2, weight_R))
+    metrics["replica_grad_norm"] = jnp.sqrt(weighted(norm_R**2, weight_R))
     metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
     metrics["finite"] = finite_R.all().astype(jnp.float32)
     return metrics | {
-        f"grads/{name}": _mean(grad, weight_R) for name, grad in tree.named_leaves(grads).items()
+        f"grads/{name}": weighted(leaf, weight_R) for name, leaf in tree.named_leaves(grads).items()
     }
 
 
@@ -285,7 +279,9 @@ def _agree(
         return (old.astype(delta.dtype) - delta).astype(old.dtype) if real(old) else x_R.max(axis=0)
 
     differences = jax.tree.map(difference, consensus, replicas)
-    delta, found = outer.merge(differences, own["weight"], base.step_key(state))
+    delta, found, carried = outer.merge.mean(
+        differences, own["weight"], base.step_key(state), own["merge"]
+    )
     params, outer_state = base.applied(outer.tx, delta["params"], own["outer"], state.params)
     statistics = jax.tree.map(
         moved, consensus["statistics"], delta["statistics"], replicas["statistics"]
@@ -298,6 +294,7 @@ def _agree(
         "model_state": copied(statistics),
         "weight": jnp.zeros_like(own["weight"]),
         "outer": outer_state,
+        "merge": carried,
     }
     new = dataclasses.replace(
         state,

@@ -50,7 +50,7 @@ class Program(NamedTuple):
     @property
     def examples(self) -> int:
         """Examples of a step; under privacy on average, some rows being empty."""
-        return self.privacy.expected if self.privacy else self.data.batch_size
+        return self.privacy.examples if self.privacy else self.data.batch_size
 
     def abstract_state(self) -> base.TrainState:
         """Shapes and dtypes of the state."""

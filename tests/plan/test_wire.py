@@ -77,6 +77,8 @@ def powersgd(shapes: Shapes) -> float:
 
 
 REDUCTION, COMPRESS = "--strategy.reduction", "--strategy.compress.kind"
+PERIOD = 4  # local steps, of which the last one sends
+LOCAL = ["local", "--strategy.period", str(PERIOD), "--mesh.replica", "8", "--mesh.data", "1"]
 CASES = {
     "psum": (["allreduce"], exact),
     "ring": (["allreduce", REDUCTION, "ring"], exact),
@@ -96,6 +98,10 @@ CASES = {
     "server, int8": (["server", COMPRESS, "int8"], int8_push),
     "server, top-k": (["server", COMPRESS, "top-k"], lambda s: top_k(s) + pull(s)),
     "server, powersgd": (["server", COMPRESS, "powersgd"], lambda s: powersgd(s) + pull(s)),
+    "local": ([*LOCAL], lambda s: exact(s) / PERIOD),
+    "local, int8": ([*LOCAL, COMPRESS, "int8"], lambda s: int8(s) / PERIOD),
+    "local, top-k": ([*LOCAL, COMPRESS, "top-k"], lambda s: top_k(s) / PERIOD),
+    "local, powersgd": ([*LOCAL, COMPRESS, "powersgd"], lambda s: powersgd(s) / PERIOD),
 }
 SETTINGS = {
     "int8": ["--strategy.compress.block", str(BLOCK)],
@@ -114,7 +120,7 @@ def read(case: str):
     return made.program, {name: leaf.shape for name, leaf in params.items()}
 
 
-@pytest.mark.parametrize("case", slow_but(("both ways", "int8"), CASES))
+@pytest.mark.parametrize("case", slow_but(("both ways", "int8", "local, int8"), CASES))
 def test_bytes_on_the_wire(case):
     found, shapes = read(case)
     wanted = CASES[case][1](shapes)
@@ -130,7 +136,7 @@ def by_type(found: hlo.Program) -> dict[str, float]:
     return sent
 
 
-@pytest.mark.parametrize("case", slow_but(("int8",), ("int8", "server, int8")))
+@pytest.mark.parametrize("case", slow_but(("int8",), ("int8", "server, int8", "local, int8")))
 def test_int8_is_what_moves(case):
     """Not float32 that has been rounded."""
     found, shapes = read(case)

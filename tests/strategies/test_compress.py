@@ -14,7 +14,17 @@ from jax.sharding import PartitionSpec as P
 
 from spmd import mesh, tree
 from spmd.mesh import MeshConfig
-from spmd.strategies import AllReduce, Compression, Server, allreduce, base, reduce, server
+from spmd.strategies import (
+    AllReduce,
+    Compression,
+    Local,
+    Server,
+    allreduce,
+    base,
+    merge,
+    reduce,
+    server,
+)
 from tests.marks import slow_but
 from tests.strategies.test_parity import MODELS, batch_at, parts_for
 
@@ -36,6 +46,15 @@ def pushed(strategy, parts):
     """(state to begin with, (gradients [N, ...], state) -> (sums, state)) of a strategy."""
     axes = ("replica", "data")
     params, _ = base.abstract_params(parts)
+    if isinstance(strategy, Local):
+        made = merge.of(strategy.compress, parts, N)
+
+        def mean(grads, state):
+            given = {"params": jax.tree.map(lambda g: N * g, grads), "statistics": {}}
+            found, _, state = made.mean(given, jnp.full(N, 3.0), jax.random.key(0), state)
+            return found["params"], state
+
+        return made.init(params), jax.jit(mean)
     if isinstance(strategy, Server):
         owners = strategy.build(parts).state_shardings.params
         reducer = server.reducer_of(parts, strategy, axes, owners)
@@ -58,8 +77,10 @@ def summed(trees):
     return jax.tree.map(lambda *x: np.sum([np.asarray(y) for y in x], axis=0), *trees)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cls", [AllReduce, Server])
+ALL = [(cls, kind) for cls in (AllReduce, Server, Local) for kind in KINDS]
+
+
+@pytest.mark.parametrize(("cls", "kind"), slow_but([(Local, "int8"), *ALL[:6]], ALL))
 def test_what_is_left_out_is_sent_later(cls, kind):
     """After any number of steps: what has arrived and what is kept back are all that was meant."""
     with jax.enable_x64(True):
@@ -79,7 +100,7 @@ def test_what_is_left_out_is_sent_later(cls, kind):
         own = state["own"]
         kept = {name: np.asarray(error).sum(0) for name, error in own["errors"].items()}
         late = [np.asarray(chunk).reshape(-1) for chunk in own["chunks"]]
-    assert kept and (len(late) == 1) == (kind == "int8" and cls is AllReduce)
+    assert kept and (len(late) == 1) == (kind == "int8" and cls is not Server)
     if late:  # the owners' part, end to end as the bucket is
         start = 0
         for name, error in kept.items():

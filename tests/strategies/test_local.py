@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import spmd
 from spmd import mesh, optim, tree
 from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
-from spmd.strategies import Auto, Local
+from spmd.strategies import Auto, Federated, Local
 from tests.command import final_state
 from tests.marks import slow_but
+from tests.strategies.test_compress import KINDS
 from tests.strategies.test_parity import BATCH, MODELS, batch_at, parts_for
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -30,8 +32,10 @@ MESHES = {
 }
 
 
-def run(model, strategy, where, *, steps=6, optimizer=ADAMW, batch_of=batch_at, **parts):
-    """(strategy, state, losses) after `steps`."""
+def run(
+    model, strategy, where, *, steps=6, optimizer=ADAMW, batch_of=batch_at, first=None, **parts
+):
+    """(strategy, state, losses) after `steps`, from the parameters `first` where given."""
     config, num = where
     cut = mesh.make(config, jax.devices()[:num])
     dtype = "float64" if jax.config.jax_enable_x64 else "float32"
@@ -39,6 +43,8 @@ def run(model, strategy, where, *, steps=6, optimizer=ADAMW, batch_of=batch_at, 
         parts_for(model, cut, dtype=dtype, optimizer=optimizer)._replace(**parts)
     )
     state, losses = built.init(jax.random.key(0)), []
+    if first is not None:
+        state = built.with_params(state, first)
     for step in range(steps):
         state, metrics = built.step(state, jax.device_put(batch_of(step), built.batch_shardings))
         losses.append(float(metrics["loss"]))
@@ -47,14 +53,14 @@ def run(model, strategy, where, *, steps=6, optimizer=ADAMW, batch_of=batch_at, 
 
 def apart(model, inner, num_replicas, period, steps, rate, momentum):
     """DiLoCo by hand (Douillard et al. 2023, algorithm 1): each replica a run of `auto` on one device, the
-    outer step in numpy.
+    outer step in numpy. (Parameters, statistics, parameters before the first step.)
     """
     parts = parts_for(model, mesh.make(ONE[0], jax.devices()[:1]), dtype="float64", optimizer=inner)
     rows = BATCH // num_replicas
     batch = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in parts.batch.items()}
     auto = Auto().build(parts._replace(batch=batch))
     states = [auto.init(jax.random.key(0)) for _ in range(num_replicas)]
-    consensus = jax.tree.map(np.array, states[0].params)
+    first = consensus = jax.tree.map(np.array, states[0].params)
     trace = jax.tree.map(np.zeros_like, consensus)
     seen, statistics = np.zeros(num_replicas), None
     for step in range(steps):
@@ -78,16 +84,17 @@ def apart(model, inner, num_replicas, period, steps, rate, momentum):
             params, model_state = given()
             states[r] = dataclasses.replace(states[r], params=params, model_state=model_state)
         seen[:] = 0
-    return consensus, statistics
+    return consensus, statistics, first
 
 
 def test_equals_replicas_trained_apart():
     """AdamW with clipping inside, batch norm, dropout, replicas of unequal weight; Nesterov outside."""
     inner = optim.AdamW(learning_rate=1e-2, clip_norm=1.0, warmup_steps=3)
     with jax.enable_x64(True):
-        want = apart(SMALL, inner, 2, 3, 6, 0.7, 0.9)
+        *want, first = apart(SMALL, inner, 2, 3, 6, 0.7, 0.9)
         strategy = Local(replicas=2, period=3)
-        _, state, _ = run(SMALL, strategy, (MeshConfig(replica=2, data=1), 2), optimizer=inner)
+        where = (MeshConfig(replica=2, data=1), 2)
+        _, state, _ = run(SMALL, strategy, where, optimizer=inner, first=first)
     got = (state.params, state.model_state)
     for name, leaf in tree.named_leaves(want).items():
         np.testing.assert_allclose(
@@ -95,16 +102,26 @@ def test_equals_replicas_trained_apart():
         )
 
 
-@pytest.mark.parametrize("outer", slow_but(("adam",), ("average", "nesterov", "adam")))
-@pytest.mark.parametrize("where", slow_but(("replica2fsdp2tensor2",), MESHES))
-def test_the_mesh_changes_nothing(where, outer):
+OUTERS: Any = {outer: {"outer": outer} for outer in ("average", "nesterov", "adam")}
+OUTERS |= {kind: {"compress": compress} for kind, compress in KINDS.items()}
+
+
+@pytest.mark.parametrize(
+    ("where", "how"),
+    slow_but(
+        [("replica2fsdp2tensor2", "adam"), ("replica2fsdp2tensor2", "int8")],
+        [(where, how) for where in MESHES for how in OUTERS],
+    ),
+)
+def test_the_mesh_changes_nothing(where, how):
     """Eight replicas on one device or spread over eight: batch norm, dropout, AdamW, EMA, everything."""
-    strategy = Local(replicas=8, period=2, outer=outer)
+    strategy = Local(replicas=8, period=2, **OUTERS[how])
     with jax.enable_x64(True):
         _, want, losses = run(SMALL, strategy, ONE, steps=5)
         _, got, same = run(SMALL, strategy, MESHES[where], steps=5)
     np.testing.assert_allclose(same, losses, rtol=1e-10)
     assert len({round(loss, 6) for loss in losses}) == 5
+    assert ("own" in got.strategy_state["merge"]) == (how in KINDS)
     for name, leaf in tree.named_leaves(want).items():
         np.testing.assert_allclose(
             tree.named_leaves(got)[name], leaf, rtol=1e-8, atol=1e-10, err_msg=name
@@ -172,15 +189,10 @@ def test_frozen_parameters_are_held_once():
     assert state.strategy_state["params"].keys() == {"head"}
 
 
-def test_a_run_goes_on_in_the_middle_of_a_period_on_another_mesh(tmp_path):
-    words = ("--strategy.period", 4, "--train.steps", 12, "--checkpoint.every", 3)
-    words = (
-        *words,
-        "--checkpoint.keep",
-        9,
-        "--simulate",
-        4,
-    )
+@pytest.mark.parametrize("kind", slow_but(("int8",), ("none", *KINDS)))
+def test_a_run_goes_on_in_the_middle_of_a_period_on_another_mesh(tmp_path, kind):
+    words = ("--strategy.period", 4, "--train.steps", 12, "--strategy.compress.kind", kind)
+    words = (*words, "--checkpoint.every", 3, "--checkpoint.keep", 9, "--simulate", 4)
     first, then = tmp_path / "first", tmp_path / "then"
     local(*words, "--mesh.replica", 4, "--mesh.data", 1, "--run.dir", first).train()
     shutil.copytree(first, then)
@@ -188,9 +200,11 @@ def test_a_run_goes_on_in_the_middle_of_a_period_on_another_mesh(tmp_path):
     for later in (9, 12):
         shutil.rmtree(then / f"checkpoints/{later}")
     local(*words, "--mesh.replica", 2, "--mesh.data", 2, "--run.dir", then).train()
-    want, got = (final_state(d, "--strategy", "local", *map(str, words[:4])) for d in (first, then))
+    want, got = (final_state(d, "--strategy", "local", *map(str, words[:6])) for d in (first, then))
     for name, leaf in want.items():
-        np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
+        # Where a float32 lies between two integers, or two entries are alike, it may be sent or kept back.
+        off = ~np.isclose(got[name], leaf, rtol=1e-5, atol=1e-6)
+        assert off.mean() <= (0 if kind == "none" else 1e-3), name
     with pytest.raises(ValueError, match=r"strategy.replicas.* 4 .*8|strategy.replicas.* 8 .*4"):
         local(*words, "--strategy.replicas", 4, "--run.dir", then).train()
 
@@ -206,6 +220,8 @@ def test_mistakes_are_one_message(run_cli):
     for name, value in {"period": 0, "replicas": 0, "outer_momentum": 1.0}.items():
         with pytest.raises(ValueError, match=f"strategy.{name}"):
             Local(**{name: value})
+    with pytest.raises(ValueError, match=r"kind=top-k: .* other clients in each round"):
+        Federated(compress=KINDS["top-k"])
     done = run_cli("--experiment", "digits", "--strategy", "local", "--train.steps", 10)
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
     assert "strategy.period=50 must divide them; use --train.steps 50" in done.stderr

@@ -1,0 +1,133 @@
+"""What crosses `replica` in an outer step: differences of the replicas to the consensus, to their mean.
+
+Compressed, each replica sends its share of the mean plus what it has left out so far (compress.py). The
+methods run in a vmap over the replicas, whose collectives the compiler makes: so the result depends on the
+replicas only, not on how they lie on the mesh, and the arrays of one of them may be cut (FSDP, tensor
+parallelism). Several replicas of one device each send for themselves.
+"""
+
+# R replicas
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd import collectives, sharding, tree
+from spmd.mesh import BATCH_AXES
+from spmd.strategies import base, compress, reduce
+
+if TYPE_CHECKING:
+    from spmd.strategies import Compression
+
+PyTree = Any
+AXIS = "replica"
+INSIDE = tuple(axis for axis in BATCH_AXES if axis != AXIS)  # of a replica's batch
+_REPLICAS = "replicas"  # the axis of the vmap
+_BUCKET_BYTES = 4 * reduce.MiB
+
+
+class Merge(NamedTuple):
+    """mean: ({"params", "statistics"} [R, ...], weights [R], key, state) -> (their weighted mean, metrics,
+    state). init: params -> the state that it carries; shardings: of that.
+    """
+
+    mean: Callable[..., tuple[PyTree, base.Metrics, PyTree]]
+    init: Callable[[PyTree], PyTree] = base.nothing
+    shardings: Any = MappingProxyType({})
+
+
+def stateless(mean: Callable[..., tuple[PyTree, base.Metrics]]) -> Merge:
+    """Of a (x [R, ...], weights [R], key) -> (mean, metrics)."""
+    return Merge(lambda x_R, weight_R, key, state: (*mean(x_R, weight_R, key), state))
+
+
+def shares(weight_R: jax.Array, like_R: jax.Array) -> jax.Array:
+    """[R] -> [R, 1, ...], of the sum; zeros where nothing weighs. As `like`, [R, ...]."""
+    weight_R = weight_R.astype(like_R.dtype)
+    total = weight_R.sum()
+    share_R = weight_R / jnp.where(total > 0, total, jnp.ones_like(total))
+    return share_R.reshape(-1, *(1,) * (like_R.ndim - 1))
+
+
+def weighted(x_R: jax.Array, weight_R: jax.Array) -> jax.Array:
+    """[R, ...] -> [...], the mean by weights [R]; zeros where nothing weighs."""
+    return jnp.sum(x_R * shares(weight_R, x_R), axis=0)
+
+
+def weighted_mean(
+    x_R: PyTree, weight_R: jax.Array, key: jax.Array
+) -> tuple[PyTree, dict[str, jax.Array]]:
+    """([R, ...] -> [...] by weights [R], no metrics)."""
+    del key
+    return jax.tree.map(lambda leaf_R: weighted(leaf_R, weight_R), x_R), {}
+
+
+def of(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
+    """The Merge that strategy.compress asks for; batch statistics are sent as they are."""
+    if config.kind == "none":
+        return stateless(weighted_mean)
+    total = lambda leaves: {n: jax.lax.psum(x, _REPLICAS) for n, x in leaves.items()}
+    alone = lambda fn: jax.shard_map(
+        fn, mesh=parts.mesh, in_specs=P(), out_specs=P(), check_vma=False
+    )  # nothing is sent in there, so there is nothing to check
+    by = collectives.Placing(_placed(parts), alone)
+    way = compress.Way((_REPLICAS,), num_replicas, total, total, by=by)
+    reducer = compress.reducer(config, way, _BUCKET_BYTES)
+    axes = {"own": 0, "common": None}
+    send = jax.vmap(
+        reducer.reduce,
+        in_axes=(0, axes),
+        out_axes=(None, axes),
+        axis_name=_REPLICAS,
+        spmd_axis_name=AXIS,
+    )
+
+    def mean(
+        x_R: PyTree, weight_R: jax.Array, key: jax.Array, state: PyTree
+    ) -> tuple[PyTree, base.Metrics, PyTree]:
+        plain, found = weighted_mean(x_R["statistics"], weight_R, key)
+        sent_R = jax.tree.map(lambda leaf_R: leaf_R * shares(weight_R, leaf_R), x_R["params"])
+        params, state = send(sent_R, state)
+        return {"params": params, "statistics": plain}, found, state
+
+    return Merge(mean, reducer.init, _shardings(parts, reducer))
+
+
+def _shardings(parts: base.Parts, reducer: reduce.Reducer) -> PyTree:
+    """A replica's errors lie as its parameters, its chunks whole; what is common lies everywhere."""
+    mesh = parts.mesh
+    params, _ = base.abstract_params(parts)
+    cut = tree.named_leaves(sharding.param_shardings(params, parts.task.dims, mesh, fsdp=True))
+    state = jax.eval_shape(reducer.init, params)
+    place = lambda *spec: NamedSharding(mesh, P(*spec))
+    return {
+        "own": {
+            "errors": {name: place(AXIS, *cut[name].spec) for name in state["own"]["errors"]},
+            "chunks": [place(AXIS) for _ in state["own"]["chunks"]],
+        },
+        "common": jax.tree.map(lambda _: place(), state["common"]),
+    }
+
+
+def _placed(parts: base.Parts) -> Callable[[jax.Array], jax.Array]:
+    """Lays the last dim of what is sent over the devices of a replica, so that each sends a part of it, and
+    the compiler exchanges it as it is, not what it is computed from.
+    """
+    mesh = parts.mesh
+    axes = tuple(axis for axis in (*INSIDE, "tensor") if mesh.shape[axis] > 1)
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+
+    def placed(x: jax.Array) -> jax.Array:
+        last = axes if axes and x.shape[-1] % ways == 0 else None
+        spec = P(*(None,) * (x.ndim - 1), last)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return placed
