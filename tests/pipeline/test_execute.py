@@ -8,11 +8,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from spmd import mesh, scope, sharding, tree
 from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
+from spmd.models.layers import BatchNorm
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
@@ -205,3 +207,15 @@ def test_mistakes_say_what_works():
     text = refused(CNN(), {"stage": 2}, 4)
     assert "spmd.models.cnn" in text and "no enter, through, leave, logits, stream" in text
     assert "model.stacked" in refused(MLP(inputs=64, hidden=(16,) * 5), {"stage": 2}, 4)
+    with pytest.raises(ValueError, match=r"keeps a state that is not of its layers .*: norm/mean"):
+        TASKS[MLP].build(Statistics).staged()
+
+
+class Statistics(nnx.Module):
+    """The parts of a pipeline, and batch statistics."""
+
+    stream = ("batch", "mlp")
+    enter = through = leave = logits = lambda self: None
+
+    def __init__(self, rngs):
+        self.norm = BatchNorm(8)

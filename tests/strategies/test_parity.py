@@ -25,6 +25,7 @@ from tests.marks import slow_but
 
 STEPS = 50
 BATCH = 32
+RTOL = {"float32": 1e-5, "float64": 1e-10}
 MODELS = {
     "mlp": MLP(inputs=64, hidden=(64, 64), dropout=0.3),
     "cnn": CNN(features=(8, 16), dropout=0.3),  # batch norm: statistics over the global batch
@@ -316,36 +317,37 @@ def test_equals_one_device(layout, name, accumulate, dtype):
     with jax.enable_x64(dtype == "float64"):
         want = reference(name, accumulate, dtype, **how)
         got = trajectory(MODELS[name], *LAYOUTS[layout], accumulate=accumulate, dtype=dtype, **how)
-    assert_same(got, want, 1e-5 if dtype == "float32" else 1e-10)
+    assert_same(got, want, RTOL[dtype])
 
 
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
 LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4", "server2x4"]
-PRIVATE_LAYOUTS = [*LANGUAGE]
+PRIVATE_LAYOUTS = [*LANGUAGE, "psum2_tensor2"]
 LANGUAGE += ["local8", "powersgd4", "local_powersgd4x2x2"]  # blocks stacked in three dims and more
 LANGUAGE += [name for name in LAYOUTS if "context" in name or "2_tensor2" in name]
 QUICK_LANGUAGE = ("sequence2x2", "context2x2x2")
 
 
 @pytest.mark.parametrize(
-    "layout,context",
+    "layout,context,dtype",
     slow_but(
-        [(layout, "ring") for layout in QUICK_LANGUAGE],
+        [(layout, "ring", "float64") for layout in QUICK_LANGUAGE],
         [
-            *((layout, "ring") for layout in LANGUAGE),
-            ("context2", "ulysses"),
-            ("context2x2", "ulysses"),
+            *((layout, "ring", "float64") for layout in LANGUAGE),
+            ("context2", "ulysses", "float64"),
+            ("context2x2", "ulysses", "float64"),
+            *((f"context{n}", "ring", "float32") for n in (2, 4, 8)),
         ],
     ),
 )
-def test_language_model_equals_one_device(layout, context):
+def test_language_model_equals_one_device(layout, context, dtype):
     """Packed documents, uneven padding, dropout, z-loss, a loss in chunks."""
-    with jax.enable_x64(True):
-        how = {"dtype": "float64", "steps": 8, "optimizer": optimizer_of(LAYOUTS[layout][0])}
+    with jax.enable_x64(dtype == "float64"):
+        how = {"dtype": dtype, "steps": 8, "optimizer": optimizer_of(LAYOUTS[layout][0])}
         want = reference("lm", 1, **how)
         model = dataclasses.replace(MODELS["lm"], context=context)
         got = trajectory(model, *LAYOUTS[layout], **how)
-    assert_same(got, want, 1e-10)
+    assert_same(got, want, RTOL[dtype])
     assert want[0][-1] < want[0][0]
 
 
@@ -366,22 +368,29 @@ def test_pipelines_equal_one_device(layout, context, dtype):
         want = reference("lm", **how)
         model = dataclasses.replace(MODELS["lm"], context=context)
         got = trajectory(model, *PIPELINES[layout], **how)
-    assert_same(got, want, 1e-5 if dtype == "float32" else 1e-10)
+    assert_same(got, want, RTOL[dtype])
 
 
 EXPERTS = [name for name in LAYOUTS if "expert" in name]
 
 
 @pytest.mark.parametrize(
-    "layout", slow_but(("expert2",), [*EXPERTS, "fsdp4", "psum2", "context2x2"])
+    "layout,dtype",
+    slow_but(
+        [("expert2", "float64")],
+        [
+            *((layout, "float64") for layout in [*EXPERTS, "fsdp4", "psum2", "context2x2"]),
+            *((f"expert{n}", "float32") for n in (2, 4, 8)),
+        ],
+    ),
 )
-def test_experts_equal_one_device(layout):
+def test_experts_equal_one_device(layout, dtype):
     """Routing, both kinds of balance and their metrics, with the experts here or there."""
-    with jax.enable_x64(True):
-        how = {"dtype": "float64", "steps": 3}
+    with jax.enable_x64(dtype == "float64"):
+        how = {"dtype": dtype, "steps": 3}
         want = reference("moe", 1, **how)
         got = trajectory(MODELS["moe"], *LAYOUTS[layout], **how)
-    assert_same(got, want, 1e-10)
+    assert_same(got, want, RTOL[dtype])
     assert want[1]["model_state/blocks/mlp/offset"] > 0
 
 
