@@ -75,10 +75,11 @@ def spec_of(
     taken: dict[str, str] = {}
     spec: list[Any] = []
     for dim, size in zip(dims, shape, strict=True):
-        check(
-            dim is None or dim in rules,
-            f"{name}: unknown logical dim {dim!r}.{closest(str(dim), rules)} Known: {', '.join(rules)}",
-        )
+        if dim is not None and dim not in rules:  # to look for the nearest takes a search's time
+            known = ", ".join(rules)
+            raise ValueError(
+                f"{name}: unknown logical dim {dim!r}.{closest(dim, rules)} Known: {known}"
+            )
         axes = tuple(a for a in (rules[dim] if dim else ()) if mesh.shape[a] > 1)
         for axis in axes:
             check(

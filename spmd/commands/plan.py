@@ -31,7 +31,8 @@ class Options:
     """Holds the experiment's budget (what the step may communicate): exit code 1 and the collectives when the
     compiled program breaks it."""
     search: bool = False
-    """Tries every mesh, ZeRO level, accumulation, remat policy and sequence parallelism."""
+    """Tries every mesh, ZeRO level, accumulation, remat policy, sequence parallelism, pipeline schedule and
+    kind of context."""
     best: int = 0
     """So many of the best that --search finds are compiled."""
     targets: tuple[str, ...] = ()

@@ -54,15 +54,10 @@ def exchanged(chunks: PyTree, table: schedules.Table, *, back: bool) -> PyTree:
     num, virtual = table.stages, table.virtual
     if virtual == 1:
         return chunks
-    common = math.gcd(num, virtual)
     stage = jax.lax.axis_index(STAGE)
     out = zeros(chunks)
-    for turn in range(virtual):
-        # Which of its chunks each stage sends in this turn, so that each receives one.
-        sends = [
-            turn // common * common + (turn + s // (num // common)) % common for s in range(num)
-        ]
-        numbers = [s * virtual + j for s, j in enumerate(sends)]
+    for numbers in exchange_turns(num, virtual):
+        sends = [n - s * virtual for s, n in enumerate(numbers)]
         pairs = [(s, n % num) for s, n in enumerate(numbers)]
         slots = {to: n // num for (_, to), n in zip(pairs, numbers, strict=True)}
         here, there = jnp.asarray(sends), jnp.asarray([slots[s] for s in range(num)])
@@ -71,6 +66,13 @@ def exchanged(chunks: PyTree, table: schedules.Table, *, back: bool) -> PyTree:
         move = lambda x: jax.lax.ppermute(pick(x, here[stage]), STAGE, pairs)  # noqa: B023
         out = jax.tree.map(lambda o, x: put(o, move(x), there[stage]), out, chunks)  # noqa: B023
     return out
+
+
+def exchange_turns(stages: int, virtual: int) -> list[list[int]]:
+    """In each turn, which chunk of all each stage sends, so that each receives one."""
+    common = math.gcd(stages, virtual)
+    own = lambda turn, s: turn // common * common + (turn + s // (stages // common)) % common
+    return [[s * virtual + own(turn, s) for s in range(stages)] for turn in range(virtual)]
 
 
 def added(sums: Any, new: Any) -> Any:
