@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spmd import experiment, fields
+from spmd import fields, registry
 from spmd.fields import check
 from spmd.optim import OPTIMIZERS
 from spmd.plan import targets
@@ -33,7 +33,7 @@ def compiled(exp: Experiment, target: str) -> Compiled:
     """
     parsed = targets.parse(target)
     ready(parsed)
-    file = experiment.LOADED.get(exp.name)
+    file = registry.LOADED.get(exp.name)
     check(
         file is not None,
         f"experiment {exp.name!r} comes from no file: it is compiled in a process of its own, which reads"
@@ -98,7 +98,7 @@ def _compile(request: dict[str, Any]) -> Compiled:
     from spmd.plan import compile
 
     target = targets.parse(request["target"])
-    base = experiment.from_file(experiment.find(request["file"]))
+    base = registry.from_file(registry.find(request["file"]))
     swapped = {cls.__name__: cls for cls in (*STRATEGIES.values(), *OPTIMIZERS.values())}
     exp = fields.restored(base, request["config"], swapped)
     exp = exp.unread(0 if target.topology else target.num_devices)

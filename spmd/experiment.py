@@ -1,23 +1,19 @@
-"""The Experiment: what to train and how the mesh is cut; loaded, overridden, resolved, built, run."""
+"""The Experiment: what to train and how the mesh is cut; resolved, built, run."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import math
-import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spmd import fields, mesh, optim, strategies
 from spmd.data import DataConfig
 from spmd.fields import check, closest, free
 from spmd.init import InitConfig
-from spmd.overrides import override as override
 from spmd.plan.budget import CommsBudget
 from spmd.privacy import Privacy
 from spmd.runtime import RuntimeConfig
@@ -29,8 +25,6 @@ if TYPE_CHECKING:
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
 
-LOADED: dict[str, Path] = {}  # name -> the file it was read from last
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # Of a plan: epochs of data that is not opened have no number, and only the schedule asks.
 UNREAD_STEPS = 1_000_000
 ONE_PROCESS = "verify compares with one device and runs in one process; there, use --simulate 8"
@@ -382,78 +376,3 @@ class Run:
         )
         points = [(line["step"], line[name]) for line in history if name in line]
         return [step for step, _ in points], [value for _, value in points]
-
-
-# ---- loading
-
-
-def available() -> dict[str, Path]:
-    """The experiments of the folder by name."""
-    return {p.stem: p for p in sorted(EXPERIMENTS.glob("*.py")) if not p.stem.startswith("_")}
-
-
-def summary_line(path: Path) -> str:
-    """The first line of an experiment file's docstring, without running it."""
-    import ast
-
-    doc = ast.get_docstring(ast.parse(path.read_text()))
-    return doc.splitlines()[0] if doc else ""
-
-
-def find(name: str) -> Path:
-    """The file of an experiment: a name in experiments/, or a path to a .py file."""
-    if name.endswith(".py"):
-        path = Path(name)
-        check(
-            path.is_file(),
-            f"no experiment file {name!r}; give a .py file with config(), or a name of:"
-            f" {', '.join(available())}",
-        )
-        return path
-    known = available()
-    check(
-        name in known,
-        f"unknown experiment {name!r}.{closest(name, known)} Known: {', '.join(known)};"
-        " or give the path of a .py file with config()",
-    )
-    return known[name]
-
-
-def from_file(path: Path) -> Experiment:
-    """Runs config() of an experiment file."""
-    check(
-        re.fullmatch(r"[\w.\-]+", path.stem) is not None,
-        f"{path.name!r}: use letters, digits, _ and -",
-    )
-    spec = importlib.util.spec_from_file_location(f"spmd_experiment_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        line = next((f" (line {e.lineno})" for e in _frames(error, path)), "")
-        raise ValueError(
-            f"experiment file {path}{line} fails to import: {type(error).__name__}: {error}"
-        ) from error
-    check(
-        callable(getattr(module, "config", None)),
-        f"experiment file {path} has no config() function",
-    )
-    experiment = module.config()
-    check(
-        isinstance(experiment, Experiment),
-        f"config() of {path} returned {type(experiment).__name__}, not an spmd.Experiment",
-    )
-    LOADED[path.stem] = path.resolve()
-    return dataclasses.replace(experiment, name=path.stem)
-
-
-def _frames(error: BaseException, path: Path) -> list[Any]:
-    import traceback
-
-    return [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if Path(f.filename).resolve() == path.resolve()
-    ][-1:]

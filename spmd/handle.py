@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from spmd import experiment, overrides
+from spmd import overrides, registry
 from spmd.experiment import Experiment, Run
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def load(name: str, args: Sequence[str] = ()) -> Handle:
     `load("digits", ["--train.steps", "50"])`; its fields are those of `.experiment`. ValueError when a word
     is not understood.
     """
-    base = experiment.from_file(experiment.find(name))
+    base = registry.from_file(registry.find(name))
     return Handle(overrides.overridden(base, args))
 
 

@@ -25,6 +25,7 @@ class Network(NamedTuple):
     apply: Callable[..., tuple[jax.Array, PyTree]]
     call: Callable[..., tuple[Any, PyTree]]
     dims: dict[str, tuple[str, ...] | None]
+    state_dims: dict[str, tuple[str, ...] | None]  # of what is no parameter
     whole_batch: tuple[str, ...]
     kind: type  # of the module
 
@@ -57,10 +58,12 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
     for train in (True, False):
         abstract.train() if train else abstract.eval()
         graphs[train] = nnx.split(abstract, nnx.Param, ...)[0]
-    dims = {
-        "/".join(map(str, path)): variable.get_metadata().get("dims")
-        for path, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param))
-    }
+
+    def dims_of(kind: Any) -> dict[str, tuple[str, ...] | None]:
+        return {
+            "/".join(map(str, path)): variable.get_metadata().get("dims")
+            for path, variable in nnx.to_flat_state(nnx.state(abstract, kind))
+        }
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         _, params, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
@@ -78,7 +81,8 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
     def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
         return call(params, model_state, lambda module: module(*args), train=train)
 
-    return Network(init, apply, call, dims, whole_batch, type(abstract))
+    dims, state_dims = dims_of(nnx.Param), dims_of(nnx.Not(nnx.Param))
+    return Network(init, apply, call, dims, state_dims, whole_batch, type(abstract))
 
 
 def _dicts(state: nnx.State) -> PyTree:

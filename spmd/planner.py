@@ -55,14 +55,19 @@ def layout(exp: Experiment, num_devices: int) -> Layout:
     )
     auto = exp.strategy if isinstance(exp.strategy, Auto) else Auto()
     model: Any = exp.model
+    train = exp.train
     sizes = {axis: n for axis, n in exp.mesh.resolve(num_devices).items() if n > 1}
+    pipeline = train.pipeline if "stage" in sizes else "1f1b"
     return Layout(
         sizes,
         zero=auto.zero,
         sequence_parallel=auto.sequence_parallel,
-        accumulate=exp.train.accumulate,
+        accumulate=train.accumulate,
         remat=getattr(model, "remat", "none"),
         saved=getattr(model, "saved", ()),
+        pipeline=pipeline,
+        virtual=train.virtual_stages if pipeline == "interleaved" else 1,
+        context=getattr(model, "context", "ring") if "context" in sizes else "ring",
     )
 
 
@@ -173,12 +178,21 @@ def arranged(exp: Experiment, cut: Layout) -> Experiment:
     model = exp.model
     if hasattr(model, "remat"):
         model = dataclasses.replace(model, remat=cut.remat)
+    if cut.size("context") > 1:
+        model = dataclasses.replace(model, context=cut.context)
+    train = dataclasses.replace(exp.train, accumulate=cut.accumulate)
+    if cut.stages > 1:
+        train = dataclasses.replace(
+            train,
+            pipeline=cut.pipeline,
+            virtual_stages=cut.virtual if cut.virtual > 1 else train.virtual_stages,
+        )
     return dataclasses.replace(
         exp,
         model=model,
         mesh=mesh.MeshConfig(**sizes),
         strategy=Auto(zero=3 if cut.zero == 3 else 1, sequence_parallel=cut.sequence_parallel),
-        train=dataclasses.replace(exp.train, accumulate=cut.accumulate),
+        train=train,
     )
 
 

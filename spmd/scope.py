@@ -22,16 +22,14 @@ Dims = tuple[str | None, ...]
 
 @dataclasses.dataclass
 class Scope:
-    """axes: manual mesh axes that cut the batch; manual: others that are manual (the stages of a pipeline);
-    keys, weight: [B] of this trace's examples; platform: of the devices that will run it ("" is the default
-    backend's).
+    """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples; platform: of the
+    devices that will run it ("" is the default backend's).
 
     notes: what layers told of their examples, by name: (values, their weights), each [B].
     watched: verify looks on: modules name their outputs, and the update returns the gradients.
     """
 
     axes: tuple[str, ...] = ()
-    manual: tuple[str, ...] = ()
     keys: jax.Array | None = None
     weight: jax.Array | None = None
     constrain: Callable[[jax.Array, Dims], jax.Array] | None = None
@@ -165,7 +163,7 @@ def varying(tree: Any) -> Any:
     Under shard_map's check_vma the gradient with respect to an unvarying parameter would already hold the
     psum, and an explicit one would count it N times.
     """
-    axes = (*current().axes, *current().manual)
+    axes = current().axes
     return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
 
 

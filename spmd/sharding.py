@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,10 +75,11 @@ def spec_of(
     taken: dict[str, str] = {}
     spec: list[Any] = []
     for dim, size in zip(dims, shape, strict=True):
-        check(
-            dim is None or dim in rules,
-            f"{name}: unknown logical dim {dim!r}.{closest(str(dim), rules)} Known: {', '.join(rules)}",
-        )
+        if dim is not None and dim not in rules:  # to look for the nearest takes a search's time
+            known = ", ".join(rules)
+            raise ValueError(
+                f"{name}: unknown logical dim {dim!r}.{closest(dim, rules)} Known: {known}"
+            )
         axes = tuple(a for a in (rules[dim] if dim else ()) if mesh.shape[a] > 1)
         for axis in axes:
             check(
@@ -129,14 +130,15 @@ def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> 
 
 
 def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
-    """NamedShardings that cut each parameter over `axes` alone, in the way of fsdp: for a strategy whose
+    """NamedShardings that cut each parameter over `axes` too, in the way of fsdp: for a strategy whose
     devices each own a part of it, whatever it means.
     """
     dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
 
     def place(name: str, x: Any) -> NamedSharding:
-        spec: list[Any] = [None] * len(x.shape)
-        _cut_largest(spec, x.shape, dims_of.get(name) or (None,) * len(x.shape), axes, mesh)
+        of = dims_of.get(name)
+        spec = list(spec_of(name, x.shape, of, mesh, fsdp=False))
+        _cut_largest(spec, x.shape, of or (None,) * len(x.shape), axes, mesh)
         return NamedSharding(mesh, P(*spec))
 
     return tree.map_named(place, params)
@@ -210,16 +212,24 @@ def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
 
 
+def manual(mesh: Mesh, axes: Collection[str]) -> dict[str, Any]:
+    """What jax.shard_map takes to be manual over `axes`, within another one too."""
+    inside = jax.sharding.get_abstract_mesh().manual_axes
+    return {"axis_names": set(axes)} | ({} if inside else {"mesh": mesh})
+
+
 def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
     """What a jitted program on `mesh` binds in its scope: where logical dims of activations lie.
 
     Within a shard_map over some axes (a pipeline's), arrays are blocks of them, and the others place them.
     """
 
+    def left() -> dict[str, tuple[str, ...]]:
+        inside = jax.sharding.get_abstract_mesh().manual_axes
+        return {dim: tuple(a for a in axes if a not in inside) for dim, axes in rules.items()}
+
     def spec(shape: Sequence[int], dims: Dims) -> P:
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        left = {dim: tuple(a for a in axes if a not in manual) for dim, axes in rules.items()}
-        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left)
+        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left())
 
     def constrain(x: jax.Array, dims: Dims) -> jax.Array:
         placed: Any = spec(x.shape, dims)
@@ -231,18 +241,20 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
 
     def whole_blocks(dims: Dims) -> P:  # of a result: its blocks are of one size whatever that is
-        return P(*(tuple(cut(dim)) if dim else None for dim in dims))
+        axes = left()
+        used = lambda dim: tuple(a for a in axes[dim] if mesh.shape[a] > 1)
+        return P(*(used(dim) if dim else None for dim in dims))
 
     def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Any) -> Any:
         several = any(isinstance(dims, tuple) for dims in out_dims)
-        outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
 
         def run(*args: jax.Array) -> Any:
+            outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
+            inside = jax.sharding.get_abstract_mesh().manual_axes
+            how = manual(mesh, [axis for axis in mesh.axis_names if axis not in inside])
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
-            return jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)(
-                *args
-            )
+            return jax.shard_map(fn, in_specs=ins, out_specs=outs, check_vma=False, **how)(*args)
 
         return run
 

@@ -20,21 +20,24 @@ from spmd.network import Network, network
 Batch = Mapping[str, jax.Array]
 PyTree = Any
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+Notes = dict[str, tuple[jax.Array, jax.Array]]  # name -> ([B], its weights)
 FROZEN = "frozen"  # where in the model state parameters lie that are not trained
 
 
 class Staged(NamedTuple):
     """A training loss in parts, for a pipeline. params: a tree in which stacked leaves may hold only some of
-    the layers; enter and leave read none of these, through reads no others.
+    the layers; enter and leave read none of these, through reads no others. The model state is of layers too,
+    each of its leaves stacked.
 
     enter: (params, batch, step_key) -> x, what the first layer reads.
-    through: (params, x, batch, step_key, first) -> x behind these layers; first: the number of the first.
+    through: (params, state, x, batch, step_key, first, scale) -> (x behind these layers, scaled sum, Sums,
+      their new state); first: the number of the first.
     leave: (params, x, batch, step_key, scale) -> (scaled sum, Sums).
     stream: logical dims of x.
     """
 
     enter: Callable[..., jax.Array]
-    through: Callable[..., jax.Array]
+    through: Callable[..., tuple[jax.Array, jax.Array, Sums, PyTree]]
     leave: Callable[..., tuple[jax.Array, Sums]]
     stream: tuple[str, ...]
 
@@ -225,7 +228,7 @@ class LanguageModel:
         """hidden: what the head reads, where it is known already."""
         weight_BT = _token_weights(batch)
         target_BT = _feature(batch, "targets")
-        notes: dict[str, tuple[jax.Array, jax.Array]] = {}
+        notes: Notes = {}
         with scope.bind(notes=notes):
             if self.chunks > 1:
                 totals = self._chunked(module, batch, hidden, target_BT, weight_BT)
@@ -235,10 +238,7 @@ class LanguageModel:
                 totals = self._totals(logits_BTV, target_BT, weight_BT)
         weight = weight_BT.sum()
         sums = {name: (total, weight.astype(total.dtype)) for name, total in totals.items()}
-        for name, pair in notes.items():
-            value, weight = (jnp.sum(x * batch["weight"].astype(x.dtype)) for x in pair)
-            sums[name] = (value, weight)
-        return sums
+        return sums | _noted(notes, batch)
 
     def _totals(
         self, logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array
@@ -313,31 +313,32 @@ def _staged(
         f" {', '.join(missing)}; use spmd.models.transformer, spmd.models.mlp with model.stacked, or"
         " --mesh.stage 1",
     )
-    _, state = jax.eval_shape(net.init, jax.random.key(0))
+    unstacked = [name for name, dims in net.state_dims.items() if (dims or ("",))[0] != "layers"]
     check(
-        not jax.tree.leaves(state),
-        f"mesh.stage: {kind} keeps a state beside its parameters (batch statistics), which a pipeline"
-        " does not carry; use --mesh.stage 1",
+        not unstacked,
+        f"mesh.stage: {kind} keeps a state that is not of its layers (batch statistics), which a pipeline"
+        f" does not carry: {', '.join(unstacked)}; use --mesh.stage 1",
     )
+    _, unread = jax.eval_shape(net.init, jax.random.key(0))
 
-    def call(params: PyTree, batch: Batch, step_key: jax.Array, fn: Callable[[Any], Any]) -> Any:
+    def enter(params, batch, step_key):
         with _training(batch, step_key):
-            return net.call(params, state, fn, train=True)[0]
+            return net.call(params, unread, lambda m: m.enter(*inputs(batch)), train=True)[0]
 
-    def through(params, x, batch, step_key, first):
+    def through(params, state, x, batch, step_key, first, scale):
+        notes: Notes = {}
         run = lambda module: module.through(x, *inputs(batch), first=first)
-        return call(params, batch, step_key, run)
+        with _training(batch, step_key), scope.bind(notes=notes):
+            x, state = net.call(params, state, run, train=True)
+        sums = _noted(notes, batch)
+        return x, _scaled(sums, scale), sums, state
 
     def leave(params, x, batch, step_key, scale):
         run = lambda module: finish(module, module.leave(x), batch, scale)
-        return call(params, batch, step_key, run)
+        with _training(batch, step_key):
+            return net.call(params, unread, run, train=True)[0]
 
-    return Staged(
-        lambda params, batch, key: call(params, batch, key, lambda m: m.enter(*inputs(batch))),
-        through,
-        leave,
-        net.kind.stream,
-    )
+    return Staged(enter, through, leave, net.kind.stream)
 
 
 def _training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextManager[Any]:
@@ -346,11 +347,18 @@ def _training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextMa
     return scope.bind(keys=keys_B, weight=batch["weight"], calls=0)
 
 
+def _noted(notes: Notes, batch: Batch) -> Sums:
+    """What layers told of the examples, summed over these."""
+    total = lambda x_B: jnp.sum(x_B * batch["weight"].astype(x_B.dtype))
+    return {name: (total(value_B), total(weight_B)) for name, (value_B, weight_B) in notes.items()}
+
+
 def _scaled(sums: Sums, scale: Mapping[str, jax.Array]) -> jax.Array:
-    """The loss: each of its terms by its factor."""
-    total = jnp.zeros((), sums["loss"][0].dtype)
-    for term, factor in scale.items():
-        total += sums[term][0] * factor.astype(total.dtype)
+    """The loss: each of its terms by its factor; a part of the model has some of them."""
+    terms = [term for term in scale if term in sums]
+    total = jnp.zeros((), sums[terms[0]][0].dtype if terms else scale["loss"].dtype)
+    for term in terms:
+        total += sums[term][0] * scale[term].astype(total.dtype)
     return total
 
 

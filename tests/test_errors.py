@@ -7,7 +7,7 @@ import json
 import pytest
 
 from spmd.commands import main
-from spmd.experiment import find, from_file
+from spmd.registry import find, from_file
 
 D = "--experiment digits --run.dir out "
 STACKED = D + "--model.hidden 32 32 32 --model.stacked "
@@ -73,9 +73,9 @@ TABLE = {
         D + "--strategy local --strategy.period 1 --simulate 2 --mesh.data 1 --mesh.context 2",
         "mesh.context=2 is not supported inside of a replica or client",
     ),
-    "stage_expert": (
-        STACKED + "--simulate 4 --mesh.data 1 --mesh.stage 2 --mesh.expert 2",
-        "mesh.expert=2 is not supported in a pipeline (mesh.stage=2)",
+    "local_stage": (
+        STACKED + "--strategy local --strategy.period 1 --simulate 2 --mesh.data 1 --mesh.stage 2",
+        "mesh.stage=2 is not supported inside of a replica or client",
     ),
     "stage_privacy": (
         STACKED + "--simulate 2 --mesh.data 1 --mesh.stage 2 --privacy.noise-multiplier 1",

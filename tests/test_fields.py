@@ -10,8 +10,8 @@ import pytest
 from etils import epath
 
 from spmd import fields
-from spmd.experiment import find, from_file
 from spmd.fields import free
+from spmd.registry import find, from_file
 from spmd.train import rundir
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from spmd import experiment, tree
+from spmd import overrides, registry, tree
 from spmd.data.sources import ArraySource
 from spmd.strategies import Auto
 
@@ -21,10 +21,10 @@ EXAMPLES = 10_000  # the data is not read: a golden file must not depend on what
 
 
 def described(name: str) -> dict:
-    exp = experiment.from_file(experiment.find(name))
+    exp = registry.from_file(registry.find(name))
     data = 2 if exp.data.batch_size % 8 == 0 else 1
     second, size = ("fsdp", 4) if isinstance(exp.strategy, Auto) else ("replica", 2)
-    exp, _ = experiment.override(exp, ["--mesh.data", str(data), f"--mesh.{second}", str(size)])
+    exp, _ = overrides.override(exp, ["--mesh.data", str(data), f"--mesh.{second}", str(size)])
     source = ArraySource(
         {k: np.zeros((EXAMPLES, *shape), dtype) for k, (shape, dtype) in exp.data.features.items()}
     )
@@ -40,7 +40,7 @@ def described(name: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", experiment.available())
+@pytest.mark.parametrize("name", registry.available())
 def test_golden(name, request):
     text = json.dumps(described(name), indent=1) + "\n"
     file = GOLDEN / f"{name}.json"

@@ -28,6 +28,7 @@ LAYERS = (
     ("plan", "verify", "convert", "init", "sample"),
     ("overrides",),
     ("experiment",),
+    ("registry",),
     ("ahead",),
     ("planner", "compare"),
     ("handle", "commands"),
@@ -49,6 +50,7 @@ FOR_EXPERIMENTS = {
     "train",
     "mesh",
     "experiment",
+    "registry",
     "init",
     "privacy",
 }

@@ -233,3 +233,12 @@ def test_help_of_an_experiment_shows_its_own_fields(run_cli):
     assert shown.returncode == 0
     for part in ("--model.hidden", "--optimizer.nesterov", "Global batch", "--strategy.zero"):
         assert part in shown.stdout
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--list",)])
+def test_who_stops_reading_ends_it_without_a_traceback(start_cli, words):
+    """As `| head` does."""
+    process = start_cli(*words)
+    process.stdout.close()
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (128 + signal.SIGPIPE, "")

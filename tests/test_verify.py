@@ -16,6 +16,7 @@ import spmd
 from spmd import optim, scope, tasks
 from spmd import verify as verify_module
 from spmd.handle import Handle
+from spmd.mesh import AXES
 from spmd.models.cnn import CNN
 from spmd.strategies import AllReduce, Auto, base
 from spmd.verify import compare
@@ -256,10 +257,28 @@ def test_local_steps_in_their_synchronous_limit(words):
 def test_meshes_that_a_strategy_refuses_are_skipped():
     words = ["--simulate", "2", "--model.hidden", "32", "--strategy", "allreduce"]
     report = spmd.load("digits", words).verify(2, all_meshes=True)
-    proven(report, "replica=2", "data=2")
+    proven(report, "replica=2", "data=2", "tensor=2")
     skipped = {result.mesh: result.skipped for result in report.results if result.skipped}
-    assert skipped.keys() == {"fsdp=2", "tensor=2"}
+    assert skipped.keys() == {"fsdp=2"}
     assert "mesh.fsdp=2 must be 1" in skipped["fsdp=2"] and skipped["fsdp=2"] in str(report)
+
+
+MOE = ["--model.embed", "32", "--model.mlp", "32", "--data.sequence-length", "32"]
+MOE += ["--model.experts.bias-rate", "0.01", "--train.accumulate", "2", "--simulate", "8"]
+
+
+def test_the_axes_of_a_mixture_are_all_walked():
+    program = spmd.load("moe_tiny", MOE).experiment.build(jax.devices()[:1])
+    assert verify_module.model_axes(program) == list(AXES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "allreduce"])
+def test_stages_contexts_and_experts_beside_each_other(strategy):
+    axes = {"auto": ("stage", "context", "expert"), "allreduce": ("data", "stage", "expert")}
+    mesh = ["--mesh.data", "1", *(w for a in axes[strategy] for w in (f"--mesh.{a}", "2"))]
+    report = spmd.load("moe_tiny", [*MOE, *mesh, "--strategy", strategy]).verify(2)
+    proven(report, " ".join(f"{axis}=2" for axis in axes[strategy]))
 
 
 def test_a_users_own_experiment(run_cli, tmp_path):

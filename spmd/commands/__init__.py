@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -68,10 +70,10 @@ def _dispatch(argv: Sequence[str]) -> int:
             f"unknown command {command!r}.{closest(command, COMMANDS)} Known: {', '.join(COMMANDS)}"
         )
     if "--list" in words:
-        from spmd import experiment
+        from spmd import registry
 
-        for name, path in experiment.available().items():
-            print(f"{name:16}{experiment.summary_line(path)}")
+        for name, path in registry.available().items():
+            print(f"{name:16}{registry.summary_line(path)}")
         return 0
     if command in WITHOUT_EXPERIMENT and not {"--help", "-h"} & set(words):
         return importlib.import_module(f"spmd.commands.{command}").run(words)
@@ -108,7 +110,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _one(argv: Sequence[str]) -> int:
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return _leave(128 + signal.SIGPIPE)
     except ValueError as error:
         if os.environ.get("SPMD_TRACEBACK"):
             raise
@@ -119,6 +127,16 @@ def _one(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted before training began; nothing was lost", file=sys.stderr)
         return 130
+
+
+def _unread() -> bool:
+    """Whether who read the output has left (`| head`). What is still to be said then goes nowhere."""
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    left = any(event & select.POLLERR for _, event in asked.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def _several() -> bool:

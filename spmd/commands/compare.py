@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from spmd import experiment
+from spmd import registry
 from spmd.commands.verify import simulated
 
 
@@ -25,7 +25,7 @@ class Options:
 
 def run(name: str, words: Sequence[str]) -> int:
     """Exit code 0 when all were trained, 1 when one diverged, 128 + signal when stopped."""
-    exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
+    exp, options = registry.load(name, words, Options)
     from spmd import compare
     from spmd.runtime import EXIT_FAILED
     from spmd.train.checkpoint import SaveFailed

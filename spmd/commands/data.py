@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from spmd import experiment
+from spmd import registry
 from spmd.data import TFDS, data_root
 from spmd.data.text import Sequences
 from spmd.fields import check, closest
@@ -23,7 +23,7 @@ def run(name: str, words: Sequence[str]) -> int:
         f"run.py data {action or '(nothing)'}: unknown action."
         f"{closest(action, ACTIONS)} Type: run.py data prepare|show --experiment NAME",
     )
-    exp, _ = experiment.override(experiment.from_file(experiment.find(name)), words)
+    exp, _ = registry.load(name, words)
     if action == "prepare":
         _prepare(exp.data)
     else:

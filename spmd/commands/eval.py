@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from spmd import experiment
+from spmd import registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,6 @@ class Options:
 
 def run(name: str, words: Sequence[str]) -> int:
     """Prints the metrics as one line of JSON."""
-    exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
+    exp, options = registry.load(name, words, Options)
     print(json.dumps(exp.evaluate(None if options.step < 0 else options.step)))
     return 0

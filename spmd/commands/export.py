@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from spmd import experiment
+from spmd import registry
 from spmd.fields import check
 
 
@@ -21,7 +21,7 @@ class Options:
 
 def run(name: str, words: Sequence[str]) -> int:
     """What is evaluated is written: the moving average where there is one, adapters merged."""
-    exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
+    exp, options = registry.load(name, words, Options)
     check(bool(options.to), "give the new directory: run.py export --experiment NAME --to DIR")
     from spmd.convert import names, write
     from spmd.runtime import agree

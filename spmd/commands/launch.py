@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from spmd import experiment
+from spmd import registry
 from spmd.fields import check, closest
 from spmd.launch import base
 
@@ -73,9 +73,7 @@ def _parse(where: str, options: Any, name: str | None, words: list[str]) -> tupl
         raise ValueError(
             "no experiment given; type --experiment NAME (run.py --list shows the names)"
         )
-    known, launcher = experiment.override(
-        experiment.from_file(experiment.find(name)), words, options, prog=prog
-    )
+    known, launcher = registry.load(name, words, options, prog)
     _, fields = tyro.cli(options, args=words, return_unknown_args=True)
     job = base.Job(
         name=launcher.job_name(known.name),

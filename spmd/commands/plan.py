@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from spmd import experiment
+from spmd import registry
 from spmd.experiment import Experiment
 from spmd.fields import check
 
@@ -31,7 +31,8 @@ class Options:
     """Holds the experiment's budget (what the step may communicate): exit code 1 and the collectives when the
     compiled program breaks it."""
     search: bool = False
-    """Tries every mesh, ZeRO level, accumulation, remat policy and sequence parallelism."""
+    """Tries every mesh, ZeRO level, accumulation, remat policy, sequence parallelism, pipeline schedule and
+    kind of context."""
     best: int = 0
     """So many of the best that --search finds are compiled."""
     targets: tuple[str, ...] = ()
@@ -82,7 +83,7 @@ class Options:
 
 def run(name: str, words: Sequence[str]) -> int:
     """Exit code 0 once the plan is shown, 1 when it does not fit or nothing does."""
-    exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
+    exp, options = registry.load(name, words, Options)
     for option in ("json", "plot", "html"):
         folder = Path(value := getattr(options, option)).parent
         check(folder.is_dir(), f"{option}={value}: there is no directory {folder}")

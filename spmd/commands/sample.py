@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from spmd import experiment
+from spmd import registry
 from spmd.fields import check
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Options:
 
 def run(name: str, words: Sequence[str]) -> int:
     """Prints each prompt with what follows it: one as it comes, several one after the other."""
-    exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
+    exp, options = registry.load(name, words, Options)
     tokenizer = exp.data.open_tokenizer()
     from spmd import sample
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from spmd import experiment
+from spmd import registry
 
 
 def run(name: str, words: Sequence[str]) -> int:
     """Exit code 0 when finished, 128 + signal when stopped, 1 when the loss diverged or the disk is full; see
     also spmd.runtime for what a launcher starts again.
     """
-    exp, _ = experiment.override(experiment.from_file(experiment.find(name)), words)
+    exp, _ = registry.load(name, words)
     from spmd.runtime import EXIT_AGAIN, EXIT_FAILED, EXIT_MISTAKE, agree
     from spmd.runtime.join import Absent
     from spmd.train.checkpoint import SaveFailed

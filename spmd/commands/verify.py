@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spmd import experiment
+from spmd import registry
+from spmd.experiment import ONE_PROCESS, Experiment
 from spmd.fields import check
 
 
@@ -29,12 +30,12 @@ class Options:
 
 def run(name: str, words: Sequence[str]) -> int:
     """Exit code 0 when every mesh that can be cut agrees in float64, 1 when one departs."""
-    exp, options = experiment.override(experiment.from_file(experiment.find(name)), words, Options)
+    exp, options = registry.load(name, words, Options)
     from spmd.runtime import EXIT_FAILED
 
     folder = Path(options.json).parent
     check(folder.is_dir(), f"json={options.json}: there is no directory {folder}")
-    check(not exp.setup(), experiment.ONE_PROCESS)
+    check(not exp.setup(), ONE_PROCESS)
     report = simulated(exp).verify(options.steps, all_meshes=options.all_meshes)
     text = json.dumps(report.json(), indent=1)
     if options.json == "-":
@@ -46,7 +47,7 @@ def run(name: str, words: Sequence[str]) -> int:
     return 0 if report.proven else EXIT_FAILED
 
 
-def simulated(exp: experiment.Experiment) -> experiment.Experiment:
+def simulated(exp: Experiment) -> Experiment:
     """The experiment on eight simulated devices where there is one device only."""
     if exp.simulate or not _alone():
         return exp

@@ -245,6 +245,8 @@ class _Reader:
         if kind == "collective-permute":
             pairs = groups.pairs(one.attribute(r"source_target_pairs=(\{(?:\{[^}]*\},?)*\})"))
             axes = groups.crossed(pairs, self.axes)
+            if (pairs[:, 0] == pairs[:, 1]).all():  # each to itself
+                return (), 1
             return axes, math.prod(self.axes[axis] for axis in axes) if axes else len(pairs)
         written = one.attribute(rf"replica_groups=({groups.FORM})") or "{}"
         return _spans(written, tuple(self.axes.items()))
@@ -313,7 +315,7 @@ def _scattered(one: text.Instruction, inside: text.Computation, group: int) -> b
             for user in users
         )
 
-    names = [one.name, *_sums(one, inside)]
+    names = [one.name, *(sum_ for sum_, _ in _sums(one, inside))]
     return inside.root.name not in names and kept(names[-1])
 
 
@@ -323,23 +325,19 @@ def _elements(one: text.Instruction) -> int:
 
 def _joined(one: text.Instruction, inside: text.Computation) -> bool:
     """Whether a sum of all-reduces, of which this is not the last, is one all-reduce of the sum."""
-    below = one.name
-    for name in _sums(one, inside):
-        if inside.by_name[name].operands[0] == below:
-            return True
-        below = name
-    return False
+    return any(inside.by_name[sum_].operands[0] == first for sum_, first in _sums(one, inside))
 
 
-def _sums(one: text.Instruction, inside: text.Computation) -> list[str]:
-    """The additions of this all-reduce to others like it, from the inside out."""
-    found, name = list[str](), one.name
-    while len(users := inside.users[name]) == 1 and users[0].op == "add":
-        first, second = users[0].operands
-        if first == second or not _summed(second if first == name else first, one, inside):
-            break
+def _sums(one: text.Instruction, inside: text.Computation) -> list[tuple[str, str]]:
+    """The additions of this all-reduce to others like it, from the inside out, and as what it enters them."""
+    found, name = list[tuple[str, str]](), one.name
+    while len(users := inside.users[name]) == 1 and users[0].op in ("add", "copy"):
+        if users[0].op == "add":
+            first, second = users[0].operands
+            if first == second or not _summed(second if first == name else first, one, inside):
+                break
+            found.append((users[0].name, name))
         name = users[0].name
-        found.append(name)
     return found
 
 
@@ -348,7 +346,7 @@ def _summed(name: str, like: text.Instruction, inside: text.Computation) -> bool
     other = inside.by_name[name]
     if len(inside.users[name]) != 1 or other.shape != like.shape:
         return False
-    if other.op == "add":
+    if other.op in ("add", "copy"):
         return all(_summed(operand, like, inside) for operand in other.operands)
     pattern = r"replica_groups=(.*?), (?:use_global|to_apply)"
     return other.op == "all-reduce" and other.attribute(pattern) == like.attribute(pattern)

@@ -68,9 +68,9 @@ class Mixture(nnx.Module):
         self, experts: Experts, layers: int, router: Any, up: Any, gate: Any, down: Any, shared: Any
     ):
         self.router, self.up, self.gate, self.down, self.shared = router, up, gate, down, shared
-        zeros = lambda: Offset(jnp.zeros((layers, experts.num)))
+        zeros = lambda: Offset(jnp.zeros((layers, experts.num)), dims=("layers", "choice"))
         self.offset = zeros() if experts.bias_rate else None
-        self.experts = experts
+        self.experts, self.layers = experts, layers
         self.use_running_average = False  # nnx's name: model.eval() sets it
 
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, Load]:
@@ -93,17 +93,20 @@ class Mixture(nnx.Module):
         return y_BTD, _load(scores_BTE, choice_BTk, segments_BT)
 
     def tell(self, load_L: Load) -> None:
-        """Of all layers, stacked: the loss, how full each expert is (1: as the mean), and new offsets."""
+        """Of layers, stacked: the loss, how full each expert is (1: as the mean), and new offsets. What a
+        stage of a pipeline tells of some layers is their part of the mean over all.
+        """
         num, top_k = self.experts.num, self.experts.top_k
-        counts_BE = load_L.counts_BE.mean(0)
+        counts_BE = load_L.counts_BE.sum(0) / self.layers
         tokens_B = counts_BE.sum(-1) / top_k
-        scope.note("balance", load_L.balance_B.mean(0), jnp.ones_like(tokens_B))
+        share_B = jnp.full_like(tokens_B, load_L.balance_B.shape[0] / self.layers)
+        scope.note("balance", load_L.balance_B.sum(0) / self.layers, share_B)
         for i in range(num):
             scope.note(f"load/{i}", counts_BE[:, i] * (num / top_k), tokens_B)
         self._learn(load_L.counts_BE)
 
     def _learn(self, counts_LBE: jax.Array) -> None:
-        """Moves the offsets of all layers against the loads of the global batch."""
+        """Moves the offsets against the loads of the global batch."""
         if self.offset is None or self.use_running_average:
             return
         old = self.offset[...]

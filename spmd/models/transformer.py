@@ -251,14 +251,8 @@ class Decoder(nnx.Module):
         first: jax.Array | int = 0,
     ) -> jax.Array:
         """x behind the blocks whose parameters there are; first: the number of the first one."""
-        experts = self.config.experts.num
-        check(
-            not experts,
-            f"model.experts.num={experts}: a pipeline carries no router's loss and load from stage to stage;"
-            " use mesh.stage=1, and cut by mesh.expert",
-        )
         place = self._place(tokens_BT, positions_BT, segments_BT, x_BTD.dtype)
-        return _through(self.blocks, x_BTD, place, None, first)[0]
+        return self._blocks(x_BTD, place, None, first)[0]
 
     def leave(self, x_BTD: jax.Array) -> jax.Array:
         """What the head reads, of what the last block gives: [B, T, D]."""
@@ -284,10 +278,16 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         x_BTD = self.enter(tokens_BT, positions_BT)
         place = self._place(tokens_BT, positions_BT, segments_BT, x_BTD.dtype)
-        x_BTD, (cache, load) = _through(self.blocks, x_BTD, place, cache)
+        x_BTD, cache = self._blocks(x_BTD, place, cache, 0)
+        return self.leave(x_BTD), cache
+
+    def _blocks(
+        self, x_BTD: jax.Array, place: Place, cache: Any, first: jax.Array | int
+    ) -> tuple[jax.Array, Any]:
+        x_BTD, (cache, load) = _through(self.blocks, x_BTD, place, cache, first)
         if load is not None and isinstance(self.blocks.mlp, Mixture):
             self.blocks.mlp.tell(load)
-        return self.leave(x_BTD), cache
+        return x_BTD, cache
 
 
 class Table(nnx.Module):

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +16,23 @@ from spmd import scope, sharding, tree
 from spmd.fields import check
 from spmd.grad import GradsOf, microbatches
 from spmd.pipeline import schedules
+from spmd.pipeline.arrays import (
+    STAGE,
+    Parts,
+    added,
+    after,
+    exchanged,
+    pick,
+    put,
+    put_if,
+    where,
+    zeros,
+)
 
 PyTree = Any
-STAGE = "stage"
-# Manual beside the stages, so that gradients are summed over them once a step instead of once a microbatch.
-# What else cuts the batch cuts parameters too, and is left to the compiler.
+# Manual beside the stages, so that gradients are summed over them once a step instead of once a microbatch;
+# where a strategy has made them manual, it sums. What else cuts the batch cuts parameters too, and is left to
+# the compiler.
 MANUAL_BATCH = ("replica", "data")
 
 
@@ -29,7 +40,7 @@ class Staged(Protocol):
     """A loss in parts, as tasks.Staged: what comes before a stack of layers, the layers, what comes after."""
 
     enter: Callable[..., jax.Array]
-    through: Callable[..., jax.Array]
+    through: Callable[..., tuple[jax.Array, jax.Array, PyTree, PyTree]]
     leave: Callable[..., tuple[jax.Array, PyTree]]
     stream: tuple[str, ...]
 
@@ -43,30 +54,35 @@ def grads_of(
     Equals grad.accumulated of as many microbatches. ValueError for layers that the stages do not divide.
     """
     program, num_inputs, num_gradients = schedules.program(table)
-    axes = tuple(axis for axis in MANUAL_BATCH if mesh.shape[axis] > 1)
+    together = mesh.shape["context"] > 1
 
     def pipelined(params, model_state, batch, step_key, scale):
+        outer = scope.current().axes
+        axes = tuple(a for a in MANUAL_BATCH if mesh.shape[a] > 1 and a not in outer)
         stacked = [_is_stacked(dims, name) for name in tree.named_leaves(params)]
         structure = jax.tree.structure(params)
         specs = structure.unflatten([P(STAGE) if cut else P() for cut in stacked])
         layers = num_layers(params, dims)
         parts = Parts(stacked, structure, _places(params, dims, mesh))
 
-        def local(params, batch_M, step_key, scale):
-            with scope.bind(axes=axes, manual=(STAGE,)):
-                args = vary((params, batch_M, step_key, scale))
-                stage = Stage(staged, table, parts, layers // (table.stages * table.virtual), *args)
-                return stage.run(program, num_inputs, num_gradients, axes)
+        def local(params, model_state, batch_M, step_key, scale):
+            with scope.bind(axes=(*outer, *axes)):
+                waits = scope.platform() == "cpu" and mesh.size > table.stages
+                per_chunk = layers // (table.stages * table.virtual)
+                given = (params, batch_M, step_key, scale)
+                stage = Stage(staged, table, parts, per_chunk, together, waits, *given)
+                return stage.run(model_state, program, num_inputs, num_gradients, axes)
 
         run = jax.shard_map(
             local,
-            mesh=mesh,
-            in_specs=(specs, P(None, axes), P(), P()),
-            out_specs=(specs, P()),
-            axis_names={STAGE, *axes},
+            in_specs=(specs, P(STAGE), P(None, axes), P(), P()),
+            out_specs=(specs, P(), P(STAGE)),
+            **sharding.manual(mesh, (STAGE, *axes)),
+            # A gradient stays on its device until it is summed, since its branch does not run on all.
+            # Exchanges within a stage are shard_maps of their own, which say nothing of how results vary.
+            check_vma=False,
         )
-        grads, sums = run(params, microbatches(batch, table.microbatches), step_key, scale)
-        return grads, sums, model_state
+        return run(params, model_state, microbatches(batch, table.microbatches), step_key, scale)
 
     return pipelined
 
@@ -102,62 +118,24 @@ def check_layers(layers: int, stages: int, virtual: int) -> None:
     )
 
 
-def vary(values: PyTree) -> PyTree:
-    """Typed as different on each device of every manual axis: else a gradient would be summed over the axis
-    where it is taken, within a branch that not all devices run.
-    """
-    now = scope.current()
-    manual = (*now.axes, *now.manual)
-
-    def one(x: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in manual if axis not in jax.typeof(x).mat.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, values)
-
-
-class Parts(NamedTuple):
-    """How a parameter tree falls into stacked leaves and the others (embedding, last norm, head)."""
-
-    stacked: list[bool]
-    structure: Any
-    places: list[P]
-
-    def split(self, params: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
-        """(stacked, others)."""
-        return self._sides(self.structure.flatten_up_to(params))
-
-    def _sides(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-        pairs = list(zip(leaves, self.stacked, strict=True))
-        return [x for x, cut in pairs if cut], [x for x, cut in pairs if not cut]
-
-    def placed(self, chunks: list[jax.Array], others: list[jax.Array]) -> Any:
-        """Sums of gradients (chunks [V, L/SV, ...] and others), placed as the parameters are."""
-        of_chunks, of_others = self._sides(self.places)
-        place = jax.lax.with_sharding_constraint
-        return (
-            [place(x, P(None, *spec)) for x, spec in zip(chunks, of_chunks, strict=True)],
-            [place(x, spec) for x, spec in zip(others, of_others, strict=True)],
-        )
-
-    def join(self, stacked: Any, others: Any) -> PyTree:
-        """The tree again."""
-        sides = iter(stacked), iter(others)
-        return self.structure.unflatten([next(sides[not cut]) for cut in self.stacked])
-
-
 class Carry(NamedTuple):
     """What a stage holds between ticks. grads: of the stacked leaves [V, L/SV, ...] and of the others."""
 
     grads: tuple[list[jax.Array], list[jax.Array]]
     sums: PyTree
+    states: PyTree  # [M + 1, V, L/SV, ...]: of the layers, before each microbatch
     inputs: jax.Array  # [slots, ...]
     gradients: jax.Array  # [slots, ...]
     sent: tuple[jax.Array, jax.Array]  # to this stage: an input, a gradient
 
 
 class Stage:
-    """One device's stage while it is traced."""
+    """One device's stage while it is traced.
+
+    together: layers permute blocks within a stage. A permutation waits for all devices, so it must not stand
+    in a branch that some stages do not run: a stage with nothing to do runs its layers on what is there, at
+    the same time as the others, and its results are left out. waits: see _after.
+    """
 
     def __init__(
         self,
@@ -165,12 +143,15 @@ class Stage:
         table: schedules.Table,
         parts: Parts,
         per_chunk: int,
+        together: bool,
+        waits: bool,
         params: PyTree,
         batch_M: PyTree,
         step_key: jax.Array,
         scale: PyTree,
     ):
-        self.staged, self.table, self.parts, self.per_chunk = staged, table, parts, per_chunk
+        self.staged, self.table, self.parts = staged, table, parts
+        self.per_chunk, self.together, self.waits = per_chunk, together, waits
         self.batch_M, self.key, self.scale = batch_M, step_key, scale
         self.index = jax.lax.axis_index(STAGE)
         stacked, self.others = parts.split(params)
@@ -184,21 +165,27 @@ class Stage:
     def enter(self, others: list[jax.Array], microbatch: jax.Array) -> jax.Array:
         """What the first layer reads."""
         params = self.parts.join(self.no_chunk, others)
-        return vary(self.staged.enter(params, self._rows(microbatch), self.key))
+        return self.staged.enter(params, self._rows(microbatch), self.key)
 
     def through(
-        self, chunk: list[jax.Array], x: jax.Array, number: jax.Array, microbatch: jax.Array
-    ) -> jax.Array:
-        """x behind the layers of chunk `number` of this stage."""
+        self,
+        chunk: list[jax.Array],
+        x: jax.Array,
+        states: PyTree,
+        number: jax.Array,
+        microbatch: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
+        """(x behind the layers of chunk `number` of this stage, scaled loss, sums, their new state)."""
         params = self.parts.join(chunk, self.no_others)
         first = (number * self.table.stages + self.index) * self.per_chunk
-        return vary(self.staged.through(params, x, self._rows(microbatch), self.key, first))
+        state = jax.tree.map(lambda s: pick(pick(s, microbatch), number), states)
+        rows = self._rows(microbatch)
+        return self.staged.through(params, state, x, rows, self.key, first, self.scale)
 
     def leave(self, others: list[jax.Array], x: jax.Array, microbatch: jax.Array) -> Any:
         """(scaled loss, sums)."""
         params = self.parts.join(self.no_chunk, others)
-        rows = self._rows(microbatch)
-        return vary(self.staged.leave(params, x, rows, self.key, self.scale))
+        return self.staged.leave(params, x, self._rows(microbatch), self.key, self.scale)
 
     def _rows(self, microbatch: jax.Array) -> PyTree:
         return jax.tree.map(lambda x: pick(x, microbatch), self.batch_M)
@@ -214,94 +201,154 @@ class Stage:
     def _flows(self, x: jax.Array) -> jax.Array:
         return scope.constrain(x, *self.staged.stream)
 
+    def _after(self, x: jax.Array, *numbers: jax.Array) -> tuple[jax.Array, ...]:
+        """The numbers, known only once x is.
+
+        XLA on CPUs may start a collective that stands behind a branch before those in the branch, in an order
+        that differs by device, and then all wait for ever. What depends on the branch's result cannot.
+        """
+        if not self.waits:
+            return numbers
+        zero = lambda x: (x.reshape(-1)[0] > 0).astype(jnp.int32) >> 1  # which XLA does not see
+        zero = scope.blockwise(zero, (self.staged.stream,), ())(x)
+        return tuple(number + zero for number in numbers)
+
     def _input(self, kept: jax.Array, chunk: jax.Array, microbatch: jax.Array) -> jax.Array:
         return jax.lax.cond(
-            self._is_first(chunk),
+            (microbatch >= 0) & self._is_first(chunk),
             lambda: self._flows(self.enter(self.others, microbatch)),
             lambda: self._flows(kept),
         )
 
     # What is kept is read outside of the branches: a buffer that goes into one is copied.
 
-    def forward(self, carry: Carry, now: schedules.Program, nothing: jax.Array) -> jax.Array:
-        """What goes to the next stage. The last one's forward is part of its backward."""
+    def forward(
+        self, carry: Carry, row: schedules.Program, now: schedules.Program, nothing: jax.Array
+    ) -> tuple[jax.Array, PyTree]:
+        """(what goes to the next stage, states); row: the tick of all stages, now: of this one. That of
+        the last one is part of its backward.
+        """
         kept = pick(carry.inputs, now.forward_x)
+        x = self._input(kept, now.forward_chunk, now.forward)
+        number, microbatch, some = self._after(x, now.forward_chunk, now.forward, row.forward.max())
+        runs = (microbatch >= 0) & ~self._is_last(number)
 
-        def run() -> jax.Array:
-            x = self._input(kept, now.forward_chunk, now.forward)
-            chunk = [pick(w, now.forward_chunk) for w in self.chunks]
-            return self._flows(self.through(chunk, x, now.forward_chunk, now.forward))
+        def run() -> tuple[jax.Array, PyTree]:
+            chunk = [pick(w, number) for w in self.chunks]
+            y, _, _, state = self.through(chunk, x, carry.states, number, microbatch)
+            return self._flows(y), after(carry.states, state, number, microbatch, runs)
 
-        runs = (now.forward >= 0) & ~self._is_last(now.forward_chunk)
-        return jax.lax.cond(runs, run, lambda: self._flows(nothing))
+        rest = lambda: (self._flows(nothing), carry.states)
+        return jax.lax.cond(some >= 0 if self.together else runs, run, rest)
 
     def backward(
-        self, carry: Carry, now: schedules.Program, nothing: jax.Array
-    ) -> tuple[Any, PyTree, jax.Array]:
-        """(gradients, sums, what goes to the stage before). Computes the chunk anew from its input.
+        self,
+        carry: Carry,
+        row: schedules.Program,
+        now: schedules.Program,
+        nothing: jax.Array,
+        y: jax.Array,
+    ) -> tuple[Any, PyTree, PyTree, jax.Array]:
+        """(gradients, sums, states, what goes to the stage before). Computes the chunk anew from its input.
+        y: of the forward in the same tick, which comes first.
 
         The head's gradient is taken within one branch, and the embedding's too: nothing of the size of the
         logits has to leave it.
         """
-        number, microbatch = now.backward_chunk, now.backward
         kept = pick(carry.inputs, now.backward_x)
+        at = self._after(y, now.backward_chunk, now.backward, row.backward.max())
+        x = self._input(kept, *at[:2])
+        number, microbatch, some = self._after(x, *at)
+        runs = microbatch >= 0
+        is_first, is_last = runs & self._is_first(number), runs & self._is_last(number)
         arrived = pick(carry.gradients, now.backward_ct)
         placed = lambda others: self.parts.placed(carry.grads[0], others)[1]
 
-        def run() -> tuple[Any, PyTree, jax.Array]:
+        def layers(chunk: list[jax.Array], x: jax.Array) -> Any:
+            y, total, *told = self.through(chunk, x, carry.states, number, microbatch)
+            return (y, total), told
+
+        def run() -> tuple[Any, PyTree, PyTree, jax.Array]:
             of_chunks, of_others = carry.grads
-            x = self._input(kept, number, microbatch)
             chunk = [pick(w, number) for w in self.chunks]
-            y, pull = jax.vjp(lambda w, x: self.through(w, x, number, microbatch), chunk, x)
+            (y, total), pull, (told, state) = jax.vjp(layers, chunk, x, has_aux=True)
 
             def head() -> tuple[jax.Array, list[jax.Array], PyTree]:
                 loss = lambda others, y: self.leave(others, y, microbatch)
                 total, pull, sums = jax.vjp(loss, self.others, y, has_aux=True)
-                grads, above = pull(vary(jnp.ones_like(total)))
+                grads, above = pull(jnp.ones_like(total))
                 return self._flows(above), placed(added(of_others, grads)), added(carry.sums, sums)
 
             above, of_others, sums = jax.lax.cond(
-                self._is_last(number),
-                head,
-                lambda: (self._flows(arrived), placed(of_others), carry.sums),
+                is_last, head, lambda: (self._flows(arrived), placed(of_others), carry.sums)
             )
-            grads, below = pull(above)
+            grads, below = self._pulled(pull, above, jnp.ones_like(total))
 
             def embedding() -> list[jax.Array]:
                 _, pull = jax.vjp(lambda others: self.enter(others, microbatch), self.others)
                 return placed(added(of_others, pull(below)[0]))
 
-            of_others = jax.lax.cond(self._is_first(number), embedding, lambda: placed(of_others))
+            of_others = jax.lax.cond(is_first, embedding, lambda: placed(of_others))
+            if self.together:
+                grads, told = where(runs, (grads, told), zeros((grads, told)))
             of_chunks = [
                 put(sum_, pick(sum_, number) + new, number)
                 for sum_, new in zip(of_chunks, grads, strict=True)
             ]
-            return self.parts.placed(of_chunks, of_others), sums, self._flows(below)
+            grads = self.parts.placed(of_chunks, of_others)
+            states = after(carry.states, state, number, microbatch, is_last)
+            return grads, added(sums, told), states, self._flows(below)
 
-        rest = lambda: (self.parts.placed(*carry.grads), carry.sums, self._flows(nothing))
-        return jax.lax.cond(now.backward >= 0, run, rest)
+        def rest() -> tuple[Any, PyTree, PyTree, jax.Array]:
+            return self.parts.placed(*carry.grads), carry.sums, carry.states, self._flows(nothing)
 
-    def run(
-        self, program: schedules.Program, num_inputs: int, num_gradients: int, axes: tuple[str, ...]
-    ) -> tuple[PyTree, PyTree]:
-        """(gradients, sums), each summed over the devices that share it."""
+        return jax.lax.cond(some >= 0 if self.together else runs, run, rest)
+
+    def _pulled(self, pull: Callable[..., Any], above: jax.Array, one: jax.Array) -> Any:
+        """The layers' gradients: all there once one of them is, and begun after the head's."""
+        run = lambda: pull((above, one))
+        if not self.waits:
+            return run()
+        (when,) = self._after(above, jnp.int32(0))
+        return jax.lax.cond(when >= 0, run, lambda: zeros(jax.eval_shape(run)))
+
+    def start(self, model_state: PyTree, num_inputs: int, num_gradients: int) -> Carry:
+        """Before the first tick."""
+        chunks = jax.tree.map(
+            lambda s: s.reshape(self.table.virtual, -1, *s.shape[1:]), model_state
+        )
+        states = jax.tree.map(
+            lambda s: jnp.broadcast_to(s, (self.table.microbatches + 1, *s.shape)),
+            exchanged(chunks, self.table, back=False),
+        )
+        at = jnp.int32(0)
 
         def ends() -> tuple[jax.Array, PyTree]:
-            x = self.enter(self.others, jnp.int32(0))
-            return x, self.leave(self.others, x, jnp.int32(0))[1]
+            x = self.enter(self.others, at)
+            _, _, told, _ = self.through([w[0] for w in self.chunks], x, states, at, at)
+            return x, self.leave(self.others, x, at)[1] | told
 
         x, sums = jax.eval_shape(ends)
-        zeros = lambda shapes: vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-        nothing = zeros(x)
         slots = lambda num: scope.constrain(
-            zeros(jax.ShapeDtypeStruct((num, *x.shape), x.dtype)), None, *self.staged.stream
+            jnp.zeros((num, *x.shape), x.dtype), None, *self.staged.stream
         )
         grads = self.parts.placed(*zeros((self.chunks, self.others)))
-        start = Carry(
-            grads, zeros(sums), slots(num_inputs), slots(num_gradients), (nothing, nothing)
-        )
-        num, wrap = self.table.stages, self.table.virtual > 1
-        up = [(i, (i + 1) % num) for i in range(num if wrap else num - 1)]
+        nothing = zeros(x)
+        sent = nothing, nothing
+        return Carry(grads, zeros(sums), states, slots(num_inputs), slots(num_gradients), sent)
+
+    def run(
+        self,
+        model_state: PyTree,
+        program: schedules.Program,
+        num_inputs: int,
+        num_gradients: int,
+        axes: tuple[str, ...],
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """(gradients, sums, model state), each summed over the devices that share it."""
+        start = self.start(model_state, num_inputs, num_gradients)
+        nothing, num = start.sent[0], self.table.stages
+        up = [(i, (i + 1) % num) for i in range(num if self.table.virtual > 1 else num - 1)]
 
         def tick(carry: Carry, row: schedules.Program) -> tuple[Carry, None]:
             now = jax.tree.map(lambda x_S: pick(x_S, self.index), row)
@@ -310,67 +357,25 @@ class Stage:
                 inputs=put_if(carry.inputs, carry.sent[0], now.x_to),
                 gradients=put_if(carry.gradients, carry.sent[1], now.ct_to),
             )
-            y = self.forward(carry, now, nothing)
-            grads, sums, below = self.backward(carry, now, nothing)
+            y, states = self.forward(carry, row, now, nothing)
+            carry = carry._replace(states=states)
+            grads, sums, states, below = self.backward(carry, row, now, nothing, y)
             # Outside every branch: all stages exchange at every tick.
             down = [(j, i) for i, j in up]
             sent = jax.lax.ppermute(y, STAGE, up), jax.lax.ppermute(below, STAGE, down)
-            return carry._replace(grads=grads, sums=sums, sent=sent), None
+            return carry._replace(grads=grads, sums=sums, states=states, sent=sent), None
 
         done, _ = jax.lax.scan(tick, start, jax.tree.map(jnp.asarray, program))
         of_chunks, of_others = done.grads
-        of_chunks = exchanged(of_chunks, self.table, back=True)
-        of_stack = [x.reshape(-1, *x.shape[2:]) for x in of_chunks]
+        last = jax.tree.map(lambda s: s[-1], done.states)
+        of_chunks, last = exchanged((of_chunks, last), self.table, back=True)
+        of_stack, model_state = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (of_chunks, last)
+        )
         if axes:
             of_stack = jax.lax.psum(of_stack, axes)
         # Over the stages too: a tied embedding has a part of its gradient on two.
         everywhere = (*axes, STAGE)
         of_others = jax.lax.psum(of_others, everywhere)
-        return self.parts.join(of_stack, of_others), jax.lax.psum(done.sums, everywhere)
-
-
-def exchanged(chunks: list[jax.Array], table: schedules.Table, *, back: bool) -> list[jax.Array]:
-    """[V, ...] on each stage: from V neighbouring chunks of layers, as the parameters lie, to every S-th one,
-    as virtual stages take them; `back` undoes it. V rounds of one chunk each.
-    """
-    num, virtual = table.stages, table.virtual
-    if virtual == 1:
-        return chunks
-    common = math.gcd(num, virtual)
-    stage = jax.lax.axis_index(STAGE)
-    out = [vary(jnp.zeros_like(x)) for x in chunks]
-    for turn in range(virtual):
-        # Which of its chunks each stage sends in this turn, so that each receives one.
-        sends = [
-            turn // common * common + (turn + s // (num // common)) % common for s in range(num)
-        ]
-        numbers = [s * virtual + j for s, j in enumerate(sends)]
-        pairs = [(s, n % num) for s, n in enumerate(numbers)]
-        slots = {to: n // num for (_, to), n in zip(pairs, numbers, strict=True)}
-        here, there = jnp.asarray(sends), jnp.asarray([slots[s] for s in range(num)])
-        if back:
-            here, there, pairs = there, here, [(to, s) for s, to in pairs]
-        moved = [jax.lax.ppermute(pick(x, here[stage]), STAGE, pairs) for x in chunks]
-        out = [put(o, m, there[stage]) for o, m in zip(out, moved, strict=True)]
-    return out
-
-
-def added(sums: PyTree, new: PyTree) -> PyTree:
-    """Leaf by leaf."""
-    return jax.tree.map(jnp.add, sums, new)
-
-
-def pick(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[index]; an index of -1, where nothing is read, is as good as 0."""
-    return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
-
-
-def put(x: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    """x with x[index] = new."""
-    return jax.lax.dynamic_update_index_in_dim(x, new, index, 0)
-
-
-def put_if(x: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    """x with x[index] = new, or x for an index of -1."""
-    at = jnp.maximum(index, 0)
-    return put(x, jnp.where(index >= 0, new, pick(x, at)), at)
+        sums = jax.lax.psum(done.sums, everywhere)
+        return self.parts.join(of_stack, of_others), sums, model_state

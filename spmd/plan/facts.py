@@ -54,8 +54,13 @@ class Leaf(NamedTuple):
 
     def bytes(self, mesh: AbstractMesh, fsdp: bool) -> int:
         """On each device."""
-        ways = math.prod(mesh.shape[axis] for axis in self.axes(mesh, fsdp))
-        return self.size * self.itemsize // ways
+        return _bytes(self, mesh, fsdp)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _bytes(leaf: Leaf, mesh: AbstractMesh, fsdp: bool) -> int:
+    ways = math.prod(mesh.shape[axis] for axis in leaf.axes(mesh, fsdp))
+    return leaf.size * leaf.itemsize // ways
 
 
 @functools.lru_cache(maxsize=2**16)  # a search asks for the same cuts thousands of times

@@ -8,16 +8,20 @@ from typing import Any, NamedTuple
 
 from spmd.fields import check
 from spmd.mesh import AXES, BATCH_AXES
+from spmd.pipeline import execute, schedules
 from spmd.plan.facts import Facts
+from spmd.plan.shardings import GROUPS
 
 Sizes = Mapping[str, int]  # mesh axis -> size
 REMATS = ("none", "dots", "named", "full")
+CONTEXTS = ("ring", "ulysses")
 
 
 class Layout(NamedTuple):
     """mesh: sizes of the axes that are not 1. zero: what mesh.fsdp cuts, 3 parameters and optimizer, 1 the
     optimizer only. remat: of REMATS, "" for a model that has no such field. saved: what remat=named keeps.
-    slices: over which the devices are spread.
+    slices: over which the devices are spread. pipeline: the schedule where mesh.stage cuts the layers, of
+    whose chunks each stage has `virtual`. context: how mesh.context cuts sequences, of CONTEXTS.
     """
 
     mesh: Sizes
@@ -27,15 +31,31 @@ class Layout(NamedTuple):
     remat: str = "none"
     saved: tuple[str, ...] = ("query", "key", "value", "attended")
     slices: int = 1
+    pipeline: schedules.Kind = "1f1b"
+    virtual: int = 1
+    context: str = "ring"
 
     def size(self, *axes: str) -> int:
         """Product of the sizes of `axes`."""
-        return math.prod(self.mesh.get(axis, 1) for axis in axes)
+        product = 1
+        for axis in axes:
+            product *= self.mesh.get(axis, 1)
+        return product
 
     @property
     def num_devices(self) -> int:
         """All of them."""
         return self.size(*AXES)
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline; 1 is none."""
+        return self.size("stage")
+
+    @property
+    def ticks(self) -> int:
+        """Of the pipeline's schedule."""
+        return schedules.ticks(self.pipeline, self.stages, self.accumulate, self.virtual)
 
     def words(self) -> list[str]:
         """The command line that asks for it."""
@@ -44,6 +64,10 @@ class Layout(NamedTuple):
         words += ["--strategy.zero", "1"] if self.zero == 1 and self.size("fsdp") > 1 else []
         words += ["--strategy.sequence-parallel"] if self.sequence_parallel else []
         words += ["--train.accumulate", str(self.accumulate)] if self.accumulate > 1 else []
+        if self.stages > 1:
+            words += ["--train.pipeline", self.pipeline]
+            words += ["--train.virtual-stages", str(self.virtual)] if self.virtual > 1 else []
+        words += ["--model.context", self.context] if self.size("context") > 1 else []
         return [*words, *(["--model.remat", self.remat] if self.remat else [])]
 
     def json(self) -> dict[str, Any]:
@@ -55,6 +79,9 @@ class Layout(NamedTuple):
         parts += [f"zero={self.zero}"] if self.size("fsdp") > 1 else []
         parts += ["sequence-parallel"] if self.sequence_parallel else []
         parts += [f"accumulate={self.accumulate}"] if self.accumulate > 1 else []
+        if self.stages > 1:
+            parts.append(self.pipeline + (f"={self.virtual}" if self.virtual > 1 else ""))
+        parts += [self.context] if self.size("context") > 1 else []
         return " ".join([*parts, *([f"remat={self.remat}"] if self.remat else [])])
 
 
@@ -65,24 +92,89 @@ def tokens(facts: Facts, layout: Layout) -> float:
 
 def check_fits(facts: Facts, layout: Layout) -> None:
     """ValueError with the reason why the experiment cannot be cut so, memory aside."""
+    check_mesh(facts, layout)
     rows = layout.size(*BATCH_AXES) * layout.accumulate
     check(
         facts.batch_size % rows == 0,
         f"data.batch_size={facts.batch_size} does not divide over {layout.size(*BATCH_AXES)} batch shards"
         f" x train.accumulate={layout.accumulate}",
     )
-    for axis in ("stage", "context", "expert"):
-        check(layout.size(axis) == 1, f"mesh.{axis}={layout.size(axis)} is not estimated yet")
-    tensor = layout.size("tensor")
     if facts.model is None:
-        check(tensor == 1, f"mesh.tensor={tensor}: what it costs is known of Transformer only")
+        return
+    tensor, context = layout.size("tensor"), layout.size("context")
+    check(
+        not layout.sequence_parallel or facts.length % (tensor * context) == 0,
+        f"sequence parallelism: mesh.tensor={tensor}"
+        + (f" x mesh.context={context}" if context > 1 else "")
+        + f" does not divide the {facts.length} tokens of a sequence",
+    )
+    if layout.stages > 1:
+        _check_stages(facts, layout)
+
+
+def check_mesh(facts: Facts, layout: Layout) -> None:
+    """What no other choice than that of the mesh, or of the kind of context, can mend."""
+    model, tensor = facts.model, layout.size("tensor")
+    if model is None:
+        for axis in ("stage", "context", "tensor"):
+            size = layout.size(axis)
+            check(size == 1, f"mesh.{axis}={size}: what it costs is known of Transformer only")
         return
     check(
-        facts.model.heads % tensor == 0 and facts.model.num_kv_heads % tensor == 0,
-        f"mesh.tensor={tensor} does not divide the {facts.model.heads} heads and"
-        f" {facts.model.num_kv_heads} key and value heads",
+        model.heads % tensor == 0 and model.num_kv_heads % tensor == 0,
+        f"mesh.tensor={tensor} does not divide the {model.heads} heads and"
+        f" {model.num_kv_heads} key and value heads",
     )
+    expert, experts = layout.size("expert"), model.experts.num
     check(
-        not layout.sequence_parallel or facts.length % tensor == 0,
-        f"sequence parallelism: mesh.tensor={tensor} does not divide the {facts.length} tokens of a sequence",
+        not experts or experts % expert == 0,
+        f"mesh.expert={expert} does not divide the {experts} experts",
+    )
+    if layout.stages > 1:
+        execute.check_layers(model.layers, layout.stages, 1)
+    context = layout.size("context")
+    check(
+        facts.length % context == 0,
+        f"mesh.context={context} does not divide the {facts.length} tokens of a sequence",
+    )
+    if context > 1:
+        _check_context(facts, layout)
+
+
+def _check_context(facts: Facts, layout: Layout) -> None:
+    """As models.ring and models.attention check it while the step is traced."""
+    model, context, tensor = facts.model, layout.size("context"), layout.size("tensor")
+    assert model
+    if layout.context == "ring":
+        check(
+            model.attention == "xla",
+            f"model.attention={model.attention} takes whole sequences, and model.context=ring cuts them",
+        )
+        check(
+            facts.length % (2 * context) == 0,
+            f"model.context=ring: 2 x mesh.context={context} does not divide the {facts.length} tokens of a"
+            " sequence",
+        )
+        return
+    check(
+        math.gcd(model.heads, model.num_kv_heads) % (context * tensor) == 0,
+        f"model.context=ulysses: mesh.context={context}"
+        + (f" x mesh.tensor={tensor}" if tensor > 1 else "")
+        + f" does not divide the {model.heads} heads and {model.num_kv_heads} key and value heads",
+    )
+
+
+def _check_stages(facts: Facts, layout: Layout) -> None:
+    """As strategies.base and pipeline.schedules check it when the step is built."""
+    assert facts.model
+    stages, micro = layout.stages, layout.accumulate
+    check(
+        all(leaf.group == GROUPS["params"] for leaf in facts.weights),
+        f"mesh.stage={stages}: a pipeline takes no frozen parameters or adapters",
+    )
+    execute.check_layers(facts.model.layers, stages, layout.virtual)
+    check(
+        layout.pipeline != "interleaved" or (layout.virtual > 1 and micro % stages == 0),
+        f"train.pipeline=interleaved takes train.accumulate in multiples of mesh.stage={stages}, and at least"
+        f" 2 virtual stages; given train.accumulate={micro} and train.virtual_stages={layout.virtual}",
     )

@@ -10,7 +10,13 @@ State and batch are exact: the same rules cut them as in a run. The rest is a mo
   gradient (LOGITS), and the gathered head with its gradient. In the backward pass of a block: all that the
   block makes (their gradients take the place of what is no longer needed), and of its gathered weights and
   of the gradients not yet summed the largest two each: one that is used, one on its way.
-- with attention=xla, scores [T, T] of each head: float32, and the compute type.
+- with attention=xla, scores [T, T] of each head: float32, and the compute type. A ring has those of one pair
+  of chunks at a time, and keeps a copy of what enters and leaves it, in its own order.
+- of a pipeline: the inputs and gradients that its schedule keeps, two that are sent and two that arrive; what
+  the blocks of one chunk save of one microbatch; beside the sum of the gradients, which lie as ZeRO-3's,
+  those of a chunk (which lie as its parameters), of table and head, which are added to it. interleaved has
+  its weights a second time, in the order of its chunks.
+- of a mixture whose experts are elsewhere, a round's buffers instead of what the layer would keep.
 - the update runs in place (the state is donated), array by array.
 
 Not modelled: fragmentation, and what the compiler chooses to keep or to compute anew on its own.
@@ -18,16 +24,20 @@ Not modelled: fragmentation, and what the compiler chooses to keep or to compute
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
+
+from jax.sharding import AbstractMesh
 
 from spmd.mesh import BATCH_AXES
 from spmd.models.transformer import Transformer
+from spmd.pipeline import schedules
 from spmd.plan import comms
-from spmd.plan.facts import Facts, abstract_mesh, widths
+from spmd.plan.comms import WIDE
+from spmd.plan.facts import Facts, Leaf, abstract_mesh, widths
 from spmd.plan.layout import Layout, tokens
 from spmd.plan.shardings import GROUPS, OTHER
 
-WIDE = 4  # bytes of what stays float32 in bfloat16 models: logits, scores, norms
 # Of the gradient of the logits, in the compute type: the compiler stores from none to all of it, since the
 # products that it goes into may make it anew. Between what GPT-2 on TPUs shows (docs/plan.md).
 LOGITS = 0.75
@@ -66,19 +76,16 @@ class Memory(NamedTuple):
 def of(facts: Facts, layout: Layout) -> Memory:
     """Memory of a step; ValueError where a dim does not divide."""
     mesh = abstract_mesh(layout.mesh)
-    sums = dict.fromkeys((*GROUPS.values(), OTHER), 0)
-    weights = (GROUPS["params"], GROUPS["model_state"])
-    gradients = 0
-    for leaf in facts.leaves:
-        cut = layout.zero == 3 if leaf.group in weights else layout.zero > 0
-        sums[leaf.group] += leaf.bytes(mesh, fsdp=cut)
-        if leaf.group == GROUPS["params"]:
-            gradients += leaf.bytes(mesh, fsdp=layout.zero == 3)
+    sums = _groups(facts.leaves, mesh, layout.zero)
+    gradients, stacked = _gradients(facts.leaves, mesh, layout.zero == 3 or layout.stages > 1)
     saved, loss, block = _activations(facts, layout)
-    held = gradients * (2 if layout.accumulate > 1 else 1)
-    before = (
-        gradients if layout.accumulate > 1 else 0
-    )  # in the loss only the sum of earlier ones is there
+    held, before = gradients, 0.0
+    if layout.stages > 1:
+        lies = _gradients(facts.leaves, mesh, layout.zero == 3)[1]  # as the parameters do
+        held, before = 2 * gradients - stacked + lies / layout.virtual, gradients
+        saved += lies if layout.virtual > 1 else 0
+    elif layout.accumulate > 1:  # in the loss only the sum of earlier ones is there
+        held, before = 2 * gradients, gradients
     over = max(before + loss, held + block) - held
     return Memory(
         parameters=sums[GROUPS["params"]],
@@ -90,6 +97,36 @@ def of(facts: Facts, layout: Layout) -> Memory:
         activations=saved,
         temporaries=over,
     )
+
+
+def state(facts: Facts, layout: Layout) -> int:
+    """Memory.state alone: of the mesh and the ZeRO level."""
+    return sum(_groups(facts.leaves, abstract_mesh(layout.mesh), layout.zero).values())
+
+
+@functools.lru_cache(maxsize=64)  # a search asks for one mesh after the other
+def _groups(leaves: tuple[Leaf, ...], mesh: AbstractMesh, zero: int) -> dict[str, int]:
+    """Bytes of the state by group."""
+    sums = dict.fromkeys((*GROUPS.values(), OTHER), 0)
+    weights = (GROUPS["params"], GROUPS["model_state"])
+    for leaf in leaves:
+        sums[leaf.group] += leaf.bytes(mesh, fsdp=zero == 3 if leaf.group in weights else zero > 0)
+    return sums
+
+
+@functools.lru_cache(maxsize=64)
+def _gradients(leaves: tuple[Leaf, ...], mesh: AbstractMesh, cut: bool) -> tuple[int, int]:
+    """Bytes of the gradients, and of those that are stacked by layers."""
+    held = {leaf: leaf.bytes(mesh, fsdp=cut) for leaf in leaves if leaf.group == GROUPS["params"]}
+    return sum(held.values()), sum(size for leaf, size in held.items() if leaf.stacked)
+
+
+@functools.lru_cache(maxsize=2**10)
+def slots(kind: schedules.Kind, stages: int, microbatches: int, virtual: int) -> int:
+    """Inputs and gradients that a stage keeps at once; but for gpipe, more microbatches need no more."""
+    num = microbatches if kind == "gpipe" else min(microbatches, 2 * stages)
+    _, inputs, gradients = schedules.program(schedules.make(kind, stages, num, virtual))
+    return inputs + gradients
 
 
 def usable(chip_memory: float) -> float:
@@ -106,9 +143,13 @@ def _activations(facts: Facts, layout: Layout) -> tuple[float, float, float]:
     tensor = layout.size("tensor")
     enters = model.embed * facts.compute / (tensor if layout.sequence_parallel else 1)
     each = kept(model, facts.length, layout, facts.compute)
-    saved = here * model.layers * (enters + each)
+    saved = here * model.layers / (layout.stages * layout.virtual) * (enters + each)
+    if layout.stages > 1:
+        num = slots(layout.pipeline, layout.stages, layout.accumulate, layout.virtual)
+        saved += here * enters * (num + ON_THE_WAY + ON_THE_WAY)
     logits = here / facts.chunks * model.rows / tensor * (WIDE + LOGITS * facts.compute)
     block = here * kept(model, facts.length, layout._replace(remat="none"), facts.compute)
+    block += _passing(facts, layout)
     return saved, logits + _head(facts, layout), block + _weights(facts, layout)
 
 
@@ -122,20 +163,45 @@ def kept(model: Transformer, length: int, layout: Layout, compute: int) -> float
         return 0.0
     if layout.remat == "named":
         return compute * sum(made[name] for name in layout.saved if name in made)
+    mixture, away = model.experts.num > 0, layout.size("expert") > 1
+    up, gate = made["up"], made.get("gate", 0)
     if (
         layout.remat == "dots"
-    ):  # products with weights: all but attention, and the way back to the residual
-        return compute * (sum(made.values()) - made["attended"] + residual)
+    ):  # products with one matrix: not attention, but the way back to the residual
+        experts = up + gate if mixture else 0
+        return compute * (sum(made.values()) - made["attended"] - experts + residual)
     # What jax.vjp keeps: float32 in both norms (three arrays and two numbers each), what leaves them (never
     # cut along time) in the place of what enters the block, the activation function's steps (of GELU,
     # jax 0.12 keeps one less).
     norms = WIDE * (6 * residual + 4) + compute * (2 * model.embed - residual)
-    activation = 6 * made["up"] * compute
+    activation = 6 * up * compute
+    if mixture:  # and the rows that enter
+        activation = 0 if away else activation + 2 * model.experts.top_k * model.embed * compute
     heads = sum(made[name] for name in ("query", "key", "value", "attended")) * compute
     scores = 0.0
-    if model.attention == "xla":
+    if layout.size("context") > 1 and layout.context == "ring":
+        scores = (2 * made["query"] + 2 * made["key"]) * compute + model.heads / tensor * WIDE
+    elif model.attention == "xla":
         scores = model.heads / tensor * (length * (WIDE + compute) + 2 * WIDE)
     return norms + heads + activation + scores
+
+
+def _passing(facts: Facts, layout: Layout) -> float:
+    """What is made and used up within a block, beside what its backward pass would keep: a ring's scores of
+    two chunks with their gradients, a round of a mixture whose experts are elsewhere.
+    """
+    model, here = facts.model, tokens(facts, layout)
+    assert model
+    tensor, context, size = layout.size("tensor"), layout.size("context"), 0.0
+    if context > 1 and layout.context == "ring":
+        size += (
+            here * model.heads / tensor * facts.length / (4 * context) * 2 * (WIDE + facts.compute)
+        )
+    if model.experts.num and layout.size("expert") > 1:
+        rows = here * model.experts.top_k
+        wide = 4 * model.embed + 6 * (model.mlp or 4 * model.embed) / tensor
+        size += rows * wide * facts.compute + 2 * here * model.embed * WIDE
+    return size
 
 
 def _head(facts: Facts, layout: Layout) -> float:
@@ -153,7 +219,10 @@ def _weights(facts: Facts, layout: Layout) -> float:
         return 0.0
     mesh = abstract_mesh(layout.mesh)
     sizes = sorted(
-        (leaf.bytes(mesh, fsdp=False) / leaf.stacked, facts.compute / leaf.itemsize)
+        (
+            leaf.bytes(mesh, fsdp=False) / comms.layers_here(leaf, layout),
+            facts.compute / leaf.itemsize,
+        )
         for leaf in facts.weights
         if leaf.stacked
     )

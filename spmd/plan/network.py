@@ -73,17 +73,32 @@ PASSES = {
     "all-gather": 1,
     "reduce-scatter": 1,
     "all-reduce": 2,
-    "all-to-all": 1,
     "collective-broadcast": 1,
 }
 
 
+class Dim(NamedTuple):
+    """Of a torus: its size, what a device sends along it, and over one of its links, in bytes/s."""
+
+    size: int
+    bandwidth: float
+    link: float
+
+
 class Level(NamedTuple):
-    """One network that an axis crosses: `ways` groups of devices, each device sending bandwidth bytes/s."""
+    """One network that an axis crosses: `ways` groups of devices, each device sending bandwidth bytes/s.
+    dims: of a torus, those that it lies on.
+    """
 
     network: str
     ways: int
     bandwidth: float
+    dims: tuple[Dim, ...] = ()
+
+    @property
+    def link(self) -> float:
+        """Bytes/s to one other device."""
+        return min((dim.link for dim in self.dims), default=self.bandwidth)
 
 
 Levels = Mapping[str, tuple[Level, ...]]  # mesh axis -> what it crosses, the fastest first
@@ -139,13 +154,30 @@ def seconds(crossed: Sequence[Level], kind: str, bytes: float) -> float:
     level after level: the slower network carries what one device of the faster one holds, its 1 / ways.
     """
     if kind == "collective-permute":  # to one other device: who has the slowest way decides
-        return max((bytes / level.bandwidth + HOP[level.network] for level in crossed), default=0.0)
+        return max((bytes / level.link + HOP[level.network] for level in crossed), default=0.0)
+    if kind == "all-to-all":
+        return _all_to_all(crossed, bytes)
     total = 0.0
     for level in crossed:
         wire = (level.ways - 1) / level.ways * bytes / level.bandwidth
         hops = level.ways / 2 if level.network == "ICI" else math.log2(level.ways)
         total += PASSES[kind] * (wire + hops * HOP[level.network])
         bytes /= level.ways
+    return total
+
+
+def _all_to_all(crossed: Sequence[Level], bytes: float) -> float:
+    """A part of `bytes` to each device. In a ring of n a part takes n / 4 steps on the average, and a device
+    passes on what is not for it; the busiest link of a line carries as much. All dims of a torus work at
+    once. To a switch each device sends what is not for itself, to a slower network what is not for its own
+    switch.
+    """
+    total = 0.0
+    for level in crossed:
+        wire = (level.ways - 1) / level.ways * bytes / level.bandwidth
+        if level.dims:
+            wire = max(dim.size / 4 * bytes / dim.bandwidth for dim in level.dims)
+        total += wire + (level.ways - 1) * HOP[level.network]
     return total
 
 
@@ -161,7 +193,10 @@ def join(found: Levels, axes: Sequence[str]) -> list[Level]:
             continue
         adds = level.bandwidth if level.network == "ICI" else 0.0
         together[level.network] = Level(
-            level.network, before.ways * level.ways, before.bandwidth + adds
+            level.network,
+            before.ways * level.ways,
+            before.bandwidth + adds,
+            before.dims + level.dims,
         )
     return sorted(together.values(), key=lambda level: -level.bandwidth)
 
@@ -181,8 +216,8 @@ def _torus(target: Target, links: Links, sizes: Mapping[str, int], slices: int) 
         inside[crossing] //= slices
         found[crossing] = (Level("DCN", slices, links.scale_out * SHARE),)
     for axis, dims in assign(target, inside).items():
-        bandwidth = sum(_of_dim(target, links, dim) for dim in dims)
-        ici = Level("ICI", inside[axis], bandwidth)
+        lies = tuple(_of_dim(target, links, dim) for dim in dims)
+        ici = Level("ICI", inside[axis], sum(dim.bandwidth for dim in lies), lies)
         found[axis] = (ici, *found.get(axis, ()))
     return found
 
@@ -222,14 +257,16 @@ def _products(sizes: Sequence[int]) -> list[int]:
     )
 
 
-def _of_dim(target: Target, links: Links, dim: int) -> float:
-    """Bytes/s that a device sends along a dim of the slice: two links of a ring, one of a line, whose ends
-    have no more. The devices of one chip share all its links.
+def _of_dim(target: Target, links: Links, dim: int) -> Dim:
+    """A device sends along a dim of the slice over two links of a ring, one of a line, whose ends have no
+    more. The devices of one chip share all its links.
     """
     if dim == len(target.topology):
-        return links.link * 2 * links.axes
+        within = links.link * 2 * links.axes
+        return Dim(target.num_devices // math.prod(target.topology), within, within)
     closed = target.topology if links.axes > 2 else target.topology[dim : dim + 1]
-    return links.link * (2 if all(size % links.ring == 0 for size in closed) else 1)
+    ways = 2 if all(size % links.ring == 0 for size in closed) else 1
+    return Dim(target.topology[dim], links.link * ways, links.link)
 
 
 # ---- GPUs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spmd import hlo, tree
+from spmd.mesh import AXES
 from spmd.plan import comms, cost, memory
 from spmd.plan.compile import Compiled
 from spmd.plan.facts import Facts
@@ -23,6 +25,7 @@ from spmd.plan.targets import Target
 
 SHOWN = 10  # rows of a search
 REASONS = 5  # kinds of rejection
+TOO_LARGE = "needs more memory than a device has"
 CALLS = 20  # collectives of a compiled program
 
 
@@ -105,14 +108,15 @@ def comms_view(plan: Plan) -> str:
 
 
 def search_view(found: Sequence[Candidate], target: Target) -> str:
-    """The fastest that fit, and why others were rejected."""
+    """The fastest that fit, the fastest of each axis that is not among them, and why others were rejected."""
     fit = [c for c in found if c.fits and c.estimate]
     table = new_table("", "layout", ">step", ">MFU", ">memory", "bound by")
-    for i, each in enumerate(fit[:SHOWN], 1):
-        made = each.estimate
+    places = range(min(SHOWN, len(fit)))
+    for i in [*places, *sorted({best_of(fit, axis) for axis in AXES} - {*places, -1})]:
+        each, made = fit[i], fit[i].estimate
         assert made
         table.add_row(
-            str(i),
+            str(i + 1),
             escape(str(each.layout)),
             seconds(made.step_seconds),
             f"{made.mfu:.1%}",
@@ -126,11 +130,44 @@ def search_view(found: Sequence[Candidate], target: Target) -> str:
     ]
     if any(each.compiled for each in fit[:SHOWN]):
         lines.append("* compiled: the compiler's own memory and collectives")
-    reasons = collections.Counter(_kind(c.reason) for c in found if not c.fits)
-    lines += ["", *(f"{n} rejected: {why}" for why, n in reasons.most_common(REASONS))]
+    if said := pipelines(found):
+        lines += ["", said]
+    lines += ["", *_reasons([c.reason for c in found if not c.fits])]
     if fit:
         lines += ["", "the first: " + " ".join(fit[0].layout.words())]
     return "\n".join(lines)
+
+
+def best_of(fit: Sequence[Candidate], axis: str) -> int:
+    """The place of the first layout that cuts over `axis`, -1 where there is none."""
+    return next((i for i, each in enumerate(fit) if each.layout.size(axis) > 1), -1)
+
+
+def pipelines(found: Sequence[Candidate]) -> str:
+    """What the best pipeline of a search gains or loses; "" where none was to be tried."""
+    tried = [c for c in found if c.layout.stages > 1]
+    fit = [c for c in found if c.fits and c.estimate]
+    with_stages, without = (
+        next((c for c in fit if (c.layout.stages > 1) is piped), None) for piped in (True, False)
+    )
+    if not tried or not (with_stages or without):
+        return ""
+    if with_stages is None:
+        return "No pipeline fits."
+    if without is None:
+        return f"Only pipelines fit: the best is {with_stages.layout}."
+    assert with_stages.estimate and without.estimate
+    piped, plain = with_stages.estimate, without.estimate
+    more = piped.step_seconds / plain.step_seconds - 1
+    waits = piped.seconds["bubble"] / piped.step_seconds
+    fsdp = "FSDP" if without.layout.size("fsdp") > 1 else "the best layout without stages"
+    says = "loses to" if more > 0 else "wins over"
+    best, other = (f"{seconds(made.step_seconds)}" for made in (piped, plain))
+    return (
+        f"A pipeline {says} {fsdp}: the best one ({with_stages.layout}) takes {best} a step, {abs(more):.0%}"
+        f" {'more' if more > 0 else 'less'} than {other} ({without.layout}); its stages wait {waits:.0%} of"
+        " the time."
+    )
 
 
 def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
@@ -235,9 +272,22 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} us" if value else "0"
 
 
+def _reasons(reasons: Sequence[str]) -> list[str]:
+    """The most frequent kinds, each with the first of its reasons."""
+    kinds = collections.defaultdict[str, list[str]](list)
+    for reason in reasons:
+        kinds[_kind(reason)].append(reason)
+    most = sorted(kinds.items(), key=lambda item: -len(item[1]))[:REASONS]
+    return [
+        f"{len(alike)} rejected: {kind if kind == TOO_LARGE else alike[0]}"
+        + (" (and others like it)" if kind != TOO_LARGE and len(set(alike)) > 1 else "")
+        for kind, alike in most
+    ]
+
+
 def _kind(reason: str) -> str:
     """A reason without its numbers."""
-    return "needs more memory than a device has" if reason.startswith("needs ") else reason
+    return TOO_LARGE if reason.startswith("needs ") else re.sub(r"\d+", "", reason.split(";")[0])
 
 
 def rendered(table: Table) -> str:

@@ -8,9 +8,8 @@ import math
 from typing import TYPE_CHECKING
 
 import jax
-from jax.sharding import PartitionSpec as P
 
-from spmd import collectives, scope, sharding
+from spmd import collectives, scope
 from spmd.strategies import base, compress, reduce
 
 if TYPE_CHECKING:
@@ -18,19 +17,19 @@ if TYPE_CHECKING:
 
 
 def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
-    """Whole parameters on every device; ValueError for meshes and models that it cannot take."""
-    mesh = parts.mesh
-    axes = reduce.axes_of(parts, "allreduce", "keeps whole parameters on each device")
+    """Whole parameters in each replica; ValueError for meshes and models that it cannot take."""
+    axes = reduce.axes_of(parts, "allreduce", "keeps whole parameters in each replica")
     reduce.check_measured(parts, config.compress.kind)
     reducer = reducer_of(parts, config, axes)
-    params, _ = base.abstract_params(parts)
+    placed = reduce.param_shardings(parts)
     shardings = dataclasses.replace(
-        base.shardings_of(parts, *(sharding.replicated(mesh, params),) * 2),
+        base.shardings_of(parts, params=placed, moments=placed),
         strategy_state=reduce.state_shardings(parts, axes, reducer),
     )
     gradients = reduce.gradients(parts, axes)
     checked = config.reduction == "psum" and config.compress.kind == "none"
-    reduced = reduce.reduced(parts, axes, reducer, P(), check_vma=checked)
+    specs = jax.tree.map(lambda s: s.spec, placed)
+    reduced = reduce.reduced(parts, axes, reducer, specs, check_vma=checked)
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
         grads, sums, model_state = gradients(

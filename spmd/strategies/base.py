@@ -192,12 +192,6 @@ def pipelined(parts: Parts) -> grad.GradsOf:
             f"{name} needs gradients of parts of the batch, which a pipeline (mesh.stage={stages}) sums up as"
             " it goes; use mesh.stage=1",
         )
-    for axis in ("context", "expert"):
-        check(
-            parts.mesh.shape[axis] == 1,
-            f"mesh.{axis}={parts.mesh.shape[axis]} is not supported in a pipeline (mesh.stage={stages});"
-            " use data, fsdp and tensor beside mesh.stage",
-        )
     staged = parts.task.staged()
     table = schedules.make(parts.pipeline, stages, parts.accumulate, parts.virtual_stages)
     params, _ = abstract_params(parts)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import scope, tree
+from spmd import scope, sharding, tree
 from spmd.fields import check
-from spmd.mesh import BATCH_AXES
 from spmd.strategies import base
 
 PyTree = Any
 Leaves = dict[str, jax.Array]  # by path name
 Sum = Callable[[Leaves], Leaves]
 MiB = 2**20
+# Cut the model and its batch within each replica, by rules; collectives over them are the compiler's.
+WITHIN = ("stage", "context", "expert", "tensor")
 
 
 class Reducer(NamedTuple):
@@ -41,19 +42,30 @@ def axes_of(parts: base.Parts, strategy: str, holds: str) -> tuple[str, ...]:
     """The mesh axes over which gradients are summed; ValueError for meshes and models that a strategy of
     replica and data axes cannot take.
     """
-    for axis, size in parts.mesh.shape.items():
-        check(
-            size == 1 or axis in ("replica", "data"),
-            f"strategy {strategy} {holds}: mesh.{axis}={size} must be 1;"
-            " cut by mesh.data or mesh.replica, or use --strategy auto",
-        )
+    fsdp = parts.mesh.shape["fsdp"]
+    check(
+        fsdp == 1,
+        f"strategy {strategy} {holds}: mesh.fsdp={fsdp} must be 1; cut by mesh.data or mesh.replica, the"
+        f" model by mesh.{', mesh.'.join(WITHIN)}, or use --strategy auto",
+    )
     check(
         not parts.task.whole_batch,
         f"strategy {strategy} shows each device a part of the batch, and"
         f" {', '.join(parts.task.whole_batch)} would take its statistics from that part; use"
         " spmd.models.layers.BatchNorm, or --strategy auto",
     )
-    return tuple(axis for axis in BATCH_AXES if parts.mesh.shape[axis] > 1)
+    return tuple(axis for axis in ("replica", "data") if parts.mesh.shape[axis] > 1)
+
+
+def within(parts: base.Parts) -> bool:
+    """Whether the devices of a replica share a model."""
+    return any(parts.mesh.shape[axis] > 1 for axis in WITHIN)
+
+
+def param_shardings(parts: base.Parts) -> PyTree:
+    """Of the parameters in each replica."""
+    params, _ = base.abstract_params(parts)
+    return sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=False)
 
 
 def check_measured(parts: base.Parts, kind: str) -> None:
@@ -65,8 +77,8 @@ def check_measured(parts: base.Parts, kind: str) -> None:
 
 
 def gradients(parts: base.Parts, axes: tuple[str, ...]) -> Callable[..., Any]:
-    """(params, model_state, batch, step_key) -> (each device's gradient, its first dim; metric sums over all
-    devices; model_state). Parameters come whole.
+    """(params, model_state, batch, step_key) -> (each replica's gradient, its first dim; metric sums over all
+    devices; model_state). Parameters are those of a replica.
     """
     grads_of = base.grads_of(parts)
 
@@ -76,12 +88,20 @@ def gradients(parts: base.Parts, axes: tuple[str, ...]) -> Callable[..., Any]:
             grads, sums, model_state = grads_of(params, model_state, batch, step_key, scale)
             return first_dim(grads), jax.tree.map(scope.batch_sum, sums), model_state
 
-    return jax.shard_map(
+    # Within a replica there are shard_maps of their own, which say nothing of how results vary.
+    return _mapped(
+        parts,
         local,
-        mesh=parts.mesh,
         in_specs=(P(), P(), P(axes), P()),
         out_specs=(P(axes), P(), P()),
+        check_vma=not within(parts),
+        over=axes if within(parts) else parts.mesh.axis_names,
     )
+
+
+def _mapped(parts: base.Parts, fn: Any, *, over: Sequence[str], **how: Any) -> Any:
+    """A shard_map over some axes; over none there is nothing to map."""
+    return jax.shard_map(fn, **how, **sharding.manual(parts.mesh, over)) if over else fn
 
 
 def reduced(
@@ -94,6 +114,9 @@ def reduced(
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """(gradients as of `gradients`, state) -> (summed, as out_specs says, state).
 
+    Each device sums its part of its replica's gradients. A reducer with a state looks at whole arrays, and
+    the compiler cuts its work.
+
     check_vma: off by default, since gathers and rings are typed as differing by device, though they do not;
     that they do not is tested.
     """
@@ -104,14 +127,19 @@ def reduced(
             grads, state = reducer.reduce(grads, state)
             return grads, unpacked(state, first_dim)
 
+    parted = jax.tree.map(lambda s: P(axes, *s.spec), param_shardings(parts))
+    summed = jax.tree.map(lambda spec: only(spec, axes), out_specs)
+
     def apply(grads, state):
         held = {part: P(axes) if part == "own" else P() for part in state}
-        return jax.shard_map(
+        whole = within(parts) and bool(state)
+        return _mapped(
+            parts,
             local,
-            mesh=parts.mesh,
-            in_specs=(P(axes), held),
-            out_specs=(out_specs, held),
+            in_specs=(P(axes) if whole else parted, held),
+            out_specs=(summed if whole else out_specs, held),
             check_vma=check_vma,
+            over=axes if whole else parts.mesh.axis_names,
         )(grads, state)
 
     return apply
@@ -129,9 +157,15 @@ def state_shardings(parts: base.Parts, axes: tuple[str, ...], reducer: Reducer) 
     }
 
 
+def only(spec: P, axes: tuple[str, ...]) -> P:
+    """The spec without what other axes cut."""
+    return P(*(cut if cut in (axes, *axes) else None for cut in spec))
+
+
 def bound(parts: base.Parts, axes: tuple[str, ...]) -> Any:
     """The scope of what runs on a part of the batch."""
-    return scope.bind(axes=axes, platform=parts.mesh.devices.flat[0].platform)
+    placed = sharding.placement(parts.mesh) if within(parts) else {}
+    return scope.bind(axes=axes, **{"platform": parts.mesh.devices.flat[0].platform} | placed)
 
 
 def first_dim(part: PyTree) -> PyTree:

@@ -25,7 +25,7 @@ PyTree = Any
 
 
 def build(parts: base.Parts, config: Server) -> base.Strategy:
-    """Parameters, moments and average cut over all devices; small arrays, and those that do not divide, lie
+    """Parameters, moments and average cut over all replicas; small arrays, and those that do not divide, lie
     on every device. ValueError for meshes and models that it cannot take.
     """
     axes = reduce.axes_of(parts, "server", "cuts parameters over mesh.data and mesh.replica only")
@@ -58,17 +58,17 @@ def build(parts: base.Parts, config: Server) -> base.Strategy:
 
 
 def pull_of(parts: base.Parts, axes: tuple[str, ...], specs: PyTree) -> Any:
-    """Parameters cut by `specs` -> whole on every device."""
+    """Parameters cut by `specs` -> those of a replica."""
 
     def gather(x: jax.Array, spec: P) -> jax.Array:
-        dim = cut_dim(spec)
+        dim = cut_dim(spec, axes)
         return x if dim is None else jax.lax.all_gather(x, axes, axis=dim, tiled=True)
 
     return jax.shard_map(
         lambda params: jax.tree.map(gather, params, specs),
         mesh=parts.mesh,
         in_specs=(specs,),
-        out_specs=P(),
+        out_specs=jax.tree.map(lambda s: s.spec, reduce.param_shardings(parts)),
         check_vma=False,  # what is gathered is the same everywhere, but typed as if it were not
     )
 
@@ -77,7 +77,7 @@ def reducer_of(
     parts: base.Parts, config: Server, axes: tuple[str, ...], owners: PyTree
 ) -> reduce.Reducer:
     """The push."""
-    dims = {name: cut_dim(s.spec) for name, s in tree.named_leaves(owners).items()}
+    dims = {name: cut_dim(s.spec, axes) for name, s in tree.named_leaves(owners).items()}
 
     def total(grads: reduce.Leaves) -> reduce.Leaves:
         return {n: collectives.reduce_scatter(g, axes, dims[n]) for n, g in grads.items()}
@@ -94,9 +94,9 @@ def reducer_of(
     return compress.reducer(config.compress, compress.Way(axes, num, total, whole, dims), 0)
 
 
-def cut_dim(spec: P) -> int | None:
-    """Which dim is cut; None: none."""
-    return next((i for i, axis in enumerate(spec) if axis is not None), None)
+def cut_dim(spec: P, axes: tuple[str, ...]) -> int | None:
+    """Which dim is cut over `axes`; None: none."""
+    return next((i for i, cut in enumerate(spec) if cut in (axes, *axes)), None)
 
 
 @dataclasses.dataclass(frozen=True)

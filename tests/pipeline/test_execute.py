@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from spmd import mesh, scope, sharding, tree
 from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
+from spmd.models.layers import BatchNorm
 from spmd.models.mlp import MLP
+from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
 from spmd.strategies import base
 from tests.marks import slow_but
@@ -40,6 +44,10 @@ MODELS = {
         remat="full",
     ),
 }
+
+
+MODELS["moe"] = dataclasses.replace(MODELS["lm"], experts=Experts(num=8, top_k=2))
+MODELS["deep"] = MLP(inputs=64, hidden=(16,) * 17, dropout=0.3, stacked=True)
 
 
 def parts_of(name, sizes, microbatches, kind="1f1b", virtual=2):
@@ -98,13 +106,14 @@ one_device = functools.cache(lambda name, microbatches: gradients(name, {}, micr
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)]
 CASES = [
     (name, kind, stages, data, tensor)
-    for name in MODELS
+    for name in ("mlp", "lm", "gpt")
     for kind, virtual in SCHEDULES
     for stages in (2, 4, 8)
     for data in (1, 2)
     for tensor in (1, 2)
     if stages * data * tensor <= 8 and stages * virtual <= 8 and not (name == "mlp" and tensor > 1)
 ]
+CASES.append(("deep", "interleaved", 8, 1, 1))
 QUICK = [("mlp", "interleaved", 4, 2, 1), ("lm", "1f1b", 2, 2, 2)]
 
 
@@ -121,13 +130,33 @@ BESIDE = {
     "fsdp": {"stage": 2, "fsdp": 2},
     "fsdp_tensor": {"stage": 2, "fsdp": 2, "tensor": 2},
     "replica_data": {"stage": 2, "replica": 2, "data": 2},
+    "context2": {"stage": 2, "context": 2},
+    "context4": {"stage": 2, "context": 4},
+    "stage4_context2": {"stage": 4, "context": 2},
+    "data_context2": {"stage": 2, "data": 2, "context": 2},
+    "context2_tensor": {"stage": 2, "context": 2, "tensor": 2},
+    "expert2": {"stage": 2, "expert": 2},
+    "expert4": {"stage": 2, "expert": 4},
+    "stage4_expert2": {"stage": 4, "expert": 2},
+    "data_expert2": {"stage": 2, "data": 2, "expert": 2},
+    "context2_expert2": {"stage": 2, "context": 2, "expert": 2},
 }
-PAIRS = [("mlp", "fsdp"), ("mlp", "replica_data"), *(("lm", beside) for beside in BESIDE)]
+OTHERS = [
+    (name, "1f1b", beside)
+    for name, kinds in (
+        ("mlp", ("fsdp", "replica_data")),
+        ("lm", tuple(name for name in BESIDE if "expert" not in name)),
+        ("moe", tuple(name for name in BESIDE if "expert" in name)),
+    )
+    for beside in kinds
+]
+OTHERS += [("lm", kind, "context2") for kind in ("gpipe", "interleaved")]
+OTHERS += [("moe", kind, "expert2") for kind in ("gpipe", "interleaved")]
 
 
-@pytest.mark.parametrize("name,beside", slow_but([("mlp", "fsdp")], PAIRS))
-def test_beside_other_axes(name, beside):
-    assert_same(gradients(name, BESIDE[beside], 4), one_device(name, 4))
+@pytest.mark.parametrize("name,kind,beside", slow_but([("mlp", "1f1b", "fsdp")], OTHERS))
+def test_beside_other_axes(name, kind, beside):
+    assert_same(gradients(name, BESIDE[beside], 4, kind), one_device(name, 4))
 
 
 ROWS, WIDTH = 1024, 64  # of a microbatch, and of a layer
@@ -178,3 +207,15 @@ def test_mistakes_say_what_works():
     text = refused(CNN(), {"stage": 2}, 4)
     assert "spmd.models.cnn" in text and "no enter, through, leave, logits, stream" in text
     assert "model.stacked" in refused(MLP(inputs=64, hidden=(16,) * 5), {"stage": 2}, 4)
+    with pytest.raises(ValueError, match=r"keeps a state that is not of its layers .*: norm/mean"):
+        TASKS[MLP].build(Statistics).staged()
+
+
+class Statistics(nnx.Module):
+    """The parts of a pipeline, and batch statistics."""
+
+    stream = ("batch", "mlp")
+    enter = through = leave = logits = lambda self: None
+
+    def __init__(self, rngs):
+        self.norm = BatchNorm(8)

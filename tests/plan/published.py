@@ -237,5 +237,6 @@ def share(row: Scaling, num_devices: int) -> float:
     facts = Facts(row.name, (whole,), batch_size, batch_size, 1, 0, {}, 0, 4, 1, None)
     compute = row.rows / row.rate
     found = comms.of(facts, Layout({"data": num_devices}))
-    shown = cost.crossed(found, levels, compute, compute * cost.BACKWARD).values()
+    work = cost.Work(compute, compute * cost.BACKWARD, elementwise=0, flops=0)
+    shown = cost.crossed(found, levels, work)[0].values()
     return compute / (compute + sum(seconds for _, seconds in shown))

@@ -14,6 +14,7 @@ import spmd
 from spmd import flops, tree
 from spmd.mesh import AXES
 from spmd.models.transformer import Transformer
+from spmd.pipeline import schedules
 from spmd.plan import comms, cost, facts, memory, network, scaling, targets
 from spmd.plan.layout import REMATS, Layout
 from spmd.plan.shardings import GROUPS
@@ -285,8 +286,9 @@ def test_axes_lie_where_jax_lays_them(name):
 def test_a_gather_on_a_torus_uses_both_directions_of_all_its_dims():
     cube = targets.parse("v5p:4x4x4")
     levels = network.levels(cube, {"fsdp": 16, "tensor": 4})
-    assert levels["fsdp"] == (network.Level("ICI", 16, 4 * 90e9),)
-    assert levels["tensor"] == (network.Level("ICI", 4, 2 * 90e9),)
+    dim = network.Dim(4, 2 * 90e9, 90e9)
+    assert levels["fsdp"] == (network.Level("ICI", 16, 4 * 90e9, (dim, dim)),)
+    assert levels["tensor"] == (network.Level("ICI", 4, 2 * 90e9, (dim,)),)
     assert network.seconds(levels["fsdp"], "all-gather", 16e9) == pytest.approx(
         15e9 / 360e9, rel=1e-3
     )
@@ -408,16 +410,137 @@ def test_what_cannot_be_is_one_message():
             Layout({"fsdp": 64}, accumulate=16),
             "does not divide over 64 batch shards x train.accumulate=16",
         ),
-        (Layout({"fsdp": 16, "context": 4}), r"mesh\.context=4 is not estimated yet"),
+        (Layout({"fsdp": 1, "stage": 64}), r"mesh\.stage=64 does not divide the 32 layers"),
+        (
+            Layout({"fsdp": 4, "context": 16}, context="ulysses"),
+            r"ulysses: mesh\.context=16 does not divide the 32 heads and 8 key",
+        ),
+        (
+            Layout({"data": 16, "stage": 4}, accumulate=2, pipeline="interleaved", virtual=2),
+            r"train\.accumulate in multiples of mesh\.stage=4",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             cost.estimate(fact, cube, layout)
+    splash = known("llama3_8b", "--model.attention", "splash")
+    with pytest.raises(ValueError, match=r"splash takes whole sequences, and model\.context=ring"):
+        cost.estimate(splash, cube, Layout({"fsdp": 16, "context": 4}))
+    lora = known("llama3_8b", "--init.lora", "4")
+    with pytest.raises(ValueError, match="a pipeline takes no frozen parameters or adapters"):
+        cost.estimate(lora, cube, Layout({"data": 16, "stage": 4}, accumulate=8))
+    mixture = known("lm_stdlib", "--model.experts.num", "6")
+    with pytest.raises(ValueError, match=r"mesh\.expert=4 does not divide the 6 experts"):
+        cost.estimate(mixture, targets.parse("h100:8"), Layout({"data": 2, "expert": 4}))
     with pytest.raises(ValueError, match="nothing is known of the speed of cpu:8"):
         cost.estimate(fact, targets.parse("cpu:8"), Layout({"fsdp": 8}))
     with pytest.raises(ValueError, match="links between devices of l4:8 are not known"):
         cost.estimate(fact, targets.parse("l4:8"), Layout({"fsdp": 8}))
     with pytest.raises(ValueError, match="known of Transformer only"):
         cost.estimate(known("digits"), targets.parse("h100:8"), Layout({"data": 4, "tensor": 2}))
+
+
+# ---- pipelines, contexts, experts
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_a_pipeline_waits_as_its_schedule_says(virtual):
+    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
+    kind = "interleaved" if virtual > 1 else "1f1b"
+    layout = Layout({"stage": 8}, accumulate=16, remat="full", pipeline=kind, virtual=virtual)
+    seconds = cost.estimate(fact, targets.parse("h100:8"), layout).seconds
+    work = seconds["products"] + seconds["elementwise"]
+    waits = schedules.bubble(8, 16, virtual)
+    assert seconds["bubble"] / (seconds["bubble"] + work) == pytest.approx(waits)
+
+
+def test_what_a_pipeline_does_once_a_step_is_no_part_of_its_bubble():
+    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
+    layout = Layout({"data": 2, "fsdp": 2, "stage": 2}, accumulate=4, remat="full")
+    found = {(each.what, each.axes): each.ticking for each in comms.of(fact, layout)}
+    assert found == {
+        ("parameters", ("fsdp",)): True,
+        ("gradients", ("fsdp",)): True,
+        ("activations", ("fsdp",)): True,
+        ("gradients", ("data",)): False,
+        ("gradients", ("data", "stage")): False,
+        ("microbatches", ("stage",)): False,
+    }
+
+
+def test_a_pipeline_computes_its_layers_once_more_but_for_the_last_stage():
+    fact = known("llama3_8b", "--data.batch-size", "64")
+    target, layout = targets.parse("h100:8"), Layout({"stage": 8}, accumulate=16)
+    assert fact.model
+    made = facts.products(fact.model, fact.length)
+    head = fact.tokens * made.pop("logits")
+    forward = fact.tokens * fact.model.layers * sum(made.values())
+    executed = cost.estimate(fact, target, layout).executed_flops
+    assert executed == pytest.approx((3 + 7 / 8) * forward + 4 * head)
+
+
+@pytest.mark.parametrize("kind", ["gpipe", "1f1b", "interleaved"])
+def test_kept_inputs_are_those_of_the_schedule(kind):
+    virtual = 2 if kind == "interleaved" else 1
+    for stages, micro in ((2, 4), (4, 8), (4, 32), (8, 32)):
+        _, *kept = schedules.program(schedules.make(kind, stages, micro, virtual))
+        assert memory.slots(kind, stages, micro, virtual) == sum(kept)
+
+
+def test_stages_share_layers_and_1f1b_keeps_less_than_gpipe():
+    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
+    layout = Layout({"data": 2, "stage": 4}, accumulate=16, remat="full")
+    held = memory.of(fact, layout)
+    stack = sum(leaf.size for leaf in fact.params if leaf.stacked)
+    assert held.parameters == 4 * (stack / 4 + fact.num_params - stack)
+    row = 2 * 8192 * 4096 * 2  # bytes of a microbatch between stages
+    more = memory.of(fact, layout._replace(pipeline="gpipe")).activations - held.activations
+    slots = [memory.slots(kind, 4, 16, 1) for kind in ("gpipe", "1f1b")]
+    assert more == row * (slots[0] - slots[1]) > 0
+
+
+def test_a_ring_hides_its_keys_and_values_behind_attention():
+    words = ("--data.batch-size", "8", "--data.sequence-length", "32768")
+    fact = known("llama3_8b", *words, "--model.length", "32768")
+    layout = Layout({"fsdp": 2, "context": 4}, remat="full")
+    networks = cost.estimate(fact, targets.parse("h100:8"), layout).networks
+    spent, shown = networks["keys and values over context (NVLink)"]
+    assert spent > 0 and shown == 0
+    order, exposed = networks["activations over context (NVLink)"]
+    assert order == exposed > 0
+    short = known("llama3_8b", "--data.batch-size", "64", "--data.sequence-length", "256")
+    networks = cost.estimate(short, targets.parse("h100:8"), layout).networks
+    spent, shown = networks["keys and values over context (NVLink)"]
+    assert 0 < shown < spent
+
+
+def test_a_cut_sequence_is_held_in_parts():
+    fact = known("lm_stdlib", "--model.remat", "full")
+    one = memory.of(fact, Layout({}, remat="full")).activations
+    assert memory.of(fact, Layout({"context": 4}, remat="full")).activations == one / 4
+
+
+def test_rows_of_experts_travel_in_rounds():
+    words = ("--model.experts.num", "8", "--model.remat", "full")
+    fact, layout = known("lm_stdlib", *BF16, *words), Layout({"data": 2, "expert": 4})
+    rows = [each for each in comms.of(fact, layout) if each.what == "rows"]
+    here = 16 * 128 / 8 * 2 * 64 * 2  # bytes: tokens of a device, each to two experts
+    assert [(each.bytes, each.count) for each in rows] == [(here, 2 * 6 * comms.ROUNDS)]
+    gradients = {each.axes for each in comms.of(fact, layout) if each.what == "gradients"}
+    assert gradients == {("data", "expert"), ("data",)}  # the experts' own: where they are
+
+
+def test_an_exchange_on_a_torus_takes_as_long_as_its_longest_dim():
+    cube = targets.parse("v5p:4x4x8")
+    levels = network.levels(cube, {"fsdp": 4, "expert": 32})
+    took = network.seconds(levels["expert"], "all-to-all", 16e9)
+    line = 90e9  # 8 of these dims' links: no ring, but 4x4x8 is made of cubes
+    assert took == pytest.approx(8 / 4 * 16e9 / (2 * line), rel=1e-2)
+    ring = network.levels(targets.parse("v5p:4x4x4"), {"fsdp": 16, "context": 4})
+    took = network.seconds(ring["context"], "collective-permute", 9e9)
+    assert took == pytest.approx(9e9 / 90e9, rel=1e-2)  # one link of two
+    switch = network.levels(targets.parse("h100:16"), {"expert": 16})
+    took = network.seconds(switch["expert"], "all-to-all", 16e9)
+    assert took == pytest.approx(14e9 / (0.8 * 450e9) + 8e9 / (0.8 * 50e9), rel=1e-2)
 
 
 # ---- scaling

@@ -7,12 +7,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 
 import pytest
 
 import spmd
-from spmd import ahead, hlo, tree
-from spmd.plan import compile, targets
+from spmd import ahead, hlo, planner, tree
+from spmd.plan import comms, compile, targets
 from spmd.plan.compile import Compiled
 from tests.marks import slow_but
 
@@ -162,6 +163,7 @@ CASES = {
 }
 # Scalars of metrics and clipping, norms below MIN_FSDP_ELEMENTS.
 SMALL = 0.02
+SCALARS = 512  # bytes of the former, beside what is small itself
 
 
 @pytest.mark.parametrize("case", slow_but(("zero1", "fsdp", "sp", "local"), CASES))
@@ -187,6 +189,44 @@ def test_bytes_are_those_of_the_closed_form(case):
     batch = (4 * T + 1) * 4 * B * ways // 8
     assert made.memory.arguments == held + batch  # without example_id, of which nothing is drawn
     assert made.memory.aliased == pytest.approx(held, rel=0.01)
+
+
+# Held to the planner's own forms, which count a pipeline's ticks and a mixture's rounds as they run. A
+# table's gradient is summed over time apart on CPUs, so no other axis that cuts rows stands beside context.
+PIPE = ["--model.layers", "4", "--train.accumulate", "4", "--mesh.stage"]
+GQA = ["1", "--model.kv-heads", "4", "--mesh.context"]
+ULYSSES = [*GQA, "4", "--model.context", "ulysses"]
+MIXED = ["--model.experts.num", "8", "--mesh.expert"]
+PLANNED = {
+    "stage": ["2", *PIPE, "4"],
+    "gpipe": ["2", *PIPE, "2", "--train.pipeline", "gpipe"],
+    "interleaved": ["2", *PIPE, "2", "--train.pipeline", "interleaved"],
+    "stage_fsdp": ["2", *PIPE, "2", "--mesh.fsdp", "2", "--model.remat", "full"],
+    "stage_zero1": ["1", *PIPE, "2", "--mesh.fsdp", "4", "--strategy.zero", "1"],
+    "stage_tensor": ["1", *PIPE, "2", "--mesh.tensor", "2", "--model.remat", "named"],
+    "stage_chunks": ["1", *PIPE, "4", "--mesh.fsdp", "2", "--task.chunks", "4"],
+    "ring": [*GQA, "4", "--model.dtype", "bfloat16"],
+    "ring_anew": [*GQA, "2", "--model.remat", "full", "--mesh.tensor", "2"],
+    "ulysses": ULYSSES,
+    "ulysses_anew": [*ULYSSES, "--model.remat", "named"],
+    "experts": ["2", *MIXED, "4"],
+    "experts_tensor": ["1", *MIXED, "4", "--mesh.tensor", "2"],
+    "experts_anew": ["4", *MIXED, "2", "--model.remat", "full"],
+}
+
+
+@pytest.mark.parametrize("case", slow_but(("stage", "ring", "experts"), PLANNED))
+def test_what_is_planned_is_what_the_program_sends(case):
+    exp = spmd.load("lm_stdlib", [*WORDS, *PLANNED[case]]).experiment
+    num = math.prod(exp.mesh.sizes().values())
+    made = compile.compiled(exp.unread(num).build(source=()), targets.parse(f"cpu:{num}"))
+    cut = planner.layout(exp, num)
+    found = comms.ledger(comms.compiled(made.program, cut))
+    wanted = comms.ledger(comms.of(planner.facts(exp), cut))
+    largest = max(total.bytes for total in wanted.values())
+    for key in found | wanted:
+        has, wants = (each[key].bytes if key in each else 0 for each in (found, wanted))
+        assert abs(has - wants) <= SMALL * (wants or largest) + SCALARS, key
 
 
 def test_a_process_of_its_own_finds_the_same_and_remembers_it():

@@ -13,6 +13,8 @@ import spmd
 from spmd import hlo, planner
 from spmd.commands import main
 from spmd.plan import budget, report, targets
+from spmd.plan.layout import Layout
+from spmd.plan.search import Candidate
 
 LLAMA = ("--experiment", "llama3_8b", "--model.attention", "splash")
 FSDP = ("--mesh.data", "1", "--mesh.fsdp", "-1")
@@ -53,6 +55,28 @@ def test_a_search_ranks_what_fits_and_says_why_not(capsys, tmp_path):
     assert re.search(r"\d+ layouts on v5p:4x4x4: \d+ fit", shown)
     assert "rejected: needs more memory" in shown and "does not divide the 32 heads" in shown
     assert page.read_text().count("<circle") > 100
+
+
+def test_a_search_says_what_a_pipeline_is_worth():
+    def candidate(sizes, seconds, bubble=0.0, reason=""):
+        layout = Layout(sizes, accumulate=8)
+        parts = {"products": seconds, "bubble": bubble}
+        return Candidate(layout, known._replace(layout=layout, seconds=parts), reason)
+
+    known = planner.plan(load("llama3_8b", *FSDP), "v5p:4x4x4", compiled=False).estimate
+    assert known
+
+    fsdp, piped = candidate({"fsdp": 64}, 4), candidate({"data": 16, "stage": 4}, 4, 1)
+    said = report.pipelines([fsdp, piped])
+    assert said.startswith(
+        "A pipeline loses to FSDP: the best one (data=16 stage=4 accumulate=8 1f1b"
+    )
+    assert "takes 5 s a step, 25% more than 4 s (fsdp=64" in said
+    assert said.endswith("its stages wait 20% of the time.")
+    assert report.pipelines([candidate({"fsdp": 64}, 8), piped]).startswith("A pipeline wins over")
+    assert report.pipelines([fsdp, piped._replace(reason="too large")]) == "No pipeline fits."
+    assert report.pipelines([piped]).startswith("Only pipelines fit: the best is data=16 stage=4")
+    assert report.pipelines([fsdp]) == ""
 
 
 def test_the_words_of_a_search_plan_the_same():

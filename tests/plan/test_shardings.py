@@ -227,7 +227,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd.experiment import find, from_file
+from spmd.registry import find, from_file
 
 
 class Net(nnx.Module):

@@ -25,6 +25,7 @@ from tests.marks import slow_but
 
 STEPS = 50
 BATCH = 32
+RTOL = {"float32": 1e-5, "float64": 1e-10}
 MODELS = {
     "mlp": MLP(inputs=64, hidden=(64, 64), dropout=0.3),
     "cnn": CNN(features=(8, 16), dropout=0.3),  # batch norm: statistics over the global batch
@@ -108,12 +109,44 @@ LAYOUTS = {
     "powersgd4": (AllReduce(reduction="ring", compress=FULL), MeshConfig(), 4),
     "server_topk4": (Server(compress=ALL), MeshConfig(), 4),
     "server_powersgd4": (Server(compress=FULL), MeshConfig(), 4),
+    # Replicas whose devices share a model.
+    "psum2_tensor2": (AllReduce(), MeshConfig(tensor=2), 4),
+    "psum2_context2": (AllReduce(), MeshConfig(context=2), 4),
+    "psum2_expert2": (AllReduce(), MeshConfig(expert=2), 4),
+    "ring2_expert2_tensor2": (AllReduce(reduction="ring"), MeshConfig(expert=2, tensor=2), 8),
+    "server2_tensor2": (Server(), MeshConfig(tensor=2), 4),
+    "server2_expert2_context2": (Server(), MeshConfig(expert=2, context=2), 8),
+    "powersgd2_tensor2": (AllReduce(compress=FULL), MeshConfig(tensor=2), 4),
+    "server_topk2_context2": (Server(compress=ALL), MeshConfig(context=2), 4),
 }
 
 # Of models that are a stack of layers; four microbatches. All schedules: tests/pipeline/test_execute.py.
 PIPELINES = {
     "stage2": (Auto(), MeshConfig(data=1, stage=2), 2),
     "stage2_fsdp2x2": (Auto(), MeshConfig(data=2, fsdp=2, stage=2), 8),
+    "stage2_context2": (Auto(), MeshConfig(data=1, stage=2, context=2), 4),
+    "stage2_context2x2": (Auto(), MeshConfig(data=2, stage=2, context=2), 8),
+    "stage2_context4": (Auto(), MeshConfig(data=1, stage=2, context=4), 8),
+    "stage2_context2_tensor2": (Auto(), MeshConfig(data=1, stage=2, context=2, tensor=2), 8),
+    "stage2_context2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, context=2), 8),
+    "stage2_expert2": (Auto(), MeshConfig(data=1, stage=2, expert=2), 4),
+    "stage2_expert4": (Auto(), MeshConfig(data=1, stage=2, expert=4), 8),
+    "stage2_expert2x2": (Auto(), MeshConfig(data=2, stage=2, expert=2), 8),
+    "stage2_expert2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, expert=2), 8),
+    "stage2_expert2_tensor2": (Auto(), MeshConfig(data=1, stage=2, expert=2, tensor=2), 8),
+    "stage2_expert2_context2": (Auto(), MeshConfig(data=1, stage=2, expert=2, context=2), 8),
+    "stage2_psum2": (AllReduce(), MeshConfig(stage=2), 4),
+    "stage2_ring2_context2": (AllReduce(reduction="ring"), MeshConfig(stage=2, context=2), 8),
+    "stage2_hierarchical2x2": (
+        AllReduce(reduction="hierarchical"),
+        MeshConfig(replica=2, stage=2),
+        8,
+    ),
+    "stage2_psum2_expert2": (AllReduce(), MeshConfig(stage=2, expert=2), 8),
+    "stage2_topk2": (AllReduce(compress=ALL), MeshConfig(stage=2), 4),
+    "stage2_server2": (Server(), MeshConfig(stage=2), 4),
+    "stage2_server2_tensor2": (Server(), MeshConfig(stage=2, tensor=2), 8),
+    "stage2_server2_expert2": (Server(), MeshConfig(stage=2, expert=2), 8),
     "stage2_zero1": (Auto(zero=1), MeshConfig(data=1, fsdp=2, stage=2), 4),
     "stage2_sequence2x2": (
         Auto(sequence_parallel=True),
@@ -284,60 +317,96 @@ def test_equals_one_device(layout, name, accumulate, dtype):
     with jax.enable_x64(dtype == "float64"):
         want = reference(name, accumulate, dtype, **how)
         got = trajectory(MODELS[name], *LAYOUTS[layout], accumulate=accumulate, dtype=dtype, **how)
-    assert_same(got, want, 1e-5 if dtype == "float32" else 1e-10)
+    assert_same(got, want, RTOL[dtype])
 
 
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
 LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4", "server2x4"]
-PRIVATE_LAYOUTS = [*LANGUAGE]
+PRIVATE_LAYOUTS = [*LANGUAGE, "psum2_tensor2"]
 LANGUAGE += ["local8", "powersgd4", "local_powersgd4x2x2"]  # blocks stacked in three dims and more
-LANGUAGE += [name for name in LAYOUTS if name.startswith("context")]
+LANGUAGE += [name for name in LAYOUTS if "context" in name or "2_tensor2" in name]
 QUICK_LANGUAGE = ("sequence2x2", "context2x2x2")
 
 
 @pytest.mark.parametrize(
-    "layout,context",
+    "layout,context,dtype",
     slow_but(
-        [(layout, "ring") for layout in QUICK_LANGUAGE],
+        [(layout, "ring", "float64") for layout in QUICK_LANGUAGE],
         [
-            *((layout, "ring") for layout in LANGUAGE),
-            ("context2", "ulysses"),
-            ("context2x2", "ulysses"),
+            *((layout, "ring", "float64") for layout in LANGUAGE),
+            ("context2", "ulysses", "float64"),
+            ("context2x2", "ulysses", "float64"),
+            *((f"context{n}", "ring", "float32") for n in (2, 4, 8)),
         ],
     ),
 )
-def test_language_model_equals_one_device(layout, context):
+def test_language_model_equals_one_device(layout, context, dtype):
     """Packed documents, uneven padding, dropout, z-loss, a loss in chunks."""
-    with jax.enable_x64(True):
-        how = {"dtype": "float64", "steps": 8, "optimizer": optimizer_of(LAYOUTS[layout][0])}
+    with jax.enable_x64(dtype == "float64"):
+        how = {"dtype": dtype, "steps": 8, "optimizer": optimizer_of(LAYOUTS[layout][0])}
         want = reference("lm", 1, **how)
         model = dataclasses.replace(MODELS["lm"], context=context)
         got = trajectory(model, *LAYOUTS[layout], **how)
-    assert_same(got, want, 1e-10)
+    assert_same(got, want, RTOL[dtype])
     assert want[0][-1] < want[0][0]
 
 
-@pytest.mark.parametrize("layout", slow_but(("stage2",), PIPELINES))
-def test_pipelines_equal_one_device(layout):
-    with jax.enable_x64(True):
-        how = {"dtype": "float64", "steps": 4, "accumulate": 4}
-        want = reference("lm", **how)
-        got = trajectory(MODELS["lm"], *PIPELINES[layout], **how)
-    assert_same(got, want, 1e-10)
-
-
-EXPERTS = [name for name in LAYOUTS if name.startswith("expert")]
+PIPELINED = [(name, "ring", "float64") for name in PIPELINES if "expert" not in name]
+PIPELINED += [
+    (f"stage2_{rest}", "ulysses", "float64")
+    for rest in ("context2", "context2x2", "context2_fsdp2")
+]
+PIPELINED += [(f"stage2{rest}", "ring", "float32") for rest in ("", "_context2", "_psum2")]
 
 
 @pytest.mark.parametrize(
-    "layout", slow_but(("expert2",), [*EXPERTS, "fsdp4", "psum2", "context2x2"])
+    "layout,context,dtype", slow_but([("stage2_ring2_context2", "ring", "float64")], PIPELINED)
 )
-def test_experts_equal_one_device(layout):
+def test_pipelines_equal_one_device(layout, context, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        how = {"dtype": dtype, "steps": 4, "accumulate": 4}
+        want = reference("lm", **how)
+        model = dataclasses.replace(MODELS["lm"], context=context)
+        got = trajectory(model, *PIPELINES[layout], **how)
+    assert_same(got, want, RTOL[dtype])
+
+
+EXPERTS = [name for name in LAYOUTS if "expert" in name]
+
+
+@pytest.mark.parametrize(
+    "layout,dtype",
+    slow_but(
+        [("expert2", "float64")],
+        [
+            *((layout, "float64") for layout in [*EXPERTS, "fsdp4", "psum2", "context2x2"]),
+            *((f"expert{n}", "float32") for n in (2, 4, 8)),
+        ],
+    ),
+)
+def test_experts_equal_one_device(layout, dtype):
     """Routing, both kinds of balance and their metrics, with the experts here or there."""
-    with jax.enable_x64(True):
-        how = {"dtype": "float64", "steps": 3}
+    with jax.enable_x64(dtype == "float64"):
+        how = {"dtype": dtype, "steps": 3}
         want = reference("moe", 1, **how)
         got = trajectory(MODELS["moe"], *LAYOUTS[layout], **how)
+    assert_same(got, want, RTOL[dtype])
+    assert want[1]["model_state/blocks/mlp/offset"] > 0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    slow_but(
+        ("stage2_expert2",),
+        ["stage2", "stage2_context2", *(name for name in PIPELINES if "expert" in name)],
+    ),
+)
+def test_experts_in_a_pipeline_equal_one_device(layout):
+    """Their loss, their loads, and their offsets, which each microbatch moves."""
+    with jax.enable_x64(True):
+        how = {"dtype": "float64", "steps": 3, "accumulate": 4}
+        want = reference("moe", **how)
+        got = trajectory(MODELS["moe"], *PIPELINES[layout], **how)
     assert_same(got, want, 1e-10)
     assert want[1]["model_state/blocks/mlp/offset"] > 0
 
