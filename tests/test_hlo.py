@@ -316,6 +316,50 @@ def test_a_sum_of_all_reduces_is_one_until_the_module_is_final():
     assert count(True) == [("data",), ("tensor",), ("tensor",), ("tensor",)]
 
 
+def test_a_sum_of_copies_of_all_reduces_is_one():
+    """The partitioner leaves copies within a shard_map."""
+    body = f"""  %p = f32[8]{{0}} parameter(0)
+  %a = f32[8]{{0}} all-reduce(%p), channel_id=1, {OVER_TENSOR}
+  %a.1 = f32[8]{{0}} copy(%a)
+  %q = f32[8]{{0}} negate(%p)
+  %b = f32[8]{{0}} all-reduce(%q), channel_id=2, {OVER_TENSOR}
+  %b.1 = f32[8]{{0}} copy(%b)
+  %ab = f32[8]{{0}} add(%a.1, %b.1)
+  %ab.1 = f32[8]{{0}} copy(%ab)
+  %c = f32[8]{{0}} all-reduce(%q), channel_id=3, {OVER_TENSOR}
+  %c.1 = f32[8]{{0}} copy(%c)
+  ROOT %abc = f32[8]{{0}} add(%ab.1, %c.1)"""
+    (one,) = hlo.read(module(body), TWO).collectives
+    assert one.axes == ("tensor",)
+
+
+def test_a_permute_of_each_device_to_itself_sends_nothing():
+    body = """  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} collective-permute(%p), channel_id=1, source_target_pairs={{0,0},{1,1}}
+  ROOT %b = f32[8]{0} collective-permute(%a), channel_id=2, source_target_pairs={{0,1},{1,1}}"""
+    (one,) = hlo.read(module(body), TWO).collectives
+    assert one.axes == ("tensor",)
+
+
+def test_a_computation_may_run_on_a_part_of_the_chip_of_its_own():
+    apart = """
+%scatter (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%q)
+}, execution_thread="sparsecore"
+
+%fused (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%q)
+}
+"""
+    body = f"""  %p = f32[8]{{0}} parameter(0)
+  %f = f32[8]{{0}} fusion(%p), kind=kLoop, calls=%fused
+  ROOT %r = f32[8]{{0}} all-reduce(%f), channel_id=1, {OVER_TENSOR}"""
+    (one,) = hlo.read(module(body, before=apart, scheduled=True), TWO).collectives
+    assert one.bytes == 32
+
+
 def test_elements_named_in_short_are_elements():
     body = f"""  %p = f32[8]{{0}} parameter(0)
   %t = ((f32[8]{{0}}, bf16[4,2]{{1,0:T(8,128)(2,1)}}), s32[]) custom-call(%p), custom_call_target="work"

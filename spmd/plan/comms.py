@@ -6,8 +6,9 @@ Counted as the TPU compiler leaves them (read from programs for v5p:2x2x2; tests
   and backward; norms as they are; the table once in a step; the head once, or twice for a chunk of the loss.
 - gradients are summed in the parameters' own type once in each microbatch, the head's for each chunk: those
   of matrices under ZeRO-3 by a reduce-scatter over fsdp, then an all-reduce of the shard over the other axes
-  that cut tokens (HSDP), context by itself and of the head once for all chunks; those of norms and of the
-  table, which is a scatter, by one all-reduce over all axes that cut tokens.
+  that cut tokens (HSDP), context by itself and of the head once for all chunks; those of norms, of experts
+  (whose layer is a shard_map, which sums whole gradients) and of the table, which is a scatter, by one
+  all-reduce over all axes that cut tokens.
   Under ZeRO-1 the compiler leaves all-reduces (the stacked gradients leave the loop whole) where Rajbhandari
   et al. 2020 have reduce-scatters.
 - ZeRO-1 gathers the new parameters once in a step, in their own type.
@@ -202,7 +203,7 @@ def _of_param(facts: Facts, layout: Layout, mesh: AbstractMesh, leaf: Leaf) -> I
     sharded = cut and (layout.zero == 3 or piped)
     parts = [(False, micro)] if table else []  # a tied table has both gradients
     if not table or is_head(facts, leaf):
-        parts.append((matrix, layers * micro * chunks))
+        parts.append((matrix and not is_expert(leaf), layers * micro * chunks))
     for product, count in parts:
         if piped and table and not product:  # of all rows, each device takes those of its own part
             yield from _rows(facts, layout, within, leaf.itemsize, count)
@@ -257,6 +258,11 @@ def shared_over(leaf: Leaf, layout: Layout, mesh: AbstractMesh) -> tuple[str, ..
 def is_table(leaf: Leaf) -> bool:
     """Whether rows of it are looked up."""
     return leaf.dims in (("vocab", "embed"), ("position", "embed"))
+
+
+def is_expert(leaf: Leaf) -> bool:
+    """Whether it is a mixture's, whose products run on each device's block (moe.Mixture)."""
+    return bool(leaf.dims and "experts" in leaf.dims)
 
 
 def is_head(facts: Facts, leaf: Leaf) -> bool:

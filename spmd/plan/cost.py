@@ -158,7 +158,7 @@ def estimate(
 def crossed(
     found: list[comms.Collective], levels: network.Levels, work: Work
 ) -> tuple[dict[str, tuple[float, float]], float]:
-    """`what over axes (network)` -> seconds of its collectives, and those that nothing hides; and what of these
+    """`what over axes (network)` -> seconds of its collectives, and those that nothing hides; what of these
     is a part of each microbatch's work. A ring hides first, then gathers.
     """
     times: dict[tuple[str, bool, str], float] = {}

@@ -286,8 +286,10 @@ def _reasons(reasons: Sequence[str]) -> list[str]:
 
 
 def _kind(reason: str) -> str:
-    """A reason without its numbers."""
-    return TOO_LARGE if reason.startswith("needs ") else re.sub(r"\d+", "", reason.split(";")[0])
+    """A reason without its numbers, and without the axis."""
+    if reason.startswith("needs "):
+        return TOO_LARGE
+    return re.sub(r"mesh\.\w+=\d+|\(.*?\)|\d+", "", reason.split(";")[0])
 
 
 def rendered(table: Table) -> str:

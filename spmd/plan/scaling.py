@@ -35,7 +35,7 @@ class Point(NamedTuple):
 class Bound(NamedTuple):
     """Of the collectives of an axis, seconds in a step against those of the products. limit: what they are
     equal at, all else as it is: the fewest tokens on a device for an axis that cuts the batch, the largest
-    size of mesh.tensor.
+    size of any other.
     """
 
     axis: str
@@ -49,12 +49,10 @@ class Bound(NamedTuple):
         return self.seconds > self.products
 
     def __str__(self) -> str:
-        what = "a larger size" if self.axis == "tensor" else "fewer tokens on a device"
-        unit = (
-            f"mesh.tensor={self.limit:.1f}"
-            if self.axis == "tensor"
-            else f"{self.limit:,.0f} tokens"
-        )
+        if self.axis in BATCH_AXES:
+            what, unit = "fewer tokens on a device", f"{self.limit:,.0f} tokens"
+        else:
+            what, unit = "a larger size", f"mesh.{self.axis}={self.limit:.1f}"
         return f"{self.axis}: bound by communication with {what} than {unit}"
 
     def json(self) -> dict[str, Any]:

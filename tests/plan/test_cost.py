@@ -107,24 +107,31 @@ def test_activations_are_cut_as_the_batch_the_heads_and_the_time_are():
     assert (named - one) / 2 == cut - one > 0
 
 
-# The peak by the compiler (libtpu 0.0.42.1, jax 0.10.2) of programs for v5p, in GB: llama3_8b with
-# splash attention, 16 rows. All of them: tests/plan/test_peak.py.
+# The peak by the compiler (libtpu 0.0.42.1, jax 0.10.2) of programs for v5p, in GB: llama3_8b with splash
+# attention, so many rows. All of them: tests/plan/test_peak.py.
 COMPILED = {
-    "fsdp": (Layout({"fsdp": 8}, remat="full"), 25.74),
-    "dots": (Layout({"fsdp": 8}, remat="dots"), 65.99),
-    "fsdp_tensor": (Layout({"fsdp": 4, "tensor": 2}, remat="full"), 29.92),
+    "fsdp": (Layout({"fsdp": 8}, remat="full"), 16, 25.74),
+    "dots": (Layout({"fsdp": 8}, remat="dots"), 16, 65.99),
+    "fsdp_tensor": (Layout({"fsdp": 4, "tensor": 2}, remat="full"), 16, 29.92),
     "sequence_parallel": (
         Layout({"fsdp": 4, "tensor": 4}, sequence_parallel=True, remat="full"),
-        13.65,
+        *(16, 13.65),
     ),
-    "named": (Layout({"data": 4, "fsdp": 4}, remat="named"), 44.63),
+    "named": (Layout({"data": 4, "fsdp": 4}, remat="named"), 16, 44.63),
+    "stage": (Layout({"data": 2, "stage": 4}, accumulate=8, remat="full"), 16, 59.87),
+    "stage_fsdp": (Layout({"fsdp": 4, "stage": 2}, accumulate=4, remat="full"), 32, 30.37),
+    "stage_zero1": (
+        Layout({"fsdp": 4, "stage": 2}, zero=1, accumulate=4, remat="full"),
+        *(32, 54.76),
+    ),
+    "ulysses": (Layout({"fsdp": 2, "context": 4}, remat="full", context="ulysses"), 4, 73.08),
 }
 
 
 @pytest.mark.parametrize("case", COMPILED)
 def test_peak_is_near_the_compiled_one(case):
-    layout, peak = COMPILED[case]
-    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "16")
+    layout, rows, peak = COMPILED[case]
+    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", str(rows))
     assert memory.of(fact, layout).peak == pytest.approx(peak * 1e9, rel=0.1)
 
 
@@ -577,3 +584,11 @@ def test_an_axis_is_bound_below_its_limit_of_tokens():
             bound.limit, rel=0.01
         )  # a matter of layout, not of the batch
         assert not again.bound and str(again).startswith(f"{bound.axis}: bound by communication")
+
+
+def test_an_axis_that_does_not_cut_the_batch_is_bound_beyond_a_size():
+    fact = known("llama3_8b", "--data.batch-size", "64")
+    target, layout = targets.parse("h100:64"), Layout({"fsdp": 16, "context": 4}, remat="full")
+    found = {bound.axis: str(bound) for bound in scaling.bounds(fact, target, layout)}
+    assert "with a larger size than mesh.context=" in found["context"]
+    assert "with fewer tokens on a device than" in found["fsdp"]

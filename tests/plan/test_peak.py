@@ -18,6 +18,9 @@ pytestmark = [
 SPLASH = "--model.attention splash"
 GPT2 = f"--data.batch-size 64 {SPLASH}"
 LLAMA = f"--data.batch-size 16 {SPLASH}"
+STAGES = (
+    f"{SPLASH} --data.batch-size 32 --mesh.data 1 --mesh.fsdp 4 --mesh.stage 2 --train.accumulate 4"
+)
 # (experiment, target, mesh and the rest)
 TRIPLES = (
     ("gpt2_124m", "v5e:2x4", f"{GPT2}"),
@@ -33,6 +36,17 @@ TRIPLES = (
      " --strategy.sequence-parallel"),
     ("llama3_8b", "v6e:4x4", f"{LLAMA} --mesh.data 1 --mesh.fsdp 16"),
     ("llama3_8b", "v5p:2x2x4", f"{LLAMA} --mesh.data 4 --mesh.fsdp 4 --model.remat named"),
+    ("llama3_8b", "v5p:2x2x2", f"{LLAMA} --mesh.data 2 --mesh.stage 4 --train.accumulate 8"),
+    ("llama3_8b", "v5p:2x2x2", f"{STAGES}"),
+    ("llama3_8b", "v5p:2x2x2", f"{STAGES} --strategy.zero 1"),
+    ("llama3_8b", "v5p:2x2x2", f"{STAGES} --train.pipeline interleaved"),
+    ("llama3_8b", "v5p:2x2x2", f"{STAGES} --train.accumulate 8 --model.remat none"),
+    ("llama3_8b", "v5p:2x2x2", f"{SPLASH} --data.batch-size 8 --mesh.data 1 --mesh.stage 2"
+     " --mesh.tensor 4 --train.accumulate 4"),
+    ("llama3_8b", "v5p:2x2x2", f"{SPLASH} --data.batch-size 4 --mesh.data 1 --mesh.fsdp 2"
+     " --mesh.context 4 --model.context ulysses"),
+    ("llama3_8b", "v5p:2x2x2", "--data.batch-size 8 --mesh.data 1 --mesh.fsdp 4 --mesh.context 2"),
+    ("mixtral_8x7b", "v5p:2x2x2", f"{LLAMA} --model.layers 4 --mesh.data 1 --mesh.fsdp 8"),
 )  # fmt: skip
 
 
