@@ -135,6 +135,8 @@ PIPELINES = {
     "stage2_expert2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, expert=2), 8),
     "stage2_expert2_tensor2": (Auto(), MeshConfig(data=1, stage=2, expert=2, tensor=2), 8),
     "stage2_expert2_context2": (Auto(), MeshConfig(data=1, stage=2, expert=2, context=2), 8),
+    "stage2_psum1": (AllReduce(), MeshConfig(data=1, stage=2), 2),
+    "stage2_server1_context2": (Server(compress=ALL), MeshConfig(data=1, stage=2, context=2), 4),
     "stage2_psum2": (AllReduce(), MeshConfig(stage=2), 4),
     "stage2_ring2_context2": (AllReduce(reduction="ring"), MeshConfig(stage=2, context=2), 8),
     "stage2_hierarchical2x2": (
