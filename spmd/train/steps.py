@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import time
 from typing import Any
 
 from etils import epath
@@ -56,8 +57,12 @@ def delete(directory: epath.Path, step: int) -> None:
 
 
 def _remove(path: epath.Path) -> None:
-    with contextlib.suppress(OSError):  # tried again at the next start
-        path.rmtree()
+    """Tried again for a second, since a failed save's threads may still be writing, and at the next start."""
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            path.rmtree()
+            return
+        time.sleep(0.1)
 
 
 def _files(path: epath.Path) -> dict[str, epath.Path]:

@@ -268,7 +268,8 @@ def test_trains_with_simulated_devices_and_keeps_the_log(run_cli, tmp_path):
 
 
 def test_stop_saves_and_one_name_runs_once(run_cli, start_cli):
-    running = start_cli("launch", "local", *DIGITS, "--train.steps", 10**6, "--restarts", 3)
+    quiet = ("--log.every", 1000)  # nobody reads while others start, and a pipe holds 64 KiB
+    running = start_cli("launch", "local", *DIGITS, *quiet, "--train.steps", 10**6, "--restarts", 3)
     try:
         until(running, "step ")
         second = run_cli("launch", "local", *DIGITS, "--run.dir", "other")
