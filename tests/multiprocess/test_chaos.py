@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.command import final_state
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.multiprocess
 
@@ -47,9 +48,7 @@ def last_step(group):
     return max((int(a or b) for a, b in steps), default=0)
 
 
-CASES = [(1, 0), (2, 1)] + [
-    pytest.param(1 + seed % 2, seed, marks=pytest.mark.slow) for seed in range(2, 20)
-]
+CASES = slow_but([(2, 1)], [(1 + seed % 2, seed) for seed in range(20)])
 
 
 @pytest.mark.parametrize(("num", "seed"), CASES)

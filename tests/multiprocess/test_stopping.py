@@ -71,7 +71,7 @@ def test_sigterm_to_any_process_at_any_phase(start_group, tmp_path, phase):
     assert "Traceback" not in group.text()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", slow_but((0,), (0, 1)))
 def test_a_killed_process_ends_the_other_at_once(start_group, victim):
     args = ("--experiment", "digits", "--train.steps", 4000, "--log.every", 10)
     group = start_group(2, *args, "--run.dir", "out", "--checkpoint.every", 20, "--simulate", 1)
