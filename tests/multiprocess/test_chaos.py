@@ -1,6 +1,6 @@
 """Kills at random moments, saves included: the run ends bit-identical to an undisturbed one.
 
-`python -m pytest -m "slow or not slow" tests/multiprocess/test_chaos.py` runs all 20; CI runs the first two.
+`python -m pytest -m "slow or not slow" tests/multiprocess/test_chaos.py` runs all 20; CI runs one.
 """
 
 from __future__ import annotations
