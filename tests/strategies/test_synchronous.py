@@ -28,8 +28,8 @@ STRATEGIES = {
     "server, all of top-k": ["server", *ALL],
     "server, full rank": ["server", *FULL],
 }
-# They take signs or relative sizes. Where a gradient is exactly 0 (a pixel unlit, a unit asleep), the product of
-# PowerSGD's matrices leaves rounding, of which they make a step: its limit is that of the gradient.
+# They take signs or relative sizes. Where a gradient is exactly 0 (a pixel unlit, a unit asleep), products of
+# PowerSGD leave rounding, of which they make a step: its limit is that of the gradient.
 RELATIVE = ("lion", "adafactor")
 CASES = [(s, o, n) for s in STRATEGIES for o in optim.OPTIMIZERS for n in (2, 4, 8)]
 
