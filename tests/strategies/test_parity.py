@@ -283,12 +283,15 @@ def reference(name, accumulate, dtype, optimizer=None, steps=STEPS, privacy=None
     )
 
 
-def assert_same(got, want, rtol):
-    """Losses by step, and leaf by leaf the norms of the final state, but for what only the strategy has."""
+def assert_same(got, want, rtol, of_leaves=0.0):
+    """Losses by step, and leaf by leaf (to `of_leaves`, where given) the norms of the final state, but for
+    what only the strategy has.
+    """
     (losses, norms), (want_losses, want_norms) = got, want
     norms = {name: norm for name, norm in norms.items() if not name.startswith("strategy_state/")}
     np.testing.assert_allclose(losses, want_losses, rtol=rtol)
     assert norms.keys() == want_norms.keys()
+    rtol = of_leaves or rtol
     for leaf, norm in want_norms.items():
         np.testing.assert_allclose(norms[leaf], norm, rtol=rtol, atol=rtol * 1e-2, err_msg=leaf)
 
@@ -319,7 +322,10 @@ def test_equals_one_device(layout, name, accumulate, dtype):
     with jax.enable_x64(dtype == "float64"):
         want = reference(name, accumulate, dtype, **how)
         got = trajectory(MODELS[name], *LAYOUTS[layout], accumulate=accumulate, dtype=dtype, **how)
-    assert_same(got, want, RTOL[dtype])
+    loose = (
+        dtype == "float32" and "powersgd" in layout
+    )  # two factorisations round more than a sum does
+    assert_same(got, want, RTOL[dtype], of_leaves=1e-4 if loose else 0.0)
 
 
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
