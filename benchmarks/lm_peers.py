@@ -7,7 +7,7 @@ nanoGPT's small CPU setting (4 layers, 4 heads, 128 wide, 12 windows of 64 chara
 float32, its model and loop in _nanogpt.py. Then what the loop costs: the experiment with 10.6M parameters
 beside a hand-written step of the same module. On the CPU, in turns: see _turns.py.
 
-What bounds the first ratio (1.12 to 1.16 on two cores, 1.2 aimed at): 35 of a step's 38 ms are products, which
+What bounds the first ratio (1.12 to 1.16 on two cores; aim: 1.2): 35 of a step's 38 ms are products, which
 XLA's Eigen kernels run at 72 to 127 GFLOP/s and PyTorch's at 122 to 164, on the same shapes. Query, key and
 value in one product, two simulated devices with half the batch each, ReLU for GELU: slower, or within 1 ms.
 """
