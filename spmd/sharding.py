@@ -212,10 +212,14 @@ def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
 
 
+def _inside() -> Collection[str]:
+    """The axes of the shard_maps that are being traced."""
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
 def manual(mesh: Mesh, axes: Collection[str]) -> dict[str, Any]:
     """What jax.shard_map takes to be manual over `axes`, within another one too."""
-    inside = jax.sharding.get_abstract_mesh().manual_axes
-    return {"axis_names": set(axes)} | ({} if inside else {"mesh": mesh})
+    return {"axis_names": set(axes)} | ({} if _inside() else {"mesh": mesh})
 
 
 def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
@@ -225,7 +229,7 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     """
 
     def left() -> dict[str, tuple[str, ...]]:
-        inside = jax.sharding.get_abstract_mesh().manual_axes
+        inside = _inside()
         return {dim: tuple(a for a in axes if a not in inside) for dim, axes in rules.items()}
 
     def spec(shape: Sequence[int], dims: Dims) -> P:
@@ -233,7 +237,7 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
 
     def constrain(x: jax.Array, dims: Dims) -> jax.Array:
         placed: Any = spec(x.shape, dims)
-        if not jax.sharding.get_abstract_mesh().manual_axes:
+        if not _inside():
             placed = NamedSharding(mesh, placed)
         return jax.lax.with_sharding_constraint(x, placed)
 
@@ -251,8 +255,7 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         def run(*args: jax.Array) -> Any:
             outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
-            inside = jax.sharding.get_abstract_mesh().manual_axes
-            how = manual(mesh, [axis for axis in mesh.axis_names if axis not in inside])
+            how = manual(mesh, set(mesh.axis_names) - set(_inside()))
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
             return jax.shard_map(fn, in_specs=ins, out_specs=outs, check_vma=False, **how)(*args)
 

@@ -113,9 +113,8 @@ def module(text: str) -> Module:
             if header:
                 current = Computation(header[2])
                 entry = header[2] if header[1] else entry
-        elif re.fullmatch(
-            r'\}(, execution_thread="\w+")?', line
-        ):  # of a part of the chip: "sparsecore"
+        # The thread is that of a part of the chip: "sparsecore".
+        elif re.fullmatch(r'\}(, execution_thread="\w+")?', line):
             computations[current.name] = _spelt_out(current)
             current = None
         elif (one := _instruction(line)) is not None:

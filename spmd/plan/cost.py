@@ -241,9 +241,8 @@ def _transformer(facts: Facts, layout: Layout, chip: Chip) -> Work:
     block, loss = (here * layout.size("tensor") * n / bandwidth for n in _traffic(facts, layout))
     again = 3 if layout.remat == "none" else 4
     elementwise = paced(layout, layers * block, again * layers * block, loss)
-    forwards = (
-        1 - 1 / (layout.stages * layout.virtual) if layout.stages > 1 else 0.0
-    )  # beside the backward's
+    # Beside the backward's own.
+    forwards = 1 - 1 / (layout.stages * layout.virtual) if layout.stages > 1 else 0.0
     flops = (
         layers * (weights + kernel + forwards * (dense + once)) + passes * logits / layout.stages
     )
