@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -21,6 +22,7 @@ from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, Train
 
 if TYPE_CHECKING:
     from spmd.plan import shardings
+    from spmd.runtime.stop import Stop
     from spmd.train.loop import Program
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
@@ -207,6 +209,15 @@ class Experiment:
 
     def train_run(self) -> Run:
         """Trains, or resumes what is in the run directory; returns the finished run."""
+        from spmd.runtime.stop import catching
+
+        # The others may be steps ahead of this process: from here on a signal waits for a common step. Alone,
+        # one that comes before there is a state ends the process at once.
+        several = self.setup()
+        with catching(self.runtime.grace) if several else contextlib.nullcontext() as stop:
+            return self._train(stop)
+
+    def _train(self, stop: Stop | None) -> Run:
         from spmd.runtime import agree, allocator
         from spmd.train import loop, rundir, tracker
 
@@ -246,6 +257,7 @@ class Experiment:
             runtime=self.runtime,
             config=self.config(),
             begin=lambda: rundir.record(path, *place[1:]),
+            stop=stop,
         )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
 

@@ -52,6 +52,9 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
 
     import jax
 
+    # JAX would take SIGTERM for itself, and tell nobody who does not ask it: a signal that comes before
+    # ours is caught (spmd.runtime.stop) would be lost.
+    jax.config.update("jax_enable_preemption_service", False)
     gpus = detect.local_gpus(member.local, _num_gpus())
     jax.distributed.initialize(
         member.coordinator,

@@ -16,7 +16,7 @@ from spmd import flops
 from spmd.data import DataConfig, augment, loader
 from spmd.privacy import Mechanism
 from spmd.runtime import RuntimeConfig, agree
-from spmd.runtime.stop import Votes, catching
+from spmd.runtime.stop import Stop, Votes, catching
 from spmd.runtime.watchdog import Watchdog
 from spmd.strategies import base
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig, progress, rundir
@@ -127,15 +127,16 @@ def fit(
     runtime: RuntimeConfig,
     config: dict[str, Any],
     begin: Callable[[], None],
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains to program.num_steps from the newest checkpoint in `directory`; returns the summary.
 
-    begin: called by process 0 when the state stands, before the first step. Raises Stopped after a signal to
-    any process, NonFinite when the loss diverges, SaveFailed when the disk is full; in all processes, at the
-    same step.
+    begin: called by process 0 when the state stands, before the first step. stop: of signals that are caught
+    already; None catches them here. Raises Stopped after a signal to any process, NonFinite when the loss
+    diverges, SaveFailed when the disk is full; in all processes, at the same step.
     """
     with (
-        catching(runtime.grace) as stop,
+        contextlib.nullcontext(stop) if stop else catching(runtime.grace) as stop,
         Watchdog(runtime.hang_timeout) as watchdog,
         disk_full(directory),
         contextlib.ExitStack() as closing,

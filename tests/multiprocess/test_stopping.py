@@ -12,8 +12,8 @@ from tests.marks import slow_but
 
 pytestmark = pytest.mark.multiprocess
 
-# digits with an evaluation that takes its time, as a large split does.
-SLOW = '''"""digits, evaluated slowly."""
+# digits with splits that take their time, as large ones do: to be opened, to be evaluated.
+SLOW = '''"""digits, opened and evaluated slowly."""
 
 import dataclasses
 import time
@@ -38,7 +38,11 @@ class Slow:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(TFDS):
     def open(self, split):
-        return Slow(super().open(split)) if split == "eval" else super().open(split)
+        if split == "eval":
+            return Slow(super().open(split))
+        print("opening", flush=True)
+        time.sleep(1)
+        return super().open(split)
 
 
 def config():
@@ -48,6 +52,7 @@ def config():
 '''
 
 PHASES = {
+    "opening": ("opening", ()),
     "compiling": (r"params/head/bias|opt_state/.*bias", ()),
     "first_step": (r"rank|Rank|step 1/", ("--log.every", 1)),
     "evaluating": ("evaluating", ("--eval.every", 20, "--data.eval-batch-size", 8)),
@@ -56,13 +61,15 @@ PHASES = {
 STEPS = 4000
 
 
-@pytest.mark.parametrize("phase", slow_but(("compiling", "saving"), PHASES))
+@pytest.mark.parametrize("phase", slow_but(("opening", "saving"), PHASES))
 def test_sigterm_to_any_process_at_any_phase(start_group, tmp_path, phase):
     (tmp_path / "slow.py").write_text(SLOW)
     pattern, more = PHASES[phase]
     args = ("--experiment", "slow.py", "--train.steps", STEPS, "--run.dir", "out", "--simulate", 1)
     group = start_group(2, *args, *more, "--runtime.grace", 120)  # this machine may be busy
     group.until(pattern)
+    if phase == "opening":
+        group.until(pattern, index=1)
     group.processes[1].send_signal(signal.SIGTERM)
     assert group.wait() == [128 + signal.SIGTERM] * 2, group.text()
     (step,) = re.findall(r"stopped by SIGTERM at step (\d+), state saved", group.text())
