@@ -23,7 +23,7 @@ Dims = tuple[str | None, ...]
 @dataclasses.dataclass
 class Scope:
     """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples; platform: of the
-    devices that will run it ("" is the default backend's).
+    devices that will run it ("" is the default backend's); mapped: axis of a vmap over replicas on a device.
 
     notes: what layers told of their examples, by name: (values, their weights), each [B].
     watched: verify looks on: modules name their outputs, and the update returns the gradients.
@@ -37,6 +37,7 @@ class Scope:
         None
     )
     cut: Callable[[str], dict[str, int]] | None = None
+    mapped: str = ""
     platform: str = ""
     watched: bool = False
     notes: dict[str, tuple[jax.Array, jax.Array]] | None = None
@@ -143,6 +144,18 @@ def cut(dim: str) -> dict[str, int]:
 def ways(dim: str) -> int:
     """Over how many devices a logical dim is cut."""
     return math.prod(cut(dim).values())
+
+
+def highest(x: jax.Array) -> jax.Array:
+    """The maximum over the replicas that are mapped on one device: a branch that hangs on it stays one."""
+    axis = current().mapped
+    return jax.lax.pmax(x, axis) if axis else x
+
+
+def mapped(x: jax.Array) -> jax.Array:
+    """x, typed as one of each replica that is mapped on this device: in branches, results of others are."""
+    axis = current().mapped
+    return x + (jax.lax.axis_index(axis) * 0).astype(x.dtype) if axis else x
 
 
 def platform() -> str:

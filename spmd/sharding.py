@@ -212,14 +212,20 @@ def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
 
 
-def _inside() -> Collection[str]:
+def inside() -> Collection[str]:
     """The axes of the shard_maps that are being traced."""
     return jax.sharding.get_abstract_mesh().manual_axes
 
 
 def manual(mesh: Mesh, axes: Collection[str]) -> dict[str, Any]:
     """What jax.shard_map takes to be manual over `axes`, within another one too."""
-    return {"axis_names": set(axes)} | ({} if _inside() else {"mesh": mesh})
+    return {"axis_names": set(axes)} | ({} if inside() else {"mesh": mesh})
+
+
+def laid(x: jax.Array, place: NamedSharding) -> jax.Array:
+    """x, placed so; within a shard_map over other axes too."""
+    placed: Any = place.spec if inside() else place
+    return jax.lax.with_sharding_constraint(x, placed)
 
 
 def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
@@ -229,17 +235,14 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     """
 
     def left() -> dict[str, tuple[str, ...]]:
-        inside = _inside()
-        return {dim: tuple(a for a in axes if a not in inside) for dim, axes in rules.items()}
+        gone = inside()
+        return {dim: tuple(a for a in axes if a not in gone) for dim, axes in rules.items()}
 
     def spec(shape: Sequence[int], dims: Dims) -> P:
         return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left())
 
     def constrain(x: jax.Array, dims: Dims) -> jax.Array:
-        placed: Any = spec(x.shape, dims)
-        if not _inside():
-            placed = NamedSharding(mesh, placed)
-        return jax.lax.with_sharding_constraint(x, placed)
+        return laid(x, NamedSharding(mesh, spec(x.shape, dims)))
 
     def cut(dim: str) -> dict[str, int]:
         return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
@@ -255,7 +258,7 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         def run(*args: jax.Array) -> Any:
             outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
-            how = manual(mesh, set(mesh.axis_names) - set(_inside()))
+            how = manual(mesh, set(mesh.axis_names) - set(inside()))
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
             return jax.shard_map(fn, in_specs=ins, out_specs=outs, check_vma=False, **how)(*args)
 

@@ -69,14 +69,6 @@ TABLE = {
         + "--simulate 1 --strategy local --strategy.period 1 --train.noise-scale --train.accumulate 2",
         "replicas that go their own ways never take",
     ),
-    "local_context": (
-        D + "--strategy local --strategy.period 1 --simulate 2 --mesh.data 1 --mesh.context 2",
-        "mesh.context=2 is not supported inside of a replica or client",
-    ),
-    "local_stage": (
-        STACKED + "--strategy local --strategy.period 1 --simulate 2 --mesh.data 1 --mesh.stage 2",
-        "mesh.stage=2 is not supported inside of a replica or client",
-    ),
     "stage_privacy": (
         STACKED + "--simulate 2 --mesh.data 1 --mesh.stage 2 --privacy.noise-multiplier 1",
         "privacy needs gradients of parts of the batch, which a pipeline (mesh.stage=2) sums up",

@@ -273,12 +273,30 @@ def test_the_axes_of_a_mixture_are_all_walked():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["auto", "allreduce"])
-def test_stages_contexts_and_experts_beside_each_other(strategy):
-    axes = {"auto": ("stage", "context", "expert"), "allreduce": ("data", "stage", "expert")}
-    mesh = ["--mesh.data", "1", *(w for a in axes[strategy] for w in (f"--mesh.{a}", "2"))]
-    report = spmd.load("moe_tiny", [*MOE, *mesh, "--strategy", strategy]).verify(2)
-    proven(report, " ".join(f"{axis}=2" for axis in axes[strategy]))
+@pytest.mark.parametrize(
+    "strategy,axes",
+    [
+        ("auto", ("stage", "context", "expert")),
+        ("allreduce", ("data", "stage", "expert")),
+        ("local", ("replica", "stage", "context")),
+    ],
+)
+def test_stages_contexts_and_experts_beside_each_other(strategy, axes):
+    mesh = ["--mesh.data", "1", *(w for a in axes for w in (f"--mesh.{a}", "2"))]
+    words = [*MOE, *mesh, "--strategy", strategy]
+    if strategy == "local":  # where replicas of unlike weight and loads make one step
+        words += [
+            "--strategy.replicas",
+            "4",
+            "--strategy.period",
+            "1",
+            "--strategy.outer",
+            "average",
+        ]
+        words += ["--optimizer", "sgd", "--optimizer.momentum", "0"]
+        words += ["--model.experts.bias-rate", "0", "--model.experts.balance", "0"]
+    report = spmd.load("moe_tiny", words).verify(2)
+    proven(report, " ".join(f"{axis}=2" for axis in axes))
 
 
 def test_a_users_own_experiment(run_cli, tmp_path):

@@ -212,7 +212,7 @@ def _exchanged(
     room = -(-flat_M.size // ways)
     counts_W = _counts(flat_M // num_here, ways)
     ends_W = jnp.cumsum(counts_W, dtype=jnp.int32)
-    needed = jax.lax.pmax(-(-counts_W.max() // room), axes)
+    needed = scope.highest(jax.lax.pmax(-(-counts_W.max() // room), axes))
     exchange = functools.partial(
         jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0, tiled=True
     )

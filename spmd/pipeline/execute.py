@@ -57,8 +57,8 @@ def grads_of(
     together = mesh.shape["context"] > 1
 
     def pipelined(params, model_state, batch, step_key, scale):
-        outer = scope.current().axes
-        axes = tuple(a for a in MANUAL_BATCH if mesh.shape[a] > 1 and a not in outer)
+        outer, manual = scope.current().axes, sharding.inside()
+        axes = tuple(a for a in MANUAL_BATCH if mesh.shape[a] > 1 and a not in manual)
         stacked = [_is_stacked(dims, name) for name in tree.named_leaves(params)]
         structure = jax.tree.structure(params)
         specs = structure.unflatten([P(STAGE) if cut else P() for cut in stacked])
@@ -210,7 +210,7 @@ class Stage:
         if not self.waits:
             return numbers
         zero = lambda x: (x.reshape(-1)[0] > 0).astype(jnp.int32) >> 1  # which XLA does not see
-        zero = scope.blockwise(zero, (self.staged.stream,), ())(x)
+        zero = scope.highest(scope.blockwise(zero, (self.staged.stream,), ())(x))
         return tuple(number + zero for number in numbers)
 
     def _input(self, kept: jax.Array, chunk: jax.Array, microbatch: jax.Array) -> jax.Array:
@@ -333,7 +333,7 @@ class Stage:
             jnp.zeros((num, *x.shape), x.dtype), None, *self.staged.stream
         )
         grads = self.parts.placed(*zeros((self.chunks, self.others)))
-        nothing = zeros(x)
+        nothing = scope.mapped(zeros(x))
         sent = nothing, nothing
         return Carry(grads, zeros(sums), states, slots(num_inputs), slots(num_gradients), sent)
 

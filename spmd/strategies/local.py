@@ -4,9 +4,9 @@ H=1, plain SGD and averaging are synchronous SGD (Stich 2019, arXiv 1805.09767);
 outside are DiLoCo (Douillard et al. 2023, arXiv 2311.08105); Adam outside is FedAdam (Reddi et al. 2021,
 arXiv 2003.00295).
 
-A vmap over the replicas, no shard_map: so that the arrays of one replica are cut by the same rules as under
-`auto` (FSDP, tensor parallelism). `state.params` is the consensus, in the layout of one device; the replicas
-stand beside it, [R, ...], cut by mesh.replica.
+A vmap over the replicas, so that the arrays of one are cut by the same rules as under `auto`, by any axes.
+`state.params` is the consensus, in the layout of one device; the replicas stand beside it, [R, ...], cut by
+mesh.replica.
 
 Each replica divides by its own weight, and is averaged by the weight that it has seen since the last outer
 step: sums over weights again, and no collective over `replica` in between but the scalars of the metrics.
@@ -35,11 +35,11 @@ from jax.sharding import PartitionSpec as P
 from spmd import grad, scope, sharding, tree
 from spmd.fields import check, multiples
 from spmd.strategies import base
-from spmd.strategies.merge import AXIS, INSIDE, Merge, stateless, weighted, weighted_mean
+from spmd.strategies.merge import AXIS, INSIDE, REPLICAS, Merge, stateless, weighted, weighted_mean
 from spmd.tasks import FROZEN
 
 PyTree = Any
-# What a replica activates is cut over the axes inside of it; vmap adds that of the replicas.
+# What a replica activates is cut over the axes inside of it.
 RULES = {**sharding.RULES, "batch": INSIDE}
 
 
@@ -106,7 +106,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
         }
         return dataclasses.replace(state, opt_state=copied(state.opt_state), strategy_state=own)
 
-    one = _replica(parts, cut, outer)
+    each = _each(parts, _replica(parts, cut, outer), num_replicas)
     rows_of = NamedSharding(mesh, P(AXIS, INSIDE))
 
     def rows(x: jax.Array) -> jax.Array:
@@ -116,9 +116,14 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
         own = state.strategy_state
         ours = (own["params"], own["model_state"], state.opt_state)
-        (params, model_state, opt_state), (sums, weight_R, norm_R, finite_R, grads) = jax.vmap(
-            functools.partial(one, state), spmd_axis_name=AXIS
-        )(ours, jax.tree.map(rows, batch), jnp.arange(num_replicas))
+        shared = Shared(
+            base.step_key(state),
+            {name: x for name, x in state.model_state.items() if name == FROZEN},
+            state.params if outer.proximal else {},
+        )
+        (params, model_state, opt_state), (sums, weight_R, norm_R, finite_R, grads) = each(
+            shared, ours, jax.tree.map(rows, batch), jnp.arange(num_replicas)
+        )
         metrics = _metrics(parts, state, sums, weight_R, norm_R, finite_R, grads)
         own = own | {
             "params": params,
@@ -156,12 +161,6 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
 
 def check_fits(parts: base.Parts, num_replicas: int) -> None:
     """ValueError where the replicas do not divide over the mesh, or the batch not over the replicas."""
-    for axis in ("stage", "context", "expert"):
-        check(
-            parts.mesh.shape[axis] == 1,
-            f"mesh.{axis}={parts.mesh.shape[axis]} is not supported inside of a replica or client; use"
-            " data, fsdp and tensor, or --strategy auto",
-        )
     over = parts.mesh.shape[AXIS]
     check(
         num_replicas % over == 0,
@@ -184,32 +183,65 @@ def _varying(model_state: PyTree) -> PyTree:
     return {name: part for name, part in model_state.items() if name != FROZEN}
 
 
+class Shared(NamedTuple):
+    """What the step of every replica reads. params: the consensus, where it pulls."""
+
+    key: jax.Array
+    frozen: PyTree
+    params: PyTree
+
+
+def _each(parts: base.Parts, one: Callable[..., Any], num_replicas: int) -> Callable[..., Any]:
+    """`one` for all replicas, (shared, [R, ...] ...) -> [R, ...], each on devices of its own.
+
+    What branches by device (a pipeline, the rounds of experts) needs a shard_map around the replicas of one
+    device: a vmap over all of them would make selections of the branches. What does not goes without, since
+    XLA then sums a table's gradient over fsdp, where it would bring all rows together to one device.
+    """
+    over = parts.mesh.shape[AXIS]
+    if all(parts.mesh.shape[axis] == 1 for axis in ("stage", "context", "expert")):
+        axes = (None, 0, 0, 0)
+        return jax.vmap(one, axes, spmd_axis_name=AXIS)
+
+    def here(shared: Shared, *theirs: PyTree) -> PyTree:
+        if num_replicas == over:
+            alone = one(shared, *jax.tree.map(lambda x: x[0], theirs))
+            return jax.tree.map(lambda x: x[None], alone)
+        with scope.bind(mapped=REPLICAS):
+            return jax.vmap(functools.partial(one, shared), axis_name=REPLICAS)(*theirs)
+
+    if over == 1:
+        return here
+    # Nothing crosses the axis in there.
+    own = {"in_specs": (P(), P(AXIS), P(AXIS), P(AXIS)), "out_specs": P(AXIS), "check_vma": False}
+    return jax.shard_map(here, **own, **sharding.manual(parts.mesh, (AXIS,)))
+
+
 def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]:
-    """The step of one replica, to be mapped: (state, (params, model_state, opt_state), its rows, its number)
+    """The step of one replica, to be mapped: (shared, (params, model_state, opt_state), its rows, its number)
     -> the new three, and (metric sums, weight, gradient norm, whether finite, gradient where watched).
     """
     grads_of = base.grads_of(parts)
     placement = sharding.placement(parts.mesh, RULES)
 
     def one(
-        state: base.TrainState, ours: PyTree, batch: base.Batch, number: jax.Array
+        shared: Shared, ours: PyTree, batch: base.Batch, number: jax.Array
     ) -> tuple[PyTree, PyTree]:
         params, model_state, opt_state = ours
-        frozen = {name: x for name, x in state.model_state.items() if name == FROZEN}
         with scope.bind(**placement):
             weights = parts.task.weigh(batch)
             grads, sums, new_state = grads_of(
-                params, model_state | frozen, batch, base.step_key(state), parts.task.scale(weights)
+                params, model_state | shared.frozen, batch, shared.key, parts.task.scale(weights)
             )
-        grads = jax.lax.with_sharding_constraint(grads, cut)
+        grads = jax.tree.map(sharding.laid, grads, cut)
         if parts.privacy is not None:
-            grads = grad.noised(grads, base.step_key(state), parts.privacy.deviation, number)
+            grads = grad.noised(grads, shared.key, parts.privacy.deviation, number)
         norm = tree.global_norm(grads)
         finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
         watched = grads if scope.current().watched else {}
         if outer.proximal:
             pull = lambda g, x, c: g + (outer.proximal * (x - c)).astype(g.dtype)
-            grads = jax.tree.map(pull, grads, params, state.params)
+            grads = jax.tree.map(pull, grads, params, shared.params)
         new_params, new_opt = base.applied(parts.tx, grads, opt_state, params)
         new = (new_params, _varying(new_state), new_opt)
         # Of several loss terms the sum: exact where they have one weight.

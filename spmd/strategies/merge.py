@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PyTree = Any
 AXIS = "replica"
 INSIDE = tuple(axis for axis in BATCH_AXES if axis != AXIS)  # of a replica's batch
-_REPLICAS = "replicas"  # the axis of the vmap
+REPLICAS = "replicas"  # the axis of the vmap
 _BUCKET_BYTES = 4 * reduce.MiB
 
 
@@ -74,19 +74,19 @@ def of(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
     """The Merge that strategy.compress asks for; batch statistics are sent as they are."""
     if config.kind == "none":
         return stateless(weighted_mean)
-    total = lambda leaves: {n: jax.lax.psum(x, _REPLICAS) for n, x in leaves.items()}
+    total = lambda leaves: {n: jax.lax.psum(x, REPLICAS) for n, x in leaves.items()}
     alone = lambda fn: jax.shard_map(
         fn, mesh=parts.mesh, in_specs=P(), out_specs=P(), check_vma=False
     )  # nothing is sent in there, so there is nothing to check
     by = collectives.Placing(_placed(parts), alone)
-    way = compress.Way((_REPLICAS,), num_replicas, total, total, by=by)
+    way = compress.Way((REPLICAS,), num_replicas, total, total, by=by)
     reducer = compress.reducer(config, way, _BUCKET_BYTES)
     axes = {"own": 0, "common": None}
     send = jax.vmap(
         reducer.reduce,
         in_axes=(0, axes),
         out_axes=(None, axes),
-        axis_name=_REPLICAS,
+        axis_name=REPLICAS,
         spmd_axis_name=AXIS,
     )
 
@@ -122,7 +122,7 @@ def _placed(parts: base.Parts) -> Callable[[jax.Array], jax.Array]:
     the compiler exchanges it as it is, not what it is computed from.
     """
     mesh = parts.mesh
-    axes = tuple(axis for axis in (*INSIDE, "tensor") if mesh.shape[axis] > 1)
+    axes = tuple(axis for axis in mesh.axis_names if axis != AXIS and mesh.shape[axis] > 1)
     ways = math.prod(mesh.shape[axis] for axis in axes)
 
     def placed(x: jax.Array) -> jax.Array:

@@ -9,10 +9,11 @@ import importlib.util
 import json
 import math
 
+import jax
 import pytest
 
 import spmd
-from spmd import ahead, hlo, planner, tree
+from spmd import ahead, hlo, planner, sharding, tree
 from spmd.plan import comms, compile, targets
 from spmd.plan.compile import Compiled
 from tests.marks import slow_but
@@ -180,8 +181,8 @@ def test_bytes_are_those_of_the_closed_form(case):
     state = program.abstract_state()
     placed = program.strategy.state_shardings
     held = sum(
-        tree.bytes_per_device(leaf, sharding)
-        for leaf, sharding in zip(
+        tree.bytes_per_device(leaf, place)
+        for leaf, place in zip(
             tree.named_leaves(state).values(), tree.named_leaves(placed).values(), strict=True
         )
     )
@@ -230,6 +231,30 @@ def test_what_is_planned_is_what_the_program_sends(case):
     for key in found | wanted:
         has, wants = (each[key].bytes if key in each else 0 for each in (found, wanted))
         assert abs(has - wants) <= SMALL * (wants or largest) + SCALARS, key
+
+
+# Two replicas, whose devices share a model: what crosses `replica` is each device's own part of it.
+SHARED = {
+    "local": [*LOCAL, "2", "--mesh.stage", "2", "--mesh.context", "2", "--train.accumulate", "2"],
+    "local_experts": [*LOCAL, "4", *MIXED, "2", "--mesh.tensor", "2"],
+    "psum": ["1", "--strategy", "allreduce", *PIPE, "2", "--mesh.tensor", "2"],
+    "ring": ["1", "--strategy", "allreduce", "--strategy.reduction", "ring", *MIXED, "4"],
+    "server": ["1", "--strategy", "server", "--mesh.context", "2", "--mesh.tensor", "2"],
+}
+
+
+@pytest.mark.parametrize("case", slow_but(("local",), SHARED))
+def test_devices_that_share_a_replica_send_their_part(case):
+    program = build([*SHARED[case], "--mesh.replica", "2"])
+    found = hlo.ledger(compile.compiled(program, targets.parse("cpu:8")).program)
+    params = program.abstract_state().params
+    placed = sharding.param_shardings(params, program.task.dims, program.mesh, fsdp=False)
+    each = sum(map(tree.bytes_per_device, jax.tree.leaves(params), jax.tree.leaves(placed)))
+    across = [(axes, total.wire_bytes) for (axes, _), total in found.items() if "replica" in axes]
+    assert {axes for axes, sent in across if sent > SCALARS} == {("replica",)}
+    sent = sum(sent for _, sent in across)
+    wanted = each / 50 if "local" in case else each
+    assert abs(sent - wanted) <= SMALL * wanted + SCALARS
 
 
 def test_a_process_of_its_own_finds_the_same_and_remembers_it():

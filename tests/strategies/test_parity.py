@@ -37,6 +37,10 @@ MODELS = {
 MODELS["moe"] = dataclasses.replace(
     MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)
 )
+# Without them: local steps have the mean of each loss over a replica's examples, and offsets of their own.
+MODELS["moe_local"] = dataclasses.replace(
+    MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, balance=0.0)
+)
 TASKS = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
@@ -91,6 +95,21 @@ LAYOUTS = {
     "local_powersgd4x2x2": (
         Local(replicas=4, compress=FULL, **SYNCHRONOUS),
         MeshConfig(replica=2, data=1, fsdp=2, tensor=2),
+        8,
+    ),
+    "local2_context2": (
+        Local(replicas=2, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, context=2),
+        4,
+    ),
+    "local4_expert2_fsdp2": (
+        Local(replicas=4, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, fsdp=2, expert=2),
+        8,
+    ),
+    "local_topk2_expert2_context2": (
+        Local(replicas=2, compress=ALL, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, expert=2, context=2),
         8,
     ),
     "ring2": (AllReduce(reduction="ring"), MeshConfig(), 2),
@@ -149,6 +168,33 @@ PIPELINES = {
     "stage2_server2": (Server(), MeshConfig(stage=2), 4),
     "stage2_server2_tensor2": (Server(), MeshConfig(stage=2, tensor=2), 8),
     "stage2_server2_expert2": (Server(), MeshConfig(stage=2, expert=2), 8),
+    "stage2_local2": (
+        Local(replicas=2, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, stage=2),
+        4,
+    ),
+    "stage2_local2x2": (Local(replicas=2, **SYNCHRONOUS), MeshConfig(replica=2, stage=2), 8),
+    "stage2_local2_fsdp2": (
+        Local(replicas=2, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, fsdp=2, stage=2),
+        8,
+    ),
+    "stage2_local4": (Local(replicas=4, **SYNCHRONOUS), MeshConfig(data=1, stage=2), 2),
+    "stage2_local4_context2": (
+        Local(replicas=4, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, stage=2, context=2),
+        8,
+    ),
+    "stage2_local_topk4_tensor2": (
+        Local(replicas=4, compress=ALL, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, stage=2, tensor=2),
+        8,
+    ),
+    "stage2_local4_expert2": (
+        Local(replicas=4, **SYNCHRONOUS),
+        MeshConfig(replica=2, data=1, stage=2, expert=2),
+        8,
+    ),
     "stage2_zero1": (Auto(zero=1), MeshConfig(data=1, fsdp=2, stage=2), 4),
     "stage2_sequence2x2": (
         Auto(sequence_parallel=True),
@@ -359,6 +405,7 @@ def test_language_model_equals_one_device(layout, context, dtype):
     assert want[0][-1] < want[0][0]
 
 
+IN_STAGES = ("ring2_context2", "local4_context2")
 PIPELINED = [(name, "ring", "float64") for name in PIPELINES if "expert" not in name]
 PIPELINED += [
     (f"stage2_{rest}", "ulysses", "float64")
@@ -368,15 +415,23 @@ PIPELINED += [(f"stage2{rest}", "ring", "float32") for rest in ("", "_context2",
 
 
 @pytest.mark.parametrize(
-    "layout,context,dtype", slow_but([("stage2_ring2_context2", "ring", "float64")], PIPELINED)
+    "layout,context,dtype",
+    slow_but([(f"stage2_{rest}", "ring", "float64") for rest in IN_STAGES], PIPELINED),
 )
 def test_pipelines_equal_one_device(layout, context, dtype):
     with jax.enable_x64(dtype == "float64"):
         how = {"dtype": dtype, "steps": 4, "accumulate": 4}
+        how |= {"optimizer": optimizer_of(PIPELINES[layout][0])}
         want = reference("lm", **how)
         model = dataclasses.replace(MODELS["lm"], context=context)
         got = trajectory(model, *PIPELINES[layout], **how)
     assert_same(got, want, RTOL[dtype])
+
+
+def mixture_for(strategy) -> tuple[str, dict[str, Any]]:
+    """(model, options): those that a strategy's limit is claimed for."""
+    local = isinstance(strategy, Local)
+    return ("moe_local" if local else "moe"), {"optimizer": optimizer_of(strategy)}
 
 
 EXPERTS = [name for name in LAYOUTS if "expert" in name]
@@ -395,11 +450,12 @@ EXPERTS = [name for name in LAYOUTS if "expert" in name]
 def test_experts_equal_one_device(layout, dtype):
     """Routing, both kinds of balance and their metrics, with the experts here or there."""
     with jax.enable_x64(dtype == "float64"):
-        how = {"dtype": dtype, "steps": 3}
-        want = reference("moe", 1, **how)
-        got = trajectory(MODELS["moe"], *LAYOUTS[layout], **how)
+        name, how = mixture_for(LAYOUTS[layout][0])
+        how |= {"dtype": dtype, "steps": 3}
+        want = reference(name, 1, **how)
+        got = trajectory(MODELS[name], *LAYOUTS[layout], **how)
     assert_same(got, want, RTOL[dtype])
-    assert want[1]["model_state/blocks/mlp/offset"] > 0
+    assert name == "moe_local" or want[1]["model_state/blocks/mlp/offset"] > 0
 
 
 @pytest.mark.parametrize(
@@ -412,11 +468,12 @@ def test_experts_equal_one_device(layout, dtype):
 def test_experts_in_a_pipeline_equal_one_device(layout):
     """Their loss, their loads, and their offsets, which each microbatch moves."""
     with jax.enable_x64(True):
-        how = {"dtype": "float64", "steps": 3, "accumulate": 4}
-        want = reference("moe", **how)
-        got = trajectory(MODELS["moe"], *PIPELINES[layout], **how)
+        name, how = mixture_for(PIPELINES[layout][0])
+        how |= {"dtype": "float64", "steps": 3, "accumulate": 4}
+        want = reference(name, **how)
+        got = trajectory(MODELS[name], *PIPELINES[layout], **how)
     assert_same(got, want, 1e-10)
-    assert want[1]["model_state/blocks/mlp/offset"] > 0
+    assert name == "moe_local" or want[1]["model_state/blocks/mlp/offset"] > 0
 
 
 @pytest.mark.parametrize(
