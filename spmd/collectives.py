@@ -185,13 +185,17 @@ def split(x: jax.Array, num: int) -> jax.Array:
 
 
 class Placing(NamedTuple):
-    """Of arrays that several devices hold, where the axes are those of a vmap and the compiler exchanges.
+    """Of arrays that several devices hold, `ways` of them, beside the axes that are exchanged over.
 
-    placed: cuts what is sent, so that each sends a part. alone: runs a function on each device by itself, on
-    whole arrays, for what the compiler cannot cut. Inside shard_map there is nothing to do.
+    exchanged: cuts what a function sends along its last dim, so that each device sends a part. alone: runs a
+    function on each device by itself, on whole arrays, for what the compiler cannot cut. Where each array is
+    one device's there is nothing to do.
     """
 
-    placed: Callable[[jax.Array], jax.Array] = lambda x: x
+    ways: int = 1
+    exchanged: Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.Array]] = (
+        lambda fn: fn
+    )
     alone: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn
 
 
@@ -223,7 +227,7 @@ def int8_reduce_scatter(
     """
     q_NC, scale, error_NC = by.alone(functools.partial(_quantised, block=block))(x_NC)
     if axes:
-        swap = lambda x: by.placed(jax.lax.all_to_all(by.placed(x), axes, 0, 0, tiled=True))
+        swap = by.exchanged(lambda x: jax.lax.all_to_all(x, axes, 0, 0, tiled=True))
         q_NC, scale = swap(q_NC), swap(scale)
     total = lambda q_NC, scale: dequantised(q_NC, scale, x_NC).sum(axis=0)
     return by.alone(total)(q_NC, scale), error_NC
@@ -237,7 +241,7 @@ def int8_all_gather(
     """
     q_C, scale, error_C = by.alone(functools.partial(_quantised, block=block))(x_C)
     if axes:
-        gather = lambda x: by.placed(jax.lax.all_gather(by.placed(x), axes))
+        gather = by.exchanged(lambda x: jax.lax.all_gather(x, axes))
         q_C, scale = gather(q_C), gather(scale)
     whole = lambda q, scale: dequantised(q, scale, x_C).reshape(size(axes), -1)
     return by.alone(whole)(q_C, scale), error_C

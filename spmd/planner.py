@@ -57,6 +57,12 @@ def layout(exp: Experiment, num_devices: int) -> Layout:
     model: Any = exp.model
     train = exp.train
     sizes = {axis: n for axis, n in exp.mesh.resolve(num_devices).items() if n > 1}
+    # There the gradient of a table is made of the rows of all devices, gathered, and not scattered as a sum.
+    check(
+        auto is exp.strategy or "fsdp" not in sizes,
+        f"plan does not know the traffic of strategy {exp.strategy.name} within replicas that"
+        f" mesh.fsdp={sizes.get('fsdp')} cuts; add --strategy auto",
+    )
     pipeline = train.pipeline if "stage" in sizes else "1f1b"
     return Layout(
         sizes,

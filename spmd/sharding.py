@@ -137,7 +137,7 @@ def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, .
 
     def place(name: str, x: Any) -> NamedSharding:
         of = dims_of.get(name)
-        spec = list(spec_of(name, x.shape, of, mesh, fsdp=False))
+        spec = list(spec_of(name, x.shape, of, mesh, fsdp=True))
         _cut_largest(spec, x.shape, of or (None,) * len(x.shape), axes, mesh)
         return NamedSharding(mesh, P(*spec))
 

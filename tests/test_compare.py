@@ -156,7 +156,10 @@ MISTAKES = {
     "axis": ("auto --network replika=wan,home", "no mesh axis. Did you mean 'replica'?"),
     "axis without": ("auto --network replica=wan", "says nothing of mesh.data=2; add data=NAME"),
     "compute": ("auto --compute -1", "compute=-1.0 must not be negative"),
-    "mesh": ("auto,allreduce:mesh.data=1:mesh.fsdp=2", "mesh.fsdp=2 must be 1"),
+    "mesh": (
+        "auto,local:replicas=1:period=1:mesh.data=1:mesh.replica=2",
+        "divide over mesh.replica=2",
+    ),
 }
 
 

@@ -40,8 +40,6 @@ TABLE = {
     ),
     "strategy": (D + "--strategy autoo", "Did you mean 'auto'"),
     "optimizer": (D + "--optimizer adam", "Did you mean 'adamw'"),
-    "allreduce": (D + "--simulate 8 --mesh.fsdp 2 --strategy allreduce", "mesh.fsdp=2 must be 1"),
-    "server": (D + "--simulate 8 --mesh.fsdp 2 --strategy server", "mesh.fsdp=2 must be 1"),
     "staleness": (D + "--strategy server --strategy.staleness -1", "staleness=-1 must not be"),
     "bidirectional": (
         D + "--strategy allreduce --strategy.bidirectional",
@@ -72,6 +70,10 @@ TABLE = {
     "stage_privacy": (
         STACKED + "--simulate 2 --mesh.data 1 --mesh.stage 2 --privacy.noise-multiplier 1",
         "privacy needs gradients of parts of the batch, which a pipeline (mesh.stage=2) sums up",
+    ),
+    "plan_fsdp": (
+        "plan --experiment digits --simulate 8 --strategy allreduce --mesh.fsdp 2",
+        "plan does not know the traffic of strategy allreduce within replicas that mesh.fsdp=2 cuts",
     ),
     "plan_strategy": (
         "plan --experiment digits --strategy server",

@@ -255,12 +255,15 @@ def test_local_steps_in_their_synchronous_limit(words):
 
 @pytest.mark.slow
 def test_meshes_that_a_strategy_refuses_are_skipped():
-    words = ["--simulate", "2", "--model.hidden", "32", "--strategy", "allreduce"]
+    words = ["--simulate", "2", "--model.hidden", "32", "--strategy", "local"]
+    words += ["--strategy.replicas", "1", "--strategy.period", "1", "--strategy.outer", "average"]
+    words += ["--optimizer.momentum", "0"]
     report = spmd.load("digits", words).verify(2, all_meshes=True)
-    proven(report, "replica=2", "data=2", "tensor=2")
+    proven(report, "data=2", "fsdp=2", "tensor=2")
     skipped = {result.mesh: result.skipped for result in report.results if result.skipped}
-    assert skipped.keys() == {"fsdp=2"}
-    assert "mesh.fsdp=2 must be 1" in skipped["fsdp=2"] and skipped["fsdp=2"] in str(report)
+    assert skipped.keys() == {"replica=2"}
+    refused = "1 replicas of the strategy do not divide over mesh.replica=2"
+    assert refused in skipped["replica=2"] and skipped["replica=2"] in str(report)
 
 
 MOE = ["--model.embed", "32", "--model.mlp", "32", "--data.sequence-length", "32"]

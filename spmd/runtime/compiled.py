@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -36,7 +37,7 @@ def use(given: str) -> None:
         path = Path(os.path.abspath(os.path.expanduser(given))) if given else _default()
         why = private(path)
         if why and not given:
-            print(f"compiled programs are not kept: {path} {why}", file=sys.stderr)
+            _say_once(f"compiled programs are not kept: {path} {why}")
             return
         check(
             not why,
@@ -51,6 +52,11 @@ def use(given: str) -> None:
         config.update("jax_compilation_cache_dir", place)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _default() -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,13 +16,16 @@ if TYPE_CHECKING:
 
 
 def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
-    """Whole parameters in each replica; ValueError for meshes and models that it cannot take."""
-    axes = reduce.axes_of(parts, "allreduce", "keeps whole parameters in each replica")
+    """Whole parameters in each replica, cut over its devices by rules.
+
+    ValueError for models that it cannot take.
+    """
+    axes = reduce.axes_of(parts, "allreduce")
     reduce.check_measured(parts, config.compress.kind)
     reducer = reducer_of(parts, config, axes)
     placed = reduce.param_shardings(parts)
     shardings = dataclasses.replace(
-        base.shardings_of(parts, params=placed, moments=placed),
+        base.shardings_of(parts, params=placed, moments=placed, fsdp=True),
         strategy_state=reduce.state_shardings(parts, axes, reducer),
     )
     gradients = reduce.gradients(parts, axes)
@@ -64,5 +66,4 @@ def reducer_of(parts: base.Parts, config: AllReduce, axes: tuple[str, ...]) -> r
             total = lambda grads: collectives.by_bucket(levels, grads, bucket_bytes)
     if config.compress.kind == "none":
         return reduce.plain(total)
-    num = math.prod(parts.mesh.shape[axis] for axis in axes)
-    return compress.reducer(config.compress, compress.Way(axes, num, total, total), bucket_bytes)
+    return compress.reducer(config.compress, compress.way(parts, axes, total, total), bucket_bytes)

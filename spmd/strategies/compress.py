@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from spmd import collectives, tree
-from spmd.strategies import reduce
+from spmd import collectives, sharding, tree
+from spmd.strategies import base, reduce
 from spmd.strategies.reduce import Leaves
 
 PyTree = Any
@@ -65,6 +67,50 @@ class Method(NamedTuple):
     send: Callable[[Leaves, list[jax.Array], Leaves], Sent]
     chunks: Callable[[Leaves], list[jax.ShapeDtypeStruct]] = lambda leaves: []
     common: Callable[[Leaves], Leaves] = lambda leaves: {}
+
+
+def way(
+    parts: base.Parts,
+    axes: tuple[str, ...],
+    total: reduce.Sum,
+    whole: reduce.Sum,
+    dims: Mapping[str, int | None] | None = None,
+) -> Way:
+    """The Way over `axes` within a shard_map over them."""
+    num = math.prod(parts.mesh.shape[axis] for axis in axes)
+    by = shared(parts.mesh, axes) if reduce.within(parts) else collectives.DIRECT
+    return Way(axes, num, total, whole, dims, by)
+
+
+def shared(mesh: Mesh, axes: tuple[str, ...]) -> collectives.Placing:
+    """Of what is sent over `axes` by the devices of other axes, who hold the same: each sends a part.
+
+    Within a shard_map over `axes` the exchange is one over the others; under a vmap the compiler makes it, of
+    what is laid so.
+    """
+    others = tuple(axis for axis in mesh.axis_names if axis not in axes and mesh.shape[axis] > 1)
+    ways = math.prod(mesh.shape[axis] for axis in others)
+
+    def mapped(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        left = set(mesh.axis_names) - set(sharding.inside())
+        # What is the same on several devices is not typed so.
+        how = {"check_vma": False, **sharding.manual(mesh, left)}
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, **how)
+
+    def exchanged(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        last = lambda ndim: P(*(None,) * (ndim - 1), others)
+        placed = lambda x: sharding.laid(x, NamedSharding(mesh, last(x.ndim)))
+
+        def run(x: jax.Array) -> jax.Array:
+            if ways == 1 or x.shape[-1] % ways:
+                return fn(x)
+            if not sharding.inside():
+                return placed(fn(placed(x)))
+            return mapped(fn, last(x.ndim), last(jax.eval_shape(fn, x).ndim))(x)
+
+        return run
+
+    return collectives.Placing(ways, exchanged, lambda fn: mapped(fn, P(), P()))
 
 
 def reducer(config: Any, way: Way, bucket_bytes: float) -> reduce.Reducer:
@@ -154,7 +200,7 @@ def int8_push(way: Way, block: int) -> Method:
             assert dim is not None
             rows = jnp.moveaxis(part, dim, 0)
             mine_C, error_NC = collectives.int8_reduce_scatter(
-                rows.reshape(way.num, -1), way.axes, block
+                rows.reshape(way.num, -1), way.axes, block, way.by
             )
             errors[name] = jnp.moveaxis(error_NC.reshape(rows.shape), 0, dim)
             sums[name] = jnp.moveaxis(mine_C.reshape(-1, *rows.shape[1:]), 0, dim)
@@ -178,7 +224,10 @@ def top_k(way: Way, keep: float) -> Method:
         return flat[place_k], place_k, flat.at[place_k].set(0).reshape(x.shape)
 
     def gathered(x_k: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(way.by.placed(x_k), way.axes, tiled=True) if way.axes else x_k
+        if not way.axes:
+            return x_k
+        x_k = jnp.pad(x_k, (0, -x_k.size % way.by.ways))  # a part for each device
+        return way.by.exchanged(lambda x: jax.lax.all_gather(x, way.axes, tiled=True))(x_k)
 
     def send(x: Leaves, chunks: list[jax.Array], common: Leaves) -> Sent:
         sums, errors = Leaves(), Leaves()

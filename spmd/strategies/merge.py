@@ -10,17 +10,13 @@ parallelism). Several replicas of one device each send for themselves.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from spmd import collectives, sharding, tree
 from spmd.mesh import BATCH_AXES
 from spmd.strategies import base, compress, reduce
 
@@ -75,10 +71,7 @@ def of(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
     if config.kind == "none":
         return stateless(weighted_mean)
     total = lambda leaves: {n: jax.lax.psum(x, REPLICAS) for n, x in leaves.items()}
-    alone = lambda fn: jax.shard_map(
-        fn, mesh=parts.mesh, in_specs=P(), out_specs=P(), check_vma=False
-    )  # nothing is sent in there, so there is nothing to check
-    by = collectives.Placing(_placed(parts), alone)
+    by = compress.shared(parts.mesh, (AXIS,))
     way = compress.Way((REPLICAS,), num_replicas, total, total, by=by)
     reducer = compress.reducer(config, way, _BUCKET_BYTES)
     axes = {"own": 0, "common": None}
@@ -98,36 +91,4 @@ def of(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
         params, state = send(sent_R, state)
         return {"params": params, "statistics": plain}, found, state
 
-    return Merge(mean, reducer.init, _shardings(parts, reducer))
-
-
-def _shardings(parts: base.Parts, reducer: reduce.Reducer) -> PyTree:
-    """A replica's errors lie as its parameters, its chunks whole; what is common lies everywhere."""
-    mesh = parts.mesh
-    params, _ = base.abstract_params(parts)
-    cut = tree.named_leaves(sharding.param_shardings(params, parts.task.dims, mesh, fsdp=True))
-    state = jax.eval_shape(reducer.init, params)
-    place = lambda *spec: NamedSharding(mesh, P(*spec))
-    return {
-        "own": {
-            "errors": {name: place(AXIS, *cut[name].spec) for name in state["own"]["errors"]},
-            "chunks": [place(AXIS) for _ in state["own"]["chunks"]],
-        },
-        "common": jax.tree.map(lambda _: place(), state["common"]),
-    }
-
-
-def _placed(parts: base.Parts) -> Callable[[jax.Array], jax.Array]:
-    """Lays the last dim of what is sent over the devices of a replica, so that each sends a part of it, and
-    the compiler exchanges it as it is, not what it is computed from.
-    """
-    mesh = parts.mesh
-    axes = tuple(axis for axis in mesh.axis_names if axis != AXIS and mesh.shape[axis] > 1)
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-
-    def placed(x: jax.Array) -> jax.Array:
-        last = axes if axes and x.shape[-1] % ways == 0 else None
-        spec = P(*(None,) * (x.ndim - 1), last)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return placed
+    return Merge(mean, reducer.init, reduce.state_shardings(parts, (AXIS,), reducer))

@@ -18,7 +18,7 @@ Leaves = dict[str, jax.Array]  # by path name
 Sum = Callable[[Leaves], Leaves]
 MiB = 2**20
 # Cut the model and its batch within each replica, by rules; collectives over them are the compiler's.
-WITHIN = ("stage", "context", "expert", "tensor")
+WITHIN = ("fsdp", "stage", "context", "expert", "tensor")
 
 
 class Reducer(NamedTuple):
@@ -38,16 +38,10 @@ def plain(total: Callable[[PyTree], PyTree]) -> Reducer:
     return Reducer(init=lambda params: {}, reduce=lambda grads, state: (total(grads), state))
 
 
-def axes_of(parts: base.Parts, strategy: str, holds: str) -> tuple[str, ...]:
-    """The mesh axes over which gradients are summed; ValueError for meshes and models that a strategy of
-    replica and data axes cannot take.
+def axes_of(parts: base.Parts, strategy: str) -> tuple[str, ...]:
+    """The mesh axes over which gradients are summed; ValueError for models that cannot be shown a part of the
+    batch.
     """
-    fsdp = parts.mesh.shape["fsdp"]
-    check(
-        fsdp == 1,
-        f"strategy {strategy} {holds}: mesh.fsdp={fsdp} must be 1; cut by mesh.data or mesh.replica, the"
-        f" model by mesh.{', mesh.'.join(WITHIN)}, or use --strategy auto",
-    )
     check(
         not parts.task.whole_batch,
         f"strategy {strategy} shows each device a part of the batch, and"
@@ -65,7 +59,7 @@ def within(parts: base.Parts) -> bool:
 def param_shardings(parts: base.Parts) -> PyTree:
     """Of the parameters in each replica."""
     params, _ = base.abstract_params(parts)
-    return sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=False)
+    return sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=True)
 
 
 def check_measured(parts: base.Parts, kind: str) -> None:
@@ -146,15 +140,20 @@ def reduced(
 
 
 def state_shardings(parts: base.Parts, axes: tuple[str, ...], reducer: Reducer) -> PyTree:
-    """Of the reducer's state."""
+    """Of the reducer's state: errors lie as the parameters of a replica, chunks whole in each, what is common
+    everywhere.
+    """
     params, _ = base.abstract_params(parts)
     state = jax.eval_shape(reducer.init, params)
-    return {
-        part: jax.tree.map(
-            lambda _, part=part: NamedSharding(parts.mesh, P(axes) if part == "own" else P()), held
-        )
-        for part, held in state.items()
+    cut = tree.named_leaves(param_shardings(parts))
+    place = lambda *spec: NamedSharding(parts.mesh, P(*spec))
+    if not state:
+        return {}
+    own = {
+        "errors": {name: place(axes, *cut[name].spec) for name in state["own"]["errors"]},
+        "chunks": [place(axes) for _ in state["own"]["chunks"]],
     }
+    return {"own": own, "common": jax.tree.map(lambda _: place(), state["common"])}
 
 
 def only(spec: P, axes: tuple[str, ...]) -> P:

@@ -7,7 +7,6 @@ parts are gathered (Li et al. 2014, OSDI; at staleness 0 this is ZeRO-1's traffi
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,7 +27,7 @@ def build(parts: base.Parts, config: Server) -> base.Strategy:
     """Parameters, moments and average cut over all replicas; small arrays, and those that do not divide, lie
     on every device. ValueError for meshes and models that it cannot take.
     """
-    axes = reduce.axes_of(parts, "server", "cuts parameters over mesh.data and mesh.replica only")
+    axes = reduce.axes_of(parts, "server")
     params, _ = base.abstract_params(parts)
     owners = sharding.owner_shardings(params, parts.task.dims, parts.mesh, axes or ("data",))
     specs = jax.tree.map(lambda s: s.spec, owners)
@@ -36,7 +35,7 @@ def build(parts: base.Parts, config: Server) -> base.Strategy:
     reducer = reducer_of(parts, config, axes, owners)
     queue = Queue(config.staleness)
     shardings = dataclasses.replace(
-        base.shardings_of(parts, params=owners, moments=owners),
+        base.shardings_of(parts, params=owners, moments=owners, fsdp=True),
         strategy_state=queue.shardings(owners) | reduce.state_shardings(parts, axes, reducer),
     )
     gradients = reduce.gradients(parts, axes)
@@ -90,8 +89,7 @@ def reducer_of(
             init=lambda params: {},
             reduce=reduce.by_name(lambda grads, state: (total(grads), state)),
         )
-    num = math.prod(parts.mesh.shape[axis] for axis in axes)
-    return compress.reducer(config.compress, compress.Way(axes, num, total, whole, dims), 0)
+    return compress.reducer(config.compress, compress.way(parts, axes, total, whole, dims), 0)
 
 
 def cut_dim(spec: P, axes: tuple[str, ...]) -> int | None:

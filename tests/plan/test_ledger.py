@@ -240,7 +240,41 @@ SHARED = {
     "psum": ["1", "--strategy", "allreduce", *PIPE, "2", "--mesh.tensor", "2"],
     "ring": ["1", "--strategy", "allreduce", "--strategy.reduction", "ring", *MIXED, "4"],
     "server": ["1", "--strategy", "server", "--mesh.context", "2", "--mesh.tensor", "2"],
+    "psum_fsdp": ["1", "--strategy", "allreduce", "--mesh.fsdp", "4"],
+    "ring_fsdp": [
+        "1",
+        "--strategy",
+        "allreduce",
+        "--strategy.reduction",
+        "ring",
+        "--mesh.fsdp",
+        "4",
+    ],
+    "server_fsdp": ["1", "--strategy", "server", "--mesh.fsdp", "4"],
 }
+
+
+KIND, BLOCK, KEEP = "--strategy.compress.kind", 64, 0.02
+COMPRESSED = {
+    f"{kind}_{axis}": (kind, ["1", "--strategy", strategy, KIND, kind, f"--mesh.{axis}", "4"])
+    for kind in ("int8", "top-k")
+    for strategy, axis in (("allreduce", "fsdp"), ("allreduce", "tensor"), ("server", "context"))
+}
+
+
+@pytest.mark.parametrize("case", slow_but(("int8_fsdp",), COMPRESSED))
+def test_devices_that_share_a_replica_send_a_part_of_what_is_compressed(case):
+    """Each a fourth, there and (int8 under allreduce) back."""
+    kind, words = COMPRESSED[case]
+    words = [*words, "--strategy.compress.block", str(BLOCK), "--strategy.compress.keep", str(KEEP)]
+    program = build([*words, "--mesh.replica", "2"])
+    found = compile.compiled(program, targets.parse("cpu:8")).program.collectives
+    assert {c.axes for c in found if "replica" in c.axes} == {("replica",)}
+    of = {"int8": "s8", "top-k": "s32"}[kind]  # the places of the entries
+    sent = sum(c.count * c.wire_bytes for c in found if c.dtype == of and "replica" in c.axes)
+    elements = sum(x.size for x in jax.tree.leaves(program.abstract_state().params))
+    both = {"int8": 1 if "allreduce" in words else 0.5, "top-k": 4 * KEEP}[kind]
+    assert sent == pytest.approx(both * elements / 4, rel=0.02)
 
 
 @pytest.mark.parametrize("case", slow_but(("local",), SHARED))
@@ -248,7 +282,7 @@ def test_devices_that_share_a_replica_send_their_part(case):
     program = build([*SHARED[case], "--mesh.replica", "2"])
     found = hlo.ledger(compile.compiled(program, targets.parse("cpu:8")).program)
     params = program.abstract_state().params
-    placed = sharding.param_shardings(params, program.task.dims, program.mesh, fsdp=False)
+    placed = sharding.param_shardings(params, program.task.dims, program.mesh, fsdp=True)
     each = sum(map(tree.bytes_per_device, jax.tree.leaves(params), jax.tree.leaves(placed)))
     across = [(axes, total.wire_bytes) for (axes, _), total in found.items() if "replica" in axes]
     assert {axes for axes, sent in across if sent > SCALARS} == {("replica",)}
