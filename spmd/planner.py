@@ -11,7 +11,7 @@ from spmd import ahead, mesh
 from spmd.experiment import Experiment
 from spmd.fields import check
 from spmd.plan import targets
-from spmd.strategies import AllReduce, Auto, StrategyConfig
+from spmd.strategies import AllReduce, Auto, Server, StrategyConfig
 
 if TYPE_CHECKING:
     from spmd.plan import report
@@ -36,33 +36,23 @@ def facts(exp: Experiment) -> Facts:
     return known.of(alone.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
 
 
-def planned(strategy: StrategyConfig) -> bool:
-    """Whether the closed forms of plan.comms are those of `strategy`."""
+def planned(strategy: StrategyConfig, cut: Layout) -> bool:
+    """Whether the closed forms of plan.comms and plan.memory are those of `strategy`."""
     if isinstance(strategy, AllReduce):  # each sends twice (N - 1) / N of the gradients
-        return strategy.reduction != "hierarchical" and strategy.compress.kind == "none"
+        plain = strategy.reduction != "hierarchical" and strategy.compress.kind == "none"
+        # A table's gradient is made of the rows of all devices, gathered, and not scattered as a sum.
+        return plain and cut.size("fsdp") == 1
     return isinstance(strategy, Auto)
 
 
 def layout(exp: Experiment, num_devices: int) -> Layout:
-    """How `exp` is cut on so many devices. Of another strategy than auto, its mesh counts."""
+    """How `exp` is cut on so many devices."""
     from spmd.plan.layout import Layout
 
-    check(
-        planned(exp.strategy),
-        "plan knows the traffic of strategy auto, and of allreduce with reduction psum, ring or"
-        f" reduce_scatter and no compression, but not of strategy {exp.strategy.name} as it is set;"
-        " add --strategy auto",
-    )
     auto = exp.strategy if isinstance(exp.strategy, Auto) else Auto()
     model: Any = exp.model
     train = exp.train
     sizes = {axis: n for axis, n in exp.mesh.resolve(num_devices).items() if n > 1}
-    # There the gradient of a table is made of the rows of all devices, gathered, and not scattered as a sum.
-    check(
-        auto is exp.strategy or "fsdp" not in sizes,
-        f"plan does not know the traffic of strategy {exp.strategy.name} within replicas that"
-        f" mesh.fsdp={sizes.get('fsdp')} cuts; add --strategy auto",
-    )
     pipeline = train.pipeline if "stage" in sizes else "1f1b"
     return Layout(
         sizes,
@@ -80,7 +70,8 @@ def layout(exp: Experiment, num_devices: int) -> Layout:
 def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
     """`exp` on `target`: estimated, and (compiled) its own step compiled for it, in a process of its own.
 
-    ValueError for what cannot be cut so, or when a TPU's compiler is not installed.
+    Of a strategy whose traffic has no closed form here, the compiled step tells it. ValueError for what
+    cannot be cut so, when a TPU's compiler is not installed, or when such a strategy is not to be compiled.
     """
     from spmd.plan import comms, cost, memory, report
     from spmd.plan import layout as layouts
@@ -89,14 +80,20 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
     on = targets.parse(target)
     known, cut = facts(exp), layout(exp, on.num_devices)
     layouts.check_fits(known, cut)
+    by_form = planned(exp.strategy, cut)
+    check(
+        by_form or compiled,
+        f"of strategy {exp.strategy.name} as it is set, only the compiled program tells what moves: leave out"
+        " --no-compile, or add --strategy auto",
+    )
     made = report.Plan(
         facts=known,
         target=on,
         layout=cut,
         strategy=exp.strategy.name,
         memory=memory.of(known, cut),
-        collectives=comms.of(known, cut),
-        estimate=cost.estimate(known, on, cut) if on.chip else None,
+        collectives=comms.of(known, cut) if by_form else [],
+        estimate=cost.estimate(known, on, cut) if on.chip and by_form else None,
     )
     if not compiled:
         return made
@@ -104,10 +101,19 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
         program = ahead.compiled(exp, target)
     except Failed as error:
         return made._replace(failed=str(error))
-    if made.estimate is not None and program.how == "compiled":
-        found = comms.compiled(program.program, cut)
-        made = made._replace(estimate=cost.estimate(known, on, cut, found))
-    return made._replace(compiled=program)
+    made = made._replace(compiled=program)
+    if by_form and program.how != "compiled":
+        return made
+    merges_over = () if by_form else exp.strategy.merges_over
+    found = comms.compiled(program.program, cut, merges_over)
+    if not by_form:
+        replicas = max(exp.strategy.copies // cut.size("replica"), 1)
+        pulled = isinstance(exp.strategy, Server)
+        held = memory.of_program(known, cut, program.state, replicas, pulled)
+        made = made._replace(memory=held, collectives=found)
+    if on.chip is None:
+        return made
+    return made._replace(estimate=cost.estimate(known, on, cut, found, held=made.memory))
 
 
 def schedule(exp: Experiment, target: str) -> Schedule:

@@ -71,13 +71,9 @@ TABLE = {
         STACKED + "--simulate 2 --mesh.data 1 --mesh.stage 2 --privacy.noise-multiplier 1",
         "privacy needs gradients of parts of the batch, which a pipeline (mesh.stage=2) sums up",
     ),
-    "plan_fsdp": (
-        "plan --experiment digits --simulate 8 --strategy allreduce --mesh.fsdp 2",
-        "plan does not know the traffic of strategy allreduce within replicas that mesh.fsdp=2 cuts",
-    ),
     "plan_strategy": (
-        "plan --experiment digits --strategy server",
-        "plan knows the traffic of strategy auto, and of allreduce",
+        "plan --experiment digits --strategy server --no-compile",
+        "of strategy server as it is set, only the compiled program tells what moves: leave out --no-compile",
     ),
     "not_prepared": ("--experiment mnist --run.dir out", "run.py data prepare"),
     "data_dir": (D + "--data.dir nowhere", "data.dir='nowhere' is no directory"),

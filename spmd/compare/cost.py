@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spmd import hlo
 from spmd.plan import compile, network, targets
+from spmd.plan.comms import SCALAR
 
 if TYPE_CHECKING:
     from spmd.experiment import Experiment
     from spmd.train.loop import Program
 
 COMBINED = ("all-reduce", "all-gather", "reduce-scatter")
-SCALAR = 8  # bytes
 BLOCKS = 5  # of steps, the median of which is taken
 BLOCK_SECONDS = 0.2
 

@@ -56,6 +56,7 @@ WHAT = (
     "parameters",
     "gradients",
     "new parameters",
+    "merges",  # what a strategy other than auto exchanges by itself
     "activations",
     "rows",
     "microbatches",
@@ -63,6 +64,7 @@ WHAT = (
 )
 TOKEN_AXES = (*BATCH_AXES, "context")  # those that cut what a gradient is summed over
 WIDE = 4  # bytes of float32
+SCALAR = 8  # bytes: of loss, metrics and norms, for which no parameter waits
 # Rounds of a mixture's exchange: the first has room for even loads, and loads are never quite even.
 ROUNDS = 2
 
@@ -129,10 +131,12 @@ def _joined(found: Iterable[Collective]) -> list[Collective]:
     return list(alike.values())
 
 
-def compiled(program: hlo.Program, layout: Layout) -> list[Collective]:
+def compiled(
+    program: hlo.Program, layout: Layout, merges_over: tuple[str, ...] = ()
+) -> list[Collective]:
     """Those of a compiled program, by what they carry: gathers over batch axes are parameters, sums over axes
-    that share gradients are these, all else activations. Groups that span no product of axes count for the
-    whole mesh.
+    that share gradients are these, all else activations; all over axes of `merges_over` only, merges. Groups
+    that span no product of axes count for the whole mesh.
 
     The text does not tell how often a branch is taken, nor how many rounds a mixture needs: of a pipeline's
     ticks, those count in which a stage works; rounds are ROUNDS.
@@ -140,8 +144,10 @@ def compiled(program: hlo.Program, layout: Layout) -> list[Collective]:
     whole = tuple(axis for axis in layout.mesh if layout.size(axis) > 1)
     found = []
     for c in hlo.alike(program.collectives):
+        if c.bytes <= SCALAR:
+            continue
         axes, count = c.axes or whole, c.count
-        what = _carried(c.kind, axes, layout)
+        what = "merges" if set(axes) <= {*merges_over} else _carried(c.kind, axes, layout)
         if what == "new parameters" and layout.stages > 1 and count % layout.ticks == 0:
             what = "activations"  # a table's rows, at each tick
         made = Collective(c.kind, axes, c.group, c.bytes, count, what)
@@ -158,6 +164,8 @@ def _carried(kind: str, axes: tuple[str, ...], layout: Layout) -> str:
     over = set(axes)
     if kind == "collective-permute":
         named = {STAGE: "microbatches", "context": "keys and values"}
+        # A TPU gathers weights over fsdp, and sums their gradients, piece by piece beside products.
+        named |= dict.fromkeys(BATCH_AXES, "parameters")
         return named.get(axes[0], "activations") if len(axes) == 1 else "activations"
     if kind == "all-to-all":
         return "rows" if "expert" in over else "activations"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from spmd import hlo
+from spmd import hlo, tree
 from spmd.fields import check
 from spmd.plan.targets import Target
 from spmd.storage import cache_root, write_whole
@@ -35,7 +35,7 @@ _TOO_LARGE = (
     rf"Used {_SIZE} of {_SIZE} hbm",
     rf"required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
 )
-_SAVED = 1  # of the form of a cached result
+_SAVED = 2  # of the form of a cached result
 
 
 class Failed(Exception):
@@ -71,13 +71,15 @@ class Compiled:
     """A step on `target`.
 
     how: `compiled` by the target's own compiler, or `estimated` from the partitioned program of as many
-    simulated devices. mesh: axis -> size. seconds, host_memory: what the compilation took.
+    simulated devices. mesh: axis -> size. state: bytes per device by field. seconds, host_memory: what the
+    compilation took.
     """
 
     target: str
     how: How
     mesh: dict[str, int]
     memory: Memory
+    state: dict[str, int]
     program: hlo.Program
     seconds: float
     host_memory: int
@@ -159,6 +161,7 @@ def compiled(program: Any, target: Target) -> Compiled:
         how="compiled" if target.topology else "estimated",
         mesh=axes,
         memory=_memory(built.memory_analysis(), own=bool(target.topology)),
+        state=_state(program),
         program=hlo.read(text, axes),
         seconds=time.monotonic() - begin,
         host_memory=_host_memory(),
@@ -166,6 +169,17 @@ def compiled(program: Any, target: Target) -> Compiled:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(made.json()))
     return made
+
+
+def _state(program: Any) -> dict[str, int]:
+    abstract, placed = program.abstract_state(), program.strategy.state_shardings
+    fields = [field.name for field in dataclasses.fields(abstract)]
+
+    def held(field: str) -> int:
+        leaves, places = (tree.named_leaves(getattr(of, field)) for of in (abstract, placed))
+        return sum(tree.bytes_per_device(leaf, places[name]) for name, leaf in leaves.items())
+
+    return {field: held(field) for field in fields}
 
 
 def lower(program: Any) -> Any:

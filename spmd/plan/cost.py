@@ -108,9 +108,10 @@ def estimate(
     layout: Layout,
     found: list[comms.Collective] | None = None,
     weights: list[comms.Collective] | None = None,
+    held: Memory | None = None,
 ) -> Estimate:
     """found: the collectives, where a compiled program has told them; else those of the closed form, of which
-    `weights` may be known (comms.of_weights).
+    `weights` may be known (comms.of_weights). held: where it is not that of the closed form.
 
     ValueError with the reason when the experiment, the mesh and the target do not go together; whether it
     fits the memory, `fits` says.
@@ -124,7 +125,7 @@ def estimate(
     check_fits(facts, layout)
     levels = network.levels(target, layout.mesh, layout.slices)
     found = comms.of(facts, layout, weights) if found is None else found
-    held = memory.of(facts, layout)
+    held = held or memory.of(facts, layout)
     work = _work(facts, layout, chip)
     seconds = {
         "products": work.products,
@@ -335,6 +336,7 @@ def _update(facts: Facts, layout: Layout, held: Memory, chip: Chip) -> float:
         for leaf in facts.leaves
         if leaf.group == GROUPS["params"]
     )
+    part = min(part, held.parameters)  # of a server, its own only
     moved = 2 * (part + held.optimizer + held.average) + 2 * part
     return moved / (chip.bandwidth * BANDWIDTH_SHARE)
 
@@ -351,6 +353,7 @@ HELP = {
     "gradients": "fewer sums of gradients would help most: more tokens on each device, or accumulation with"
     " fewer, larger microbatches",
     "new parameters": "zero=3 would help most, which gathers weights while products run",
+    "merges": "sending less would help most: strategy.compress, or --strategy local with a longer period",
     "activations": "a smaller {axis} would help most: its exchanges hide behind nothing",
     "keys and values": "a smaller mesh.context would help most, or fewer key and value heads",
     "rows": "a smaller mesh.expert would help most: rows on their way hide behind nothing",

@@ -25,6 +25,7 @@ Not modelled: fragmentation, and what the compiler chooses to keep or to compute
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax.sharding import AbstractMesh
@@ -57,11 +58,13 @@ class Memory(NamedTuple):
     gradients: float
     activations: float
     temporaries: float
+    strategy: int = 0
 
     @property
     def state(self) -> int:
         """What a checkpoint holds."""
-        return self.parameters + self.optimizer + self.average + self.model_state
+        held = self.parameters + self.optimizer + self.average + self.model_state
+        return held + self.strategy
 
     @property
     def peak(self) -> float:
@@ -96,6 +99,27 @@ def of(facts: Facts, layout: Layout) -> Memory:
         gradients=held,
         activations=saved,
         temporaries=over,
+    )
+
+
+def of_program(
+    facts: Facts, layout: Layout, state: Mapping[str, int], replicas: int, pulled: bool
+) -> Memory:
+    """With the state of a strategy that has its own way to hold it. state: bytes by field of TrainState.
+    replicas: of `local`, that one device has; each has gradients. pulled: whether a step gathers the
+    parameters of a replica. What compression computes is not counted.
+    """
+    whole = of(facts, layout)
+    gathered = max(whole.parameters - state["params"], 0) if pulled else 0
+    rest = ("step", "key", "strategy_state")
+    return whole._replace(
+        parameters=state["params"],
+        optimizer=state["opt_state"],
+        average=state["ema"],
+        model_state=state["model_state"],
+        gradients=whole.gradients * replicas,
+        temporaries=whole.temporaries + gathered,
+        strategy=sum(state[name] for name in rest),
     )
 
 

@@ -89,8 +89,10 @@ def summary(plan: Plan) -> str:
     parts = [_head(plan), "", _memory(plan), "", _ledger(plan)]
     if plan.estimate is not None:
         parts += ["", _time(plan.estimate), "", plan.estimate.bottleneck]
-    else:
+    elif plan.target.chip is None:
         parts += ["", f"step time: nothing is known of the speed of {plan.target.name}"]
+    else:
+        parts += ["", f"step time: only a compiled program tells it of strategy {plan.strategy}"]
     return "\n".join(parts)
 
 
@@ -196,9 +198,10 @@ def _head(plan: Plan) -> str:
         made = plan.compiled
         how = f"{made.how} in {made.seconds:.0f} s"
     failed = f"\nnot compiled: {plan.failed}" if plan.failed else ""
+    strategy = f", strategy {plan.strategy}" if plan.strategy != "auto" else ""
     return (
         f"{plan.facts.name} on {plan.target.name}: {plan.facts.num_params:,} parameters,"
-        f" {plan.target.num_devices} devices, {plan.layout}, {plan.facts.tokens:,}"
+        f" {plan.target.num_devices} devices, {plan.layout}{strategy}, {plan.facts.tokens:,}"
         f" {'tokens' if plan.facts.length > 1 else 'examples'} a step; {how}{failed}"
     )
 

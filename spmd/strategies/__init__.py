@@ -17,6 +17,7 @@ class StrategyConfig:
 
     name: ClassVar[str] = ""
     by_device: ClassVar[bool] = False  # each device takes the gradient of its own rows by itself
+    merges_over: ClassVar[tuple[str, ...]] = ()  # mesh axes over which it exchanges by itself
 
     def build(self, parts: Parts) -> Strategy:
         """The Strategy on parts.mesh."""
@@ -31,6 +32,11 @@ class StrategyConfig:
         gradients, to which noise is added: one for each of `private_parts`.
         """
         return f"strategy {self.name} does more with gradients than to sum those of all examples"
+
+    @property
+    def copies(self) -> int:
+        """Replicas, or clients at once, that train by themselves; 1 is none."""
+        return 1
 
     @property
     def private_parts(self) -> int:
@@ -89,6 +95,7 @@ class AllReduce(StrategyConfig):
 
     name: ClassVar[str] = "allreduce"
     by_device: ClassVar[bool] = True
+    merges_over: ClassVar[tuple[str, ...]] = ("replica", "data")
     reduction: Literal["psum", "ring", "reduce_scatter", "hierarchical"] = free("psum")
     """psum: the compiler's all-reduce; ring: our own, of neighbours; reduce_scatter: with an all-gather;
     hierarchical: the same within mesh.data, and only the shards are summed across mesh.replica."""
@@ -127,6 +134,7 @@ class Server(StrategyConfig):
 
     name: ClassVar[str] = "server"
     by_device: ClassVar[bool] = True
+    merges_over: ClassVar[tuple[str, ...]] = ("replica", "data")
     staleness: int = 0
     """Workers compute on parameters so many updates old; 0 is synchronous SGD."""
     compress: Compression = Compression()
@@ -148,6 +156,7 @@ class Server(StrategyConfig):
 class Rounds(StrategyConfig):
     """Base of the strategies that take local steps between two outer ones."""
 
+    merges_over: ClassVar[tuple[str, ...]] = ("replica",)
     period: int = 50
     """Local steps between two outer ones, H; must divide the run's steps."""
     outer: Literal["average", "nesterov", "adam"] = "nesterov"
@@ -201,6 +210,10 @@ class Local(Rounds):
 
         sent = merge.of(self.compress, parts, self.replicas)
         return local.build(parts, self.replicas, local.Outer(self.period, self._outer_tx(), sent))
+
+    @property
+    def copies(self) -> int:
+        return self.replicas
 
     def not_private(self) -> str:
         return ""  # each replica's gradient has its noise before anything is made of it, or sent
@@ -263,6 +276,10 @@ class Federated(Rounds):
     def clients_a_round(self) -> int:
         """At least one."""
         return max(1, round(self.fraction * self.clients))
+
+    @property
+    def copies(self) -> int:
+        return self.clients_a_round
 
     def check_run(self, num_steps: int, num_examples: int) -> None:
         super().check_run(num_steps, num_examples)

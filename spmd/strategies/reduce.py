@@ -82,13 +82,13 @@ def gradients(parts: base.Parts, axes: tuple[str, ...]) -> Callable[..., Any]:
             grads, sums, model_state = grads_of(params, model_state, batch, step_key, scale)
             return first_dim(grads), jax.tree.map(scope.batch_sum, sums), model_state
 
-    # Within a replica there are shard_maps of their own, which say nothing of how results vary.
+    # Kernels, and shard_maps within a replica, say nothing of how their results vary.
     return _mapped(
         parts,
         local,
         in_specs=(P(), P(), P(axes), P()),
         out_specs=(P(axes), P(), P()),
-        check_vma=not within(parts),
+        check_vma=False,
         over=axes if within(parts) else parts.mesh.axis_names,
     )
 

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import spmd
+from spmd import ahead
+from tests.marks import slow_but
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -63,3 +67,28 @@ def test_splash_compiles_for_a_cut_mesh():
     kernels, scattered = result.stdout.split()
     assert int(kernels) == 4  # forward, and again under remat; dq; dk and dv
     assert scattered == "True"  # what sequence parallelism is for, and no CPU shows
+
+
+TINY = ("--model.vocab 512 --model.layers 2 --model.embed 512 --model.mlp 512 --model.heads 4 --model.scan"
+        " --model.length 256 --data.sequence-length 256 --data.batch-size 32 --model.dtype bfloat16"
+        " --train.accumulate 4 --mesh.data 1")  # fmt: skip
+ULYSSES = "--mesh.context 2 --model.context ulysses"
+BESIDE = {
+    "allreduce": "--mesh.data 8 --strategy allreduce",
+    "server": "--mesh.data 4 --mesh.tensor 2 --strategy server",
+    "local": "--mesh.replica 4 --mesh.fsdp 2 --strategy local --strategy.replicas 4",
+    "ulysses": f"--mesh.fsdp 2 --mesh.tensor 2 {ULYSSES}",
+    "stage": "--mesh.fsdp 2 --mesh.tensor 2 --mesh.stage 2",
+    "stage_ulysses": f"--mesh.fsdp 2 --mesh.stage 2 {ULYSSES}",
+    "stage_experts": "--mesh.fsdp 2 --mesh.stage 2 --mesh.expert 2 --model.experts.num 4",
+    "allreduce_stage": f"--mesh.data 2 --mesh.stage 2 {ULYSSES} --strategy allreduce",
+    "local_stage": f"--mesh.replica 2 --mesh.stage 2 {ULYSSES} --strategy local --strategy.replicas 4",
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("case", slow_but(("allreduce",), BESIDE))
+def test_splash_compiles_beside_other_axes_and_strategies(case):
+    words = [*TINY.split(), "--model.attention", "splash", *BESIDE[case].split()]
+    made = ahead.compiled(spmd.load("lm_stdlib", words).experiment, "v5e:2x4")
+    assert made.how == "compiled" and made.memory.peak >= made.memory.arguments

@@ -47,6 +47,9 @@ TRIPLES = (
      " --mesh.context 4 --model.context ulysses"),
     ("llama3_8b", "v5p:2x2x2", "--data.batch-size 8 --mesh.data 1 --mesh.fsdp 4 --mesh.context 2"),
     ("mixtral_8x7b", "v5p:2x2x2", f"{LLAMA} --model.layers 4 --mesh.data 1 --mesh.fsdp 8"),
+    ("gpt2_124m", "v5e:2x4", f"{GPT2} --mesh.data 1 --mesh.replica 8 --strategy local"),
+    ("gpt2_124m", "v5e:2x4", f"{GPT2} --strategy server"),
+    ("gpt2_124m", "v5e:2x4", f"{GPT2} --mesh.data 2 --mesh.fsdp 4 --strategy allreduce"),
 )  # fmt: skip
 
 

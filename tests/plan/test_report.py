@@ -15,6 +15,7 @@ from spmd.commands import main
 from spmd.plan import budget, report, targets
 from spmd.plan.layout import Layout
 from spmd.plan.search import Candidate
+from tests.marks import slow_but
 
 LLAMA = ("--experiment", "llama3_8b", "--model.attention", "splash")
 FSDP = ("--mesh.data", "1", "--mesh.fsdp", "-1")
@@ -40,6 +41,40 @@ def test_a_plan_without_compiling(capsys, tmp_path):
     assert made["step_seconds"] == pytest.approx(sum(made["seconds"].values()))
     assert found["memory"]["parameters"] == pytest.approx(8_030_261_248 * 4 / 64, rel=1e-3)
     assert 0.3 < made["mfu"] < 0.85
+
+
+N = 8
+EXACT = 2 * (N - 1) / N
+REPLICAS = ["--mesh.data", "1", "--mesh.replica", "8"]
+INT8 = ["--strategy.compress.kind", "int8", "--strategy.compress.block", "64"]
+MERGES = {  # (strategy, what a device sends of the bytes of the parameters)
+    "local": (["local", "--strategy.period", "20", *REPLICAS], EXACT / 20),
+    "local_int8": (["local", "--strategy.period", "20", *REPLICAS, *INT8], EXACT * 17 / 64 / 20),
+    "server": (["server"], EXACT),
+    "int8": (["allreduce", *INT8], EXACT * 17 / 64),
+    "fsdp": (["allreduce", "--mesh.data", "2", "--mesh.fsdp", "4"], 1 / 4),
+}
+
+
+@pytest.mark.parametrize("case", slow_but(("local",), MERGES))
+def test_other_strategies_are_planned_from_their_program(case, capsys):
+    """State to the byte, merges by axis, and a step's time with them."""
+    words, part = MERGES[case]
+    given = ("--experiment", "digits", "--model.hidden", "256", "256", "--target", f"h100:{N}")
+    assert plan(*given, "--strategy", *words, "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    held, compiled = found["memory"], found["compiled"]
+    state = sum(held[name] for name in ("parameters", "optimizer", "model_state", "strategy"))
+    assert state == sum(compiled["state"].values())
+    assert compiled["memory"]["arguments"] - state == pytest.approx(held["batch"], abs=64)
+    merged = [c for c in found["collectives"] if c["what"] == "merges"]
+    params = 256 * (64 + 1 + 256 + 1 + 10) + 10
+    assert sum(c["wire_bytes"] for c in merged) == pytest.approx(4 * params * part, rel=0.03)
+    spent = found["estimate"]["networks"]
+    assert any(name.startswith("merges over") and "NVLink" in name for name in spent)
+    assert plan(*given, "--strategy", *words) == 0
+    shown = capsys.readouterr().out
+    assert f", strategy {words[0]}, " in shown and re.search("merges over .*NVLink", shown)
 
 
 def test_what_does_not_fit_says_so(capsys):
