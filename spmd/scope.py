@@ -23,7 +23,8 @@ Dims = tuple[str | None, ...]
 @dataclasses.dataclass
 class Scope:
     """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples; platform: of the
-    devices that will run it ("" is the default backend's); mapped: axis of a vmap over replicas on a device.
+    devices that will run it ("" is the default backend's); mapped: axis of a vmap over replicas on a device;
+    partial: within a shard_map that leaves some axes to the compiler.
 
     notes: what layers told of their examples, by name: (values, their weights), each [B].
     watched: verify looks on: modules name their outputs, and the update returns the gradients.
@@ -38,6 +39,7 @@ class Scope:
     )
     cut: Callable[[str], dict[str, int]] | None = None
     mapped: str = ""
+    partial: bool = False
     platform: str = ""
     watched: bool = False
     notes: dict[str, tuple[jax.Array, jax.Array]] | None = None

@@ -103,7 +103,15 @@ def _lookup_forward(dtype, table_VD, index):
 def _lookup_backward(dtype, kept, gradient):
     table_VD, index = kept
     rows = gradient.astype(table_VD.dtype)
-    return jnp.zeros_like(table_VD).at[index].add(rows, mode="drop"), None
+    zeros_VD = jnp.zeros_like(table_VD)
+    if scope.current().partial:
+        # There XLA brings all rows to each device in any case, but its TPU partitioner ends the process over
+        # a table that two axes cut. So they are brought first, and only the vocabulary is cut.
+        index = scope.constrain(index, *(None,) * index.ndim)
+        rows = scope.constrain(rows, *(None,) * rows.ndim)
+        zeros_VD = scope.constrain(zeros_VD, "vocab", None)
+        return scope.constrain(zeros_VD.at[index].add(rows, mode="drop"), "vocab", None), None
+    return zeros_VD.at[index].add(rows, mode="drop"), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -66,7 +66,7 @@ def grads_of(
         parts = Parts(stacked, structure, _places(params, dims, mesh))
 
         def local(params, model_state, batch_M, step_key, scale):
-            with scope.bind(axes=(*outer, *axes)):
+            with scope.bind(axes=(*outer, *axes), partial=True):
                 waits = scope.platform() == "cpu" and mesh.size > table.stages
                 per_chunk = layers // (table.stages * table.virtual)
                 given = (params, batch_M, step_key, scale)

@@ -204,10 +204,11 @@ def _each(parts: base.Parts, one: Callable[..., Any], num_replicas: int) -> Call
         return jax.vmap(one, axes, spmd_axis_name=AXIS)
 
     def here(shared: Shared, *theirs: PyTree) -> PyTree:
-        if num_replicas == over:
-            alone = one(shared, *jax.tree.map(lambda x: x[0], theirs))
-            return jax.tree.map(lambda x: x[None], alone)
-        with scope.bind(mapped=REPLICAS):
+        alone = num_replicas == over
+        with scope.bind(mapped="" if alone else REPLICAS, partial=over > 1):
+            if alone:
+                made = one(shared, *jax.tree.map(lambda x: x[0], theirs))
+                return jax.tree.map(lambda x: x[None], made)
             return jax.vmap(functools.partial(one, shared), axis_name=REPLICAS)(*theirs)
 
     if over == 1:

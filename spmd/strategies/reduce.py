@@ -163,7 +163,7 @@ def only(spec: P, axes: tuple[str, ...]) -> P:
 
 def bound(parts: base.Parts, axes: tuple[str, ...]) -> Any:
     """The scope of what runs on a part of the batch."""
-    placed = sharding.placement(parts.mesh) if within(parts) else {}
+    placed = sharding.placement(parts.mesh) | {"partial": True} if within(parts) else {}
     return scope.bind(axes=axes, **{"platform": parts.mesh.devices.flat[0].platform} | placed)
 
 
