@@ -291,6 +291,22 @@ def test_devices_that_share_a_replica_send_their_part(case):
     assert abs(sent - wanted) <= SMALL * wanted + SCALARS
 
 
+AXES_OF_A_STAGE = [
+    "fsdp 2 tensor 2", "fsdp 2 expert 2", "expert 2 tensor 2", "data 2 fsdp 2", "data 2 tensor 2",
+    "data 2 expert 2", "fsdp 4", "tensor 4", "expert 4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", slow_but(("fsdp 2 tensor 2",), AXES_OF_A_STAGE))
+def test_only_stages_permute_in_a_pipeline(axes):
+    """A permutation waits for all devices on CPUs, and in a branch that not all run it would for ever."""
+    words = [f"--mesh.{w}" if w.isalpha() else w for w in axes.split()]
+    program = build(["1", *PIPE, "2", *MIXED[:2], "--model.experts.shared", "1", *words])
+    found = compile.compiled(program, targets.parse("cpu:8")).program.collectives
+    permutes = [c for c in found if c.kind == "collective-permute"]
+    assert permutes and {c.axes for c in permutes} == {("stage",)}, permutes
+
+
 def test_a_process_of_its_own_finds_the_same_and_remembers_it():
     exp = spmd.load("lm_stdlib", [*WORDS, *CASES["dp_tp"][0]]).experiment
     apart = ahead.compiled(exp, "cpu:8")
