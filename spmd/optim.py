@@ -91,7 +91,7 @@ class Optimizer:
             warmup = optax.linear_schedule(first, peak, self.warmup_steps)
             main = optax.join_schedules([warmup, main], [self.warmup_steps])
         # A float count: optax would mix an integer one with floats, which strict promotion refuses.
-        # float64 where that is on: the last bit of a float32 cosine depends on the program around it
+        # float64 where that is on: the last bit of a float32 cosine depends on the program around it.
         return lambda count: jnp.asarray(main(jnp.asarray(count, float)), float)
 
     def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ from spmd import ahead, mesh
 from spmd.experiment import Experiment
 from spmd.fields import check
 from spmd.plan import targets
-from spmd.strategies import AllReduce, Auto, Server, StrategyConfig
+from spmd.strategies import AllReduce, Auto, StrategyConfig
 
 if TYPE_CHECKING:
     from spmd.plan import report
@@ -108,8 +108,7 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
     found = comms.compiled(program.program, cut, merges_over)
     if not by_form:
         replicas = max(exp.strategy.copies // cut.size("replica"), 1)
-        pulled = isinstance(exp.strategy, Server)
-        held = memory.of_program(known, cut, program.state, replicas, pulled)
+        held = memory.of_program(known, cut, program.state, replicas)
         made = made._replace(memory=held, collectives=found)
     if on.chip is None:
         return made

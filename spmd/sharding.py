@@ -217,9 +217,10 @@ def inside() -> Collection[str]:
     return jax.sharding.get_abstract_mesh().manual_axes
 
 
-def manual(mesh: Mesh, axes: Collection[str]) -> dict[str, Any]:
-    """What jax.shard_map takes to be manual over `axes`, within another one too."""
-    return {"axis_names": set(axes)} | ({} if inside() else {"mesh": mesh})
+def manual(mesh: Mesh, axes: Collection[str] | None = None) -> dict[str, Any]:
+    """What jax.shard_map takes to be manual over `axes` (None: all that are left), within another one too."""
+    names = set(mesh.axis_names) - set(inside()) if axes is None else set(axes)
+    return {"axis_names": names} | ({} if inside() else {"mesh": mesh})
 
 
 def laid(x: jax.Array, place: NamedSharding) -> jax.Array:
@@ -258,9 +259,9 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         def run(*args: jax.Array) -> Any:
             outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
-            how = manual(mesh, set(mesh.axis_names) - set(inside()))
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
-            return jax.shard_map(fn, in_specs=ins, out_specs=outs, check_vma=False, **how)(*args)
+            how = {"check_vma": False, **manual(mesh)}
+            return jax.shard_map(fn, in_specs=ins, out_specs=outs, **how)(*args)
 
         return run
 

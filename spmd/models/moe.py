@@ -252,19 +252,15 @@ def grouped(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.A
 
     The kernel's gradient is summed in its own type, as layers.contract does it.
     """
+    if len(kernel_EDF) == 1:  # a plain product, which a TPU's compiler does not always make of it
+        real_M1 = (jnp.arange(len(x_MD), dtype=sizes_E.dtype) < sizes_E[0])[:, None]
+        return contract("md,df->mf", x_MD.dtype, jnp.where(real_M1, x_MD, 0), kernel_EDF[0])
     product: Any = _grouped(x_MD, kernel_EDF, sizes_E)
     return product
 
 
-def _in_groups(x_MD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """0 for the rows past all groups."""
-    return jnp.where((jnp.arange(len(x_MD)) < sizes_E.sum())[:, None], x_MD, 0)
-
-
 @jax.custom_vjp
 def _grouped(x_MD, kernel_EDF, sizes_E):
-    if len(kernel_EDF) == 1:  # a plain product, which a TPU's compiler does not always make of it
-        return _in_groups(x_MD, sizes_E) @ kernel_EDF[0].astype(x_MD.dtype)
     return jax.lax.ragged_dot(
         x_MD, kernel_EDF.astype(x_MD.dtype), sizes_E, preferred_element_type=x_MD.dtype
     )
@@ -278,10 +274,6 @@ def _grouped_backward(kept, gradient_MF):
     x_MD, kernel_EDF, sizes_E = kept
     gradient_MF = gradient_MF.astype(x_MD.dtype)
     for_x = _grouped(gradient_MF, kernel_EDF.swapaxes(1, 2), sizes_E)
-    if len(kernel_EDF) == 1:
-        x_MD, dtype = _in_groups(x_MD, sizes_E), kernel_EDF.dtype
-        for_kernel = jnp.einsum("md,mf->df", x_MD, gradient_MF, preferred_element_type=dtype)
-        return for_x, for_kernel[None], None
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
         lhs_ragged_dimensions=[0],

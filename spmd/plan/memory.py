@@ -102,15 +102,13 @@ def of(facts: Facts, layout: Layout) -> Memory:
     )
 
 
-def of_program(
-    facts: Facts, layout: Layout, state: Mapping[str, int], replicas: int, pulled: bool
-) -> Memory:
+def of_program(facts: Facts, layout: Layout, state: Mapping[str, int], replicas: int) -> Memory:
     """With the state of a strategy that has its own way to hold it. state: bytes by field of TrainState.
-    replicas: of `local`, that one device has; each has gradients. pulled: whether a step gathers the
-    parameters of a replica. What compression computes is not counted.
+    replicas: of `local`, that one device has; each has gradients. A server's parameters are gathered for a
+    step. What compression computes is not counted.
     """
     whole = of(facts, layout)
-    gathered = max(whole.parameters - state["params"], 0) if pulled else 0
+    gathered = max(whole.parameters - state["params"], 0)
     rest = ("step", "key", "strategy_state")
     return whole._replace(
         parameters=state["params"],

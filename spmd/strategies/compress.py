@@ -92,9 +92,7 @@ def shared(mesh: Mesh, axes: tuple[str, ...]) -> collectives.Placing:
     ways = math.prod(mesh.shape[axis] for axis in others)
 
     def mapped(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        left = set(mesh.axis_names) - set(sharding.inside())
-        # What is the same on several devices is not typed so.
-        how = {"check_vma": False, **sharding.manual(mesh, left)}
+        how = {"check_vma": False, **sharding.manual(mesh)}  # what all hold alike is not typed so
         return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, **how)
 
     def exchanged(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -353,6 +353,10 @@ def optimizer_of(strategy):
     return PLAIN if isinstance(strategy, Local) else None
 
 
+# Of leaves in float32: two factorisations round more than a sum does, and relative steps make more of it
+# where little is left (found: 2e-5, and 2e-3 of a bias's momentum; in float64 they keep to 1e-10).
+ROUNDED = {"powersgd4": 1e-4, "server_powersgd2_fsdp2": 5e-3}
+
 # (layout, model, microbatches, dtype). The gate takes one of each kind, and batch norm with accumulation on
 # one mesh of the compiler's and one of ours.
 CASES = [
@@ -374,9 +378,9 @@ def test_equals_one_device(layout, name, accumulate, dtype):
     with jax.enable_x64(dtype == "float64"):
         want = reference(name, accumulate, dtype, **how)
         got = trajectory(MODELS[name], *LAYOUTS[layout], accumulate=accumulate, dtype=dtype, **how)
-    # Two factorisations round more than a sum does, and relative steps make more of it where little is left.
-    loose = dtype == "float32" and "powersgd" in layout
-    assert_same(got, want, RTOL[dtype], of_leaves=5e-3 if loose else 0.0)
+    assert_same(
+        got, want, RTOL[dtype], of_leaves=ROUNDED.get(layout, 0.0) if dtype == "float32" else 0.0
+    )
 
 
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
