@@ -1,9 +1,9 @@
-# make run | test | lint | format | slow | golden | notebooks | bench | lock | clean      PYTHON=python3.12 VENV=dir ARGS="..." DATA=dir
+# make run | test | lint | format | slow | golden | notebooks | bench | lock | resolve | clean      PYTHON=python3.12 VENV=dir ARGS="..." DATA=dir
 PYTHON ?= python3
 VENV ?= .venv
 UV ?= uv
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
-.PHONY: run test lint format slow golden notebooks bench lock clean install install-dev FORCE
+.PHONY: run test lint format slow golden notebooks bench lock resolve clean install install-dev FORCE
 
 run: $(VENV)/.run
 	$(VENV)/bin/python run.py --experiment digits $(ARGS)
@@ -69,8 +69,9 @@ $(VENV)/.python: FORCE
 # Pins that pyproject.toml still allows are kept; make lock UPGRADE=--upgrade takes the newest.
 COMPILE = $(UV) pip compile -q --no-config --universal --fork-strategy requires-python --python-version 3.11 \
   --no-emit-index-url --no-emit-find-links --no-annotate --no-header $(UPGRADE) pyproject.toml
+UV_IS_HERE = $(UV) --version >/dev/null 2>&1 || { echo "make $@ needs uv: pip install uv"; exit 1; }
 lock:
-	@$(UV) --version >/dev/null 2>&1 || { echo "make lock needs uv: pip install uv"; exit 1; }
+	@$(UV_IS_HERE)
 	@$(COMPILE) -o requirements.txt >/dev/null
 	@{ echo "# Everything the default run needs, on CPU: Linux and macOS, Python 3.11 to 3.13."; \
 	  echo "# Written by make lock (uv pip compile --universal) from pyproject.toml; do not edit."; \
@@ -81,6 +82,15 @@ lock:
 	@{ echo "# Tests, lint and types beside the default run. Written by make lock; do not edit."; \
 	  echo "-r ../requirements.txt"; grep -vxFf requirements.txt requirements/dev.txt.new; } > requirements/dev.txt
 	@rm requirements/dev.txt.new
+
+# All requirements files as one environment, for every Python and system: the lock must leave room for the files that
+# it does not pin. cuda12.txt and cuda13.txt exclude each other.
+resolve:
+	@$(UV_IS_HERE)
+	@set -e; for cuda in cuda12 cuda13; do \
+	  $(UV) pip compile -q --no-config --universal --prerelease disallow --python-version 3.11 requirements.txt \
+	    $(filter-out requirements/cuda%,$(wildcard requirements/*.txt)) requirements/$$cuda.txt >/dev/null; done
+	@echo "requirements.txt and $(words $(wildcard requirements/*.txt)) files of requirements/ resolve together"
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

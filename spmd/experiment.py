@@ -92,17 +92,19 @@ class Experiment:
     # ---- what it builds
 
     def setup(self) -> bool:
-        """Prepares jax before its backend starts: compilation cache, the run's other processes, simulated
-        devices, x64.
+        """Prepares jax before its backend starts: compilation cache, platforms, the run's other processes,
+        simulated devices, x64.
 
         Returns whether the run has several processes.
         """
         import jax
 
-        from spmd.runtime import compiled
+        from spmd.runtime import compiled, platforms
         from spmd.runtime.join import join
 
         compiled.use(self.run.compile_cache)
+        if not self.simulate:
+            platforms.choose()
         several = join(self.runtime, self._facts())
         if self.simulate:
             mesh.simulate(self.simulate)
@@ -123,10 +125,12 @@ class Experiment:
         import jax
 
         from spmd.init import adapt, weights
+        from spmd.runtime import platforms
         from spmd.strategies.base import Parts
         from spmd.train.loop import Program
 
         several = self.setup()
+        platforms.start()
         if devices is None and self.simulate and not several:
             devices = jax.devices()[: self.simulate]
         cut = mesh.make(self.mesh, devices)
@@ -277,9 +281,11 @@ class Experiment:
         import jax
 
         from spmd import verify
+        from spmd.runtime import platforms
 
         check(steps >= 1, f"steps={steps} must be at least 1")
         check(not self.setup(), ONE_PROCESS)
+        platforms.start()
         devices = jax.devices()[: self.simulate or None]
         check(
             len(devices) > 1,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from spmd import registry
 from spmd.experiment import Experiment
 from spmd.fields import check
+from spmd.runtime import platforms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def run(name: str, words: Sequence[str]) -> int:
     for option in ("json", "plot", "html"):
         folder = Path(value := getattr(options, option)).parent
         check(folder.is_dir(), f"{option}={value}: there is no directory {folder}")
+    platforms.use_cpu()
     text, plain, fits = _made(exp, options)
     shown = json.dumps(plain, indent=1)
     print(shown if options.json == "-" else text)

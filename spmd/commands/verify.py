@@ -60,6 +60,10 @@ def _alone() -> bool:
     import jax
     from jax.extend.backend import clear_backends
 
+    from spmd.runtime import platforms
+
+    platforms.choose()
+    platforms.start()
     alone = jax.device_count() == 1
     if alone:
         clear_backends()

@@ -143,7 +143,8 @@ def _openmpi(env: Mapping[str, str]) -> Member | None:
 
 def _tpu(env: Mapping[str, str], timeout: float) -> Member | None:
     """A worker of a TPU pod, on a TPU VM or in GKE, as JAX finds it (metadata server, TPU_WORKER_*)."""
-    if env.get("JAX_PLATFORMS", "") not in ("", "tpu") or env is not os.environ:
+    asked = env.get("JAX_PLATFORMS", "")
+    if (asked and "tpu" not in asked.split(",")) or env is not os.environ:
         return None
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
