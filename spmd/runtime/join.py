@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from spmd.fields import check
-from spmd.runtime import RuntimeConfig, agree, detect
+from spmd.runtime import RuntimeConfig, agree, detect, platforms, proxy
 from spmd.runtime.detect import Member
 from spmd.runtime.lifeline import Lifeline, read_line, send_line
 
@@ -34,9 +34,11 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
     facts: what must be equal in all processes, as JSON types; ValueError names what differs and where.
     Returns whether the run has several processes. Absent when some did not come.
     """
+    proxy.bypass(proxy.METADATA)
     member = detect.member(config)
     if member is None or agree.joined():
         return agree.joined()
+    proxied = proxy.bypass([*proxy.HERE, *_hosts(member)])
     deadline = time.monotonic() + config.join_timeout
     bind = member.bind or _own_address(member)
     hello = {
@@ -55,6 +57,8 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
     # JAX would take SIGTERM for itself, and tell nobody who does not ask it: a signal that comes before
     # ours is caught (spmd.runtime.stop) would be lost.
     jax.config.update("jax_enable_preemption_service", False)
+    if proxied:  # else JAX would warn of what is dealt with
+        jax.config.update("jax_check_proxy_envs", False)
     gpus = detect.local_gpus(member.local, _num_gpus())
     jax.distributed.initialize(
         member.coordinator,
@@ -67,6 +71,7 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
         heartbeat_timeout_seconds=config.heartbeat_timeout,
         shutdown_timeout_seconds=max(int(config.join_timeout), 1),
     )
+    platforms.mute_gloo()
     agree.started(config.join_timeout)
     Lifeline(connections, names)
     return True
@@ -80,6 +85,21 @@ def _num_gpus() -> int:
     with contextlib.suppress(OSError):
         return len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
     return 0
+
+
+def _hosts(member: Member) -> set[str]:
+    """Names and addresses of this run's hosts, as far as this process can know them: that of the coordinator,
+    to which JAX's processes connect, and those of a TPU pod's workers, which libtpu connects.
+    """
+    host, port = split_address(member.coordinator)
+    hosts = {host}
+    with contextlib.suppress(OSError):  # it may have no name yet
+        hosts |= {str(found[4][0]) for found in socket.getaddrinfo(host, port)}
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS"):
+        for entry in os.environ.get(name, "").split(","):
+            named = re.sub(r":\d+$", "", entry) if entry.count(":") == 1 or "]" in entry else entry
+            hosts.add(named.strip("[] "))
+    return hosts - {""}
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -6,6 +6,7 @@ prints its own complaints, and `JAX_PLATFORMS=cuda` without a GPU ends in a fail
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.metadata
 import importlib.util
@@ -187,3 +188,22 @@ def start() -> None:
             f"JAX's devices do not start: {text[:500]}; is another process using them?"
             " JAX_PLATFORMS=cpu runs without them"
         ) from error
+
+
+def mute_gloo() -> None:
+    """Keeps Gloo, by which processes on CPUs exchange arrays, from writing to the standard output.
+
+    It writes a line for each group of processes to C++'s std::cout, whatever the log level. Python does not
+    use that stream; a C++ library that does not come as libstdc++.so.6 goes on writing.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        library = ctypes.CDLL("libstdc++.so.6")
+        cout = ctypes.addressof(ctypes.c_char.in_dll(library, "_ZSt4cout"))
+        clear = library._ZNSt9basic_iosIcSt11char_traitsIcEE5clearESt12_Ios_Iostate
+        clear.argtypes, clear.restype = (ctypes.c_void_p, ctypes.c_int), None
+        # Itanium C++ ABI: the distance to the virtual base std::ios stands three words before the vtable.
+        vtable = ctypes.c_void_p.from_address(cout).value or 0
+        distance = ctypes.c_ssize_t.from_address(vtable - 3 * ctypes.sizeof(ctypes.c_void_p)).value
+        clear(cout + distance, 1)  # std::ios::badbit: what is written goes nowhere

@@ -258,10 +258,24 @@ def test_exit_codes_are_those_of_a_shell():
 DIGITS = ("--experiment", "digits")
 
 
-def test_trains_with_simulated_devices_and_keeps_the_log(run_cli, tmp_path):
-    done = run_cli("launch", "local", *DIGITS, "--devices-per-process", 2, "--train.steps", 5)
+@pytest.fixture
+def silent_proxy(monkeypatch):
+    """A proxy that takes connections and never answers, in the environment of what is started."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name in ("http_proxy", "HTTPS_PROXY", "grpc_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield
+
+
+def test_trains_in_processes_beside_a_proxy_and_keeps_the_log(run_cli, silent_proxy, tmp_path):
+    processes = ("--processes", 2, "--devices-per-process", 1, "--runtime.join-timeout", 60)
+    done = run_cli("launch", "local", *DIGITS, *processes, "--train.steps", 5)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "[0] digits: 2 x cpu" in done.stdout
+    assert "[0] digits: 2 x cpu (cpu) in 2 processes" in done.stdout
+    # nothing of JAX's about proxies, of Gloo's or of C++
+    assert not re.search(r"(?i)proxy|gloo|^\[1\]|[EWF]\d{4} ", done.stdout, re.M), done.stdout
     assert (tmp_path / "runs/digits/summary.json").exists()
     logs = run_cli("launch", "local", "logs", *DIGITS)
     assert (logs.returncode, logs.stdout) == (0, done.stdout)
