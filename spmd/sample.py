@@ -76,15 +76,13 @@ def tokens(
     drawn depends on the seed, the row and the number of the token, never on the mesh. ValueError when model
     or lengths do not allow it.
     """
-    program = snapshot.program
-    check(bool(prompts) and all(len(p) for p in prompts), "a prompt must have at least one token")
+    left = room(snapshot, prompts)
     check(num_tokens >= 1, f"--tokens {num_tokens} must be at least 1")
     longest = max(map(len, prompts))
-    limit = _limit(program.task, snapshot)
     check(
-        longest + num_tokens <= limit,
+        num_tokens <= left,
         f"a prompt of {longest} tokens and --tokens {num_tokens} exceed the model's"
-        f" {limit} positions; ask for at most {max(limit - longest, 0)}, or shorten the prompt",
+        f" {longest + left} positions; ask for at most {left}, or shorten the prompt",
     )
     steps = _Steps(snapshot, choice, num_tokens, seed)
     token_B, position_B, cache = steps.begin(prompts, longest + num_tokens)
@@ -101,6 +99,17 @@ def tokens(
         yield found
         if done.all():
             return
+
+
+def room(snapshot: Snapshot, prompts: Sequence[np.ndarray]) -> int:
+    """How many tokens the model's positions leave after the longest prompt; ValueError when none."""
+    check(bool(prompts) and all(len(p) for p in prompts), "a prompt must have at least one token")
+    longest, limit = max(map(len, prompts)), _limit(snapshot.program.task, snapshot)
+    check(
+        longest < limit,
+        f"a prompt of {longest} tokens leaves nothing of the model's {limit} positions; shorten it",
+    )
+    return limit - longest
 
 
 def _limit(task: Any, snapshot: Snapshot) -> int:

@@ -85,9 +85,12 @@ def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_cli("plan", "--experiment", "digits")`: run.py in its own process, in tmp_path."""
 
     def run(
-        *args: str | Path, timeout: float = 300, env: dict[str, str] | None = None
+        *args: str | Path,
+        timeout: float = 300,
+        env: dict[str, str] | None = None,
+        cwd: Path = tmp_path,
     ) -> subprocess.CompletedProcess[str]:
-        process = start(*args, cwd=tmp_path, env=env)
+        process = start(*args, cwd=cwd, env=env)
         try:
             stdout, stderr = process.communicate(timeout=timeout)
         finally:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import spmd
 from spmd import sample
+from spmd.commands import main
 from spmd.commands.sample import stream
 from spmd.data.tokenizer import Bytes
 
@@ -180,3 +181,13 @@ def test_mistakes(run_cli, place):
     assert digits.returncode == 2 and "no text: it has no tokenizer" in digits.stderr
     none = run_cli("sample", "--experiment", place / "tiny.py", "--run.dir", "no")
     assert none.returncode == 2 and "no run in" in none.stderr
+
+
+def test_without_a_number_as_many_as_the_model_has_positions_for(place, capsys):
+    words = ["sample", "--experiment", str(place / "tiny.py"), "--run.dir", str(place / "run")]
+    assert main([*words, "--prompt", "def a", "--temperature", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("def abc(x): return x")
+    assert err == "note: the model's positions end after 59 tokens more\n"
+    assert main([*words, "--prompt", "x" * 64]) == 2
+    assert "leaves nothing of the model's 64 positions; shorten it" in capsys.readouterr().err

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from spmd.data.tokenizer import Tokenizer
 
 
+MOST_TOKENS = 200  # where --tokens says nothing
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What is continued, and how."""
 
     prompt: tuple[str, ...] = ()
     """Texts to continue, all in one batch; none starts a document where the tokenizer can."""
-    tokens: int = 200
-    """Most tokens to add to each."""
+    tokens: int = 0
+    """Most tokens to add to each; 0 is 200, or fewer where the model's positions end before."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the likeliest token."""
     top_k: int = 0
@@ -51,25 +54,37 @@ def run(name: str, words: Sequence[str]) -> int:
     prompts = [_ids(tokenizer, text) for text in texts]
     check(options.draw >= 0, f"--draw-seed {options.draw} must not be negative")
     snapshot = exp.restore(None if options.step < 0 else options.step)
+    check(options.tokens >= 0, f"--tokens {options.tokens} must not be negative")
+    room = sample.room(snapshot, prompts)
     drawn = sample.tokens(
         snapshot,
         prompts,
-        num_tokens=options.tokens,
+        num_tokens=options.tokens or min(MOST_TOKENS, room),
         choice=choice,
         seed=options.draw,
         end=tokenizer.end,
     )
+    columns: list[np.ndarray] = []  # the tokens of each step, as they come
     if len(texts) == 1:
         sys.stdout.write(texts[0])
-        for text in stream(tokenizer, (int(token[0]) for token in drawn)):
+        for text in stream(tokenizer, (int(token[0]) for token in _kept(drawn, columns))):
             print(text, end="", flush=True)
         print()
-        return 0
-    columns = list(drawn)
-    for i, text in enumerate(texts):
-        added = "".join(stream(tokenizer, (int(token[i]) for token in columns)))
-        print(f"--- {i + 1}\n{text}{added}")
+    else:
+        columns += drawn
+        for i, text in enumerate(texts):
+            added = "".join(stream(tokenizer, (int(token[i]) for token in columns)))
+            print(f"--- {i + 1}\n{text}{added}")
+    ended = all(any(token[i] == tokenizer.end for token in columns) for i in range(len(texts)))
+    if not options.tokens and len(columns) == room < MOST_TOKENS and not ended:
+        print(f"note: the model's positions end after {room} tokens more", file=sys.stderr)
     return 0
+
+
+def _kept(drawn: Iterable[np.ndarray], columns: list[np.ndarray]) -> Iterator[np.ndarray]:
+    for token in drawn:
+        columns.append(token)
+        yield token
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
