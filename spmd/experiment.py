@@ -207,6 +207,7 @@ class Experiment:
             else None,
             order=lambda source: reading(source, self.seed, batch_size),
             privacy=private,
+            skips=self.data.skips("training"),
         )
 
     # ---- what it does
@@ -223,19 +224,32 @@ class Experiment:
 
     def _train(self, stop: Stop | None) -> Run:
         from spmd.runtime import agree, allocator
-        from spmd.train import loop, rundir, tracker
+        from spmd.train import dataset, loop, rundir, tracker
 
         program = self.build()
         if program.mesh.devices.flat[0].platform == "cpu":
             allocator.keep()
         if warning := self.pipeline_warning(program.mesh.shape["stage"]):
             agree.say(warning, sys.stderr)
-        place = (self.run.dir, self.name, self.config(), self.identity())
+        program = program._replace(evaluation=self.data.open("eval"))
+        contents = dataset.contents(
+            self.data, {"train": lambda: program.source, "eval": lambda: program.evaluation}
+        )
+        identity = self.identity() | dataset.identity(contents)
+        place = (self.run.dir, self.name, self.config(), identity)
 
         def claim() -> str:
             tracker.ready(self.log.wandb)
-            defaults = fields.defaults(self)
-            return str(rundir.claim(*place, fresh=self.run.fresh, defaults=defaults))
+            path = rundir.locate(self.run.dir, self.name)
+            known = {"defaults": fields.defaults(self), "located": fields.located_in(self)}
+            if (path / "config.json").exists() and not self.run.fresh:
+                rundir.same_identity(path, identity, **known)
+                dataset.check_same(path, contents)
+            return str(rundir.claim(*place, fresh=self.run.fresh, **known))
+
+        def begin() -> None:
+            dataset.record(path, contents)
+            rundir.record(path, *place[1:])
 
         opened = agree.from_first(claim, "opening the run directory")
         path = rundir.locate(opened, self.name)
@@ -260,7 +274,7 @@ class Experiment:
             checkpoint=self.checkpoint,
             runtime=self.runtime,
             config=self.config(),
-            begin=lambda: rundir.record(path, *place[1:]),
+            begin=begin,
             stop=stop,
         )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
@@ -348,17 +362,26 @@ class Experiment:
             train=dataclasses.replace(self.train, steps=self.train.steps or UNREAD_STEPS),
         )
 
-    def restore(self, step: int | None = None) -> Snapshot:
+    def restore(
+        self, step: int | None = None, same: Sequence[str] = ("eval", "tokenizer")
+    ) -> Snapshot:
         """A checkpoint of the run directory (default: the newest) on this experiment's mesh.
 
+        same: which parts of the data must have the content that the run knows ("train", "eval", "tokenizer").
         ValueError when there is none, or when the directory's run is another one.
         """
-        from spmd.train import rundir, snapshot
+        from spmd.train import dataset, rundir, snapshot
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
-        rundir.same_identity(path, self.identity(), fields.defaults(self))
-        return snapshot.restore(self.build(), path, self.checkpoint, step)
+        rundir.same_identity(path, self.identity(), fields.defaults(self), fields.located_in(self))
+        program = self.build()
+        opened = {
+            split: functools.cache(program.open_evaluation) for split in same if split == "eval"
+        }
+        contents = dataset.contents(self.data, opened) if same else {}
+        dataset.check_same(path, contents, same)
+        return snapshot.restore(program, path, self.checkpoint, step)
 
     def evaluate(self, step: int | None = None) -> dict[str, float]:
         """Metrics of a checkpoint of the run directory (default: the newest) on the eval split."""

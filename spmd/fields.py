@@ -13,6 +13,11 @@ def free(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"free": True})
 
 
+def located(default: Any) -> Any:
+    """An identity field that only says where content lies, and may differ where the content is known."""
+    return dataclasses.field(default=default, metadata={"located": True})
+
+
 def multiples(number: int, of: int) -> str:
     """`64 or 128`: the positive multiples of `of` next to a number that is none."""
     below = number // of * of
@@ -81,6 +86,12 @@ def _shown(field: dataclasses.Field[Any]) -> str:
 def identity(config: Any) -> dict[str, Any]:
     """The identity fields of a (nested) dataclass, flat: `{'optimizer.learning_rate': 0.1}`."""
     return flatten(config, lambda f: not f.metadata.get("free"))
+
+
+def located_in(config: Any) -> set[str]:
+    """The names, flat as in `identity`, of the fields that only say where content lies."""
+    kept = flatten(config, lambda f: not f.metadata.get("free") and not f.metadata.get("located"))
+    return identity(config).keys() - kept.keys()
 
 
 def flatten(

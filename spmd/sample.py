@@ -69,12 +69,14 @@ def tokens(
     choice: Choice,
     seed: int = 0,
     end: int | None = None,
+    vocab: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues each prompt (int [N], N > 0); yields int32 [len(prompts)], the next token of each.
 
     Ends after num_tokens, or when every row has had its `end` token; a row goes on with `end` then. What is
-    drawn depends on the seed, the row and the number of the token, never on the mesh. ValueError when model
-    or lengths do not allow it.
+    drawn depends on the seed, the row and the number of the token, never on the mesh. vocab: how many tokens
+    there are, where the model's table is padded; the others are never drawn. ValueError when model or lengths
+    do not allow it.
     """
     left = room(snapshot, prompts)
     check(num_tokens >= 1, f"--tokens {num_tokens} must be at least 1")
@@ -84,7 +86,7 @@ def tokens(
         f"a prompt of {longest} tokens and --tokens {num_tokens} exceed the model's"
         f" {longest + left} positions; ask for at most {left}, or shorten the prompt",
     )
-    steps = _Steps(snapshot, choice, num_tokens, seed)
+    steps = _Steps(snapshot, choice, num_tokens, seed, vocab)
     token_B, position_B, cache = steps.begin(prompts, longest + num_tokens)
     done = np.zeros(len(prompts), bool)
     for i in range(num_tokens):
@@ -129,7 +131,9 @@ def _limit(task: Any, snapshot: Snapshot) -> int:
 class _Steps:
     """The jitted halves: all of the prompts at once, then a token of each row."""
 
-    def __init__(self, snapshot: Snapshot, choice: Choice, num_tokens: int, seed: int):
+    def __init__(
+        self, snapshot: Snapshot, choice: Choice, num_tokens: int, seed: int, vocab: int | None
+    ):
         mesh, task = snapshot.program.mesh, snapshot.program.task
         self._variables, self._ways = snapshot.variables, meshes.batch_shards(mesh)
         self._rows = NamedSharding(mesh, sharding.batch_spec())
@@ -140,7 +144,7 @@ class _Steps:
         def drawn(logits_BV: jax.Array, number: jax.Array) -> jax.Array:
             row_B = jnp.arange(logits_BV.shape[0])
             keys_B = scope.example_keys(jax.random.fold_in(seed_key, number), row_B)
-            return choice(logits_BV, keys_B)
+            return choice(logits_BV[:, :vocab], keys_B)
 
         def first(params, model_state, tokens_BT, positions_BT, length: int):
             def run(module: Any) -> Any:

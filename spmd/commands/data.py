@@ -53,8 +53,13 @@ def _prepare_sets(data: Sequences) -> None:
 def _prepare_tfds(data: Any) -> None:
     from spmd.data import tfds
 
-    tfds.prepare(data, data_root(data.dir))
-    print(f"{data.name} is prepared in {data_root(data.dir)}")
+    root = data_root(data.dir)
+    found = tfds.prepared_dir(data)
+    if found is not None and found.is_relative_to(root) and tfds.is_readable(found):
+        print(f"{data.name} is prepared already, in {found}")
+        return
+    tfds.prepare(data, root)
+    print(f"{data.name} is prepared in {root}")
 
 
 def _show(data: Any) -> None:

@@ -27,7 +27,7 @@ def run(name: str, words: Sequence[str]) -> int:
     from spmd.runtime import agree
 
     names.family_of(exp.model)
-    snapshot = exp.restore(None if options.step < 0 else options.step)
+    snapshot = exp.restore(None if options.step < 0 else options.step, same=())
     check(not agree.joined(), "run.py export runs in one process")
     params, _ = snapshot.program.task.plain(*snapshot.variables)
     files = write.write(options.to, exp.model, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -53,7 +54,7 @@ def run(name: str, words: Sequence[str]) -> int:
     texts = options.prompt or ("",)
     prompts = [_ids(tokenizer, text) for text in texts]
     check(options.draw >= 0, f"--draw-seed {options.draw} must not be negative")
-    snapshot = exp.restore(None if options.step < 0 else options.step)
+    snapshot = exp.restore(None if options.step < 0 else options.step, same=("tokenizer",))
     check(options.tokens >= 0, f"--tokens {options.tokens} must not be negative")
     room = sample.room(snapshot, prompts)
     drawn = sample.tokens(
@@ -63,17 +64,20 @@ def run(name: str, words: Sequence[str]) -> int:
         choice=choice,
         seed=options.draw,
         end=tokenizer.end,
+        vocab=tokenizer.vocab_size,
     )
     columns: list[np.ndarray] = []  # the tokens of each step, as they come
     if len(texts) == 1:
         sys.stdout.write(texts[0])
-        for text in stream(tokenizer, (int(token[0]) for token in _kept(drawn, columns))):
+        for text in stream(
+            tokenizer, (int(token[0]) for token in _kept(drawn, columns)), prompts[0]
+        ):
             print(text, end="", flush=True)
         print()
     else:
         columns += drawn
         for i, text in enumerate(texts):
-            added = "".join(stream(tokenizer, (int(token[i]) for token in columns)))
+            added = "".join(stream(tokenizer, (int(token[i]) for token in columns), prompts[i]))
             print(f"--- {i + 1}\n{text}{added}")
     ended = all(any(token[i] == tokenizer.end for token in columns) for i in range(len(texts)))
     if not options.tokens and len(columns) == room < MOST_TOKENS and not ended:
@@ -104,17 +108,37 @@ def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.asarray(ids, np.int32)
 
 
-def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as its tokens come, up to the end of the document; characters of several tokens when whole."""
-    held: list[int] = []
-    shown = ""
+def stream(
+    tokenizer: Tokenizer, tokens: Iterable[int], prompt: Sequence[int] | np.ndarray = ()
+) -> Iterator[str]:
+    """What `tokens` add to the text of `prompt`, as they come, up to the end of the document.
+
+    All of it together is the text of prompt and tokens without that of the prompt: a decoder may drop the
+    blank before a first word, so tokens are never decoded without those before them. What the next token may
+    still change is held back: characters of several tokens, until they are whole.
+    """
+    held = [int(token) for token in prompt]
+    shown = tokenizer.decode(held)
+    text = shown
     for token in tokens:
         if token == tokenizer.end:
             break
         held.append(token)
         text = tokenizer.decode(held)
-        if text.endswith("\ufffd") and len(text) - len(shown) < 8:
-            continue
-        yield text[len(shown) :]
-        shown = text
-    yield tokenizer.decode(held)[len(shown) :]
+        unsettled = tokenizer.unsettled(token)
+        settled = text if not unsettled else shown
+        replaced = len(settled) - len(settled.rstrip("\ufffd"))
+        settled = settled[
+            : len(settled) - min(replaced, 4)
+        ]  # bytes of a character that is not whole yet
+        if len(settled) > len(shown) and settled.startswith(shown):
+            yield settled[len(shown) :]
+            shown = settled
+            if len(held) > 2 * _CONTEXT:  # so that a long text does not take ever longer
+                held = held[-_CONTEXT:]
+                text = shown = tokenizer.decode(held)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, shown, strict=False))
+    yield text[len(list(same)) :]
+
+
+_CONTEXT = 512  # tokens that are decoded again with each new one

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spmd import overrides, strategies
-from spmd.fields import check, closest, defaults
+from spmd.fields import check, closest, defaults, located_in
 
 if TYPE_CHECKING:
     from etils import epath
@@ -106,7 +106,7 @@ def _free(exp: Experiment, num_steps: int) -> None:
     path = rundir.locate(exp.run.dir, exp.name)
     if exp.run.fresh or not (path / "config.json").exists():
         return
-    rundir.same_identity(path, exp.identity(), defaults(exp))
+    rundir.same_identity(path, exp.identity(), defaults(exp), located_in(exp))
     done = rundir.summary(path)
     if done:
         was = json.loads((path / "config.json").read_text())["config"]

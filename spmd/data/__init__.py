@@ -15,6 +15,8 @@ from spmd.storage import data_root as data_root
 if TYPE_CHECKING:
     import numpy as np
 
+    from spmd.data.content import Content
+    from spmd.data.skips import Skips
     from spmd.data.tokenizer import Tokenizer
 
 Split = Literal["train", "eval"]
@@ -29,7 +31,10 @@ class Source(Protocol):
         ...
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Examples at `indices` int64 [N] -> {feature: [N, ...]}."""
+        """Examples at `indices` int64 [N] -> {feature: [N, ...]}.
+
+        Any error is taken for that of a bad record, which data.skip_bad lets pass.
+        """
         ...
 
 
@@ -62,6 +67,8 @@ class DataConfig:
     """Reader threads; the order of examples does not depend on it."""
     buffer: int = free(4)
     """Batches read ahead."""
+    skip_bad: int = free(0)
+    """Bad records that may pass, over all processes, in each split: each is an empty row, of weight 0."""
     features: tyro.conf.Suppress[Features] = dataclasses.field(default_factory=dict)
     """Feature name -> (shape, dtype) of one example; the features kept, and what a planner needs."""
     augment: Augment = dataclasses.field(default_factory=Augment)
@@ -70,6 +77,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "threads", "buffer"):
             check(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1")
+        check(self.skip_bad >= 0, f"data.skip_bad={self.skip_bad} must not be negative")
         for name in ("example_id", "weight"):
             check(name not in self.features, f"the feature name {name!r} is the loader's own")
         self._check_augment()
@@ -117,6 +125,26 @@ class DataConfig:
         """The source of a split."""
         raise NotImplementedError
 
+    def content(self, split: Split, source: Callable[[], Source]) -> Content:
+        """What the content of a split is known by, wherever it is stored: see spmd.data.content.
+
+        A config with an `open` of its own may say it here; else its length, its features and a sample of its
+        examples count. source: gives the opened split.
+        """
+        from spmd.data import content
+
+        return content.of_source(source())
+
+    def tokenizer_content(self) -> Content:
+        """What the tokenizer is known by; empty where the data has none."""
+        return []
+
+    def skips(self, split: str) -> Skips:
+        """Which records of a split are bad, and how many may be."""
+        from spmd.data.skips import Skips
+
+        return Skips(split, self.skip_bad, self.features)
+
     def open_tokenizer(self) -> Tokenizer:
         """The tokenizer of a text; ValueError where the data is none."""
         raise ValueError(f"{type(self).__name__} data is no text: it has no tokenizer")
@@ -160,7 +188,17 @@ class TFDS(DataConfig):
         """Memory-mapped decoded arrays; decoded once. ValueError says what to type when not prepared."""
         from spmd.data import tfds
 
-        return tfds.open_split(self, self.train_split if split == "train" else self.eval_split)
+        return tfds.open_split(self, self._split(split))
+
+    def content(self, split: Split, source: Callable[[], Source]) -> Content:
+        """The files of the prepared split."""
+        del source
+        from spmd.data import tfds
+
+        return tfds.content_of_split(self, self._split(split))
+
+    def _split(self, split: Split) -> str:
+        return self.train_split if split == "train" else self.eval_split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,3 +215,12 @@ class Arrays(DataConfig):
         from spmd.data.sources import ArraySource
 
         return ArraySource((self.train if split == "train" else self.eval)(), self.features)
+
+    def content(self, split: Split, source: Callable[[], Source]) -> Content:
+        """The bytes of the arrays."""
+        from spmd.data import content
+        from spmd.data.sources import ArraySource
+
+        opened = source()
+        assert isinstance(opened, ArraySource)
+        return content.of_arrays(opened.arrays)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from spmd.data import DataConfig, Source
+from spmd.data.skips import Skips
 
 Batch = dict[str, Any]
 Transform = Callable[[Batch, np.ndarray], Batch]
@@ -58,11 +59,14 @@ def flip(image_NHWC: np.ndarray, which_N: np.ndarray) -> np.ndarray:
     return out.reshape(image_NHWC.shape)
 
 
-def transform(config: DataConfig, source: Source, seed: int) -> Transform | None:
+def transform(
+    config: DataConfig, source: Source, seed: int, skips: Skips | None = None
+) -> Transform | None:
     """(batch, position_N) -> batch as config.augment says; None when it says nothing.
 
-    source: where mixup draws its partners.
+    source: where mixup draws its partners. skips: bad records that may pass.
     """
+    skips = skips or Skips()
     how = config.augment
     if not how.active:
         return None
@@ -88,7 +92,8 @@ def transform(config: DataConfig, source: Source, seed: int) -> Transform | None
             np.float32
         )  # the inverse of Beta's CDF
         partners_N = (uniform(seed, 4, position_N) * len(source)).astype(np.int64)
-        other = source.take(partners_N)
+        other, good_N = skips.take(source, partners_N)
+        mix_N = np.where(good_N, mix_N, np.float32(1))  # a bad record is nobody's partner
         image, b = _real(batch[name]), _real(moved(other[name], position_N, 5))
         image -= b  # b + share * (a - b), in place: fresh memory costs more than the arithmetic
         image *= mix_N.astype(image.dtype)[:, None, None, None]

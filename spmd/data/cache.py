@@ -44,6 +44,29 @@ def build(cache: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         shutil.rmtree(part, ignore_errors=True)
 
 
+class Bad:
+    """Bad records of a data set: so many may pass, one more is a ValueError that names it."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.reasons: list[str] = []
+
+    def add(self, why: str) -> None:
+        """Counts a record. why: which one, and what is wrong with it."""
+        self.reasons.append(why)
+        check(len(self.reasons) <= self.limit, beyond(why, self.limit))
+
+
+def beyond(why: str, limit: int) -> str:
+    """The message for one bad record more than may pass."""
+    why = why.removesuffix(".")
+    if limit:
+        return (
+            f"{why}. More than data.skip_bad={limit} records are bad: mend them, or let more pass"
+        )
+    return f"{why}. Mend it, leave it out, or let N such records pass with --data.skip-bad N"
+
+
 def scratch(parent: Path, fields: str, prefix: str = ".spmd.") -> Path:
     """A fresh directory in `parent`; ValueError naming `fields` where that cannot be written."""
     try:

@@ -3,131 +3,97 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import io
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from spmd.data import TFDS, cache_root, tfds
+from spmd.data import TFDS, cache_root, content, formats, tfds
 from spmd.data import cache as caches
+from spmd.data.content import Content
+from spmd.data.formats import Piece
 from spmd.data.tokenizer import Chars, Tokenizer
-from spmd.fields import check, closest
+from spmd.fields import check
+from spmd.storage import is_remote
 
-FORMAT = 1  # raised when the same documents would give other tokens
-_PIECE = 2**18  # characters: longer text files are encoded in pieces, on all cores
-_CHUNK = 2**22  # characters encoded at once
+FORMAT = 2  # raised when the same documents would give other tokens
 _LARGE = 2**26  # bytes of input, from which progress is shown
 
 
-class Piece(NamedTuple):
-    """Text of a document, or one part of a long one. done: bytes of the input read by then."""
-
-    text: str
-    first: bool
-    last: bool
-    done: int
-
-
 class Documents(NamedTuple):
-    """name: for people. key: what the content is known by. size: bytes of input."""
+    """name: for people. key: what the cache knows the content by. size: bytes of input.
+
+    content: what a run knows the content by. empty: names of the files without a byte.
+    """
 
     name: str
     key: str
     size: int
     pieces: Callable[[], Iterator[Piece]]
+    content: Content
+    empty: tuple[str, ...] = ()
 
 
 class Tokens(NamedTuple):
-    """tokens [N] uint16 or uint32; starts int64 [D]: where each document begins."""
+    """tokens [N] uint16 or uint32; starts int64 [D]: where each document begins. bad: why each bad one is."""
 
     tokens: np.ndarray
     starts: np.ndarray
+    bad: tuple[str, ...] = ()
 
 
 # ---- documents
 
 
-def of_files(globs: Sequence[str], field: str, option: str) -> Documents:
-    """Files that match `globs`: a line of a JSONL file is a document, another file is one."""
-    found: dict[str, None] = {}
+def of_files(
+    globs: Sequence[str], field: str, option: str, form: str = "auto", cache_dir: str = ""
+) -> Documents:
+    """Files that match `globs`, or are called so: a line of a JSONL file is a document, a text file is one.
+
+    form: data.format. ValueError where a pattern matches none, and for a file in a format that is not read.
+    """
+    found: dict[str, str] = {}  # absolute path -> as it was named
     for pattern in globs:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        check(
+            not is_remote(pattern),
+            f"{option}={pattern!r}: text is read from a local disk; copy it there first (gcloud storage cp)",
+        )
+        path = os.path.expanduser(pattern)
+        # A file of just this name comes first: brackets need not be a pattern.
+        matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         matches = [m for m in matches if os.path.isfile(m)]
         check(
             bool(matches),
             f"no file matches {option}={pattern!r} (looked from {os.getcwd()}); give text or JSONL"
             " files or globs, in quotes",
         )
-        found |= dict.fromkeys(matches)
-    stats = [os.stat(f) for f in found]
-    key = [f"{f} {s.st_size} {s.st_mtime_ns}" for f, s in zip(found, stats, strict=True)]
+        for match in matches:
+            found.setdefault(os.path.abspath(match), match)
+    files = list(found.values())
+    forms = [formats.recognise(f, form) for f in files]
+    known = content.of_files(files, cache_dir)
+    # A file that was changed in its middle alone has another time.
+    times = [os.stat(f).st_mtime_ns for f in files]
+    key = [(*e, t) for e, t in zip(known, times, strict=True)]
 
     def pieces() -> Iterator[Piece]:
         before = 0
-        for file, stat in zip(found, stats, strict=True):
-            yield from _read(file, field, before)
-            before += stat.st_size
+        for file, each, entry in zip(files, forms, known, strict=True):
+            yield from formats.read(file, each, field, before)
+            before += entry.size
 
-    name = Path(next(iter(found))).name.split(".")[0]
-    return Documents(name, repr((key, field)), sum(s.st_size for s in stats), pieces)
-
-
-def _read(file: str, field: str, before: int) -> Iterator[Piece]:
-    try:
-        with open(file, "rb") as raw:
-            stream: Any = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
-            text = io.TextIOWrapper(stream, "utf-8", newline="")  # the file's own line ends
-            done = lambda: before + raw.tell()
-            if re.search(r"\.(jsonl|ndjson|json)(\.gz)?$", file):
-                yield from _lines(file, text, field, done)
-            else:
-                yield from _parts(text, done)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
-    except (OSError, EOFError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from None
-
-
-def _lines(file: str, text: TextIO, field: str, done: Callable[[], int]) -> Iterator[Piece]:
-    for number, line in enumerate(text, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
-        value = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            known = list(record) if isinstance(record, dict) else []
-            raise ValueError(
-                f"{file}, line {number} has no text {field!r} (data.field).{closest(field, known)}"
-                f" It has: {', '.join(known) or 'no fields'}"
-            )
-        yield Piece(value, True, True, done())
-
-
-def _parts(text: TextIO, done: Callable[[], int]) -> Iterator[Piece]:
-    """A long text cut before lines that begin with no blank: tokenizers do not reach across that."""
-    first, held = True, ""
-    while more := text.read(_PIECE):
-        held += more
-        cut = len(held)
-        while (cut := held.rfind("\n", 0, cut)) > 0:
-            if cut + 1 < len(held) and not held[cut + 1].isspace():
-                break
-        if cut <= 0 and len(held) >= _CHUNK:
-            cut = len(held) - 2  # one line of millions of characters is cut anywhere
-        if cut > 0 and len(held) >= _PIECE:
-            yield Piece(held[: cut + 1], first, False, done())
-            first, held = False, held[cut + 1 :]
-    yield Piece(held, first, True, done())
+    return Documents(
+        Path(files[0]).name.split(".")[0],
+        repr((key, field, forms)),
+        sum(e.size for e in known),
+        pieces,
+        known,
+        tuple(f for f, e in zip(files, known, strict=True) if not e.size),
+    )
 
 
 def of_tfds(config: TFDS, splits: str, field: str) -> Documents:
@@ -143,24 +109,31 @@ def of_tfds(config: TFDS, splits: str, field: str) -> Documents:
             for at in range(part.start, part.stop, 256):
                 with tfds.quiet():
                     examples = reader.__getitems__(list(range(at, min(at + 256, part.stop))))
-                for example in examples:
+                for number, example in enumerate(examples, at):
                     value = example[field]
                     check(
                         isinstance(value, bytes | str),
                         f"feature {field!r} of {config.name!r} is no text (data.field)",
                     )
-                    text = value if isinstance(value, str) else value.decode("utf-8", "replace")
                     done += len(value)
-                    yield Piece(text, True, True, done)
+                    try:
+                        text = value if isinstance(value, str) else value.decode("utf-8")
+                    except UnicodeDecodeError as error:
+                        why = f"{config.name}, {part.name} example {number}: not UTF-8 ({error.reason})"
+                        yield Piece("", True, True, done, why)
+                    else:
+                        yield Piece(text, True, True, done)
 
     name, _, _ = tfds.parse_name(config.name)
-    return Documents(name, repr((key, field)), sum(f.stat().st_size for f in files), pieces)
+    known = [e for p in parts for e in tfds.content_of(p)]
+    size = sum(f.stat().st_size for f in files)
+    return Documents(name, repr((key, field)), size, pieces, known)
 
 
 # ---- what is kept of them
 
 
-def characters(documents: Sequence[Documents], cache_dir: str) -> Chars:
+def characters(documents: Sequence[Documents], cache_dir: str, skip_bad: int = 0) -> Chars:
     """The character tokenizer over all of `documents`; its vocabulary is kept in the cache."""
     cache = _cache(documents[0].name, [d.key for d in documents], "characters", cache_dir)
     file = "characters.json"
@@ -168,9 +141,16 @@ def characters(documents: Sequence[Documents], cache_dir: str) -> Chars:
     def write(part: Path) -> dict[str, Any]:
         found: set[str] = set()
         for one in documents:
+            bad, held = caches.Bad(skip_bad), set[str]()
             for piece in one.pieces():
-                found.update(piece.text)
-        check(bool(found), f"the text {documents[0].name} is empty")
+                if piece.bad:
+                    bad.add(piece.bad)
+                    held = set()
+                held.update(piece.text)
+                if piece.last:
+                    found, held = found | held if held - found else found, set()
+        empty = [name for one in documents for name in one.empty]
+        check(bool(found), f"the text {documents[0].name} is empty: {few(empty)}")
         (part / file).write_text(json.dumps("".join(sorted(found))))
         return {"characters": len(found)}
 
@@ -179,16 +159,28 @@ def characters(documents: Sequence[Documents], cache_dir: str) -> Chars:
     return Chars(json.loads((cache / file).read_text()))
 
 
-def tokens(documents: Documents, tokenizer: Tokenizer, cache_dir: str) -> Tokens:
-    """The tokens of all documents, one after the other, mapped from the cache; made when not there."""
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def tokens(documents: Documents, tokenizer: Tokenizer, cache_dir: str, skip_bad: int = 0) -> Tokens:
+    """The tokens of all documents, one after the other, mapped from the cache; made when not there.
+
+    skip_bad: so many bad documents may pass, without tokens. ValueError that names the first beyond them.
+    """
     cache = _cache(documents.name, [documents.key], tokenizer.key, cache_dir)
     if not caches.facts(cache):
-        caches.build(cache, lambda part: _write(part, documents, tokenizer))
+        caches.build(cache, lambda part: _write(part, documents, tokenizer, skip_bad))
+    bad = caches.Bad(skip_bad)
+    for why in caches.facts(cache)["bad"]:  # another run may have let more pass
+        bad.add(why)
     # A mapping of no bytes is refused.
     load = lambda name, mode: np.load(cache / name, mmap_mode=mode, allow_pickle=False)
     return Tokens(
         load("tokens.npy", "r" if caches.facts(cache)["tokens"] else None),
         load("starts.npy", None),
+        tuple(bad.reasons),
     )
 
 
@@ -197,18 +189,25 @@ def _cache(name: str, keys: Sequence[str], tokenizer: str, cache_dir: str) -> Pa
     return Path(cache_root(cache_dir)) / "tokens" / f"{name}-{digest.hexdigest()[:16]}"
 
 
-def _write(part: Path, documents: Documents, tokenizer: Tokenizer) -> dict[str, Any]:
+def _write(part: Path, documents: Documents, tokenizer: Tokenizer, skip_bad: int) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     show = caches.progress(f"tokenizing {documents.name}", documents.size, large=_LARGE)
     begin, end = (
         np.array([] if i is None else [i], dtype) for i in (tokenizer.begin, tokenizer.end)
     )
+    bad = caches.Bad(skip_bad)
     lengths = [0]  # of the documents; the last is not at its end
     with (part / "tokens.npy").open("wb") as out:
         head = _header(out, dtype, 0)
         for chunk in _chunks(documents.pieces()):
             encoded = tokenizer.encode([piece.text for piece in chunk])
             for piece, ids in zip(chunk, encoded, strict=True):
+                if piece.bad:
+                    bad.add(piece.bad)
+                    out.seek(-lengths[-1] * dtype.itemsize, os.SEEK_CUR)  # what was read of it
+                    out.truncate()
+                    lengths[-1] = 0
+                    continue
                 whole = np.concatenate(
                     [*[begin] * piece.first, ids.astype(dtype), *[end] * piece.last]
                 )
@@ -221,7 +220,12 @@ def _write(part: Path, documents: Documents, tokenizer: Tokenizer) -> dict[str, 
         assert _header(out, dtype, sum(lengths)) == head  # the length has room in the header
     ends = np.cumsum([n for n in lengths if n], dtype=np.int64)
     np.save(part / "starts.npy", np.concatenate([[0], ends[:-1]]) if len(ends) else ends)
-    return {"tokens": sum(lengths), "documents": len(ends), "vocabulary": tokenizer.vocab_size}
+    return {
+        "tokens": sum(lengths),
+        "documents": len(ends),
+        "vocabulary": tokenizer.vocab_size,
+        "bad": bad.reasons,
+    }
 
 
 def _header(out: Any, dtype: np.dtype, num: int) -> int:
@@ -231,15 +235,15 @@ def _header(out: Any, dtype: np.dtype, num: int) -> int:
 
 
 def _chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Pieces gathered to about _CHUNK characters; documents without text are left out."""
+    """Pieces gathered to about formats.CHUNK characters; documents without text are left out."""
     chunk: list[Piece] = []
     size = 0
     for piece in pieces:
-        if piece.first and piece.last and not piece.text:
+        if piece.first and piece.last and not piece.text and not piece.bad:
             continue
         chunk.append(piece)
         size += len(piece.text)
-        if size >= _CHUNK:
+        if size >= formats.CHUNK:
             yield chunk
             chunk, size = [], 0
     if chunk:

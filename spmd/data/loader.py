@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.data import Source
 from spmd.data.augment import Transform
+from spmd.data.skips import Skips
 
 
 class Order:
@@ -78,10 +79,11 @@ class _Reads:
         steps: int,
         transform: Transform | None,
         dispatches: int,
+        skips: Skips,
     ):
         self._source, self._order, self._batch_size, self._rows = source, order, batch_size, rows
         self._start, self._stop, self._steps = start, stop, steps
-        self._transform = transform
+        self._transform, self._skips = transform, skips
         self._read_steps = steps * dispatches
 
     def __len__(self) -> int:
@@ -94,9 +96,10 @@ class _Reads:
         positions = (steps_S1 * self._batch_size + self._rows).ravel()
         examples = self._order[positions]
         # An empty row needs features of the right shapes: those of example 0, which then weigh nothing.
-        batch = self._source.take(np.maximum(examples, 0)) | {
+        batch, good = self._skips.take(self._source, np.maximum(examples, 0))
+        batch |= {
             "example_id": examples.astype(np.int32),
-            "weight": (examples >= 0).astype(np.float32),
+            "weight": ((examples >= 0) & good).astype(np.float32),
         }
         if self._transform is not None:
             batch = self._transform(batch, positions)
@@ -123,6 +126,7 @@ def train_batches(
     buffer: int = 4,
     transform: Transform | None = None,
     order: Any = None,
+    skips: Skips | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Host batches for steps [start, stop): {feature: [b, ...]} plus example_id [b], weight [b].
 
@@ -132,13 +136,15 @@ def train_batches(
     order: stream positions int64 [N] -> example indices, by [...], instead of the source's own; asked by
     several threads, so a pure function of the positions (step * batch_size + row). Index -1 leaves the row
     empty: weight 0, example_id -1.
+    skips: bad records that may pass (default: none), each an empty row that keeps its example_id.
     """
     import grain
 
     if start >= stop:
         return
     rows = np.arange(batch_size) if rows is None else rows
-    example = source.take(np.zeros(1, np.int64))
+    skips = skips or Skips()
+    example, _ = skips.take(source, np.zeros(1, np.int64))
     num_bytes = sum(x.nbytes for x in example.values()) * len(rows) * steps_per_dispatch
     if order is None:
         order = source.order(seed) if isinstance(source, Ordered) else Order(seed, len(source))
@@ -152,6 +158,7 @@ def train_batches(
         steps_per_dispatch,
         transform,
         max(READ_BYTES // num_bytes, 1),
+        skips,
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     for read in grain.MapDataset.source(reads).to_iter_dataset(options):
@@ -164,17 +171,19 @@ def position(step: int, batch_size: int, num_examples: int) -> dict[str, int]:
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, rows: np.ndarray | None = None
+    source: Source, *, batch_size: int, rows: np.ndarray | None = None, skips: Skips | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; the last batch is padded with weight 0."""
+    """Every example once, in order; the last batch is padded with weight 0. skips: as of train_batches."""
+    skips = skips or Skips("evaluation")
     rows = np.arange(batch_size) if rows is None else rows
     for first in range(0, len(source), batch_size):
         index = first + rows
         real = index < len(source)
         index = np.where(real, index, 0)
-        yield source.take(index) | {
+        batch, good = skips.take(source, index)
+        yield batch | {
             "example_id": index.astype(np.int32),
-            "weight": real.astype(np.float32),
+            "weight": (real & good).astype(np.float32),
         }
 
 

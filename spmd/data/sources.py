@@ -12,7 +12,10 @@ from spmd.fields import check, closest
 
 
 class ArraySource:
-    """Examples `start` to `stop` of arrays with a common first dim; `take` is one gather each."""
+    """Examples `start` to `stop` of arrays with a common first dim; `take` is one gather each.
+
+    bad: why examples, numbered as the arrays are, could not be read; kept as {example: why}.
+    """
 
     def __init__(
         self,
@@ -20,6 +23,7 @@ class ArraySource:
         features: Features | None = None,
         start: int = 0,
         stop: int | None = None,
+        bad: Mapping[int, str] | None = None,
     ):
         # A mapped file as a plain array: its own indexing, in Python, takes twice as long as take.
         arrays = {name: np.asarray(a) for name, a in arrays.items()}
@@ -41,9 +45,15 @@ class ArraySource:
         total = next(iter(sizes.values()))
         self._start, self._stop = start, total if stop is None else stop
         check(self._stop > self._start, "the split holds no examples")
+        self.bad = {i - start: why for i, why in (bad or {}).items() if start <= i < self._stop}
 
     def __len__(self) -> int:
         return self._stop - self._start
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The examples as arrays."""
+        return {name: a[self._start : self._stop] for name, a in self._arrays.items()}
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Examples at `indices` int64 [N]."""

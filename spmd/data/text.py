@@ -9,14 +9,18 @@ document, and is predicted.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from spmd.data import TFDS, DataConfig, Features, Split
-from spmd.fields import check, free
+from spmd.fields import check, free, located
 
 if TYPE_CHECKING:
+    from spmd.data import Source
+    from spmd.data.content import Content
     from spmd.data.corpus import Documents, Tokens
     from spmd.data.tokenizer import Tokenizer
     from spmd.data.windows import Mixed, Windows
@@ -28,7 +32,7 @@ class Sequences(DataConfig):
 
     sequence_length: int = 1024
     """Tokens of one example."""
-    tokenizer: str = "bytes"
+    tokenizer: str = located("bytes")
     """bytes (UTF-8), chars (the characters of the text), or a file: a Hugging Face tokenizer.json."""
     end: str = "auto"
     """Token that ends a document: auto (the tokenizer's own, where it has one), none, or its text."""
@@ -58,8 +62,20 @@ class Sequences(DataConfig):
         """The texts that are read."""
         raise NotImplementedError
 
+    def tokenizer_content(self) -> Content:
+        """The tokenizer's file, or the characters of the text."""
+        from spmd.data.content import Entry
+
+        tokenizer = self.open_tokenizer()
+        digest = hashlib.sha256(tokenizer.key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        kind = self.tokenizer if self.tokenizer in ("bytes", "chars") else "file"
+        return [Entry(f"{kind} of {tokenizer.vocab_size} tokens", 0, digest)]
+
     def check_model(self, model: Any) -> None:
-        """ValueError when the model has another vocabulary than the tokenizer, or takes shorter sequences."""
+        """ValueError when the model has fewer tokens than the tokenizer, or takes shorter sequences.
+
+        More are allowed: tables are padded to what devices divide, and `sample` never draws the rest.
+        """
         length, vocab = (getattr(model, name, None) for name in ("length", "vocab"))
         check(
             length is None or self.sequence_length <= length,
@@ -70,20 +86,27 @@ class Sequences(DataConfig):
             return
         size = self.open_tokenizer().vocab_size
         check(
-            vocab == size,
-            f"model.vocab={vocab} is not the vocabulary of data.tokenizer={self.tokenizer}, which has"
-            f" {size} tokens; use --model.vocab {size}, or another tokenizer",
+            vocab >= size,
+            f"model.vocab={vocab} is less than the {size} tokens of data.tokenizer={self.tokenizer}; use"
+            f" --model.vocab {size}{_or_padded(size)}, or the tokenizer that the model was made for",
         )
+
+
+def _or_padded(size: int) -> str:
+    padded = -(-size // 128) * 128
+    return f" or, padded for the devices, {padded}" if padded > size else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text(Sequences):
     """Text of files or of a TFDS set."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = located(())
     """Text or JSONL files, .gz too, or globs in quotes; a line of a .jsonl file is a document, or a file."""
-    eval_files: tuple[str, ...] = ()
+    eval_files: tuple[str, ...] = located(())
     """Files to evaluate on; without any, eval_fraction."""
+    format: Literal["auto", "text", "jsonl"] = "auto"
+    """Format of the files: by their suffix, or one for all."""
     name: str = ""
     """Instead of files, a TFDS set: `tiny_shakespeare`, `name/config:version`."""
     train_split: str = "train"
@@ -126,7 +149,10 @@ class Text(Sequences):
         if self.files:
             given = {"train": self.files, "eval": self.eval_files}
             options = {"train": "data.files", "eval": "data.eval_files"}
-            found = {s: corpus.of_files(g, self.field, options[s]) for s, g in given.items() if g}
+            read = lambda globs, option: corpus.of_files(
+                globs, self.field, option, self.format, self.cache_dir
+            )
+            found = {s: read(g, options[s]) for s, g in given.items() if g}
         else:
             given = {"train": self.train_split, "eval": self.eval_split}
             found = {s: corpus.of_tfds(self.tfds(), g, self.field) for s, g in given.items() if g}
@@ -140,7 +166,7 @@ class Text(Sequences):
         if self.tokenizer != "chars":
             return bytes_or_file(self.tokenizer, self.end)
         check(self.end in ("auto", "none"), f"data.end={self.end!r}: with chars give auto or none")
-        return corpus.characters(list(self.documents().values()), self.cache_dir)
+        return corpus.characters(list(self.documents().values()), self.cache_dir, self.skip_bad)
 
     def open(self, split: Split) -> Windows:
         """Windows over the tokens, mapped from the cache. ValueError when the text does not fill one."""
@@ -152,10 +178,25 @@ class Text(Sequences):
         check(
             len(text.tokens) >= least,
             f"the {split} text has {len(text.tokens)} tokens, too few to fill a sequence of"
-            f" data.sequence_length={self.sequence_length} and its targets; give more text or a"
-            " smaller sequence_length",
+            f" data.sequence_length={self.sequence_length} and its targets{self._lacking(text)}; give"
+            " more text or a smaller sequence_length",
         )
-        return Windows(*text, self.sequence_length, self.stride if split == "train" else 0)
+        stride = self.stride if split == "train" else 0
+        return Windows(text.tokens, text.starts, self.sequence_length, stride, text.bad)
+
+    def content(self, split: Split, source: Callable[[], Source]) -> Content:
+        """The files; those of training where evaluation has none of its own."""
+        del source
+        documents = self.documents()
+        return documents.get(split, documents["train"]).content
+
+    def _lacking(self, text: Tokens) -> str:
+        """Files and records of which nothing was read, for a message."""
+        from spmd.data.corpus import few
+
+        empty = [name for one in self.documents().values() for name in one.empty]
+        without = f" (without a byte: {few(empty)})" if empty else ""
+        return without + (f" (bad records: {few(text.bad)})" if text.bad else "")
 
     def _tokens(self, split: Split) -> Tokens:
         from spmd.data import corpus
@@ -163,12 +204,13 @@ class Text(Sequences):
 
         tokenizer, documents = self.open_tokenizer(), self.documents()
         if "eval" in documents:
-            return corpus.tokens(documents[split], tokenizer, self.cache_dir)
-        whole = corpus.tokens(documents["train"], tokenizer, self.cache_dir)
+            return corpus.tokens(documents[split], tokenizer, self.cache_dir, self.skip_bad)
+        whole = corpus.tokens(documents["train"], tokenizer, self.cache_dir, self.skip_bad)
         num = len(whole.tokens)
         cut = int(num * (1 - self.eval_fraction))
         bounds = (0, cut) if split == "train" else (cut, num)
-        return corpus.Tokens(*part(*whole, *bounds))
+        tokens, starts = part(whole.tokens, whole.starts, *bounds)
+        return corpus.Tokens(tokens, starts, whole.bad)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +222,7 @@ class Mixture(Sequences):
     """
 
     parts: tyro.conf.Suppress[tuple[Text, ...]]
-    """The texts; batch, sequence_length, tokenizer, end, stride and cache_dir are the mixture's own."""
+    """The texts; sequence_length, tokenizer, end, stride, cache_dir and skip_bad are the mixture's own."""
     weights: tuple[float, ...]
     """Share of the examples for each part; they need not add up to one."""
 
@@ -203,7 +245,7 @@ class Mixture(Sequences):
         """The parts as they are read."""
         own = {
             name: getattr(self, name)
-            for name in ("sequence_length", "tokenizer", "end", "stride", "cache_dir")
+            for name in ("sequence_length", "tokenizer", "end", "stride", "cache_dir", "skip_bad")
         }
         return [dataclasses.replace(text, **own, dir=text.dir or self.dir) for text in self.parts]
 
@@ -213,6 +255,19 @@ class Mixture(Sequences):
 
     def open(self, split: Split) -> Mixed:
         """The windows of all parts; in training their order is the mixture."""
+        from spmd.data.cache import Bad
         from spmd.data.windows import Mixed
 
-        return Mixed([text.open(split) for text in self.texts()], self.weights)
+        opened = Mixed([text.open(split) for text in self.texts()], self.weights)
+        bad = Bad(self.skip_bad)
+        for why in opened.skipped:
+            bad.add(why)
+        return opened
+
+    def content(self, split: Split, source: Callable[[], Source]) -> Content:
+        """The files of all parts, part by part."""
+        return [
+            entry._replace(name=f"{i}: {entry.name}")
+            for i, text in enumerate(self.texts())
+            for entry in text.content(split, source)
+        ]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spmd.data import TFDS, Features, cache_root, data_root
+from spmd.data import TFDS, Features, cache_root, content, data_root
 from spmd.data import cache as caches
 from spmd.data.builders import EMBEDDED, RUNNING, builder
 from spmd.data.sources import ArraySource
@@ -166,8 +166,7 @@ def locate(config: TFDS, split: str) -> Slice:
     if not match:
         raise ValueError(f"split {split!r} is not NAME or NAME[start:stop] (numbers or percent)")
     directory = find(config)
-    info = json.loads((directory / "dataset_info.json").read_text())
-    sizes = {s["name"]: sum(map(int, s.get("shardLengths", ()))) for s in info["splits"]}
+    info, sizes = _info(directory)
     name = match["split"]
     check(
         name in sizes,
@@ -185,6 +184,39 @@ def locate(config: TFDS, split: str) -> Slice:
     )
 
 
+def _info(directory: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """(dataset_info.json, the number of examples of each split)."""
+    file = directory / "dataset_info.json"
+    try:
+        info = json.loads(file.read_text())
+        return info, {s["name"]: sum(map(int, s.get("shardLengths", ()))) for s in info["splits"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} does not describe a prepared set ({type(error).__name__}: {error}); copy it anew, or"
+            f" move {directory} aside and prepare the set: python run.py data prepare --experiment NAME"
+        ) from None
+
+
+def is_readable(directory: Path) -> bool:
+    """Whether a prepared set is stored as array_record, which is read without TensorFlow."""
+    return _info(directory)[0].get("fileFormat") == "array_record"
+
+
+def content_of(part: Slice) -> content.Content:
+    """The files of a prepared split, and the description of its features."""
+    shards = sorted(map(str, part.directory.glob(f"*-{part.name}.*")))
+    check(
+        bool(shards),
+        f"{part.directory} has no file of split {part.name!r}, which dataset_info.json names; copy it anew",
+    )
+    return content.of_files([*shards, str(part.directory / "features.json")])
+
+
+def content_of_split(config: TFDS, split: str) -> content.Content:
+    """The content of `split` (`train`, `train[:90%]`)."""
+    return content_of(locate(config, split))
+
+
 def open_split(config: TFDS, split: str) -> ArraySource:
     """The decoded arrays of `split` (`train`, `train[:90%]`), mapped from the cache."""
     check(bool(config.features), "data.features is empty; declare {name: (shape, dtype)}")
@@ -192,10 +224,15 @@ def open_split(config: TFDS, split: str) -> ArraySource:
     cache = _cache(config, part.directory, part.name)
     if caches.facts(cache).get("examples") != part.total:
         _build(config, part.directory, part.name, part.total, cache)
+    bad = {int(i): why for i, why in caches.facts(cache).get("bad", {}).items()}
     arrays = {
         f: np.load(cache / f"{f}.npy", mmap_mode="r", allow_pickle=False) for f in config.features
     }
-    return ArraySource(arrays, config.features, part.start, part.stop)
+    source = ArraySource(arrays, config.features, part.start, part.stop, bad)
+    counted = caches.Bad(config.skip_bad)
+    for why in source.bad.values():
+        counted.add(why)
+    return source
 
 
 def _bound(text: str, total: int, split: str) -> int:
@@ -214,8 +251,8 @@ def fingerprint(directory: Path, split: str) -> str:
     for name in ("dataset_info.json", "features.json"):
         key.update((directory / name).read_bytes())
     for shard in sorted(directory.glob(f"*-{split}.*")):
-        stat = shard.stat()
-        key.update(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        (known,) = content.of_files([str(shard)])
+        key.update(f"{known} {shard.stat().st_mtime_ns}".encode())
     return key.hexdigest()
 
 
@@ -247,9 +284,12 @@ def reader(config: TFDS, directory: Path, split: str, features: Iterable[str]) -
 def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> None:
     """Decodes a split into .npy files."""
     examples = reader(config, directory, split, config.features)
-    with quiet():
-        first = examples[0]
-    for feature, (shape, dtype) in config.features.items():
+    try:
+        with quiet():
+            first = examples[0]
+    except Exception:  # a bad record, named below
+        first = {}
+    for feature, (shape, dtype) in config.features.items() if first else ():
         value = np.asarray(first[feature])
         fits = value.dtype == dtype or (value.dtype == np.int64 and dtype == "int32")
         check(
@@ -261,38 +301,78 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
     def write(part: Path) -> dict[str, Any]:
         with quiet():
             show = caches.progress(f"decoding {config.name} {split}", num, large=10_000)
-            _decode(config.features, examples, num, part, show)
-        return {"examples": num}
+            name = f"{config.name}, {split} example"
+            bad = _decode(config.features, examples, num, part, show, name, config.skip_bad)
+        return {"examples": num, "bad": bad}
 
     caches.build(cache, write)
 
 
 def _decode(
-    features: Features, reader: Any, num: int, part: Path, progress: Callable[[int], None]
-) -> None:
+    features: Features,
+    reader: Any,
+    num: int,
+    part: Path,
+    progress: Callable[[int], None],
+    name: str = "example",
+    skip_bad: int = 0,
+) -> dict[int, str]:
+    """Writes each feature into PART/FEATURE.npy; returns why examples that are left as zeros are bad."""
     out = {
-        name: np.lib.format.open_memmap(
-            part / f"{name}.npy", "w+", dtype=dtype, shape=(num, *shape)
+        feature: np.lib.format.open_memmap(
+            part / f"{feature}.npy", "w+", dtype=dtype, shape=(num, *shape)
         )
-        for name, (shape, dtype) in features.items()
+        for feature, (shape, dtype) in features.items()
     }
 
-    def chunk(start: int) -> int:
-        at = range(start, min(start + _CHUNK, num))
+    def store(at: range) -> None:
         examples = reader.__getitems__(list(at))
-        for name, array in out.items():
-            parts = [np.asarray(e[name]) for e in examples]
+        for feature, array in out.items():
+            parts = [np.asarray(e[feature]) for e in examples]
             same = all(x.shape == array.shape[1:] for x in parts)
-            check(same, f"feature {name!r} is not {list(array.shape[1:])} in every example")
+            check(same, f"feature {feature!r} is not {list(array.shape[1:])} in every example")
             values = np.stack(parts)
             cast = values.astype(array.dtype)
             same = values.dtype == array.dtype or bool((cast == values).all())  # NaN != NaN
-            check(same, f"feature {name!r} does not fit {array.dtype}")
+            check(same, f"feature {feature!r} does not fit {array.dtype}")
             array[at.start : at.stop] = cast
-        return at.stop
 
+    def chunk(start: int) -> tuple[int, dict[int, str]]:
+        at, bad = range(start, min(start + _CHUNK, num)), {}
+        try:
+            store(at)
+        except Exception as error:  # of the reader or of a decoder, whatever its kind
+            bad = _singly(store, at, name)
+            if not bad:
+                raise ValueError(f"{name}s {at.start} to {at.stop - 1}: {_said(error)}") from error
+            for i in bad:
+                for array in out.values():
+                    array[i] = 0
+        return at.stop, bad
+
+    counted, found = caches.Bad(skip_bad), {}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for done in pool.map(chunk, range(0, num, _CHUNK)):
+        for done, bad in pool.map(chunk, range(0, num, _CHUNK)):
+            for i, why in bad.items():
+                found[i] = why
+                counted.add(why)
             progress(done)
     for array in out.values():
         array.flush()
+    return found
+
+
+def _singly(store: Callable[[range], None], at: range, name: str) -> dict[int, str]:
+    """Stores the examples one by one; returns why some cannot be."""
+    bad = {}
+    for i in at:
+        try:
+            store(range(i, i + 1))
+        except Exception as error:
+            bad[i] = f"{name} {i}: {_said(error)}"
+    return bad
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,10 @@ class Tokenizer(Protocol):
         """The text of `ids`, without begin and end; what is no text becomes U+FFFD."""
         ...
 
+    def unsettled(self, token: int) -> bool:
+        """Whether tokens after `token` may change the text before it."""
+        ...
+
 
 class Bytes:
     """The bytes of UTF-8. 255, which never occurs in UTF-8, ends a document: the vocabulary stays 256, which
@@ -55,6 +60,11 @@ class Bytes:
         """Invalid UTF-8 becomes U+FFFD."""
         ids = np.asarray(ids, np.int64)
         return ids[ids < 255].astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def unsettled(self, token: int) -> bool:
+        """Never: bytes of a character that is not whole are a U+FFFD at the end."""
+        del token
+        return False
 
 
 class Chars:
@@ -87,6 +97,11 @@ class Chars:
         """Ids beyond the vocabulary become U+FFFD."""
         known = self.characters
         return "".join(known[i] if i < len(known) else "\ufffd" for i in map(int, ids))
+
+    def unsettled(self, token: int) -> bool:
+        """Never: a token is a character."""
+        del token
+        return False
 
 
 def _codes(text: str) -> np.ndarray:
@@ -143,6 +158,13 @@ class FromFile:
         return self._inner.decode(
             [i for i in map(int, ids) if i not in self._special], skip_special_tokens=False
         )
+
+    def unsettled(self, token: int) -> bool:
+        """Whether it is one of SentencePiece's bytes, which make characters only all together."""
+        return bool(_BYTE.fullmatch(self._inner.id_to_token(token) or ""))
+
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def bytes_or_file(name: str, end: str) -> Tokenizer:

@@ -22,11 +22,20 @@ CYCLE = 10_000  # at most so many examples until a mixture's pattern repeats
 class Windows:
     """Example i is the window of `length` tokens from i * stride on, and the token after each of them.
 
-    tokens [M], starts_D: where documents begin, ascending from 0. The last window is padded.
+    tokens [M], starts_D: where documents begin, ascending from 0. The last window is padded. skipped: why
+    each document that was passed over could not be read; it has no tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, starts_D: np.ndarray, length: int, stride: int = 0):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts_D: np.ndarray,
+        length: int,
+        stride: int = 0,
+        skipped: Sequence[str] = (),
+    ):
         self.tokens, self.starts, self.length = tokens, starts_D, length
+        self.skipped = tuple(skipped)
         self._stride = stride or length
         beyond = len(tokens) - 1 - length  # tokens that a first window leaves to predict
         self._num = (1 + max(-(-beyond // self._stride), 0)) if len(tokens) > 1 else 0
@@ -90,6 +99,11 @@ class Mixed:
         self.parts = parts
         self._ends_K = np.cumsum([len(p) for p in parts])
         self._turns = Turns(weights)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Why documents of the parts could not be read."""
+        return tuple(why for part in self.parts for why in part.skipped)
 
     def __len__(self) -> int:
         return int(self._ends_K[-1])

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from spmd import mesh as meshes
 from spmd import scope, sharding
 from spmd.data import loader
+from spmd.data.skips import Skips
 
 
 class Evaluator(Protocol):
@@ -27,18 +28,22 @@ class Evaluator(Protocol):
         ...
 
 
-def _batches(mesh: Mesh, source: Any, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+def _batches(
+    mesh: Mesh, source: Any, batch_size: int, skips: Skips | None = None
+) -> Iterator[dict[str, jax.Array]]:
     """`source` in order on `mesh`; batch_size is rounded up to what the mesh divides, padding weighs 0."""
     ways = meshes.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(source)) // ways) * ways
     placed = NamedSharding(mesh, sharding.batch_spec())
     rows = loader.process_rows(placed, batch_size)
-    for host in loader.eval_batches(source, batch_size=batch_size, rows=rows):
+    for host in loader.eval_batches(source, batch_size=batch_size, rows=rows, skips=skips):
         yield loader.put(host, placed, batch_size)
 
 
-def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
-    """Measures `source` on `mesh`; sums stay on the devices until the end."""
+def evaluator(
+    task: Any, mesh: Mesh, source: Any, batch_size: int, skips: Skips | None = None
+) -> Evaluator:
+    """Measures `source` on `mesh`; sums stay on the devices until the end. skips: bad records, see Skips."""
     placement = sharding.placement(mesh)
 
     @jax.jit
@@ -52,7 +57,7 @@ def evaluator(task: Any, mesh: Mesh, source: Any, batch_size: int) -> Evaluator:
         params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         total: Any = None
-        for i, batch in enumerate(_batches(mesh, source, batch_size)):
+        for i, batch in enumerate(_batches(mesh, source, batch_size, skips)):
             sums = measure(params, model_state, batch)
             total = sums if total is None else add(total, sums)
             if i % 4 == 3:  # bounds the steps in flight (deadlock on simulated devices)

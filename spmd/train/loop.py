@@ -14,12 +14,21 @@ from etils import epath
 
 from spmd import flops
 from spmd.data import DataConfig, augment, loader
+from spmd.data.skips import Skips
 from spmd.privacy import Mechanism
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.stop import Stop, Votes, catching
 from spmd.runtime.watchdog import Watchdog
 from spmd.strategies import base
-from spmd.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig, progress, rundir
+from spmd.train import (
+    CheckpointConfig,
+    EvalConfig,
+    LogConfig,
+    TrainConfig,
+    dataset,
+    progress,
+    rundir,
+)
 from spmd.train.checkpoint import Checkpoints, disk_full
 from spmd.train.evaluate import evaluator
 from spmd.train.log import Clock, Log
@@ -41,6 +50,12 @@ class Program(NamedTuple):
     start: Callable[[Any, base.TrainState], base.TrainState] | None = None  # (self, state) -> state
     order: Callable[[Any], Any] = lambda source: None  # source -> its order; None is its own
     privacy: Mechanism | None = None
+    evaluation: Any = None  # evaluation source, where it is open already
+    skips: Skips | None = None  # bad training records that may pass
+
+    def open_evaluation(self) -> Any:
+        """The source of the evaluation split."""
+        return self.data.open("eval") if self.evaluation is None else self.evaluation
 
     def init(self) -> base.TrainState:
         """The state before the first step, every array born on the mesh with its sharding."""
@@ -76,8 +91,9 @@ class Program(NamedTuple):
             rows=loader.process_rows(placed, self.data.batch_size),
             threads=self.data.threads,
             buffer=self.data.buffer,
-            transform=augment.transform(self.data, self.source, self.seed),
+            transform=augment.transform(self.data, self.source, self.seed, self.skips),
             order=self.order(self.source),
+            skips=self.skips,
         )
 
 
@@ -172,7 +188,12 @@ def fit(
         logs = Log(writer, bar, log, train.nonfinite, step, votes)
         profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
         closing.callback(profile.close)
-        evaluate = evaluator(program.task, program.mesh, data.open("eval"), data.eval_batch_size)
+        opened = program.open_evaluation()
+        skips = {"train": program.skips or Skips(), "eval": data.skips("evaluation")}
+        skipped = dataset.Skipped({"train": program.source, "eval": opened}, skips)
+        evaluate = evaluator(
+            program.task, program.mesh, opened, data.eval_batch_size, skips["eval"]
+        )
         epoch = max(1, round(len(program.source) / program.examples))
         eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
         measured: dict[str, float] = {}
@@ -194,6 +215,7 @@ def fit(
         def save() -> None:
             logs.drain()  # a step is saved only once its metrics are known to be finite
             writer.flush()
+            skipped.count()
             with clock("checkpoint"):
                 extra = {
                     "data": loader.position(step, program.examples, len(program.source)),
@@ -211,7 +233,7 @@ def fit(
             with clock("evaluation"):
                 found = evaluate(*strategy.eval_variables(state), interrupted)
             if found is not None:
-                measured = found
+                measured = found | skipped.count()
                 if program.privacy:
                     measured["privacy/epsilon"] = program.privacy.epsilon(step)
                 writer.write(step, measured)

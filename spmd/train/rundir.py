@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -33,6 +33,11 @@ def shown(path: epath.Path) -> str:
         return str(path)
 
 
+CONTENT = (
+    "data.content."  # fields of the identity that are digests of the data: see spmd.train.dataset
+)
+
+
 class Refused(ValueError):
     """The directory holds something that this run must not touch."""
 
@@ -45,10 +50,11 @@ def claim(
     *,
     fresh: bool,
     defaults: Mapping[str, Any] | None = None,
+    located: Collection[str] = (),
 ) -> epath.Path:
     """Opens the run directory, or creates it with its config.json; ValueError when it is another run's.
 
-    config: the resolved configuration as JSON types. identity, defaults: as in same_identity.
+    config: the resolved configuration as JSON types. identity, defaults, located: as in same_identity.
     """
     path = locate(directory, name)
     with _reaching(path):
@@ -73,7 +79,7 @@ def claim(
         path.rename(aside)
         print(f"moved the old run to {shown(aside)}")
     elif entries:
-        same_identity(path, identity, defaults)
+        same_identity(path, identity, defaults, located)
     if not is_remote(path):  # there are no directories there
         with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -114,21 +120,36 @@ def _writing(path: epath.Path) -> Iterator[None]:
         ) from None
 
 
-def same_identity(
-    path: epath.Path, identity: dict[str, Any], defaults: Mapping[str, Any] | None = None
-) -> None:
-    """ValueError with the differing fields when the directory's run is another one.
-
-    identity: flat identity fields. defaults: what a field had that is newer than the directory.
-    """
+def read_identity(path: epath.Path) -> dict[str, Any]:
+    """The identity that config.json holds; ValueError where it is none."""
     known = path / "config.json"
     try:
-        before = {**json.loads(known.read_text())["identity"]}
+        return {**json.loads(known.read_text())["identity"]}
     except (ValueError, KeyError, TypeError):
         raise Refused(
             f"{known} is not a run's configuration; choose another directory with"
             " --run.dir, or move this one aside with --run.fresh"
         ) from None
+
+
+def same_identity(
+    path: epath.Path,
+    identity: dict[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    located: Collection[str] = (),
+) -> None:
+    """ValueError with the differing fields when the directory's run is another one.
+
+    identity: flat identity fields. defaults: what a field had that is newer than the directory. located:
+    fields that only say where the data lies; they do not count where the directory knows its content, which
+    spmd.train.dataset compares.
+    """
+    before = read_identity(path)
+    passed = {k for k in {*before, *identity} if k.startswith(CONTENT)}
+    if passed & before.keys():
+        passed |= {*located}
+    before = {k: v for k, v in before.items() if k not in passed}
+    identity = {k: v for k, v in identity.items() if k not in passed}
     missing = "(absent)"
     now = json.loads(json.dumps(identity))
     newer = now.keys() - before.keys()
@@ -151,9 +172,16 @@ def same_identity(
 
 
 def summary(path: epath.Path) -> dict[str, Any] | None:
-    """The summary of a finished run, or None."""
+    """The summary of a finished run; None without one, or where it is torn."""
     file = path / "summary.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        found = {**json.loads(file.read_text())}
+        return found | {name: found[name] for name in ("steps", "metrics", "seconds")}
+    except (ValueError, KeyError, TypeError):
+        print(f"{shown(file)} cannot be read; it is written anew from the newest checkpoint")
+        return None
 
 
 def write_summary(path: epath.Path, value: dict[str, Any]) -> None:

@@ -61,8 +61,9 @@ class Snapshot:
     @functools.cached_property
     def _evaluator(self) -> Any:
         program = self.program
-        source = program.data.open("eval")
-        return evaluator(program.task, program.mesh, source, program.data.eval_batch_size)
+        data = program.data
+        source, skips = program.open_evaluation(), data.skips("evaluation")
+        return evaluator(program.task, program.mesh, source, data.eval_batch_size, skips)
 
     @functools.cached_property
     def _predictor(self) -> Any:

@@ -6,13 +6,14 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 import uuid
 from typing import Any
 
 from etils import epath
 
 from spmd.fields import check
-from spmd.storage import is_remote
+from spmd.storage import is_remote, write_whole
 
 
 def ready(project: str) -> None:
@@ -66,6 +67,11 @@ class Tracker:
 def _id(directory: epath.Path) -> str:
     """The id of this run directory's run, made at its first start."""
     file = directory / "wandb.json"
-    if not file.exists():
-        file.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
-    return json.loads(file.read_text())["id"]
+    if file.exists():
+        try:
+            return str(json.loads(file.read_text())["id"])
+        except (ValueError, KeyError, TypeError):
+            print(f"{file} cannot be read: a new run of Weights & Biases begins", file=sys.stderr)
+    found = uuid.uuid4().hex[:12]
+    write_whole(file, json.dumps({"id": found}) + "\n")
+    return found

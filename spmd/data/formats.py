@@ -1,0 +1,267 @@
+"""Files of text: which format each one is in, and its documents, read strictly."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from spmd.fields import check, closest
+
+FORMATS = ("auto", "text", "jsonl")
+LINES = (".jsonl", ".ndjson", ".json")
+PLAIN = (".txt", ".text", ".md", ".rst", ".tex", ".py")
+# Formats that are often meant, and what turns them into one that is read.
+OTHERS = {
+    ".csv": "a table: convert it to .jsonl, a record on each line",
+    ".tsv": "a table: convert it to .jsonl, a record on each line",
+    ".parquet": "Parquet: convert it to .jsonl (in pandas: to_json(..., orient='records', lines=True))",
+    ".arrow": "Arrow: convert it to .jsonl, a record on each line",
+    ".feather": "Arrow: convert it to .jsonl, a record on each line",
+    ".avro": "Avro: convert it to .jsonl, a record on each line",
+    ".zip": "an archive: unpack it",
+    ".tar": "an archive: unpack it",
+    ".tgz": "an archive: unpack it",
+    ".7z": "an archive: unpack it",
+    ".bz2": "compressed by bzip2: unpack it, or compress it with gzip",
+    ".xz": "compressed by xz: unpack it, or compress it with gzip",
+    ".zst": "compressed by zstd: unpack it, or compress it with gzip",
+    ".lz4": "compressed by lz4: unpack it, or compress it with gzip",
+    ".pdf": "PDF: extract its text",
+    ".html": "HTML: extract its text, or take it as it is with --data.format text",
+    ".xml": "XML: extract its text, or take it as it is with --data.format text",
+}
+TEXTUAL = (".csv", ".tsv", ".html", ".xml")  # of those, what data.format may say to be text
+GZIP = b"\x1f\x8b"
+# First bytes of what is no text, whatever the name says.
+MAGIC = {
+    b"PK\x03\x04": ".zip",
+    **{b"BZh%d1AY&" % level: ".bz2" for level in range(1, 10)},
+    b"\xfd7zXZ\x00": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1\x15": ".parquet",
+    b"ARROW1\x00\x00": ".arrow",
+    b"Obj\x01": ".avro",
+    b"%PDF-": ".pdf",
+}
+PIECE = 2**18  # characters: longer text files are encoded in pieces, on all cores
+CHUNK = 2**22  # characters encoded at once
+
+
+class Piece(NamedTuple):
+    """Text of a document, or one part of a long one. done: bytes of the input read by then.
+
+    bad: why the document cannot be read; it ends there, and what was read of it does not count.
+    """
+
+    text: str
+    first: bool
+    last: bool
+    done: int
+    bad: str = ""
+
+
+class Format(NamedTuple):
+    """How a file is read."""
+
+    lines: bool  # a document on each line, as JSON; else the file is one document
+    gzip: bool
+
+
+def supported() -> str:
+    """What works, for messages."""
+    return (
+        f"text ({', '.join(PLAIN)}) and JSON lines ({', '.join(LINES)}), each also with .gz; for another"
+        " suffix say which it is with --data.format text or --data.format jsonl"
+    )
+
+
+def recognise(file: str, given: str = "auto") -> Format:
+    """The format of a file, by its suffix in any case, or as `given` (data.format); the file stays closed.
+
+    ValueError for a suffix that is not known: no format is taken for another silently.
+    """
+    suffixes = [s.lower() for s in Path(file).suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[:-1] if packed else suffixes)[-1:]
+    suffix = suffix[0] if suffix else ""
+    if suffix in OTHERS and not (given != "auto" and suffix in TEXTUAL):
+        raise ValueError(f"{file} is not read: {OTHERS[suffix]}. What works: {supported()}")
+    known = suffix in LINES + PLAIN
+    check(
+        known or given != "auto",
+        f"{file} has {f'the suffix {suffix}' if suffix else 'no suffix'}, which says nothing of its format."
+        f"{closest(suffix, LINES + PLAIN) if suffix else ''} What works: {supported()}",
+    )
+    return Format(given == "jsonl" or (given == "auto" and suffix in LINES), packed)
+
+
+def _check_head(file: str, packed: bool, head: bytes) -> None:
+    """ValueError when a file is by its first bytes what its name does not say."""
+    if packed and head:
+        check(
+            head.startswith(GZIP),
+            f"{file} ends in .gz, but is not compressed by gzip (it begins with {head[:4]!r}); compress it,"
+            " or take the .gz from its name",
+        )
+    elif head.startswith(GZIP):
+        raise ValueError(
+            f"{file} is compressed by gzip, and its name does not say so; rename it to"
+            f" {Path(file).name}.gz, or unpack it"
+        )
+    for magic, what in () if packed else MAGIC.items():
+        if head.startswith(magic):
+            raise ValueError(f"{file} is no text by its first bytes, but {OTHERS[what]}")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not packed:
+        raise ValueError(f"{file} is UTF-16 text: convert it (iconv -f UTF-16 -t UTF-8)")
+
+
+def read(file: str, form: Format, field: str, before: int) -> Iterator[Piece]:
+    """The documents of a file. before: bytes of the input that were read before it.
+
+    What cannot be read as UTF-8 or as JSON is a bad document. ValueError for a file that cannot be read on,
+    so that nobody knows how many documents it holds.
+    """
+    where = _Where()
+    try:
+        with open(file, "rb") as raw:
+            _check_head(file, form.gzip, raw.read(8))
+            raw.seek(0)
+            stream: Any = gzip.GzipFile(fileobj=raw) if form.gzip else raw
+            done = lambda: before + raw.tell()
+            if form.lines:
+                yield from _records(file, stream, field, done, where)
+            else:
+                yield from _document(file, stream, done)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{file} is damaged behind line {where.line} ({error}): nobody knows how many records follow, so"
+            " data.skip_bad does not let it pass; copy or compress it anew, or leave it out"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror or error}") from None
+
+
+class _Where:
+    line = 0
+
+
+def _records(
+    file: str, stream: BinaryIO, field: str, done: Callable[[], int], where: _Where
+) -> Iterator[Piece]:
+    for raw in stream:
+        for line in raw.splitlines() if b"\r" in raw else (raw,):  # of an old Mac
+            where.line += 1
+            line = line.removeprefix(codecs.BOM_UTF8)  # files put one after the other have several
+            if not line.strip():
+                continue
+            try:
+                text = _text_of(line, field)
+            except (ValueError, RecursionError) as error:
+                why = (
+                    "its JSON is nested too deeply" if isinstance(error, RecursionError) else error
+                )
+                yield Piece("", True, True, done(), f"{file}, line {where.line}: {why}")
+            else:
+                yield Piece(text, True, True, done())
+
+
+def _text_of(line: bytes, field: str) -> str:
+    """The text of a JSON record; ValueError says why there is none."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({_byte(error)})") from None
+    except json.JSONDecodeError as error:
+        hint = ""
+        if line.strip() in (b"[", b"{") or line.lstrip()[:1] == b"[":
+            hint = (
+                "; JSON lines have a whole record on each line (jq -c '.[]' makes them of an array)"
+            )
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}{hint}") from None
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"not a JSON object but {_kind(record)}: it has no field {field!r} (data.field)"
+        )
+    if field not in record:
+        raise ValueError(
+            f"no field {field!r} (data.field).{closest(field, record)}"
+            f" It has: {', '.join(record) or 'no fields'}"
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        others = [k for k, v in record.items() if isinstance(v, str)]
+        raise ValueError(
+            f"the field {field!r} (data.field) is {_kind(text)}, not text."
+            + (f" Fields with text: {', '.join(others)}" if others else "")
+        )
+    if not text.isascii():
+        check_text(text)
+    return text
+
+
+def check_text(text: str) -> None:
+    """ValueError for half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ValueError(
+            f"half of a surrogate pair (\\u{code:04x}) at character {error.start}: no character, and no UTF-8"
+        ) from None
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+    }
+    shown = f" ({value})" if isinstance(value, int | float) else ""
+    return kinds.get(type(value), "an object") + shown
+
+
+def _byte(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} at {error.start}: {error.reason}"
+
+
+def _document(file: str, stream: BinaryIO, done: Callable[[], int]) -> Iterator[Piece]:
+    """A long text cut before lines that begin with no blank: tokenizers do not reach across that.
+
+    The file is one document, so any damage is that of one record.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    first, held, lines = True, "", 0
+    more = True
+    while more:
+        try:
+            found = stream.read(PIECE)
+            more = bool(found)
+            held += decoder.decode(found, final=not more)
+        except UnicodeDecodeError as error:
+            line = lines + held.count("\n") + error.object[: error.start].count(b"\n") + 1
+            yield Piece("", first, True, done(), f"{file}, line {line}: not UTF-8 ({_byte(error)})")
+            return
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            line = lines + held.count("\n") + 1
+            yield Piece("", first, True, done(), f"{file} is damaged near line {line}: {error}")
+            return
+        cut = len(held)
+        while (cut := held.rfind("\n", 0, cut)) > 0:
+            if cut + 1 < len(held) and not held[cut + 1].isspace():
+                break
+        if cut <= 0 and len(held) >= CHUNK:
+            cut = len(held) - 2  # one line of millions of characters is cut anywhere
+        if more and cut > 0 and len(held) >= PIECE:
+            yield Piece(held[: cut + 1], first, False, done())
+            lines += held.count("\n", 0, cut + 1)
+            first, held = False, held[cut + 1 :]
+    yield Piece(held, first, True, done())
