@@ -94,7 +94,7 @@ def _digests(paths: Sequence[str], cache_dir: str) -> list[tuple[int, str]]:
     if file is not None:
         _known.update(_remembered(file))
         new = [i for i in new if _known.get(paths[i], ([],))[0] != stamps[i]]
-    read = _each(lambda i: _ends(paths[i], stamps[i][0]), new)
+    read = _each(lambda i: _ends(str(paths[i]), stamps[i][0]), new)
     _known.update({paths[i]: (stamps[i], d) for i, d in zip(new, read, strict=True)})
     if file is not None and new:
         _remember(file, {p: _known[p] for p in paths})
