@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import HARDWARE, ROOT, start
+from tests.skips import Skips
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Skips())
         os.environ[ROOT] = tempfile.mkdtemp(prefix="spmd-tests-")
         os.environ["SPMD_CACHE_DIR"] = f"{os.environ[ROOT]}/cache"
         os.environ["TFDS_DATA_DIR"] = f"{os.environ[ROOT]}/tfds"

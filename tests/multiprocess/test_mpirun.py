@@ -16,9 +16,9 @@ import pytest
 
 from tests.command import REPOSITORY, ROOT
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 
-STEPS = 3000
+STEPS = 1200
 
 
 @pytest.fixture

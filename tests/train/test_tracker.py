@@ -13,7 +13,9 @@ from spmd.commands import main
 RUN = ["--experiment", "digits", "--log.wandb", "trials", "--run.dir", "out"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs: pip install wandb")
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="needs requirements/peers.txt"
+)
 def test_one_run_over_two_starts(run_cli, tmp_path):
     key = "0123456789abcdef0123456789abcdef01234567"
     env = {"WANDB_MODE": "offline", "WANDB_API_KEY": key}
@@ -29,7 +31,9 @@ def test_one_run_over_two_starts(run_cli, tmp_path):
     assert key not in done.stdout + done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs: pip install wandb")
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="needs requirements/peers.txt"
+)
 def test_without_a_key_it_says_so(run_cli, tmp_path):
     done = run_cli(*RUN, "--train.steps", 5, env={"HOME": str(tmp_path), "WANDB_API_KEY": ""})
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.command import free_port, until
+from tests.marks import slow_but
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 NAME = ("--experiment", "digits")
 
 
@@ -100,7 +101,9 @@ def test_saved_after_sigterm_and_requeued(slurm, submit, log):
 ALONE = "if [ $SLURM_PROCID = 0 ]; then sleep 60; fi\n"  # the other task would go on
 
 
-@pytest.mark.parametrize("ending, code", [("exit 1", 1), ("exit 2", 2), ("exit 130", 130)])
+@pytest.mark.parametrize(
+    "ending, code", slow_but([("exit 1", 1)], [("exit 1", 1), ("exit 2", 2), ("exit 130", 130)])
+)
 def test_a_final_exit_code_of_one_task_ends_the_job(slurm, submit, log, ending, code):
     """srun itself reports 143 here, for the task that it ended."""
     number = submit(ALONE + ending, "--nodes", "2")
@@ -110,6 +113,7 @@ def test_a_final_exit_code_of_one_task_ends_the_job(slurm, submit, log, ending, 
     assert f"ended with exit code {code}" in log(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending, code", [("exit 75", 75), ("kill -KILL $$", 137)])
 def test_a_lost_task_starts_the_job_again_so_often(slurm, submit, log, ending, code):
     number = submit(f"echo started\n{ALONE}{ending}", "--nodes", "2", "--restarts", "1")
@@ -133,7 +137,7 @@ def test_stop_ends_the_job_for_good(slurm, submit, log, run_cli):
 
 def test_trains_on_two_nodes_and_goes_on_after_a_preemption(slurm, run_cli, tmp_path, log):
     """Found by what srun says alone, but for the address: the nodes' names mean nothing on one machine."""
-    steps = 3000
+    steps = 1200
     options = ("--nodes", "2", "--simulate", "2", "--train.steps", steps, "--log.every", 20)
     env = slurm.env | {"JAX_PLATFORMS": "cpu", "SPMD_COORDINATOR": f"127.0.0.1:{free_port()}"}
     done = run_cli("launch", "slurm", *NAME, *options, "--", "--comment=real", env=env)
