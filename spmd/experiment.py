@@ -21,8 +21,11 @@ from spmd.runtime import RuntimeConfig
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from spmd.plan import shardings
     from spmd.runtime.stop import Stop
+    from spmd.train.claim import Claim
     from spmd.train.loop import Program
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
@@ -223,8 +226,38 @@ class Experiment:
             return self._train(stop)
 
     def _train(self, stop: Stop | None) -> Run:
+        from spmd.runtime import agree
+        from spmd.train import rundir, tracker
+        from spmd.train.claim import Claim
+
+        path = rundir.locate(self.run.dir, self.name)
+        known = {"defaults": fields.defaults(self), "located": fields.located_in(self)}
+        with contextlib.ExitStack() as held:
+            claims: list[Claim] = []  # of process 0
+
+            def open_() -> bool:
+                tracker.ready(self.log.wandb)
+                options = {"fresh": self.run.fresh, "amend": self.run.amend, "known": known}
+                claim = Claim(path, self.name, self.config(), self.identity(), **options)
+                claims.append(claim)
+                held.callback(claim.release)
+                return claim.resumes
+
+            resumes = agree.from_first(open_, "opening the run directory")
+            return self._train_in(path, claims, known, stop, resumes=resumes)
+
+    def _train_in(
+        self,
+        path: epath.Path,
+        claims: Sequence[Claim],
+        known: dict[str, Any],
+        stop: Stop | None,
+        *,
+        resumes: bool,
+    ) -> Run:
+        """Trains in a run directory that process 0 holds. claims: its claim, none in other processes."""
         from spmd.runtime import agree, allocator
-        from spmd.train import dataset, loop, rundir, tracker
+        from spmd.train import dataset, loop, rundir
 
         program = self.build()
         if program.mesh.devices.flat[0].platform == "cpu":
@@ -236,35 +269,27 @@ class Experiment:
             self.data, {"train": lambda: program.source, "eval": lambda: program.evaluation}
         )
         identity = self.identity() | dataset.identity(contents)
-        place = (self.run.dir, self.name, self.config(), identity)
-
-        def claim() -> str:
-            tracker.ready(self.log.wandb)
-            path = rundir.locate(self.run.dir, self.name)
-            known = {"defaults": fields.defaults(self), "located": fields.located_in(self)}
-            if (path / "config.json").exists() and not self.run.fresh:
-                rundir.same_identity(path, identity, **known)
-                dataset.check_same(path, contents)
-            return str(rundir.claim(*place, fresh=self.run.fresh, **known))
-
-        def begin() -> None:
-            dataset.record(path, contents)
-            rundir.record(path, *place[1:])
-
-        opened = agree.from_first(claim, "opening the run directory")
-        path = rundir.locate(opened, self.name)
-        done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
+        done: dict[str, Any] | None = None
+        if resumes:
+            agree.from_first(lambda: dataset.check_same(path, contents), "comparing the data")
+            done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
         if done and done["steps"] >= program.num_steps:
             agree.say(
                 f"{rundir.shown(path)} is finished: {done['steps']} steps. Train on with a larger"
                 " --train.steps, or anew with --run.fresh or another --run.dir"
             )
             return Run(self, str(path), done["steps"], done["metrics"], done["seconds"])
-        if done:
-            agree.say(
-                f"continuing to {program.num_steps} steps (was {done['steps']}): the learning-rate"
-                " schedule now spans the longer run"
-            )
+
+        def begin(step: int) -> None:
+            if resumes:
+                self._say_stretched(rundir.recorded(path), program, step)
+            claims[0].begin(identity, step)
+            dataset.record(path, contents)
+
+        def accept(about: dict[str, Any]) -> None:
+            for claim in claims:
+                claim.same_saved(about, identity, known)
+
         summary = loop.fit(
             program,
             path,
@@ -274,10 +299,33 @@ class Experiment:
             checkpoint=self.checkpoint,
             runtime=self.runtime,
             config=self.config(),
+            identity=identity,
+            resumes=resumes,
+            accept=accept,
             begin=begin,
             stop=stop,
         )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
+
+    def _say_stretched(self, recorded: dict[str, Any], program: Program, step: int) -> None:
+        """Says so when the run's learning-rate schedule spans another number of steps than before."""
+        import numpy as np
+
+        try:
+            old = recorded["config"]["train"]
+            train = dataclasses.replace(self.train, steps=old["steps"], epochs=old["epochs"])
+            before = train.num_steps(program.examples, len(program.source))
+        except (KeyError, TypeError, ValueError):
+            return  # config.json of another version
+        now = program.num_steps
+        if before == now or self.optimizer.schedule == "constant":
+            return
+        rate = lambda n: float(np.asarray(self.optimizer.rate(n, program.examples)(min(step, n))))
+        rates = rate(before), rate(now)
+        print(
+            f"the learning-rate schedule now spans {now} steps (was {before}): at step {step} the rate is"
+            f" {rates[1]:.3g} (was {rates[0]:.3g})"
+        )
 
     def pipeline_warning(self, stages: int) -> str:
         """Of a pipeline that mostly waits; else ""."""
@@ -381,7 +429,12 @@ class Experiment:
         }
         contents = dataset.contents(self.data, opened) if same else {}
         dataset.check_same(path, contents, same)
-        return snapshot.restore(program, path, self.checkpoint, step)
+
+        def accept(about: dict[str, Any]) -> None:
+            known = {"defaults": fields.defaults(self), "located": fields.located_in(self)}
+            rundir.same_saved(path, about, self.identity(), **known)
+
+        return snapshot.restore(program, path, self.checkpoint, step, accept)
 
     def evaluate(self, step: int | None = None) -> dict[str, float]:
         """Metrics of a checkpoint of the run directory (default: the newest) on the eval split."""

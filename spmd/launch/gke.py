@@ -188,6 +188,7 @@ class Gke(base.CloudOptions):
             "args": job.words(),  # of the image's entry point, python run.py
             "resources": {"requests": devices, "limits": devices},
         }
+        container["env"] = _start()
         if self.secret:
             container["envFrom"] = [{"secretRef": {"name": plain("--secret", self.secret)}}]
         pod: dict[str, Any] = {
@@ -205,20 +206,32 @@ class Gke(base.CloudOptions):
         pod["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
         if pods > 1:
             container["ports"] = [{"containerPort": PORT}]
-            container["env"] = _rendezvous(name, pods)
+            container["env"] += _rendezvous(name, pods)
         return pod
+
+
+def _field(path: str) -> dict[str, Any]:
+    return {"fieldRef": {"fieldPath": path}}
+
+
+def _start() -> list[dict[str, Any]]:
+    """Which start of the job this is: it takes the run directory over from the one before."""
+    label = "metadata.labels['jobset.sigs.k8s.io/{}']".format
+    return [
+        {"name": "SPMD_RUN_TOKEN", "valueFrom": _field(label("jobset-name"))},
+        {"name": "SPMD_RUN_ATTEMPT", "valueFrom": _field(label("restart-attempt"))},
+    ]
 
 
 def _rendezvous(name: str, pods: int) -> list[dict[str, Any]]:
     """How GPU processes find each other: pod 0 by the DNS name that the JobSet's service gives it."""
-    field = lambda path: {"fieldRef": {"fieldPath": path}}
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     return [
-        {"name": "POD_IP", "valueFrom": field("status.podIP")},
+        {"name": "POD_IP", "valueFrom": _field("status.podIP")},
         {"name": "SPMD_COORDINATOR", "value": f"{name}-workers-0-0.{name}:{PORT}"},
         {"name": "SPMD_COORDINATOR_BIND", "value": f"$(POD_IP):{PORT}"},
         {"name": "SPMD_NUM_PROCESSES", "value": str(pods)},
-        {"name": "SPMD_PROCESS_ID", "valueFrom": field(index)},
+        {"name": "SPMD_PROCESS_ID", "valueFrom": _field(index)},
     ]
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -204,10 +205,12 @@ def supervise(
     Signals to this process are passed on, each once. Call it from the main thread.
     Returns the exit code of the process that ended the run, as a shell would see it.
     """
-    output = Output(log)
+    output, token = Output(log), uuid.uuid4().hex
     for start in range(restarts + 1):
         port = free_port()  # anew: the last one may be taken by now
-        code, asked = Group(argv, output, environments(processes, port, gpus)).run(grace)
+        job = {"SPMD_RUN_TOKEN": token, "SPMD_RUN_ATTEMPT": str(start)}
+        envs = [env | job for env in environments(processes, port, gpus)]
+        code, asked = Group(argv, output, envs).run(grace)
         if asked or not base.starts_again(code) or start == restarts:
             return code
         output.say(f"exit code {code}; start {start + 2} of at most {restarts + 1}")

@@ -18,7 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.runtime import EXIT_AGAIN
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP: the terminal or the ssh session has closed.
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class Stop:
@@ -43,8 +46,9 @@ class Stop:
 
 @contextlib.contextmanager
 def catching(grace: float) -> Iterator[Stop]:
-    """Catches SIGINT and SIGTERM. A second SIGINT leaves at once; `grace` seconds after the first signal the
-    process ends whatever it is at, with EXIT_AGAIN: better than to be killed amid a save.
+    """Catches SIGINT, SIGTERM and SIGHUP, which stays ignored where it is (nohup). A second SIGINT leaves at
+    once; `grace` seconds after the first signal the process ends whatever it is at, with EXIT_AGAIN: better
+    than to be killed amid a save.
     """
     # Python's handlers wait while the main thread compiles; the wake-up pipe and its thread do not.
     read, write = os.pipe()
@@ -59,6 +63,8 @@ def catching(grace: float) -> Iterator[Stop]:
     woken = -1
     with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's
         for signum in _SIGNALS:
+            if signal.getsignal(signum) is signal.SIG_IGN and signum != signal.SIGINT:
+                continue  # nohup
             previous[signum] = signal.signal(signum, handler)
         woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(read, stop, grace), daemon=True)

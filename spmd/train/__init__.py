@@ -111,6 +111,8 @@ class RunConfig:
     """Run directory; empty is runs/NAME."""
     fresh: bool = free(False)
     """Move an existing run aside and start anew."""
+    amend: bool = free(False)
+    """Go on with another learning rate, clipping, schedule or decay; the run records what changed."""
     compile_cache: str = free("")
     """Directory of compiled programs; empty is $JAX_COMPILATION_CACHE_DIR, else ~/.cache/spmd/compiled;
     off keeps none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -154,10 +154,17 @@ class Checkpoints:
 
     # ---- restoring
 
-    def restore(self, like: PyTree, shardings: PyTree, step: int | None = None) -> PyTree:
+    def restore(
+        self,
+        like: PyTree,
+        shardings: PyTree,
+        step: int | None = None,
+        accept: Callable[[dict[str, Any]], None] = lambda about: None,
+    ) -> PyTree:
         """The state at `step` (default: the newest good one), each leaf placed by `shardings`.
 
-        like: shapes and dtypes. A checkpoint whose files or digests are wrong goes to quarantine/ with the
+        like: shapes and dtypes. accept: called in process 0 with what was saved beside the arrays, may refuse
+        it by a ValueError. A checkpoint whose files or digests are wrong goes to quarantine/ with the
         reason, and the next older one is taken. ValueError with the differing leaves when a good one is of
         another model (Orbax alone would cast dtypes silently), when none is left, or when `step` is bad.
         """
@@ -171,7 +178,7 @@ class Checkpoints:
                 f" there are: {', '.join(map(str, present))}"
             )
         for at in [step] if step is not None else present[::-1]:
-            leaves, bad = self._read(at, wanted, placed)
+            leaves, bad = self._read(at, wanted, placed, accept)
             if not bad:
                 return _unflat(leaves, like)
             if step is not None:
@@ -187,16 +194,22 @@ class Checkpoints:
         raise ValueError(self._none_left(aside))
 
     def _read(
-        self, step: int, wanted: dict[str, Any], placed: dict[str, Any]
+        self,
+        step: int,
+        wanted: dict[str, Any],
+        placed: dict[str, Any],
+        accept: Callable[[dict[str, Any]], None],
     ) -> tuple[dict[str, Any], str]:
         """(the leaves, "") or ({}, what is wrong), the same in all processes."""
         about = f"checkpoint of step {step}"
         path = self._directory / str(step)
-        found = agree.from_first(lambda: _examine(path, wanted), about)
+        found = agree.from_first(lambda: _examine(path, wanted, accept), about)
         if found["bad"]:
             return {}, found["bad"]
+        there = found["names"]  # name here -> name there
         abstract = {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed[k]) for k, v in wanted.items()
+            there.get(k, k): jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed[k])
+            for k, v in wanted.items()
         }
         if found["verified"]:
             whole = next(iter(placed.values()))
@@ -217,12 +230,15 @@ class Checkpoints:
                 return {}, f"unreadable: {told[0]}"
         if not found["verified"]:
             agree.say(f"the {about} has no digests (an older version saved it): not verified")
-            return leaves, ""
+            return {k: leaves[there.get(k, k)] for k in wanted}, ""
         digests = np.asarray(leaves.pop(reading.DIGESTS))
-        return leaves, reading.differ(digest.differing(leaves, digests))
+        wrong = reading.differ(digest.differing(leaves, digests))
+        return {k: leaves[there.get(k, k)] for k in wanted}, wrong
 
 
-def _examine(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def _examine(
+    path: epath.Path, wanted: dict[str, Any], accept: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """In process 0: what can be told of a step before its arrays are read."""
     try:
         bad = steps.check_manifest(path)
@@ -231,15 +247,21 @@ def _examine(path: epath.Path, wanted: dict[str, Any]) -> dict[str, Any]:
         check(not reading.passes(error), f"cannot read {path} now: {reading.first_line(error)}")
         bad, leaves = f"unreadable: {reading.first_line(error)}", {}
     if bad:
-        return {"bad": bad, "verified": False}
+        return {"bad": bad, "verified": False, "names": {}}
     for name in leaves:
         check(
             steps.safe(name.replace("/", "\0")),
             f"{path} holds an array named {name!r}, which could lead out of a directory: refused",
         )
+    accept(steps.about(path))
     verified = leaves.pop(reading.DIGESTS, None)
-    _same_model(path, leaves, {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()})
-    return {"bad": "", "verified": verified is not None}
+    names = reading.aligned(leaves, wanted)
+    there = {
+        name: leaves[names.get(name, name)] for name in wanted if names.get(name, name) in leaves
+    }
+    there |= {name: leaf for name, leaf in leaves.items() if name not in names.values()}
+    _same_model(path, there, {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()})
+    return {"bad": "", "verified": verified is not None, "names": names}
 
 
 def _same_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

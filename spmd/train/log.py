@@ -89,9 +89,9 @@ class Log:
             norm = next(v for k, v in host.items() if k.endswith("grad_norm"))
             raise NonFinite(
                 f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
-                f" {norm[bad[0]]}); nothing of that step was saved. Lower"
-                " --optimizer.learning-rate, set --optimizer.clip-norm, or skip such steps with"
-                " --train.nonfinite skip"
+                f" {norm[bad[0]]}); nothing of that step was saved. To go on from the newest checkpoint, type"
+                " the same command with --run.amend and a lower --optimizer.learning-rate or an"
+                " --optimizer.clip-norm, or skip such steps with --train.nonfinite skip"
             )
         self._window.append(host)
         if step // self._every > self._reported // self._every:

@@ -108,7 +108,14 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> base.TrainState:
+def _first_state(
+    program: Program,
+    checkpoints: Checkpoints,
+    clock: Clock,
+    accept: Callable[[dict[str, Any]], None],
+    *,
+    resumes: bool,
+) -> base.TrainState:
     """The newest checkpoint on this mesh, or a fresh state; prints what the run consists of."""
     abstract, strategy = program.abstract_state(), program.strategy
     progress.start(
@@ -121,11 +128,11 @@ def _first_state(program: Program, checkpoints: Checkpoints, clock: Clock) -> ba
     )
     if program.privacy:
         agree.say(program.privacy.about(program.num_steps))
-    if not checkpoints.exist():
+    if not (resumes and checkpoints.exist()):
         with clock("compile"):
             return program.init()
     with clock("checkpoint"):
-        state = checkpoints.restore(abstract, strategy.state_shardings)
+        state = checkpoints.restore(abstract, strategy.state_shardings, accept=accept)
     if program.privacy:
         program.privacy.same_noise(checkpoints.about(int(state.step)).get("noise_multiplier"))
     agree.say(f"resuming at step {int(state.step)} of {program.num_steps}")
@@ -142,14 +149,22 @@ def fit(
     log: LogConfig,
     runtime: RuntimeConfig,
     config: dict[str, Any],
-    begin: Callable[[], None],
+    identity: dict[str, Any],
+    resumes: bool,
+    accept: Callable[[dict[str, Any]], None],
+    begin: Callable[[int], None],
     stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains to program.num_steps from the newest checkpoint in `directory`; returns the summary.
 
-    begin: called by process 0 when the state stands, before the first step. stop: of signals that are caught
-    already; None catches them here. Raises Stopped after a signal to any process, NonFinite when the loss
-    diverges, SaveFailed when the disk is full; in all processes, at the same step.
+    Nothing is written before the first dispatch has compiled and begun, so that what cannot run leaves no
+    trace.
+
+    config, identity: saved with each checkpoint. resumes: whether `directory` holds this run. accept: as
+    Checkpoints.restore takes it. begin: called by process 0 with the step at which the run goes on, before
+    anything is written. stop: of signals that are caught already; None catches them here. Raises Stopped
+    after a signal to any process, NonFinite when the loss diverges, SaveFailed when the disk is full; in all
+    processes, at the same step.
     """
     with (
         contextlib.nullcontext(stop) if stop else catching(runtime.grace) as stop,
@@ -168,32 +183,56 @@ def fit(
 
         clock = Clock(entering)
         # ---- state: born sharded, or the newest checkpoint, on whatever mesh this is
-        checkpoints = Checkpoints(directory / "checkpoints", checkpoint)
+        checkpoints = Checkpoints(directory / "checkpoints", checkpoint, writing=resumes)
         closing.callback(checkpoints.close)
-        state = _first_state(program, checkpoints, clock)
+        state = _first_state(program, checkpoints, clock, accept, resumes=resumes)
         step = int(state.step)
         if step:
             stop.stands = f"the checkpoint of step {step} stands"
-        agree.from_first(begin, "writing config.json")
         # ---- input
         if train.steps_per_dispatch > 1:
             strategy = base.scanned(strategy)
         placed = jax.tree.leaves(strategy.batch_shardings)[0]
         batches = program.host_batches(step, program.num_steps, train.steps_per_dispatch)
-        # ---- output
-        writer = Writer(directory, step, log, config)
-        closing.callback(writer.close)
-        bar = progress.Bar(program.num_steps, step, program.examples, program.mesh)
-        closing.callback(bar.close)
-        logs = Log(writer, bar, log, train.nonfinite, step, votes)
-        profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
-        closing.callback(profile.close)
         opened = program.open_evaluation()
         skips = {"train": program.skips or Skips(), "eval": data.skips("evaluation")}
         skipped = dataset.Skipped({"train": program.source, "eval": opened}, skips)
         evaluate = evaluator(
             program.task, program.mesh, opened, data.eval_batch_size, skips["eval"]
         )
+        profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
+        compiled: set[int] = set()
+
+        def dispatch() -> tuple[int, dict[str, np.ndarray], base.Metrics]:
+            """Starts the next steps: (how many, their batch on the host, their metrics)."""
+            nonlocal state
+            with clock("input"):
+                host: Any = next(batches)
+                # The step's jit places a host batch far faster than put, but only within one process.
+                batch = host if votes is None else loader.put(host, placed, data.batch_size)
+            num = host["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
+            # jit returns once it has compiled
+            traced = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
+            with clock("step" if num in compiled else "compile"), traced:
+                compiled.add(num)
+                state, metrics = strategy.step(state, batch)
+                if votes is not None:
+                    metrics = metrics | votes.cast(stop.signum)
+            return num, host, metrics
+
+        # ---- the first dispatch: what cannot run ends here, before anything is written
+        first = None
+        if step < program.num_steps:
+            profile.start_at(step, lambda: None)
+            first = dispatch()
+        agree.from_first(lambda: begin(step), "writing config.json")
+        closing.callback(profile.close)
+        # ---- output
+        writer = Writer(directory, step, log, config)
+        closing.callback(writer.close)
+        bar = progress.Bar(program.num_steps, step, program.examples, program.mesh)
+        closing.callback(bar.close)
+        logs = Log(writer, bar, log, train.nonfinite, step, votes)
         epoch = max(1, round(len(program.source) / program.examples))
         eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
         measured: dict[str, float] = {}
@@ -220,6 +259,7 @@ def fit(
                 extra = {
                     "data": loader.position(step, program.examples, len(program.source)),
                     "config": config,
+                    "identity": identity,
                 }
                 if program.privacy:
                     extra["noise_multiplier"] = program.privacy.noise_multiplier
@@ -240,22 +280,11 @@ def fit(
                 bar.evaluated(step, measured)
 
         # ---- the loop
-        compiled: set[int] = set()
         while step < program.num_steps:
             measured = {}
-            profile.start_at(step, logs.drain)
-            with clock("input"):
-                host: Any = next(batches)
-                # The step's jit places a host batch far faster than put, but only within one process.
-                batch = host if votes is None else loader.put(host, placed, data.batch_size)
-            num = host["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
-            # jit returns once it has compiled
-            traced = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
-            with clock("step" if num in compiled else "compile"), traced:
-                compiled.add(num)
-                state, metrics = strategy.step(state, batch)
-                if votes is not None:
-                    metrics = metrics | votes.cast(stop.signum)
+            if first is None:
+                profile.start_at(step, logs.drain)
+            (num, host, metrics), first = first or dispatch(), None
             if bar.chip and not bar.work:  # costs 0.2 s, while the devices are at their first step
                 bar.work = flops.of_step(program.task, program.abstract_batch())
             before, step = step, step + num

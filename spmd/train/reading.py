@@ -7,7 +7,7 @@ import gc
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -74,6 +74,28 @@ def _verified(path: epath.Path) -> tuple[str, str]:
     by = " and ".join(filter(None, has))
     how = f"verified by {by}" if digests is not None else "readable, without digests to verify it"
     return differ(wrong), f"{len(names)} arrays, {tree.human_bytes(size)}, {how}"
+
+
+def aligned(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """`{name here: name there}` of arrays whose place in the optimizer's chain differs.
+
+    optax numbers the parts of a chain, those without a state too: clipping that is switched on moves the
+    momentum from opt_state.0 to opt_state.1. Empty where the names agree, or do not with other numbers.
+    """
+
+    def by_order(names: Iterable[str]) -> dict[tuple[str, ...], str]:
+        parts = {name: name.split(".") for name in names}
+        chain = {
+            n: p for n, p in parts.items() if p[0] == "opt_state" and p[1:2] and p[1].isdigit()
+        }
+        order = sorted({int(p[1]) for p in chain.values()})
+        key = lambda n, p: (p[0], f"#{order.index(int(p[1]))}", *p[2:]) if n in chain else tuple(p)
+        return {key(n, p): n for n, p in parts.items()}
+
+    there, here = by_order(stored), by_order(wanted)
+    if there.keys() != here.keys():
+        return {}
+    return {name: there[key] for key, name in here.items() if there[key] != name}
 
 
 def load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:

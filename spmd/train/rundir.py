@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -33,37 +33,43 @@ def shown(path: epath.Path) -> str:
         return str(path)
 
 
-CONTENT = (
-    "data.content."  # fields of the identity that are digests of the data: see spmd.train.dataset
-)
+# Fields of the identity that are digests of the data: see spmd.train.dataset.
+CONTENT = "data.content."
 
 
 class Refused(ValueError):
     """The directory holds something that this run must not touch."""
 
 
-def claim(
-    directory: str,
-    name: str,
-    config: dict[str, Any],
+def inspect(
+    path: epath.Path,
     identity: dict[str, Any],
     *,
     fresh: bool,
+    amend: bool = False,
     defaults: Mapping[str, Any] | None = None,
     located: Collection[str] = (),
-) -> epath.Path:
-    """Opens the run directory, or creates it with its config.json; ValueError when it is another run's.
+) -> dict[str, list[Any]]:
+    """Checks that a run may begin or go on in `path`; reads only.
 
-    config: the resolved configuration as JSON types. identity, defaults, located: as in same_identity.
+    Args:
+      path: the run directory, which need not exist.
+      identity, defaults, located: as in same_identity.
+      fresh: a run that is there will be moved aside.
+      amend: its optimizer may be set otherwise; see AMENDABLE.
+
+    Returns:
+      `{field: [there, now]}`, the fields that are amended.
+
+    Raises:
+      Refused: the directory holds something else, or another run.
     """
-    path = locate(directory, name)
     with _reaching(path):
         if path.exists() and not path.is_dir():
             raise Refused(f"run directory {path} is a file; choose another with --run.dir")
         names = sorted(p.name for p in path.iterdir()) if path.exists() else []
-    entries = [n for n in names if not n.endswith(".part")]  # of a process killed while writing
-    known = path / "config.json"
-    if entries and not known.exists():
+    entries = [n for n in names if not _passing(n)]
+    if entries and "config.json" not in names:
         raise Refused(
             f"{path} is not empty and holds no run (no config.json; it has"
             f" {', '.join(entries[:3])}); choose another with --run.dir"
@@ -72,26 +78,64 @@ def claim(
         raise Refused(
             f"{path} holds a run, and an object store cannot move it aside; choose another --run.dir"
         )
-    if entries and fresh:
-        aside = path.parent / f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-        if aside.exists():
-            raise Refused(f"{aside} exists already; try again in a second")
+    if not entries or fresh:
+        return {}
+    return same_identity(path, identity, defaults, located, amend=amend)
+
+
+def _passing(name: str) -> bool:
+    """Whether a file is no part of a run: the lock, and what a killed process was writing."""
+    return name == "lock" or name.endswith(".part")
+
+
+def holds_run(path: epath.Path) -> bool:
+    """Whether a directory holds a run."""
+    return (path / "config.json").exists()
+
+
+def move_aside(path: epath.Path) -> epath.Path:
+    """Renames the run directory, with the time in its name; returns the new path."""
+    base = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (base, *(f"{base}-{n}" for n in range(2, 1000)))
+    aside = next(path.parent / name for name in names if not (path.parent / name).exists())
+    with writing(path):
         path.rename(aside)
-        print(f"moved the old run to {shown(aside)}")
-    elif entries:
-        same_identity(path, identity, defaults, located)
-    if not is_remote(path):  # there are no directories there
-        with _writing(path):
+    print(f"moved the old run to {shown(aside)}")
+    return aside
+
+
+def create(path: epath.Path) -> None:
+    """Creates the run directory where there are directories; Refused when it cannot be."""
+    if not is_remote(path):
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-    if not known.exists():
-        record(path, name, config, identity)
-    return path
 
 
-def record(path: epath.Path, name: str, config: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Writes config.json: the identity, and the resolved configuration as JSON types."""
-    with _writing(path):
-        _write(path / "config.json", {"experiment": name, "identity": identity, "config": config})
+def record(
+    path: epath.Path,
+    name: str,
+    config: dict[str, Any],
+    identity: dict[str, Any],
+    amended: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Writes config.json.
+
+    Args:
+      config: the resolved configuration as JSON types.
+      identity: flat identity fields.
+      amended: `{"step": ..., "changes": {field: [before, after]}}`, in their order.
+    """
+    text = {"experiment": name, "identity": identity, "config": config}
+    with writing(path):
+        _write(path / "config.json", text | ({"amended": [*amended]} if amended else {}))
+
+
+def recorded(path: epath.Path) -> dict[str, Any]:
+    """What config.json holds, {} where it cannot be read."""
+    try:
+        return {**json.loads((path / "config.json").read_text())}
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 @contextlib.contextmanager
@@ -109,7 +153,7 @@ def _reaching(path: epath.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
+def writing(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -132,43 +176,107 @@ def read_identity(path: epath.Path) -> dict[str, Any]:
         ) from None
 
 
+# What a run may change on the way, with --run.amend: nothing that the shapes of the state depend on.
+AMENDABLE = "optimizer."
+_FIXED = ("optimizer.class", "optimizer.ema")
+
+
 def same_identity(
     path: epath.Path,
     identity: dict[str, Any],
     defaults: Mapping[str, Any] | None = None,
     located: Collection[str] = (),
-) -> None:
-    """ValueError with the differing fields when the directory's run is another one.
+    *,
+    amend: bool = False,
+) -> dict[str, list[Any]]:
+    """Compares the identity of the directory's run with this one's.
 
-    identity: flat identity fields. defaults: what a field had that is newer than the directory. located:
-    fields that only say where the data lies; they do not count where the directory knows its content, which
-    spmd.train.dataset compares.
+    Args:
+      identity: flat identity fields.
+      defaults: what a field had that is newer than the directory.
+      located: fields that only say where the data lies; they do not count where the directory knows its
+        content, which spmd.train.dataset compares.
+      amend: allows another setting of the optimizer.
+
+    Returns:
+      `{field: [there, now]}`, the fields that are amended.
+
+    Raises:
+      Refused: with the differing fields, when it is another run.
     """
-    before = read_identity(path)
-    passed = {k for k in {*before, *identity} if k.startswith(CONTENT)}
-    if passed & before.keys():
-        passed |= {*located}
-    before = {k: v for k, v in before.items() if k not in passed}
-    identity = {k: v for k, v in identity.items() if k not in passed}
-    missing = "(absent)"
-    now = json.loads(json.dumps(identity))
-    newer = now.keys() - before.keys()
-    before |= {k: v for k, v in json.loads(json.dumps(defaults or {})).items() if k in newer}
-    diff = [
-        f"  {k}: {before.get(k, missing)} -> {now.get(k, missing)}"
-        for k in sorted({*before, *now})
-        if before.get(k, missing) != now.get(k, missing)
-    ]
+    diff = differences(read_identity(path), identity, defaults, located)
+    amendable = {k for k in diff if k.startswith(AMENDABLE) and k not in _FIXED}
+    if diff.keys() <= (amendable if amend else set()):
+        return diff
+    advice = ["use --run.dir DIR for a second run, or --run.fresh to move that one aside"]
+    if amendable == diff.keys():
+        advice.append(
+            "or --run.amend to go on with the optimizer set so, from the newest checkpoint; the run records"
+            " the change"
+        )
+    raise Refused(
+        "\n".join(
+            [f"{path} holds a run of another identity (there -> now):", *_shown(diff), *advice]
+        )
+    )
+
+
+def same_saved(
+    path: epath.Path,
+    about: Mapping[str, Any],
+    identity: dict[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    located: Collection[str] = (),
+    changes: Collection[str] = (),
+) -> None:
+    """Checks that a checkpoint belongs to the run of its directory.
+
+    Args:
+      about: what was saved beside its arrays; older versions saved no identity.
+      changes: fields that this start amends; those amended before are in config.json.
+
+    Raises:
+      Refused: with the differing fields, when another run saved it.
+    """
+    if not isinstance(saved := about.get("identity"), dict):
+        return
+    amended = {field for each in recorded(path).get("amended", ()) for field in each["changes"]}
+    diff = differences(saved, identity, defaults, located)
+    diff = {k: v for k, v in diff.items() if k not in amended | {*changes}}
     if diff:
         raise Refused(
             "\n".join(
                 [
-                    f"{path} holds a run of another identity (there -> now):",
-                    *diff,
-                    "use --run.dir DIR for a second run, or --run.fresh to move that one aside",
+                    f"{path}: the checkpoint was saved by another run (there -> now):",
+                    *_shown(diff),
+                    "another process has written into this directory; take the checkpoint away, or use"
+                    " --run.fresh or another --run.dir",
                 ]
             )
         )
+
+
+def _shown(diff: Mapping[str, Sequence[Any]]) -> list[str]:
+    return [f"  {k}: {there} -> {now}" for k, (there, now) in diff.items()]
+
+
+def differences(
+    before: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    located: Collection[str] = (),
+) -> dict[str, list[Any]]:
+    """`{field: [before, now]}` of two identities; arguments as in same_identity."""
+    passed = {k for k in {*before, *identity} if k.startswith(CONTENT)}
+    if passed & before.keys():
+        passed |= {*located}
+    then = {k: v for k, v in before.items() if k not in passed}
+    now = json.loads(json.dumps({k: v for k, v in identity.items() if k not in passed}))
+    newer = now.keys() - then.keys()
+    then |= {k: v for k, v in json.loads(json.dumps(defaults or {})).items() if k in newer}
+    missing = "(absent)"
+    pairs = {k: [then.get(k, missing), now.get(k, missing)] for k in sorted({*then, *now})}
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def summary(path: epath.Path) -> dict[str, Any] | None:

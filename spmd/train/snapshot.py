@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -75,12 +75,19 @@ class Snapshot:
 
 
 def restore(
-    program: Program, directory: epath.Path, config: CheckpointConfig, step: int | None = None
+    program: Program,
+    directory: epath.Path,
+    config: CheckpointConfig,
+    step: int | None = None,
+    accept: Callable[[dict[str, Any]], None] = lambda about: None,
 ) -> Snapshot:
-    """A checkpoint of a run directory (default: the newest), placed on the program's mesh."""
+    """A checkpoint of a run directory (default: the newest), placed on the program's mesh.
+
+    accept: as Checkpoints.restore takes it.
+    """
     checkpoints = Checkpoints(directory / "checkpoints", config, writing=False)
     try:
         abstract, shardings = program.abstract_state(), program.strategy.state_shardings
-        return Snapshot(program, checkpoints.restore(abstract, shardings, step))
+        return Snapshot(program, checkpoints.restore(abstract, shardings, step, accept))
     finally:
         checkpoints.close()
