@@ -290,6 +290,10 @@ class Experiment:
             for claim in claims:
                 claim.same_saved(about, identity, known)
 
+        def holds() -> None:
+            for claim in claims:
+                claim.check()
+
         summary = loop.fit(
             program,
             path,
@@ -303,6 +307,7 @@ class Experiment:
             resumes=resumes,
             accept=accept,
             begin=begin,
+            holds=holds,
             stop=stop,
         )
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])

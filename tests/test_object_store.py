@@ -2,84 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 
 import pytest
 
 from spmd import storage
 from spmd.commands import main
+from tests.bucket import NEEDS, reached, serving
 
-SERVE = """
-import sys
-from gcp_storage_emulator.server import create_server
-create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
-"""
-needs = [m for m in ("gcsfs", "gcp_storage_emulator") if importlib.util.find_spec(m) is None]
-emulated = pytest.mark.skipif(bool(needs), reason=f"needs: pip install {' '.join(needs)}")
-
-
-class Bucket:
-    """What the bucket holds, over the store's own JSON API."""
-
-    def __init__(self, url: str):
-        self.url = url
-
-    def _ask(self, path: str, body: bytes | None = None) -> bytes:
-        with urllib.request.urlopen(f"{self.url}{path}", body, timeout=10) as answer:
-            return answer.read()
-
-    def names(self) -> list[str]:
-        items = json.loads(self._ask("/storage/v1/b/bucket/o")).get("items", [])
-        return sorted(item["name"] for item in items)
-
-    def get(self, name: str) -> bytes:
-        return self._ask(
-            f"/download/storage/v1/b/bucket/o/{urllib.parse.quote(name, '')}?alt=media"
-        )
-
-    def put(self, name: str, body: bytes) -> None:
-        place = urllib.parse.quote(name, "")
-        self._ask(f"/upload/storage/v1/b/bucket/o?uploadType=media&name={place}", body)
-
-    def lines(self, folder: str) -> list[dict]:
-        parts = [name for name in self.names() if name.startswith(f"{folder}/")]
-        return [json.loads(x) for name in parts for x in self.get(name).decode().splitlines()]
+emulated = pytest.mark.skipif(bool(NEEDS), reason=f"needs: pip install {' '.join(NEEDS)}")
 
 
 @pytest.fixture(scope="module")
 def served():
-    """The store, in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "-c", SERVE, str(port)], **quiet)
-    bucket = Bucket(f"http://localhost:{port}")
-    for _ in range(200):
-        try:
-            bucket.names()
-            break
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    yield bucket
-    process.kill()
-    process.wait()
+    with serving() as bucket:
+        yield bucket
 
 
 @pytest.fixture
 def bucket(served, monkeypatch):
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", served.url)  # read by gcsfs
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", served.url)  # read by Orbax's driver
+    reached(served, monkeypatch)
     return served
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -90,6 +92,12 @@ class Launcher(Protocol):
     def start(self, job: Job) -> int: ...
     def stop(self, job: Job) -> int: ...
     def logs(self, job: Job) -> int: ...
+
+
+@functools.cache
+def token() -> str:
+    """Names this launch to all its starts (SPMD_RUN_TOKEN): they are not strangers in the run directory."""
+    return secrets.token_hex(8)
 
 
 def plain(option: str, value: str) -> str:

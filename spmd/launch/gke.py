@@ -215,12 +215,8 @@ def _field(path: str) -> dict[str, Any]:
 
 
 def _start() -> list[dict[str, Any]]:
-    """Which start of the job this is: it takes the run directory over from the one before."""
-    label = "metadata.labels['jobset.sigs.k8s.io/{}']".format
-    return [
-        {"name": "SPMD_RUN_TOKEN", "valueFrom": _field(label("jobset-name"))},
-        {"name": "SPMD_RUN_ATTEMPT", "valueFrom": _field(label("restart-attempt"))},
-    ]
+    """Names the launch: a start waits while pods of the one before are still saving into the run directory."""
+    return [{"name": "SPMD_RUN_TOKEN", "value": base.token()}]
 
 
 def _rendezvous(name: str, pods: int) -> list[dict[str, Any]]:

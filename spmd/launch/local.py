@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -205,10 +204,10 @@ def supervise(
     Signals to this process are passed on, each once. Call it from the main thread.
     Returns the exit code of the process that ended the run, as a shell would see it.
     """
-    output, token = Output(log), uuid.uuid4().hex
+    output = Output(log)
     for start in range(restarts + 1):
         port = free_port()  # anew: the last one may be taken by now
-        job = {"SPMD_RUN_TOKEN": token, "SPMD_RUN_ATTEMPT": str(start)}
+        job = {"SPMD_RUN_TOKEN": base.token(), "SPMD_RUN_ATTEMPT": str(start)}
         envs = [env | job for env in environments(processes, port, gpus)]
         code, asked = Group(argv, output, envs).run(grace)
         if asked or not base.starts_again(code) or start == restarts:

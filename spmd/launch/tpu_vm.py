@@ -38,7 +38,7 @@ uv pip install --quiet --python .venv/bin/python -r requirements/tpu.txt"""
 # The run outlives the connection; its exit code and process id lie beside its log.
 BEGIN = """set -e; cd {name} || exit; rm -f exit stopped pid
 [ ! -e log ] || mv log "log.$(date +%s)"; touch log
-export SPMD_RUN_TOKEN={name} SPMD_RUN_ATTEMPT="$(date +%s)"
+export SPMD_RUN_TOKEN={token} SPMD_RUN_ATTEMPT="$(date +%s)"
 # shellcheck disable=SC2016
 nohup setsid bash -c '"$@" >> log 2>&1 & echo $! > pid; wait $!; echo $? > exit' run \\
   .venv/bin/python {command} < /dev/null > /dev/null 2>&1 &
@@ -279,7 +279,11 @@ class Machines:
     @property
     def begin(self) -> Command:
         """Starts the run on all workers."""
-        return self.ssh(BEGIN, command=shlex.join(["run.py", *self._job.words(self._file())]))
+        return self.ssh(
+            BEGIN,
+            token=base.token(),
+            command=shlex.join(["run.py", *self._job.words(self._file())]),
+        )
 
     def _file(self) -> str:
         """The name of an experiment file there; empty for a name of experiments/."""

@@ -16,12 +16,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd.runtime import EXIT_AGAIN
+from spmd.runtime import EXIT_AGAIN, outlet
 
-# SIGHUP: the terminal or the ssh session has closed.
-_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+# SIGHUP: the terminal has closed. SIGXCPU: a batch system's limit comes near (SGE, LSF).
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class Stop:
@@ -46,9 +45,11 @@ class Stop:
 
 @contextlib.contextmanager
 def catching(grace: float) -> Iterator[Stop]:
-    """Catches SIGINT, SIGTERM and SIGHUP, which stays ignored where it is (nohup). A second SIGINT leaves at
-    once; `grace` seconds after the first signal the process ends whatever it is at, with EXIT_AGAIN: better
-    than to be killed amid a save.
+    """Catches SIGINT, SIGTERM, SIGHUP and SIGXCPU, except those that were ignored before (nohup), and takes
+    the loss of the terminal, or of who reads the output, for such a signal.
+
+    A second SIGINT leaves at once; `grace` seconds after the first signal the process ends whatever it is at,
+    with EXIT_AGAIN: better than to be killed amid a save.
     """
     # Python's handlers wait while the main thread compiles; the wake-up pipe and its thread do not.
     read, write = os.pipe()
@@ -70,7 +71,8 @@ def catching(grace: float) -> Iterator[Stop]:
     watcher = threading.Thread(target=_watch, args=(read, stop, grace), daemon=True)
     watcher.start()
     try:
-        yield stop
+        with outlet.guarded(stop.agreed):
+            yield stop
     finally:
         if previous:
             signal.set_wakeup_fd(woken)
@@ -90,21 +92,25 @@ def _watch(read: int, stop: Stop, grace: float) -> None:
     while True:
         left = None if deadline is None else max(deadline - time.monotonic(), 0)
         if not select.select([read], [], [], left)[0]:
-            os.write(
-                2,
-                f"\nthe grace period of {grace:g} s is over, at: {stop.phase}; {stop.stands}."
-                " The same command goes on from there (--runtime.grace SECONDS)\n".encode(),
+            _say(
+                f"the grace period of {grace:g} s is over, at: {stop.phase}; {stop.stands}. The same command"
+                " goes on from there (--runtime.grace SECONDS)"
             )
             os._exit(EXIT_AGAIN)
         signum = os.read(read, 1)[0]
         if not signum:
             return
         if deadline is not None and signum == signal.SIGINT:
-            os.write(2, f"\nleft at once; {stop.stands}\n".encode())
+            _say(f"left at once; {stop.stands}")
             os._exit(130)
-        if deadline is None and signum in _SIGNALS:
+        if deadline is None and signum in (*_SIGNALS, getattr(signal, "SIGPIPE", None)):
             deadline = time.monotonic() + grace
-            os.write(2, b"\nstopping: saving the state (Ctrl-C again leaves at once)\n")
+            _say("stopping: saving the state (Ctrl-C again leaves at once)")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal has gone
+        os.write(2, f"\n{text}\n".encode())
 
 
 _APART = 0.5  # seconds between votes

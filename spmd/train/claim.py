@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from spmd.fields import check
 from spmd.storage import is_remote
 from spmd.train import rundir
 from spmd.train.lock import Lock
@@ -25,7 +26,7 @@ class Claim:
 
     Raises:
       rundir.Refused: the directory holds something else, or another run.
-      lock.Busy: another process is training in it.
+      owner.Busy: another process is training in it.
     """
 
     def __init__(
@@ -43,16 +44,17 @@ class Claim:
         self._fresh, self._known = fresh, known
         self._cannot: OSError | None = None
         self._lock: Lock | None = None
-        check = lambda: rundir.inspect(path, identity, fresh=fresh, amend=amend, **known)
-        check()  # before the lock makes a directory
+        inspect = lambda: rundir.inspect(path, identity, fresh=fresh, amend=amend, **known)
+        inspect()  # before the lock makes a directory
         try:
             self._lock = Lock(path)
         except OSError as error:  # a finished run may well lie where nothing can be written
             if is_remote(path):
-                raise
+                with rundir.writing(path):
+                    raise
             self._cannot = error
         try:
-            self.changes = check()  # the owner before may just have written it
+            self.changes = inspect()  # the owner before may just have written it
         except BaseException:
             self.release()
             raise
@@ -83,7 +85,7 @@ class Claim:
             old, self._lock = self._lock, None
             assert old is not None
             try:
-                old.moved(rundir.move_aside(self._path))
+                old.move(lambda: rundir.move_aside(self._path))
                 self._lock = Lock(self._path)
             finally:
                 old.release()
@@ -94,6 +96,14 @@ class Claim:
             when = time.strftime("%Y-%m-%d %H:%M:%S %z")
             amended.append({"step": step, "time": when, "changes": self.changes})
         rundir.record(self._path, self._name, self._config, identity, amended)
+
+    def check(self) -> None:
+        """ValueError when the directory was moved or deleted by hand: its run must not come back there."""
+        check(
+            self._lock is None or self._lock.holds(),
+            f"{self._path} was moved, deleted or replaced while this run was training in it; nothing more is"
+            " written",
+        )
 
     def release(self) -> None:
         """Gives the directory free."""

@@ -1,66 +1,31 @@
 """The lock on a run directory: one owner at a time, which a crash cannot leave locked.
 
 On a file system it is `flock` on the file `lock` in the directory: the kernel drops it when the process ends,
-however that ends. Where there is no flock (some network file systems), and in an object store, it is a lease:
-the owner rewrites the file every LEASE / 4 seconds. A lease whose file does not change for LEASE seconds has
-lost its owner and may be taken over; an owner that cannot renew it for so long, or finds another's name in
-it, leaves.
+however that ends. Where there is no flock (some network file systems), and in an object store, it is a lease
+(spmd.train.lease). Either way the file names the owner.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import socket
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
-from spmd.runtime import EXIT_AGAIN
 from spmd.storage import is_remote
+from spmd.train import owner
+from spmd.train.lease import Lease
 
-FILE = "lock"
-LEASE = 60.0  # seconds
-# Set by launchers: the job, the same for all its starts, and the number of the start. Slurm has its own.
-JOB = ("SPMD_RUN_TOKEN", "SLURM_JOB_ID")
-ATTEMPT = ("SPMD_RUN_ATTEMPT", "SLURM_RESTART_COUNT")
-
-
-class Busy(ValueError):
-    """Another process owns the run directory."""
-
-
-def owner() -> dict[str, Any]:
-    """This process, as the lock file names it."""
-    first = lambda names: next(filter(None, map(os.environ.get, names)), "")
-    attempt = first(ATTEMPT)
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "job": first(JOB),
-        "attempt": int(attempt) if attempt.isdecimal() else 0,
-        "token": uuid.uuid4().hex,
-    }
-
-
-def busy(path: Any, found: dict[str, Any]) -> Busy:
-    """The refusal; found: the owner, {} where the file does not say."""
-    who = (
-        f"process {found['pid']} on {found['host']}, since {found['since']}"
-        if {"pid", "host", "since"} <= found.keys()
-        else "another process"
-    )
-    return Busy(
-        f"{path} is in use by {who}: wait for it or stop it (kill -TERM saves first), or choose another"
-        " directory with --run.dir"
-    )
+FILE, LEASE = "lock", "lease"
+FILES = {FILE, LEASE}
+_HERE: list[Lock] = []  # held by this process: flock over NFS does not tell its threads apart
+_GUARD = threading.Lock()
 
 
 class Lock:
@@ -71,41 +36,58 @@ class Lock:
         else has come into it.
 
     Raises:
-      Busy: another process holds it; the message names the owner.
+      owner.Busy: another run, of this process or another, holds it; the message names the owner.
       OSError: the directory cannot be written.
     """
 
     def __init__(self, directory: epath.Path):
-        self._file = directory / FILE
-        self._owner = owner()
-        self._held: _Flock | _Lease | None = None
-        self._made = [] if is_remote(directory) else _make(directory)
+        self.name = owner.this()
+        self._place = _place(directory)
+        self._held: _Flock | Lease | None = None
+        self._made: list[str] = []
+        with _GUARD:
+            for other in _HERE:
+                if other._place == self._place and other.holds():
+                    raise owner.Busy(directory, other.name)
+            if not is_remote(directory):
+                self._made = _make(directory)
+            _HERE.append(self)
         try:
             if not is_remote(directory):
-                self._held = _flock(self._file, self._owner)
+                self._held = _flock(directory / FILE, self.name)
             if self._held is None:
-                self._held = _Lease(self._file, self._owner)
+                where = directory / (FILE if is_remote(directory) else LEASE)
+                self._held = Lease(where, self.name)
         except BaseException:
-            self._remove_made()
+            self.release()
             raise
 
-    def moved(self, directory: epath.Path) -> None:
-        """Follows the directory, which the owner has renamed to `directory`, until it is released."""
-        self._file, self._made = directory / FILE, []
+    def holds(self) -> bool:
+        """Whether the directory is still the one that was locked, not moved or deleted by hand."""
+        return self._held is None or self._held.holds()
+
+    def move(self, rename: Callable[[], epath.Path]) -> None:
+        """Calls `rename`, which renames the locked directory, and goes on holding what it returns."""
         assert self._held is not None
-        self._held.file = self._file
+        directory = self._held.move(rename)
+        self._place, self._made = _place(directory), []
 
     def release(self) -> None:
         """Gives the directory free; may be called twice."""
         held, self._held = self._held, None
         if held is not None:
             held.release()
-            self._remove_made()
-
-    def _remove_made(self) -> None:
         for path in self._made:
             with contextlib.suppress(OSError):
                 os.rmdir(path)  # only where it is empty
+        self._made = []
+        with _GUARD:
+            if self in _HERE:
+                _HERE.remove(self)
+
+
+def _place(directory: epath.Path) -> str:
+    return os.fspath(directory) if is_remote(directory) else os.path.realpath(directory)
 
 
 def _make(directory: epath.Path) -> list[str]:
@@ -118,23 +100,47 @@ def _make(directory: epath.Path) -> list[str]:
     return missing
 
 
-def _read(file: epath.Path) -> dict[str, Any]:
-    try:
-        return {**json.loads(file.read_text())}
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 class _Flock:
     """An exclusive lock on an open file, and the owner's name in it."""
 
     def __init__(self, descriptor: int, file: epath.Path):
-        self._descriptor, self.file = descriptor, file
+        self._descriptor, self._file = descriptor, file
+
+    def holds(self) -> bool:
+        return _same_file(self._descriptor, self._file)
+
+    def move(self, rename: Callable[[], epath.Path]) -> epath.Path:
+        directory = rename()
+        self._file = directory / FILE
+        return directory
 
     def release(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.file)  # while it is held: who opened it meanwhile sees that it is gone
-        os.close(self._descriptor)
+        if self.holds():
+            with contextlib.suppress(OSError):
+                os.unlink(self._file)  # while it is held: who has opened it sees that it is gone
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file, which drops the lock once no copy of it is open."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _in_child() -> None:
+    """A forked child does not keep its parent's lock; what is executed anew closes the file by itself."""
+    for lock in _HERE:
+        if isinstance(lock._held, _Flock):
+            lock._held.close()
+        lock._held, lock._made = None, []
+    _HERE.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+_WITHOUT = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
 def _flock(file: epath.Path, name: dict[str, Any]) -> _Flock | None:
@@ -151,150 +157,39 @@ def _flock(file: epath.Path, name: dict[str, Any]) -> _Flock | None:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same_file(descriptor, file):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps(name).encode())
-                return _Flock(descriptor, file)
-            os.close(descriptor)
         except BlockingIOError:
             os.close(descriptor)
-            raise busy(file.parent, _named(file)) from None
-        except OSError:
+            raise owner.Busy(file.parent, _named(file)) from None
+        except OSError as error:
             os.close(descriptor)
-            return None
+            if error.errno in _WITHOUT:
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
+                return None
+            raise
+        if not _same_file(descriptor, file):  # the owner before has just removed it
+            os.close(descriptor)
+            continue
+        with contextlib.suppress(OSError):  # a full disk: locked, without a name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(name).encode())
+        return _Flock(descriptor, file)
 
 
 def _same_file(descriptor: int, file: epath.Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(file))
-    except FileNotFoundError:
+        return descriptor >= 0 and os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
 def _named(file: epath.Path) -> dict[str, Any]:
-    """The owner, who writes its name just after it has locked."""
-    for _ in range(10):
-        if found := _read(file):
-            return found
+    """The owner, who writes its name just after it has locked: before, a dead one's may be there."""
+    name, found = owner.this(), {}
+    for _ in range(20):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found = {**json.loads(file.read_text())}
+            if owner.relation(found, name) != "ended":
+                return found
         time.sleep(0.05)
-    return {}
-
-
-class _Lease:
-    """A file that its owner rewrites in a thread of its own.
-
-    Creating an object is atomic in Cloud Storage, and so is O_EXCL on a file system. To take over one that
-    has expired is to delete it and to create it anew; of several that try, one creates it.
-    """
-
-    def __init__(
-        self,
-        file: epath.Path,
-        name: dict[str, Any],
-        seconds: float | None = None,
-        lost: Callable[[str], None] | None = None,
-    ):
-        self.file, self._name = file, name
-        self._seconds = LEASE if seconds is None else seconds
-        self._lost = lost or _leave
-        self._count = 0
-        self._ended = threading.Event()
-        self._acquire()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-        self._thread.start()
-
-    def _text(self) -> str:
-        self._count += 1
-        return json.dumps(self._name | {"renewed": self._count})
-
-    def _acquire(self) -> None:
-        first: tuple[dict[str, Any], float] | None = None
-        while not _create(self.file, self._text()):
-            found, now = _read(self.file), time.monotonic()
-            if _earlier_start(found, self._name):  # its launcher knows that it is dead
-                self._take_over(found)
-            elif first is None:
-                first = found, now
-                print(
-                    f"{self.file.parent} has an owner: waiting up to {self._seconds:.0f} s for a sign of"
-                    " life",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            elif found and found != first[0]:
-                raise busy(self.file.parent, found)
-            elif now - first[1] > self._seconds:
-                self._take_over(found)
-            else:
-                time.sleep(min(1.0, self._seconds / 20))
-        time.sleep(min(1.0, self._seconds / 20))  # for another that took it over at the same time
-        if _read(self.file).get("token") != self._name["token"]:
-            raise busy(self.file.parent, _read(self.file))
-
-    def _take_over(self, found: dict[str, Any]) -> None:
-        if _read(self.file).get("token") == found.get("token"):
-            with contextlib.suppress(FileNotFoundError):
-                self.file.unlink()
-
-    def _renew(self) -> None:
-        renewed = time.monotonic()
-        while not self._ended.wait(self._seconds / 4):
-            try:
-                found = _read(self.file)
-                if found and found.get("token") != self._name["token"]:
-                    return self._lost(
-                        f"{self.file.parent} was taken over by process {found.get('pid')} on"
-                        f" {found.get('host')}"
-                    )
-                self.file.write_text(self._text())
-                renewed = time.monotonic()
-            except Exception as error:  # the store's client has errors of its own
-                if time.monotonic() - renewed > self._seconds * 0.8:
-                    return self._lost(f"the lease on {self.file.parent} cannot be renewed: {error}")
-        return None
-
-    def release(self) -> None:
-        self._ended.set()
-        self._thread.join()
-        if _read(self.file).get("token") == self._name["token"]:
-            with contextlib.suppress(Exception):
-                self.file.unlink()
-
-
-def _earlier_start(found: dict[str, Any], name: dict[str, Any]) -> bool:
-    """Whether the owner is an earlier start of the same launched job."""
-    same = bool(name["job"]) and found.get("job") == name["job"]
-    return same and found.get("attempt", 0) < name["attempt"]
-
-
-def _create(file: epath.Path, text: str) -> bool:
-    """Creates a file with a text; False where there is one."""
-    if not is_remote(file):
-        try:
-            with open(file, "x") as opened:
-                opened.write(text)
-            return True
-        except FileExistsError:
-            return False
-    import fsspec
-
-    store: Any = fsspec.filesystem("gs")
-    if file.exists():
-        return False
-    try:
-        store.pipe_file(os.fspath(file).removeprefix("gs://"), text.encode(), mode="create")
-        return True
-    except FileExistsError:
-        return False
-    except Exception as error:
-        if "412" in str(error) or "precondition" in str(error).lower():
-            return False
-        raise
-
-
-def _leave(why: str) -> None:
-    """Ends the process: two must not write into one directory."""
-    from spmd.runtime import agree
-
-    print(f"error: {why}; the last checkpoint stands", file=sys.stderr, flush=True)
-    agree.leave(EXIT_AGAIN)
+    return found

@@ -46,6 +46,24 @@ class Clock:
         return {phase: round(value, 3) for phase, value in seconds.items()}
 
 
+def check_finite(step: int, host: dict[str, np.ndarray]) -> None:
+    """NonFinite when a step of the dispatch that ends at `step` was not finite.
+
+    host: its metrics [steps].
+    """
+    bad = np.flatnonzero(host["finite"] == 0)
+    if not len(bad):
+        return
+    at = step - len(host["finite"]) + int(bad[0]) + 1
+    norm = next(v for k, v in host.items() if k.endswith("grad_norm"))
+    raise NonFinite(
+        f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
+        f" {norm[bad[0]]}); nothing of that step was saved. To go on from the newest checkpoint, type"
+        " the same command with --run.amend and a lower --optimizer.learning-rate or an"
+        " --optimizer.clip-norm, or skip such steps with --train.nonfinite skip"
+    )
+
+
 class Log:
     """Metrics of dispatches under way; fetched late, so that the host never waits for the newest."""
 
@@ -83,16 +101,8 @@ class Log:
         host = {k: np.atleast_1d(np.asarray(v)) for k, v in device.items()}
         if self._votes is not None and "stop" in host:
             self._votes.read(host.pop("stop"))
-        bad = np.flatnonzero(host["finite"] == 0)
-        if len(bad) and self._stop_on_nonfinite:
-            at = step - len(host["finite"]) + int(bad[0]) + 1
-            norm = next(v for k, v in host.items() if k.endswith("grad_norm"))
-            raise NonFinite(
-                f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
-                f" {norm[bad[0]]}); nothing of that step was saved. To go on from the newest checkpoint, type"
-                " the same command with --run.amend and a lower --optimizer.learning-rate or an"
-                " --optimizer.clip-norm, or skip such steps with --train.nonfinite skip"
-            )
+        if self._stop_on_nonfinite:
+            check_finite(step, host)
         self._window.append(host)
         if step // self._every > self._reported // self._every:
             self.flush(step)

@@ -31,7 +31,7 @@ from spmd.train import (
 )
 from spmd.train.checkpoint import Checkpoints, disk_full
 from spmd.train.evaluate import evaluator
-from spmd.train.log import Clock, Log
+from spmd.train.log import Clock, Log, check_finite
 from spmd.train.metrics import Writer
 from spmd.train.profile import Profile
 
@@ -98,13 +98,21 @@ class Program(NamedTuple):
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved; `signal` says by what."""
+    """The run was asked to stop and has saved; `signal` says by what.
 
-    def __init__(self, signum: int, step: int, directory: epath.Path):
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} at step {step}, state saved in"
-            f" {rundir.shown(directory)}; the same command resumes it"
-        )
+    directory: where it has saved; None when it had not yet taken a step.
+    """
+
+    def __init__(self, signum: int, step: int, directory: epath.Path | None):
+        by = f"stopped by {signal.Signals(signum).name}"
+        if directory:
+            saved = rundir.shown(directory)
+            text = f"{by} at step {step}, state saved in {saved}; the same command resumes it"
+        elif step:
+            text = f"{by} before the next step; the checkpoint of step {step} stands"
+        else:
+            text = f"{by} before the first step; nothing was written"
+        super().__init__(text)
         self.signum = signum
 
 
@@ -153,16 +161,17 @@ def fit(
     resumes: bool,
     accept: Callable[[dict[str, Any]], None],
     begin: Callable[[int], None],
+    holds: Callable[[], None],
     stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains to program.num_steps from the newest checkpoint in `directory`; returns the summary.
 
-    Nothing is written before the first dispatch has compiled and begun, so that what cannot run leaves no
-    trace.
+    Nothing is written before the first dispatch has run, so that what cannot run leaves no trace.
 
     config, identity: saved with each checkpoint. resumes: whether `directory` holds this run. accept: as
     Checkpoints.restore takes it. begin: called by process 0 with the step at which the run goes on, before
-    anything is written. stop: of signals that are caught already; None catches them here. Raises Stopped
+    anything is written. holds: called by process 0 before each save; ValueError when the directory is not this
+    run's any more. stop: of signals that are caught already; None catches them here. Raises Stopped
     after a signal to any process, NonFinite when the loss diverges, SaveFailed when the disk is full; in all
     processes, at the same step.
     """
@@ -220,11 +229,34 @@ def fit(
                     metrics = metrics | votes.cast(stop.signum)
             return num, host, metrics
 
+        def stopping() -> int:
+            """The signal to stop for, the same in all processes at the same step; 0 for none."""
+            if votes is None:
+                return stop.signum
+            stop.agreed(votes.agreed)
+            return votes.agreed
+
+        def interrupted(phase: str = "evaluation") -> bool:
+            """Whether to leave an evaluation: asked between its batches, by all."""
+            watchdog.beat(phase, step)
+            if votes is not None:
+                votes.ask(stop.signum)
+            return bool(stopping())
+
         # ---- the first dispatch: what cannot run ends here, before anything is written
         first = None
         if step < program.num_steps:
+            closing.callback(profile.discard)
             profile.start_at(step, lambda: None)
             first = dispatch()
+            with clock(
+                "step"
+            ):  # the one time that the host waits: for want of memory, it fails here
+                metrics = {k: np.atleast_1d(np.asarray(v)) for k, v in first[2].items()}
+            if train.nonfinite == "stop":
+                check_finite(step + first[0], metrics)
+        if interrupted("the first step"):
+            raise Stopped(stopping(), step, None)
         agree.from_first(lambda: begin(step), "writing config.json")
         closing.callback(profile.close)
         # ---- output
@@ -237,25 +269,12 @@ def fit(
         eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
         measured: dict[str, float] = {}
 
-        def stopping() -> int:
-            """The signal to stop for, the same in all processes at the same step; 0 for none."""
-            if votes is None:
-                return stop.signum
-            stop.agreed(votes.agreed)
-            return votes.agreed
-
-        def interrupted() -> bool:
-            """Whether to leave an evaluation: asked between its batches, by all."""
-            watchdog.beat("evaluation", step)
-            if votes is not None:
-                votes.ask(stop.signum)
-            return bool(stopping())
-
         def save() -> None:
             logs.drain()  # a step is saved only once its metrics are known to be finite
             writer.flush()
             skipped.count()
             with clock("checkpoint"):
+                agree.from_first(holds, "looking at the run directory")
                 extra = {
                     "data": loader.position(step, program.examples, len(program.source)),
                     "config": config,
@@ -324,6 +343,7 @@ def fit(
             "metrics": logs.last | measured,
             "seconds": clock.summary(),
         }
+        agree.from_first(holds, "looking at the run directory")
         agree.from_first(lambda: rundir.write_summary(directory, summary), "writing the summary")
     progress.end(summary, directory)
     sys.stdout.flush()

@@ -59,6 +59,13 @@ class Profile:
         if self._local is not None:
             self._finish()
 
+    def discard(self) -> None:
+        """Ends an open trace and keeps nothing of it: the run has not begun."""
+        if self._local is not None:
+            jax.profiler.stop_trace()
+            self._local.cleanup()
+            self._local = None
+
     def _finish(self) -> None:
         """Moves the files from this host to the run directory, each under its process's name."""
         assert self._local is not None

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from spmd.storage import is_remote, ready, write_whole
+from spmd.train import lock
 
 
 def _write(path: epath.Path, value: Any) -> None:
@@ -85,7 +86,7 @@ def inspect(
 
 def _passing(name: str) -> bool:
     """Whether a file is no part of a run: the lock, and what a killed process was writing."""
-    return name == "lock" or name.endswith(".part")
+    return name in lock.FILES or name.endswith(".part")
 
 
 def holds_run(path: epath.Path) -> bool:

@@ -15,8 +15,8 @@ from etils import epath
 
 import spmd
 from spmd.commands import main
-from spmd.train import lock
-from spmd.train.lock import Busy, Lock
+from spmd.train.lock import Lock
+from spmd.train.owner import Busy
 from tests.marks import slow_but
 
 DIGITS = ("--experiment", "digits", "--model.hidden", "8", "--log.no-tensorboard")
@@ -47,33 +47,6 @@ def test_the_second_owner_is_told_who_the_first_is(tmp_path):
     (tmp_path / "a/run/config.json").write_text("{}")
     again.release()
     assert [p.name for p in (tmp_path / "a/run").iterdir()] == ["config.json"]
-
-
-def test_a_lease_is_renewed_expires_and_passes_on(tmp_path, monkeypatch):
-    file, lost = epath.Path(tmp_path / "lock"), []
-    lease = lambda name, **how: lock._Lease(file, name, 1.0, **how)
-    first = lease(lock.owner())
-    with pytest.raises(Busy, match=f"process {os.getpid()}"):
-        lease(lock.owner())
-    first.release()
-    assert not file.exists()
-    # a dead owner: nobody renews
-    monkeypatch.setenv("SPMD_RUN_TOKEN", "job")
-    file.write_text(json.dumps(lock.owner()))
-    start = time.monotonic()
-    monkeypatch.setenv("SPMD_RUN_TOKEN", "another")
-    second = lease(lock.owner(), lost=lost.append)
-    assert 1.0 <= time.monotonic() - start < 3
-    # the next start of one launched job does not wait
-    monkeypatch.setenv("SPMD_RUN_ATTEMPT", "1")
-    start = time.monotonic()
-    third = lease(lock.owner())
-    assert time.monotonic() - start < 0.9
-    time.sleep(0.6)
-    assert len(lost) == 1 and "was taken over by process" in lost[0]
-    second.release()
-    assert file.exists()  # it is the third one's
-    third.release()
 
 
 SEEDS = slow_but([0], range(20))

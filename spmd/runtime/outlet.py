@@ -1,0 +1,61 @@
+"""Standard output and error of a run whose terminal, or whose reader, may go away."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_GONE = {errno.EIO: "SIGHUP", errno.EPIPE: "SIGPIPE"}  # of a closed terminal, of a closed pipe
+
+
+class _Outlet:
+    """A text stream like another; when that cannot be written any more, `gone` is called instead of raising."""
+
+    def __init__(self, stream: Any, gone: Callable[[int], None]):
+        self._stream, self._gone = stream, gone
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            # What is still buffered, and what is printed later by anyone, goes nowhere.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._gone(getattr(signal, _GONE[error.errno]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def guarded(gone: Callable[[int], None]) -> Iterator[None]:
+    """Calls `gone` with SIGHUP or SIGPIPE when standard output or error has no reader any more.
+
+    Without a terminal, as in `ssh host python run.py ...`, no signal says that the session has closed.
+    """
+    if threading.current_thread() is not threading.main_thread():  # as with signals
+        yield
+        return
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Outlet(stream, gone) for stream in before)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # closed
+            sys.stdout.flush()
+        sys.stdout, sys.stderr = before
