@@ -215,7 +215,7 @@ def _field(path: str) -> dict[str, Any]:
 
 
 def _start() -> list[dict[str, Any]]:
-    """Names the launch: a start waits while pods of the one before are still saving into the run directory."""
+    """Names the launch: a start waits while pods of the one before are still saving."""
     return [{"name": "SPMD_RUN_TOKEN", "value": base.token()}]
 
 

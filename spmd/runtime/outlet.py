@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -14,8 +15,14 @@ from typing import Any
 _GONE = {errno.EIO: "SIGHUP", errno.EPIPE: "SIGPIPE"}  # of a closed terminal, of a closed pipe
 
 
+def _silence(descriptor: int) -> None:
+    """What is still buffered, and what is printed later by anyone, goes nowhere."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
+
+
 class _Outlet:
-    """A text stream like another; when that cannot be written any more, `gone` is called instead of raising."""
+    """A text stream like another; when that can be written no more, `gone` is called instead of raising."""
 
     def __init__(self, stream: Any, gone: Callable[[int], None]):
         self._stream, self._gone = stream, gone
@@ -33,9 +40,7 @@ class _Outlet:
         except OSError as error:
             if error.errno not in _GONE:
                 raise
-            # What is still buffered, and what is printed later by anyone, goes nowhere.
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            _silence(self._stream.fileno())
             self._gone(getattr(signal, _GONE[error.errno]))
 
     def __getattr__(self, name: str) -> Any:
@@ -59,3 +64,9 @@ def guarded(gone: Callable[[int], None]) -> Iterator[None]:
         with contextlib.suppress(ValueError):  # closed
             sys.stdout.flush()
         sys.stdout, sys.stderr = before
+        for stream in before:  # the run's last words are said later
+            with contextlib.suppress(OSError, ValueError):  # a notebook's has no descriptor
+                asked = select.poll()
+                asked.register(stream.fileno(), 0)
+                if any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
+                    _silence(stream.fileno())
