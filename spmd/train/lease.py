@@ -1,7 +1,7 @@
 """A lease: ownership that must be renewed, for places where the kernel cannot hold a lock.
 
-The owner renews it every tenth of a minute and gives up, ending its process, when that has not worked for 45 s.
-Another start watches it, and may take it over once it has not been renewed for 54 s. Only durations are
+The owner renews it every tenth of a minute and gives up, ending its process, when that has not worked for
+45 s. Another start watches it, and may take it over once it has not been renewed for 54 s. Only durations are
 compared, each on one clock, so the clocks of the hosts may differ.
 """
 
@@ -198,8 +198,8 @@ def _leave(why: str, code: int) -> None:
 
 
 class _Object:
-    """A lease in Cloud Storage. Each write is made on the condition that the object is still of the generation
-    that was seen, which the store decides; a renewal only changes the object's metadata.
+    """A lease in Cloud Storage. Each write is made on the condition that the object is still of the
+    generation that was seen, which the store decides; a renewal only changes the object's metadata.
     """
 
     def __init__(self, file: epath.Path):

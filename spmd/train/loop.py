@@ -170,8 +170,8 @@ def fit(
 
     config, identity: saved with each checkpoint. resumes: whether `directory` holds this run. accept: as
     Checkpoints.restore takes it. begin: called by process 0 with the step at which the run goes on, before
-    anything is written. holds: called by process 0 before each save; ValueError when the directory is not this
-    run's any more. stop: of signals that are caught already; None catches them here. Raises Stopped
+    anything is written. holds: called by process 0 before each save; ValueError when the directory is not
+    this run's any more. stop: of signals that are caught already; None catches them here. Raises Stopped
     after a signal to any process, NonFinite when the loss diverges, SaveFailed when the disk is full; in all
     processes, at the same step.
     """

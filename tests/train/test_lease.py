@@ -1,4 +1,4 @@
-"""A lease, on a file system without flock and in a bucket: renewed, expiring, passed on; what owners can tell."""
+"""Leases, on a file system without flock and in a bucket: renewed, expiring, passed on."""
 
 from __future__ import annotations
 
