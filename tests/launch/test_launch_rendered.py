@@ -221,7 +221,8 @@ def test_a_pod_for_each_node_of_each_slice():
     }
     assert container(gke("tpu"))["resources"]["limits"] == {"google.com/tpu": 4}
     assert gke("tpu")["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
-    assert "env" not in container(gke("tpu")), "JAX finds TPUs by itself"
+    (start,) = container(gke("tpu"))["env"]  # JAX finds TPUs by itself
+    assert start["name"] == "SPMD_RUN_TOKEN" and start["value"]
 
 
 def test_gpu_pods_find_each_other_by_the_name_of_the_first():
@@ -232,7 +233,7 @@ def test_gpu_pods_find_each_other_by_the_name_of_the_first():
     assert env["SPMD_COORDINATOR"] == f"digits-{jobs}-0-0.{subdomain}:8476"
     assert env["SPMD_NUM_PROCESSES"] == "4"
     assert list(env).index("POD_IP") < list(env).index("SPMD_COORDINATOR_BIND")  # it refers to it
-    assert "env" not in container(gke("one"))
+    assert [e["name"] for e in container(gke("one"))["env"]] == ["SPMD_RUN_TOKEN"]
     assert container(gke("one"))["envFrom"] == [{"secretRef": {"name": "wandb"}}]
 
 
