@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import re
 import signal
+import sys
 import threading
 import time
 
@@ -15,8 +17,11 @@ from etils import epath
 
 import spmd
 from spmd.commands import main
+from spmd.train import loop
 from spmd.train.lock import Lock
+from spmd.train.log import NonFinite
 from spmd.train.owner import Busy
+from tests.command import REPOSITORY
 from tests.marks import slow_but
 
 DIGITS = ("--experiment", "digits", "--model.hidden", "8", "--log.no-tensorboard")
@@ -188,3 +193,63 @@ def test_a_closed_terminal_saves(start_cli, ignored, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == (0 if ignored else 129), stderr
     assert ignored or "stopped by SIGHUP" in stderr
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_who_reads_the_output_goes_away_and_the_run_saves(start_cli, terminal, tmp_path):
+    """As a closed ssh session does: with a terminal by SIGHUP and errors, without one by a broken pipe."""
+    words = (*LONG, "--run.dir", "out")
+    if not terminal:
+        process = running(start_cli, *words)
+        process.stdout.close()
+        _, said = process.communicate(timeout=60)
+        assert "stopped by SIGPIPE" in said and "Traceback" not in said
+        code = process.returncode
+    else:
+        pid, master = pty.fork()
+        if not pid:
+            os.chdir(tmp_path)
+            environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+            os.execve(
+                sys.executable,
+                [sys.executable, str(REPOSITORY / "run.py"), *map(str, words)],
+                environ,
+            )
+        shown = b""
+        while b"examples/s" not in shown:
+            shown += os.read(master, 65536)
+        os.close(master)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == (129 if terminal else 141)
+    assert [p.name.isdigit() for p in (tmp_path / "out/checkpoints").iterdir()] == [True]
+    assert not (tmp_path / "out/lock").exists()
+
+
+def test_stopped_before_the_first_step_nothing_is_claimed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [*DIGITS, "--train.steps", "6", "--run.dir", "out"]
+    first = loop.Program.init
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return first(self)
+
+    monkeypatch.setattr(loop.Program, "init", interrupted)
+    assert main(words) == 130
+    assert "before the first step; nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_first_step_that_is_not_finite_claims_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "check_finite", lambda *_: (_ for _ in ()).throw(NonFinite("nan")))
+    assert main([*DIGITS, "--train.steps", "6", "--run.dir", "out"]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_moved_away_under_a_run_does_not_come_back(start_cli, tmp_path):
+    process = running(start_cli, *LONG, "--run.dir", "out")
+    (tmp_path / "out").rename(tmp_path / "away")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "was moved, deleted or replaced" in said
+    assert "Traceback" not in said and [p.name for p in tmp_path.iterdir()] == ["away"]
