@@ -63,7 +63,7 @@ def test_trains_and_writes_the_run_directory(run_cli, tmp_path):
 
     longer = run_cli(*DIGITS, "--train.steps", 90, "--run.dir", "out")  # one device
     assert "1 x cpu" in longer.stdout
-    assert "schedule now spans the longer run" in longer.stdout, longer.stderr
+    assert "schedule now spans 90 steps (was 60)" in longer.stdout, longer.stderr
     assert "resuming at step 60 of 90" in longer.stdout
     assert json.loads((tmp_path / "out/summary.json").read_text())["steps"] == 90
 

@@ -38,7 +38,8 @@ uv pip install --quiet --python .venv/bin/python -r requirements/tpu.txt"""
 # The run outlives the connection; its exit code and process id lie beside its log.
 BEGIN = """set -e; cd {name} || exit; rm -f exit stopped pid
 [ ! -e log ] || mv log "log.$(date +%s)"; touch log
-export SPMD_RUN_TOKEN={token} SPMD_RUN_ATTEMPT="$(date +%s)"
+SPMD_RUN_ATTEMPT=$(date +%s)
+export SPMD_RUN_ATTEMPT SPMD_RUN_TOKEN={token}
 # shellcheck disable=SC2016
 nohup setsid bash -c '"$@" >> log 2>&1 & echo $! > pid; wait $!; echo $? > exit' run \\
   .venv/bin/python {command} < /dev/null > /dev/null 2>&1 &

@@ -72,6 +72,10 @@ def test_sigterm_to_any_process_at_any_phase(start_group, tmp_path, phase):
         group.until(pattern, index=1)
     group.processes[1].send_signal(signal.SIGTERM)
     assert group.wait() == [128 + signal.SIGTERM] * 2, group.text()
+    if phase == "opening":
+        assert "stopped by SIGTERM before the first step; nothing was written" in group.text()
+        assert not (tmp_path / "out").exists() and "Traceback" not in group.text()
+        return
     (step,) = re.findall(r"stopped by SIGTERM at step (\d+), state saved", group.text())
     assert (tmp_path / "out/checkpoints" / step).is_dir()
     assert int(step) < STEPS
