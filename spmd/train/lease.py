@@ -95,6 +95,7 @@ class Lease:
 
     def _acquire(self) -> None:
         began, said, first = _now(), False, None
+        settled = False
         while True:
             self._renewed = _now()
             with contextlib.suppress(FileExistsError):
@@ -103,7 +104,13 @@ class Lease:
             if seen is None:
                 continue
             if seen.owner.get("token") == self._name["token"]:
+                if first is not None and not settled:
+                    # Another that saw the dead lease may be about to delete this one in its place.
+                    settled = True
+                    time.sleep(max(self._seconds / 30, 0.3))
+                    continue
                 return self._place.adopt(seen)
+            settled = False
             how = owner.relation(seen.owner, self._name)
             now = _now()
             if first is None or first[0].made != seen.made:

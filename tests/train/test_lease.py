@@ -175,6 +175,8 @@ def test_without_flock_a_lease_holds_the_directory(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["aside"]
 
 
+# The child touches nothing of JAX, which warns of any fork.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     first = lock.Lock(epath.Path(tmp_path))
     (read, told), (ready, write) = os.pipe(), os.pipe()

@@ -195,6 +195,8 @@ def test_a_closed_terminal_saves(start_cli, ignored, tmp_path):
     assert ignored or "stopped by SIGHUP" in stderr
 
 
+# The child touches nothing of JAX, which warns of any fork.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.parametrize("terminal", [True, False])
 def test_who_reads_the_output_goes_away_and_the_run_saves(start_cli, terminal, tmp_path):
     """As a closed ssh session does: with a terminal by SIGHUP and errors, without one by a broken pipe."""
