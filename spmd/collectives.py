@@ -38,7 +38,7 @@ def index(axes: Axes) -> jax.Array:
 def ring_reduce_scatter(x_NC: jax.Array, axes: Axes, *, bidirectional: bool = False) -> jax.Array:
     """A[N, C] {U_X} -> A[N_X, C], this device's chunk [C]; each device sends (N - 1) / N of A to a neighbour.
 
-    bidirectional: half of each chunk goes round the other way, over the other direction of the links.
+    bidirectional: half of each chunk travels in the opposite direction, on the links' other lane.
     """
     return jnp.concatenate([_scatter(x, axes, way) for x, way in _ways(x_NC, bidirectional)])
 
@@ -56,7 +56,7 @@ def ring_all_reduce(x: jax.Array, axes: Axes, *, bidirectional: bool = False) ->
 
 
 def _ways(x: jax.Array, bidirectional: bool) -> Iterator[tuple[jax.Array, int]]:
-    """What goes round in which direction: the last dim, or each half of it."""
+    """(part of the last dim, direction of its ring): all of it, or each half."""
     half = x.shape[-1] // 2 if bidirectional else 0
     if half:
         yield x[..., :half], -1
@@ -126,14 +126,14 @@ def hierarchical(x: jax.Array, inner: Axes, outer: Axes) -> jax.Array:
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
-    """A[I, J] {U_X} -> A[I_X, J] with I dim number `dim`; None: -> A[I, J], whole on every device."""
+    """A[I, J] {U_X} -> A[I_X, J] with I dim number `dim`; None: -> A[I, J], all-reduced."""
     if dim is None or not axes:
         return jax.lax.psum(x, axes) if axes else x
     return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
 
 def own(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
-    """A[I, J] -> A[I_X, J], nothing sent; None: as it is."""
+    """A[I, J] -> A[I_X, J], this device's shard of a replicated array, nothing sent; None: all of it."""
     if dim is None or not axes:
         return x
     rows = x.shape[dim] // size(axes)
@@ -146,9 +146,9 @@ def own(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
 def by_bucket(
     reduce: Callable[[jax.Array], jax.Array], grads: PyTree, bucket_bytes: float
 ) -> PyTree:
-    """`reduce`, [n] -> [n], on leaves put end to end in buckets of one dtype and about so many bytes, so that
-    small leaves share a message and large ones can be on their way while the rest is still computed. A leaf
-    is never cut.
+    """Apply `reduce`, [n] -> [n], to leaves concatenated in buckets of one dtype and about bucket_bytes, so
+    that small leaves share a message and the first buckets are sent while later gradients are computed. A
+    leaf is never split.
     """
     leaves, structure = jax.tree.flatten(grads)
     out = list(leaves)
@@ -185,11 +185,11 @@ def split(x: jax.Array, num: int) -> jax.Array:
 
 
 class Placing(NamedTuple):
-    """Of arrays that several devices hold, `ways` of them, beside the axes that are exchanged over.
+    """How the exchange of a replicated array is divided among the `ways` devices that hold a copy of it.
 
-    exchanged: cuts what a function sends along its last dim, so that each device sends a part. alone: runs a
-    function on each device by itself, on whole arrays, for what the compiler cannot cut. Where each array is
-    one device's there is nothing to do.
+    exchanged: wraps a collective so that each of these devices sends 1 / ways of the last dim. alone: wraps a
+    local computation on whole arrays that the compiler cannot partition. The defaults serve an array that one
+    device holds: nothing is divided.
     """
 
     ways: int = 1
@@ -213,7 +213,7 @@ def quantised(x_C: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
 
 
 def dequantised(q_C: jax.Array, scale: jax.Array, like: jax.Array) -> jax.Array:
-    """What `quantised` was given, but for its error; in the shape and type of `like`."""
+    """The array that `quantised` encoded, up to its rounding error; shape and dtype of `like`."""
     q_K = q_C.reshape(*scale.shape, -1).astype(like.dtype)
     x_C = (q_K * scale[..., None].astype(like.dtype)).reshape(*q_C.shape)
     return x_C[..., : like.shape[-1]]
@@ -222,8 +222,8 @@ def dequantised(q_C: jax.Array, scale: jax.Array, like: jax.Array) -> jax.Array:
 def int8_reduce_scatter(
     x_NC: jax.Array, axes: Axes, block: int, by: Placing = DIRECT
 ) -> tuple[jax.Array, jax.Array]:
-    """A[N, C] {U_X} -> A[N_X, C] by an all-to-all of int8: this device's chunk [C], and what the
-    quantisation left out of its own part, [N, C].
+    """A[N, C] {U_X} -> A[N_X, C] by an all-to-all of int8: this device's chunk [C], and the
+    quantisation error of its addend, [N, C].
     """
     q_NC, scale, error_NC = by.alone(functools.partial(_quantised, block=block))(x_NC)
     if axes:
@@ -236,8 +236,8 @@ def int8_reduce_scatter(
 def int8_all_gather(
     x_C: jax.Array, axes: Axes, block: int, by: Placing = DIRECT
 ) -> tuple[jax.Array, jax.Array]:
-    """A[N_X, C] -> A[N, C] by an all-gather of int8: the whole, the same on every device, and what the
-    quantisation left out of this device's chunk, [C].
+    """A[N_X, C] -> A[N, C] by an all-gather of int8: the gathered array, equal on every device, and the
+    quantisation error of this device's chunk, [C].
     """
     q_C, scale, error_C = by.alone(functools.partial(_quantised, block=block))(x_C)
     if axes:
@@ -248,6 +248,6 @@ def int8_all_gather(
 
 
 def _quantised(x_C: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`quantised`, and what it left out."""
+    """`quantised`, and its rounding error."""
     q_C, scale = quantised(x_C, block)
     return q_C, scale, x_C - dequantised(q_C, scale, x_C)

@@ -1,4 +1,4 @@
-"""The Experiment: what to train and how the mesh is cut; resolved, built, run."""
+"""The Experiment: what to train and how to shard it; resolved, built, run."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
 
-# Of a plan: epochs of data that is not opened have no number, and only the schedule asks.
+# Placeholder number of steps while planning without data; only the schedule reads it.
 UNREAD_STEPS = 1_000_000
 ONE_PROCESS = "verify compares with one device and runs in one process; there, use --simulate 8"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One experiment; unchanged on one CPU, eight simulated devices, a GPU node or a TPU pod."""
+    """An experiment; unchanged on one CPU, eight simulated devices, a GPU node or a TPU pod."""
 
     model: Any
-    """What is trained: a model config, or an NNX module class that takes `rngs`."""
+    """The model: a model config, or an NNX module class that takes `rngs`."""
     task: Any
     """Loss and metrics."""
     data: DataConfig
@@ -50,13 +50,13 @@ class Experiment:
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     """Where the weights come from, and which are trained."""
     strategy: strategies.StrategyConfig = dataclasses.field(default_factory=strategies.Auto)
-    """How the devices agree; --strategy NAME changes the class."""
+    """How gradients are reduced and parameters updated; --strategy NAME changes the class."""
     privacy: Privacy = dataclasses.field(default_factory=Privacy)
     """Differentially private training (DP-SGD)."""
     mesh: mesh.MeshConfig = free(mesh.MeshConfig())
-    """How the devices are cut."""
+    """Sizes of the mesh axes."""
     budget: CommsBudget = free(CommsBudget())
-    """What the compiled step may communicate; `run.py plan --check` holds it."""
+    """Limits on what the compiled step communicates; checked by `run.py plan --check`."""
     train: TrainConfig = free(TrainConfig())
     """How long, and how steps are dispatched."""
     eval: EvalConfig = free(EvalConfig())
@@ -64,7 +64,7 @@ class Experiment:
     checkpoint: CheckpointConfig = free(CheckpointConfig())
     """When the state is saved."""
     log: LogConfig = free(LogConfig())
-    """What is written."""
+    """Metrics, events and traces that are written."""
     run: RunConfig = free(RunConfig())
     """Where the run lives."""
     runtime: RuntimeConfig = free(RuntimeConfig())
@@ -117,7 +117,7 @@ class Experiment:
         return several
 
     def _facts(self) -> dict[str, Any]:
-        """What must be the same in all processes of a run: versions, and every field but places."""
+        """Values that all processes of a run must share: versions, and every field but local paths."""
         own = ("runtime.", "data.dir", "data.cache_dir", "run.compile_cache")
         fields_ = {k: v for k, v in fields.flatten(self).items() if not k.startswith(own)}
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
@@ -333,7 +333,7 @@ class Experiment:
         )
 
     def pipeline_warning(self, stages: int) -> str:
-        """Of a pipeline that mostly waits; else ""."""
+        """Warning about a pipeline that is mostly idle; else ""."""
         from spmd.pipeline import schedules
 
         chunks = self.train.virtual_stages if self.train.pipeline == "interleaved" else 1
@@ -397,7 +397,7 @@ class Experiment:
         return shardings.report(program, planned_for, self.strategy)
 
     def target(self, given: str) -> str:
-        """What is planned for: `given`, else `cpu:8` or what `simulate` says; ValueError for both."""
+        """Target of a plan: `given`, else `cpu:8` or `simulate`; ValueError when both are given."""
         check(
             not (given and self.simulate),
             f"--target {given} and --simulate {self.simulate} both say how many devices there are; give one",

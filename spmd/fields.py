@@ -1,4 +1,4 @@
-"""What the configuration dataclasses share: free fields, flat views, closest names. Standard library only."""
+"""Helpers of the configuration dataclasses: free fields, flat views, closest names. Standard library only."""
 
 from __future__ import annotations
 

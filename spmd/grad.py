@@ -16,7 +16,7 @@ GradsOf = Callable[..., tuple[PyTree, PyTree, PyTree]]
 
 
 def plain(loss: Callable[..., Any]) -> GradsOf:
-    """One backward pass over the batch. `loss` as in tasks.Task."""
+    """A gradient function: a single backward pass over the batch. `loss` as in tasks.Task."""
 
     def grads_of(params, model_state, batch, step_key, scale):
         grad = jax.grad(loss, has_aux=True)

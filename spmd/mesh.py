@@ -20,22 +20,22 @@ BATCH_AXES = ("replica", "data", "fsdp", "expert")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices are cut. One size may be -1: whatever is left. All default: all data parallel."""
+    """Sizes of the mesh axes. One may be -1: the devices that remain. All default: all data parallel."""
 
     replica: int = 1
     """Copies over the slow network (slices, pods, clouds)."""
     data: int = -1
-    """Data parallel: batch split, parameters copied."""
+    """Data parallel: batch sharded, parameters replicated."""
     fsdp: int = 1
-    """Batch split, parameters and optimizer state split too (FSDP, ZeRO)."""
+    """Batch, parameters and optimizer state sharded (FSDP, ZeRO)."""
     stage: int = 1
     """Pipeline stages."""
     context: int = 1
-    """Sequence split."""
+    """Sequences sharded along time (context parallel)."""
     expert: int = 1
-    """Experts split."""
+    """Experts sharded (expert parallel)."""
     tensor: int = 1
-    """Matrices split (tensor parallel)."""
+    """Matrices sharded (tensor parallel)."""
 
     def __post_init__(self) -> None:
         for axis, size in self.sizes().items():
@@ -107,8 +107,8 @@ def num_slices(devices: Sequence[Any]) -> int:
 
 
 def across_slices(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:
-    """Devices in mesh order, one axis alone crossing the network between slices: the first that the number of
-    slices divides, so `replica` where it is used. ValueError when there is none.
+    """Devices in mesh order. Only one axis crosses the network between slices: the first whose size the
+    number of slices divides, so `replica` where it is used. ValueError when there is none.
     """
     from jax.experimental import mesh_utils
 
@@ -126,7 +126,7 @@ def across_slices(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many ways the batch is split."""
+    """Number of shards of the batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 

@@ -34,7 +34,7 @@ class Privacy:
     """DP-SGD, on when `epsilon` or `noise_multiplier` is given."""
 
     epsilon: float = 0.0
-    """What the planned steps may give away in all; the noise follows from it. 0: as noise-multiplier says."""
+    """Privacy budget of all planned steps; determines the noise. 0: use noise-multiplier."""
     noise_multiplier: float = 0.0
     """Standard deviation of the noise on the sum of gradients, in clip norms. 0: as epsilon says."""
     delta: float = 1e-5
@@ -114,10 +114,10 @@ class Privacy:
     def mechanism(
         self, num_examples: int, batch_size: int, num_steps: int, parts: int = 1
     ) -> Mechanism | None:
-        """What each of a step's parts does, the noise found; None when off.
+        """The mechanism of a step, its noise calibrated to epsilon; None when privacy is off.
 
-        num_examples: 0 where the data is left closed, for a planner: then without accounting. ValueError when
-        epsilon is out of reach.
+        num_examples: 0 while planning without data, which skips the accounting. Raises ValueError when no
+        noise reaches epsilon.
         """
         if not self.on:
             return None
@@ -156,9 +156,10 @@ class Privacy:
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
-    """What one step does: `expected` of num_examples sampled, at most `rows` of them used, each clipped.
+    """Sampling, clipping and noise of a step: `expected` of num_examples sampled, at most `rows` used.
 
-    parts: that a step has; the numbers are then those of one, num_examples the most whose turn it can be.
+    parts: independently sampled parts of a step (replicas); the other numbers are per part, num_examples the
+    largest part's.
     """
 
     num_examples: int
@@ -171,7 +172,7 @@ class Mechanism:
 
     @property
     def examples(self) -> int:
-        """Of a whole step, on average."""
+        """Examples of a step, on average."""
         return self.expected * self.parts
 
     @property
@@ -180,11 +181,11 @@ class Mechanism:
         return self.noise_multiplier * self.clip_norm / self.expected
 
     def epsilon(self, num_steps: int) -> float:
-        """What that many steps give away, at `delta`, to one who sees the parameters after each of them."""
+        """Privacy loss of num_steps at `delta`, for an observer of the parameters after every step."""
         return epsilon(self, num_steps) if num_steps else 0.0
 
     def about(self, num_steps: int) -> str:
-        """One line for the start of a run."""
+        """Summary line for the start of a run."""
         who = f"each of {self.parts} replicas" if self.parts > 1 else "each"
         return (
             f"private: epsilon {self.epsilon(num_steps):.3f} at delta {self.delta:g} after {num_steps} steps;"

@@ -1,4 +1,4 @@
-"""What a layer may ask of the step it runs in: mesh axes, example keys, weights, placement.
+"""The step's context as layers see it: mesh axes, example keys, weights, sharding constraints.
 
 The strategy opens a scope around the forward pass while it is traced; layers only read it. So one module
 runs under jit, shard_map, vmap or on its own, and no model ever names a mesh axis.
@@ -22,12 +22,13 @@ Dims = tuple[str | None, ...]
 
 @dataclasses.dataclass
 class Scope:
-    """axes: manual mesh axes that cut the batch; keys, weight: [B] of this trace's examples; platform: of the
-    devices that will run it ("" is the default backend's); mapped: axis of a vmap over replicas on a device;
-    partial: within a shard_map that leaves some axes to the compiler.
+    """Context of one trace of the forward pass.
 
-    notes: what layers told of their examples, by name: (values, their weights), each [B].
-    watched: verify looks on: modules name their outputs, and the update returns the gradients.
+    axes: manual mesh axes that shard the batch. keys, weight: [B] of this trace's examples. platform: of the
+    devices that will run it ("" is the default backend's). mapped: vmap axis of several replicas on one
+    device. partial: inside a shard_map that leaves some axes to the compiler. notes: values that layers
+    record for each example, by name: (values [B], their weights [B]). watched: verify is tracing: modules
+    name their outputs, and the update returns the gradients.
     """
 
     axes: tuple[str, ...] = ()
@@ -113,7 +114,7 @@ def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-    """Asks for a placement by logical dims; without a scope, and on one device, nothing happens."""
+    """Constrain the sharding of x by logical dims; the identity without a scope and on one device."""
     rule = current().constrain
     return x if rule is None else rule(x, dims)
 
@@ -121,10 +122,10 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 def blockwise(
     fn: Callable[..., Any], in_dims: tuple[Dims, ...], out_dims: Any
 ) -> Callable[..., Any]:
-    """`fn` on each device's block of its arrays, cut by logical dims: for kernels that the compiler cannot
-    partition, and for exchanges of its own (over the axes of `cut`). Without a scope, `fn` itself.
+    """Run `fn` on each device's block of its arrays, sharded by logical dims: for kernels that the compiler
+    cannot partition, and for explicit collectives (over the axes of `cut`). Without a scope, `fn` itself.
 
-    out_dims: of the result, or a tuple of those of several.
+    out_dims: dims of the result, or a tuple of them for several results.
     """
     rule = current().blockwise
     if rule is None:
@@ -138,24 +139,24 @@ def blockwise(
 
 
 def cut(dim: str) -> dict[str, int]:
-    """`{axis: size}` of what cuts a logical dim over several devices; {} where nothing does."""
+    """`{mesh axis: size}` of the axes larger than 1 that shard a logical dim."""
     rule = current().cut
     return {} if rule is None else rule(dim)
 
 
 def ways(dim: str) -> int:
-    """Over how many devices a logical dim is cut."""
+    """Number of shards of a logical dim."""
     return math.prod(cut(dim).values())
 
 
 def highest(x: jax.Array) -> jax.Array:
-    """The maximum over the replicas that are mapped on one device: a branch that hangs on it stays one."""
+    """Maximum over the replicas that vmap runs on one device, so that a lax.cond on it stays one branch."""
     axis = current().mapped
     return jax.lax.pmax(x, axis) if axis else x
 
 
 def mapped(x: jax.Array) -> jax.Array:
-    """x, typed as one of each replica that is mapped on this device: in branches, results of others are."""
+    """x, batched over the replicas that vmap runs on one device, as the results of other branches are."""
     axis = current().mapped
     return x + (jax.lax.axis_index(axis) * 0).astype(x.dtype) if axis else x
 
@@ -166,7 +167,7 @@ def platform() -> str:
 
 
 def note(name: str, value_B: jax.Array, weight_B: jax.Array) -> None:
-    """Tells the task of the examples: a loss that it asked for, else a metric. Not from within a loop."""
+    """Record a value for each example: a loss term that the task asked for, else a metric. Not in a scan."""
     notes = current().notes
     if notes is not None:
         notes[name] = (value_B, weight_B)
@@ -183,5 +184,5 @@ def varying(tree: Any) -> Any:
 
 
 def tap(name: str, x: jax.Array) -> jax.Array:
-    """Names a tensor, for verify to find where a run departs and for remat policies; costs nothing."""
+    """Name a tensor, for remat policies and for verify to locate a difference; free at run time."""
     return checkpoint_name(x, name)

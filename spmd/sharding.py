@@ -18,8 +18,8 @@ from spmd.mesh import BATCH_AXES
 PyTree = Any
 Dims = tuple[str | None, ...]
 
-# Which axis cuts which logical dim. `fsdp` is absent on purpose: it goes to the largest dim that is
-# left and divides, since for a parameter that is gathered before use it does not matter which.
+# Mesh axes that shard each logical dim. `fsdp` is absent on purpose: it shards the largest free dim that it
+# divides, since for a parameter that is gathered before use any dim will do.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "time": ("context",),
@@ -42,14 +42,14 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 
 def sequence_parallel(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
-    """Rules by which norms and residuals are cut over `tensor` too, along time (Korthikanti et al. 2022,
+    """Rules that also shard norms and residuals over `tensor`, along time (Korthikanti et al. 2022,
     arXiv 2205.05198).
     """
     return {**rules, "residual_time": (*rules["residual_time"], "tensor")}
 
 
 def whole_sequences(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
-    """Rules by which no device has a part of a sequence: of decoding, whose prompts are of any length."""
+    """Rules without sequence sharding, for decoding: a prompt may have any length."""
     return {**rules, "time": (), "residual_time": ()}
 
 
@@ -130,8 +130,8 @@ def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> 
 
 
 def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
-    """NamedShardings that cut each parameter over `axes` too, in the way of fsdp: for a strategy whose
-    devices each own a part of it, whatever it means.
+    """NamedShardings that shard each parameter over `axes` too, as fsdp does: for a strategy whose devices
+    each own a part of it.
     """
     dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
 
@@ -218,21 +218,22 @@ def inside() -> Collection[str]:
 
 
 def manual(mesh: Mesh, axes: Collection[str] | None = None) -> dict[str, Any]:
-    """What jax.shard_map takes to be manual over `axes` (None: all that are left), within another one too."""
+    """Arguments for a jax.shard_map manual over `axes` (None: all that remain), nested ones included."""
     names = set(mesh.axis_names) - set(inside()) if axes is None else set(axes)
     return {"axis_names": names} | ({} if inside() else {"mesh": mesh})
 
 
 def laid(x: jax.Array, place: NamedSharding) -> jax.Array:
-    """x, placed so; within a shard_map over other axes too."""
+    """with_sharding_constraint that also works inside a shard_map over other axes."""
     placed: Any = place.spec if inside() else place
     return jax.lax.with_sharding_constraint(x, placed)
 
 
 def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
-    """What a jitted program on `mesh` binds in its scope: where logical dims of activations lie.
+    """Scope fields for a jitted program on `mesh`: the sharding of activations by logical dim.
 
-    Within a shard_map over some axes (a pipeline's), arrays are blocks of them, and the others place them.
+    Inside a shard_map over some axes (a pipeline's stages), arrays are local blocks and only the remaining
+    axes shard them.
     """
 
     def left() -> dict[str, tuple[str, ...]]:
@@ -248,7 +249,7 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     def cut(dim: str) -> dict[str, int]:
         return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
 
-    def whole_blocks(dims: Dims) -> P:  # of a result: its blocks are of one size whatever that is
+    def result_spec(dims: Dims) -> P:  # its size is not known here, so nothing is checked
         axes = left()
         used = lambda dim: tuple(a for a in axes[dim] if mesh.shape[a] > 1)
         return P(*(used(dim) if dim else None for dim in dims))
@@ -257,7 +258,7 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         several = any(isinstance(dims, tuple) for dims in out_dims)
 
         def run(*args: jax.Array) -> Any:
-            outs = tuple(map(whole_blocks, out_dims)) if several else whole_blocks(out_dims)
+            outs = tuple(map(result_spec, out_dims)) if several else result_spec(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
             # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
             how = {"check_vma": False, **manual(mesh)}

@@ -126,7 +126,7 @@ class DataConfig:
         raise NotImplementedError
 
     def content(self, split: Split, source: Callable[[], Source]) -> Content:
-        """What the content of a split is known by, wherever it is stored: see spmd.data.content.
+        """Fingerprint of a split's content, independent of where it is stored: see spmd.data.content.
 
         A config with an `open` of its own may say it here; else its length, its features and a sample of its
         examples count. source: gives the opened split.
@@ -136,7 +136,7 @@ class DataConfig:
         return content.of_source(source())
 
     def tokenizer_content(self) -> Content:
-        """What the tokenizer is known by; empty where the data has none."""
+        """Fingerprint of the tokenizer; empty where the data has none."""
         return []
 
     def skips(self, split: str) -> Skips:

@@ -17,7 +17,7 @@ FIELDS = "--data.cache-dir or SPMD_CACHE_DIR"  # what moves the cache elsewhere
 
 
 def facts(cache: Path) -> dict[str, Any]:
-    """What is known of a cache that was written to its end and still has its sizes; else nothing."""
+    """The record of a complete cache whose files still have their sizes; else {}."""
     try:
         known = json.loads((cache / "complete.json").read_text())
         whole = all((cache / f).stat().st_size == size for f, size in known["files"].items())

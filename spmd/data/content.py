@@ -61,7 +61,7 @@ _PAIR = ("content", "open")
 
 
 def digest(content: Content) -> str:
-    """One number for a content."""
+    """Digest of a content, as hex."""
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -110,7 +110,7 @@ def _each(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 
 def _stamp(path: str) -> list[int]:
-    """What changes when a file does; its size first."""
+    """Size, times and inode of a file: values that change when it does."""
     try:
         s = os.stat(path)
     except OSError as error:
@@ -235,7 +235,7 @@ def _update(found: Any, array: np.ndarray) -> None:
 
 
 def difference(old: Iterable[Sequence[Any]], new: Iterable[Sequence[Any]]) -> list[str]:
-    """What was added, is missing, changed, was renamed or moved, a line for each kind."""
+    """Lines that name the files added, missing, changed, renamed and moved."""
     before, after = ([Entry(*e) for e in content] for content in (old, new))
     left = collections.Counter(e[1:] for e in before) - collections.Counter(e[1:] for e in after)
     came = collections.Counter(e[1:] for e in after) - collections.Counter(e[1:] for e in before)

@@ -73,7 +73,7 @@ class Format(NamedTuple):
 
 
 def supported() -> str:
-    """What works, for messages."""
+    """Supported suffixes, for messages."""
     return (
         f"text ({', '.join(PLAIN)}) and JSON lines ({', '.join(LINES)}), each also with .gz; for another"
         " suffix say which it is with --data.format text or --data.format jsonl"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sequences(DataConfig):
-    """What all text shares: how it is cut into tokens and sequences."""
+    """Fields that all text data shares: tokenizer and sequence length."""
 
     sequence_length: int = 1024
     """Tokens of one example."""

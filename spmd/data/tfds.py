@@ -246,7 +246,7 @@ def _bound(text: str, total: int, split: str) -> int:
 
 
 def fingerprint(directory: Path, split: str) -> str:
-    """What a prepared split's content is known by."""
+    """Fingerprint of a prepared split."""
     key = hashlib.sha256()
     for name in ("dataset_info.json", "features.json"):
         key.update((directory / name).read_bytes())

@@ -1,4 +1,4 @@
-"""One loop that runs any schedule: a gradient function whose layers lie on different devices."""
+"""Run any pipeline schedule: a gradient function whose layers are sharded over stages."""
 
 # K ticks, S stages, M microbatches, V chunks of layers on each stage
 
@@ -119,7 +119,7 @@ def check_layers(layers: int, stages: int, virtual: int) -> None:
 
 
 class Carry(NamedTuple):
-    """What a stage holds between ticks. grads: of the stacked leaves [V, L/SV, ...] and of the others."""
+    """State of a stage between ticks. grads: of the stacked leaves [V, L/SV, ...] and of the others."""
 
     grads: tuple[list[jax.Array], list[jax.Array]]
     sums: PyTree
@@ -130,11 +130,11 @@ class Carry(NamedTuple):
 
 
 class Stage:
-    """One device's stage while it is traced.
+    """A device's stage while it is traced.
 
-    together: layers permute blocks within a stage. A permutation waits for all devices, so it must not stand
-    in a branch that some stages do not run: a stage with nothing to do runs its layers on what is there, at
-    the same time as the others, and its results are left out. waits: see _after.
+    together: the layers permute blocks within a stage. A permutation waits for all devices, so it must not be
+    in a branch that some stages skip: an idle stage runs its layers on the buffer's content at the same time
+    as the others, and its results are discarded. waits: see _after.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Stage:
         self.no_others = [shapes(x) for x in self.others]
 
     def enter(self, others: list[jax.Array], microbatch: jax.Array) -> jax.Array:
-        """What the first layer reads."""
+        """Input of the first layer."""
         params = self.parts.join(self.no_chunk, others)
         return self.staged.enter(params, self._rows(microbatch), self.key)
 
@@ -196,7 +196,7 @@ class Stage:
     def _is_last(self, chunk: jax.Array) -> jax.Array:
         return (self.index == self.table.stages - 1) & (chunk == self.table.virtual - 1)
 
-    # The partitioner wants the results of both branches to lie alike, so each is placed.
+    # The partitioner requires both branches to return the same shardings, so each result is constrained.
 
     def _flows(self, x: jax.Array) -> jax.Array:
         return scope.constrain(x, *self.staged.stream)
@@ -249,11 +249,10 @@ class Stage:
         nothing: jax.Array,
         y: jax.Array,
     ) -> tuple[Any, PyTree, PyTree, jax.Array]:
-        """(gradients, sums, states, what goes to the stage before). Computes the chunk anew from its input.
-        y: of the forward in the same tick, which comes first.
+        """(gradients, sums, states, cotangent for the previous stage); rematerialises the chunk.
 
-        The head's gradient is taken within one branch, and the embedding's too: nothing of the size of the
-        logits has to leave it.
+        y: output of the same tick's forward, which runs first. The gradients of head and embedding are each
+        taken inside a branch, so that no array of the size of the logits leaves it.
         """
         kept = pick(carry.inputs, now.backward_x)
         at = self._after(y, now.backward_chunk, now.backward, row.backward.max())
@@ -305,7 +304,7 @@ class Stage:
         return jax.lax.cond(some >= 0 if self.together else runs, run, rest)
 
     def _pulled(self, pull: Callable[..., Any], above: jax.Array, one: jax.Array) -> Any:
-        """The layers' gradients: all there once one of them is, and begun after the head's."""
+        """The layers' gradients, computed after the head's and available together."""
         run = lambda: pull((above, one))
         if not self.waits:
             return run()

@@ -171,7 +171,7 @@ def _done(table: Table, way: str) -> dict[Key, int]:
 
 
 def _needs(table: Table, way: str, virtual: int, microbatch: int) -> list[tuple[str, Key]]:
-    """What must have been done before: (way, key)."""
+    """Prerequisites of a slot: [(direction, key)]."""
     if way == "forward":
         return [("forward", (virtual - 1, microbatch))] if virtual else []
     last = virtual == table.stages * table.virtual - 1

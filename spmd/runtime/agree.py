@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, outside the training step: one answer, the same everywhere.
+"""Agreement between the processes of a run, outside the training step: the same answer in each of them.
 
 Through the key-value store of JAX's coordination service: it needs no devices, and a wait that ends too late
 can say who did not come. Every process must make the same calls in the same order. Alone, each is trivial.

@@ -12,7 +12,7 @@ from spmd.runtime import RuntimeConfig
 
 
 class Member(NamedTuple):
-    """One process's place in the run. `local` is (its number, how many) on its own host."""
+    """Rank and peers of a process. `local` is (rank on its host, processes on that host)."""
 
     coordinator: str
     num_processes: int

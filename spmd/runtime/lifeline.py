@@ -22,7 +22,7 @@ _MINE: list[Lifeline] = []
 
 
 def read_line(connection: socket.socket) -> dict[str, Any] | None:
-    """One line of JSON that is an object; None for anything else, or the end."""
+    """The next line if it is a JSON object; None for anything else, or at the end."""
     data = b""
     while not data.endswith(b"\n") and len(data) < _LINE:
         part = connection.recv(65536)

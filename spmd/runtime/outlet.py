@@ -16,7 +16,7 @@ _GONE = {errno.EIO: "SIGHUP", errno.EPIPE: "SIGPIPE"}  # of a closed terminal, o
 
 
 def _silence(descriptor: int) -> None:
-    """What is still buffered, and what is printed later by anyone, goes nowhere."""
+    """Discard what is still buffered and whatever is printed to `descriptor` later."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), descriptor)
 

@@ -24,10 +24,10 @@ _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 
 
 class Stop:
-    """What is known of a wish to stop.
+    """State of a request to stop.
 
-    signum: the first signal of this process, 0 for none. phase: what the process is at. stands: which
-    checkpoint is there if nothing more can be saved. The loop sets the last two for the message.
+    signum: the first signal that this process received, 0 for none. phase: what the process is doing. stands:
+    which checkpoint remains if nothing more can be saved. The loop sets the last two for the message.
     """
 
     def __init__(self, wake: int):

@@ -80,7 +80,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is written while training."""
+    """Metrics, events and traces that are written while training."""
 
     every: int = free(50)
     """Steps between lines of metrics (means over those steps)."""

@@ -73,7 +73,7 @@ def _folder(path: epath.Path) -> epath.Path:
 
 
 def _parts(path: epath.Path) -> list[epath.Path]:
-    """What holds the lines of `path`, the oldest first."""
+    """The files that hold the lines of `path`, oldest first."""
     if not is_remote(path):
         return [path] if path.exists() else []
     folder = _folder(path)
@@ -159,7 +159,7 @@ class Writer:
             self._tracker = Tracker(directory, config.wandb, experiment)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line, one set of events."""
+        """Write a line of metrics.jsonl and the same values as events."""
         if self._lines is None:
             return
         self._lines.write({"step": step, "time": round(time.time(), 3)} | metrics)

@@ -51,7 +51,7 @@ def this() -> dict[str, Any]:
 
 
 def relation(found: dict[str, Any], name: dict[str, Any]) -> str:
-    """What `name` can tell of the owner that it finds without waiting.
+    """How this process relates to the owner that it found, judged without waiting.
 
     Returns:
       "ended": it is dead, by the process table of this machine or by the word of the launcher of both;

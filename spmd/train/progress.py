@@ -1,4 +1,4 @@
-"""What the user sees: the plan of the run, a progress bar or plain lines, the summary."""
+"""Console output of a run: its header, a progress bar or plain lines, the summary."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Bar:
         self.say(f"step {step}  {shown}")
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """Print a line above the bar."""
         if self._bar:
             self._bar.console.print(text, highlight=False)
         else:

@@ -27,7 +27,7 @@ def ready(project: str) -> None:
 
 
 class Tracker:
-    """One run of Weights & Biases for one run directory, however often it is resumed.
+    """The Weights & Biases run of a run directory, the same however often it is resumed.
 
     Its id is kept in RUN/wandb.json. Key, server and mode are wandb's own: `wandb login`, WANDB_API_KEY,
     WANDB_MODE=offline.
