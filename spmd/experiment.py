@@ -378,10 +378,17 @@ class Experiment:
             )
             return other.build(devices[:num], source=source)
 
-        own = verify.Precision.own(self.param_dtype, getattr(self.model, "dtype", ""))
+        precision = verify.Precision.of_experiment(
+            self.param_dtype, getattr(self.model, "dtype", "")
+        )
         sizes = self.mesh.resolve(len(devices))
         return verify.run(
-            build, [sizes] if not all_meshes else None, own, steps, len(devices), self.strategy.name
+            build,
+            [sizes] if not all_meshes else None,
+            precision,
+            steps,
+            len(devices),
+            self.strategy.name,
         )
 
     def plan(self, target: str = "") -> shardings.Report:

@@ -54,7 +54,7 @@ class Handle:
 
     def verify(self, steps: int = 20, *, all_meshes: bool = False) -> Report:
         """Whether the step on the mesh (or on all meshes of the devices) is that of one device:
-        `report.proven`, `print(report)`, `report.results[0].fault`.
+        `report.verified`, `print(report)`, `report.results[0].fault`.
         """
         return self.experiment.verify(steps, all_meshes=all_meshes)
 

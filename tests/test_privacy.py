@@ -347,10 +347,10 @@ REPLICAS += ["--mesh.replica", "2", "--mesh.data", "1", "--train.steps", "50"]
         [*REPLICAS, "--strategy.compress.kind", "int8"],  # after the noise nothing counts
     ],
 )
-def test_verify_proves_a_private_step(more):
+def test_verify_of_a_private_step(more):
     words = ["--simulate", "4", "--mesh.fsdp", "2", "--train.accumulate", "2", *more]
     report = spmd.load("digits", [*words, "--privacy.noise-multiplier", "1.0"]).verify(2)
-    assert report.proven, report
+    assert report.verified, report
 
 
 PRIVATE = ["--experiment", "digits", "--privacy.epsilon", "8", "--data.batch-size", "256"]

@@ -1,4 +1,4 @@
-"""verify: sound runs are proven on every mesh, planted faults are caught and named."""
+"""verify: sound runs are verified on every mesh, planted faults are caught and named."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def verify(*words, steps=2, **how):
 
 def fault_of(report):
     (result,) = report.results
-    assert not report.proven and result.fault is not None
+    assert not report.verified and result.fault is not None
     assert result.fault.tensor in str(report)
     return result.fault
 
@@ -44,14 +44,14 @@ def fault_of(report):
 
 
 def test_a_missing_psum(monkeypatch):
-    """The gradients are not summed; jax itself would refuse, so its check is off."""
+    """The gradients are not summed; jax itself would refuse, so its check is difference."""
     right, unchecked = scope.batch_sum, jax.shard_map
     monkeypatch.setattr(scope, "batch_sum", lambda x: x if x.ndim else right(x))
     monkeypatch.setattr(jax, "shard_map", lambda f, **kw: unchecked(f, **kw | {"check_vma": False}))
     fault = fault_of(verify("--strategy", "allreduce"))
     assert (fault.step, fault.stage, fault.axes) == (1, "gradient", ["data"])
     assert fault.tensor in ("grads/head/bias", "grads/head/kernel")
-    assert not fault.off[0].leaf.copies
+    assert not fault.differences[0].leaf.copies
 
 
 def test_a_mean_of_means(monkeypatch):
@@ -115,7 +115,7 @@ def test_a_wrong_weight_decay_mask(monkeypatch):
     fault = fault_of(verify("--mesh.fsdp", "4", "--mesh.data", "1", steps=4))
     assert fault.stage == "update" and fault.tensor.startswith("params/")
     assert fault.tensor.endswith("/bias")  # zero at first: it decays once it has moved
-    assert {off.name.rsplit("/")[-1] for off in fault.off} == {"bias"}
+    assert {difference.name.rsplit("/")[-1] for difference in fault.differences} == {"bias"}
 
 
 def test_a_stale_average(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_stale_average(monkeypatch):
     monkeypatch.setattr(base, "averaged", stale)
     fault = fault_of(verify("--mesh.fsdp", "4", "--mesh.data", "1"))
     assert (fault.step, fault.stage) == (1, "update") and fault.tensor.startswith("ema/")
-    assert all(off.name.startswith("ema/") for off in fault.off)
+    assert all(difference.name.startswith("ema/") for difference in fault.differences)
     assert fault.axes == ["fsdp"]
 
 
@@ -170,7 +170,7 @@ def test_a_fault_in_one_layer_of_a_scan():
     exp = spmd.load("digits", ["--simulate", "4", "--train.accumulate", "2"]).experiment
     exp = dataclasses.replace(exp, model=Stack, strategy=AllReduce())
     fault = fault_of(Handle(exp).verify(1))
-    names = [off.name for off in fault.off if off.stage == "forward"]
+    names = [difference.name for difference in fault.differences if difference.stage == "forward"]
     # [microbatch, layer]: what follows it departs, what comes before does not
     assert names[:4] == [
         "activation blocks[0,1]",
@@ -186,16 +186,16 @@ def test_a_fault_in_one_layer_of_a_scan():
 # ---- sound runs
 
 
-def proven(report, *meshes):
+def verified(report, *meshes):
     print(report)
-    assert report.proven
-    assert {result.mesh for result in report.results if result.verdict == "proven"} == {*meshes}
+    assert report.verified
+    assert {result.mesh for result in report.results if result.verdict == "verified"} == {*meshes}
     for result in report.results:
         if result.sound:
             assert all(
                 result.worst("float64", group) < 1e-10 for group in ("loss", "grads", "params")
             )
-            assert result.worst(report.own, "loss") < report.own_tolerance
+            assert result.worst(report.precision, "loss") < report.loss_tolerance
     return report
 
 
@@ -206,8 +206,8 @@ def test_batch_norm_accumulation_clipping_and_bfloat16():
         "digits", [*words, "--mesh.fsdp", "2", "--data.augment.mixup", "0.3"]
     ).experiment
     exp = dataclasses.replace(exp, model=CNN(features=(8,), dropout=0.3, dtype="bfloat16"))
-    report = proven(Handle(exp).verify(3), "data=2 fsdp=2")
-    assert report.own == "bfloat16" and report.results[0].worst("bfloat16", "grads") > 1e-4
+    report = verified(Handle(exp).verify(3), "data=2 fsdp=2")
+    assert report.precision == "bfloat16" and report.results[0].worst("bfloat16", "grads") > 1e-4
     compared = report.results[0].leaves["float64"]
     for name in (
         "grads/convs/0/kernel",
@@ -226,9 +226,9 @@ def test_every_mesh_from_the_command_line(run_cli, tmp_path):
     done = run_cli(*words, "--steps", "2", "--all-meshes", "--json", "out.json")
     assert done.returncode == 0, done.stderr
     assert "float64  fsdp=2: step 1 of 2 agrees" in done.stderr
-    assert done.stdout.count(" proven") == 4
+    assert done.stdout.count(" verified\n") == 4
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["proven"] and {m["mesh"] for m in found["meshes"]} == {
+    assert found["verified"] and {m["mesh"] for m in found["meshes"]} == {
         f"{axis}=2" for axis in ("replica", "data", "fsdp", "tensor")
     }
     assert found["meshes"][0]["leaves"]["float64"]["grads/head/bias"]["error"] < 1e-10
@@ -248,7 +248,7 @@ def test_local_steps_in_their_synchronous_limit(words):
     plain += ["--optimizer.ema", "0.9", "--strategy.period", "1", "--strategy.outer", "average"]
     mesh = ["--mesh.replica", "2", "--mesh.data", "1", "--mesh.fsdp", "2"]
     report = spmd.load("digits", [*words, *plain, *mesh]).verify(2)
-    proven(report, "replica=2 fsdp=2")
+    verified(report, "replica=2 fsdp=2")
     compared = report.results[0].leaves["float64"]
     assert {"grads/head/kernel", "params/head/kernel", "ema/head/kernel"} <= compared.keys()
 
@@ -259,7 +259,7 @@ def test_meshes_that_a_strategy_refuses_are_skipped():
     words += ["--strategy.replicas", "1", "--strategy.period", "1", "--strategy.outer", "average"]
     words += ["--optimizer.momentum", "0"]
     report = spmd.load("digits", words).verify(2, all_meshes=True)
-    proven(report, "data=2", "fsdp=2", "tensor=2")
+    verified(report, "data=2", "fsdp=2", "tensor=2")
     skipped = {result.mesh: result.skipped for result in report.results if result.skipped}
     assert skipped.keys() == {"replica=2"}
     refused = "1 replicas of the strategy do not divide over mesh.replica=2"
@@ -299,7 +299,7 @@ def test_stages_contexts_and_experts_beside_each_other(strategy, axes):
         words += ["--optimizer", "sgd", "--optimizer.momentum", "0"]
         words += ["--model.experts.bias-rate", "0", "--model.experts.balance", "0"]
     report = spmd.load("moe_tiny", words).verify(2)
-    proven(report, " ".join(f"{axis}=2" for axis in axes))
+    verified(report, " ".join(f"{axis}=2" for axis in axes))
 
 
 def test_a_users_own_experiment(run_cli, tmp_path):
@@ -307,7 +307,7 @@ def test_a_users_own_experiment(run_cli, tmp_path):
     done = run_cli("verify", "--experiment", "rings.py", "--steps", "2", "--mesh.fsdp", "4")
     assert done.returncode == 0, done.stderr
     assert "one device only: simulating 8" in done.stderr
-    assert "data=2 fsdp=4" in done.stdout and "proven" in done.stdout
+    assert "data=2 fsdp=4" in done.stdout and "verified: 1 of 1 meshes" in done.stdout
     text = (tmp_path / "rings.py").read_text().replace("return self.head(x)", WRONG)
     (tmp_path / "rings.py").write_text(text.replace("import nnx", "import nnx\nimport jax", 1))
     words = ["--experiment", "rings.py", "--simulate", "2", "--strategy", "allreduce"]
@@ -349,7 +349,7 @@ def test_a_strategy_with_a_state_of_its_own(monkeypatch):
         "leaves",
         lambda want, got: seen.append(int(got["metrics/count"])) or leaves(want, got),
     )
-    proven(verify("--mesh.fsdp", "4", "--mesh.data", "1", steps=3), "fsdp=4")
+    verified(verify("--mesh.fsdp", "4", "--mesh.data", "1", steps=3), "fsdp=4")
     assert seen == [1, 2, 3] * 2
 
 
@@ -363,7 +363,7 @@ def test_mistakes_are_one_message(run_cli, tmp_path):
         spmd.load("digits", ["--simulate", "1"]).verify()
     with pytest.raises(ValueError, match="does not divide"):
         spmd.load("digits", ["--simulate", "8", "--data.batch-size", "12"]).verify()
-    with pytest.raises(ValueError, match="no mesh of 8 devices can be cut"):
+    with pytest.raises(ValueError, match="no mesh of 8 devices fits"):
         spmd.load(
             "digits", ["--simulate", "8", "--data.batch-size", "3", "--model.hidden", "3"]
         ).verify(all_meshes=True)

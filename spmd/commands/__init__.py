@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
     "eval": "evaluate a checkpoint of a run",
     "sample": "continue prompts with the language model of a run",
-    "verify": "prove that the mesh computes what one device computes, or say where it departs",
+    "verify": "compare the step on the mesh with the step on one device; name the first difference",
     "compare": "train strategies side by side: loss against steps, bytes, and time on a network",
     "plan": "show how the state lies on devices that need not be there",
     "export": "write a checkpoint as Hugging Face safetensors: --to DIR",

@@ -1,4 +1,4 @@
-"""run.py verify: the step on the mesh against the step on one device."""
+"""run.py verify: compare the step on the mesh with the step on one device."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from spmd.fields import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is compared, and where the result goes."""
+    """Steps and meshes to compare, and where the result goes."""
 
     steps: int = 20
-    """Steps compared, each from the state that one device has reached."""
+    """Steps to compare, each from the state that one device has reached."""
     all_meshes: bool = False
-    """Every way to cut the devices over the axes that the model has, instead of the mesh given."""
+    """Compare all factorisations of the devices over the axes that can shard the model, not only the mesh
+    given."""
     json: str = ""
-    """File for the result, every leaf in it; - prints it instead of the table."""
+    """File for the result with every leaf; - prints it instead of the table."""
 
     def __post_init__(self) -> None:
         check(self.steps >= 1, f"steps={self.steps} must be at least 1")
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Exit code 0 when every mesh that can be cut agrees in float64, 1 when one departs."""
+    """Exit code 0 when every mesh that fits agrees in float64, 1 when one differs."""
     exp, options = registry.load(name, words, Options)
     from spmd.runtime import EXIT_FAILED
 
@@ -44,19 +45,21 @@ def run(name: str, words: Sequence[str]) -> int:
         print(report)
         if options.json:
             Path(options.json).write_text(f"{text}\n")
-    return 0 if report.proven else EXIT_FAILED
+    return 0 if report.verified else EXIT_FAILED
 
 
 def simulated(exp: Experiment) -> Experiment:
-    """The experiment on eight simulated devices where there is one device only."""
-    if exp.simulate or not _alone():
+    """The experiment on eight simulated devices, if the machine has only one device."""
+    if exp.simulate or not _single_device():
         return exp
     print("one device only: simulating 8", file=sys.stderr)
     return dataclasses.replace(exp, simulate=8)
 
 
-def _alone() -> bool:
-    """Whether JAX finds a single device; leaves it as if it had not been started."""
+def _single_device() -> bool:
+    """Whether JAX finds a single device; shuts its backend down again if so, since only a backend that has
+    not been started can simulate devices.
+    """
     import jax
     from jax.extend.backend import clear_backends
 
@@ -64,7 +67,7 @@ def _alone() -> bool:
 
     platforms.choose()
     platforms.start()
-    alone = jax.device_count() == 1
-    if alone:
+    single = jax.device_count() == 1
+    if single:
         clear_backends()
-    return alone
+    return single

@@ -1,4 +1,4 @@
-"""The parallel run computes what one device computes: proven step by step, or the place where it departs."""
+"""Compare the step on a mesh with the step on one device, step by step, and locate the first difference."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ from spmd.verify.compare import Leaf
 from spmd.verify.report import Fault, Report, Result
 
 Sizes = Mapping[str, int]
-# Of a float64 step, and of one whose model computes in a narrower type whatever its parameters are.
-DECIDED = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
-# Of the loss in the experiment's own precision, for information.
+# Bounds of the float64 pass by the narrowest type that the model computes in: a model may compute in float32
+# whatever the type of its parameters.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+# Expected difference of the loss in the experiment's own precision; reported, decides nothing.
 EXPECTED = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
 
 
 class Precision(NamedTuple):
-    """One pass over the steps; in float64, which decides, only a fault makes more than rounding."""
+    """Precision of one pass over the steps. decides: whether a difference in it is a fault; only in float64
+    is a difference above rounding always a fault.
+    """
 
     name: str
     param_dtype: Any
     decides: bool = False
 
     @staticmethod
-    def own(param_dtype: str, dtype: str) -> Precision:
-        """The experiment's: named by the narrowest type in it."""
+    def of_experiment(param_dtype: str, dtype: str) -> Precision:
+        """The precision that the experiment trains in, named by the narrowest type in it."""
         narrow = "bfloat16" if "bfloat16" in (param_dtype, dtype) else dtype or param_dtype
         return Precision(narrow, param_dtype)
 
@@ -48,48 +51,64 @@ Build = Callable[[Precision, Sizes | None], Program]  # None: the reference, str
 
 @dataclasses.dataclass
 class Case:
-    """One mesh under way. own: the strategy's state, carried from step to step; None where its layout is that
-    of the reference.
+    """A mesh under comparison. carried: the strategy's state after its last step; None where its layout is
+    that of the reference, so that every step can start from the reference's state alone.
     """
 
     result: Result
     sizes: Sizes
     program: Program
-    own: base.TrainState | None
+    carried: base.TrainState | None
 
 
 def run(
     build: Build,
     meshes: Sequence[Sizes] | None,
-    own: Precision,
+    precision: Precision,
     num_steps: int,
     num_devices: int,
     strategy: str,
 ) -> Report:
-    """Compares `meshes` (None: all of num_devices) with one device over `num_steps` steps, in float64 and in
-    the experiment's `own` precision.
+    """Compare meshes with one device, in float64 and in the experiment's own precision.
 
-    ValueError when the only mesh cannot be cut; of several, those are reported as skipped.
+    Args:
+        build: builds the experiment for a precision and a mesh.
+        meshes: the meshes; None for all factorisations of `num_devices`.
+        precision: the one that the experiment trains in.
+        num_steps: steps to compare.
+        num_devices: devices of each mesh.
+        strategy: its name, for the report.
+
+    Raises:
+        ValueError: no mesh fits the experiment. Where several are tried, those that do not fit are reported
+            as skipped.
     """
     with jax.enable_x64(True):
         reference = build(DECISIVE, None)
-        narrow = flops.of_step(reference.task, reference.abstract_batch())
-        tolerance = max((DECIDED.get(dtype, 0.0) for dtype in narrow), default=0.0)
-        proof = Proof(build, reference, min(num_steps, reference.num_steps), tolerance or 1e-9)
-        cuts = list(meshes or factorisations(num_devices, model_axes(reference)))
-        results = [Result(describe(sizes), strategy) for sizes in cuts]
-        proof.compare(DECISIVE, cuts, results, skip=meshes is None)
+        dtypes = flops.of_step(reference.task, reference.abstract_batch())
+        tolerance = max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+        verifier = Verifier(
+            build, reference, min(num_steps, reference.num_steps), tolerance or 1e-9
+        )
+        candidates = list(meshes or factorisations(num_devices, model_axes(reference)))
+        results = [Result(describe(sizes), strategy) for sizes in candidates]
+        verifier.compare(DECISIVE, candidates, results, skip=meshes is None)
     if all(result.skipped for result in results):
         raise ValueError(
-            f"no mesh of {num_devices} devices can be cut; {results[0].mesh}: {results[0].skipped}"
+            f"no mesh of {num_devices} devices fits; {results[0].mesh}: {results[0].skipped}"
         )
-    left = [(cut, result) for cut, result in zip(cuts, results, strict=True) if result.sound]
-    if left and own.name != DECISIVE.name:
-        with jax.enable_x64(own.param_dtype == "float64"):
-            beside = dataclasses.replace(proof, reference=build(own, None))
-            beside.compare(own, *zip(*left, strict=True), skip=False)
+    sound = [pair for pair in zip(candidates, results, strict=True) if pair[1].sound]
+    if sound and precision.name != DECISIVE.name:
+        with jax.enable_x64(precision.param_dtype == "float64"):
+            second = dataclasses.replace(verifier, reference=build(precision, None))
+            second.compare(precision, *zip(*sound, strict=True), skip=False)
     return Report(
-        reference.name, proof.num_steps, proof.tolerance, own.name, EXPECTED[own.name], results
+        experiment=reference.name,
+        steps=verifier.num_steps,
+        tolerance=verifier.tolerance,
+        precision=precision.name,
+        loss_tolerance=EXPECTED[precision.name],
+        results=results,
     )
 
 
@@ -99,8 +118,8 @@ def describe(sizes: Sizes) -> str:
 
 
 def model_axes(program: Program) -> list[str]:
-    """The axes that can cut this model: the batch's, and those that a rule gives to one of its dims or to its
-    sequences.
+    """Mesh axes that can shard this model: the batch axes, and those that a rule maps one of its dims (or
+    the dim of its sequences) to.
     """
     dims = {dim for named_dims in program.task.dims.values() for dim in named_dims or () if dim}
     if "tokens" in program.abstract_batch():
@@ -110,16 +129,17 @@ def model_axes(program: Program) -> list[str]:
 
 
 def factorisations(number: int, axes: Sequence[str]) -> Iterator[Sizes]:
-    """Every way to write `number` as a product over `axes`, those with few axes first."""
+    """All ways to write `number` as a product over `axes`, those that use few axes first."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
-    found = [f for f in itertools.product(divisors, repeat=len(axes)) if math.prod(f) == number]
-    for factors in sorted(found, key=lambda f: sum(size > 1 for size in f)):
+    products = itertools.product(divisors, repeat=len(axes))
+    exact = [factors for factors in products if math.prod(factors) == number]
+    for factors in sorted(exact, key=lambda f: sum(size > 1 for size in f)):
         yield dict(zip(axes, factors, strict=True))
 
 
 def batches(program: Program, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
-    """The run's first batches; every second one padded unevenly over the devices, since a mean of means is
-    right as long as all devices hold equally many examples.
+    """The run's first batches, every second one with padding that is spread unevenly over the devices: a mean
+    of per-device means is only wrong when the devices hold different numbers of examples.
     """
     batch_size = program.data.batch_size
     for step, batch in enumerate(program.host_batches(0, num_steps)):
@@ -132,7 +152,7 @@ def batches(program: Program, num_steps: int) -> Iterator[dict[str, np.ndarray]]
 
 
 def _step(program: Program, state: base.TrainState, batch: Any) -> tuple[base.TrainState, Any]:
-    """The program's own step, watched; the state is donated."""
+    """Runs the program's own step with its tensors named; donates the state."""
     with scope.bind(watched=True):
         return program.strategy.step(state, jax.device_put(batch, program.strategy.batch_shardings))
 
@@ -141,35 +161,36 @@ def _shapes(part: Any) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in tree.named_leaves(part).items()}
 
 
-def own_state(reference: Program, program: Program) -> base.TrainState | None:
-    """A first state, where the layout of the strategy's state is not that of one device."""
+def state_to_carry(reference: Program, program: Program) -> base.TrainState | None:
+    """An initial state, if the strategy's state has another layout than that of one device; else None."""
     same = _shapes(reference.abstract_state()) == _shapes(program.abstract_state())
     return None if same else program.init()
 
 
 def place(
-    state: base.TrainState, own: base.TrainState | None, to: base.Strategy
+    state: base.TrainState, carried: base.TrainState | None, strategy: base.Strategy
 ) -> base.TrainState:
-    """The state of one device (on the host) in a strategy's layout, to start a step from.
+    """The state of one device (on the host) in the layout of `strategy`, to start a step from.
 
-    The parameters go through with_params, which sets every copy that the strategy keeps of them; other fields
-    of the same shapes are taken over. What only the strategy has (residuals, queues) stays as its last step
-    left it: `own`, which is kept.
+    The parameters go through with_params, which sets every copy that the strategy holds of them; other fields
+    of the same shapes are copied. Fields that only the strategy has (residuals, queues) are taken from
+    `carried`, which stays valid.
     """
-    if own is None:
-        return jax.device_put(state, to.state_shardings)
+    if carried is None:
+        return jax.device_put(state, strategy.state_shardings)
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    taken = {
-        name: jax.device_put(part, getattr(to.state_shardings, name))
+    copied = {
+        name: jax.device_put(part, getattr(strategy.state_shardings, name))
         for name, part in fields.items()
-        if _shapes(part) == _shapes(getattr(own, name))
+        if _shapes(part) == _shapes(getattr(carried, name))
     }
-    kept = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), own)  # steps donate
-    return dataclasses.replace(to.with_params(kept, state.params), **taken)
+    # A copy, because steps donate their state.
+    previous = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), carried)
+    return dataclasses.replace(strategy.with_params(previous, state.params), **copied)
 
 
 class Moment(NamedTuple):
-    """A step to be looked into: the state before it, and what one device made of it (both on the host)."""
+    """A step of the reference: the state before it and its outputs, both on the host."""
 
     step: int
     before: base.TrainState
@@ -178,8 +199,8 @@ class Moment(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Proof:
-    """What meshes are compared with. tolerance: of the decision, for each leaf."""
+class Verifier:
+    """Compares meshes with the reference. tolerance: bound on the relative difference of each leaf."""
 
     build: Build
     reference: Program
@@ -187,26 +208,18 @@ class Proof:
     tolerance: float
 
     def compare(
-        self, precision: Precision, cuts: Sequence[Sizes], results: Sequence[Result], *, skip: bool
+        self,
+        precision: Precision,
+        meshes: Sequence[Sizes],
+        results: Sequence[Result],
+        *,
+        skip: bool,
     ) -> None:
-        """All meshes side by side, so that one state and one step of the reference are held at a time.
+        """Compares all meshes at each step, so that only one state of the reference is held at a time.
 
-        skip: notes meshes that cannot be cut, instead of raising.
+        skip: record meshes that do not fit as skipped, instead of raising.
         """
-        cases = []
-        for sizes, result in zip(cuts, results, strict=True):
-            try:
-                program = self.build(precision, sizes)
-                # What does not divide is told while a step is traced.
-                with scope.bind(watched=True):
-                    jax.eval_shape(
-                        program.strategy.step, program.abstract_state(), program.abstract_batch()
-                    )
-                cases.append(Case(result, sizes, program, own_state(self.reference, program)))
-            except ValueError as error:
-                if not skip:
-                    raise
-                result.skipped = str(error)
+        cases = self._cases(precision, meshes, results, skip=skip)
         state = self.reference.init()
         for step, batch in enumerate(batches(self.reference, self.num_steps)):
             before = jax.tree.map(np.array, state)
@@ -218,56 +231,84 @@ class Proof:
                     " can be compared with that; try a lower learning rate"
                 )
             for case in [case for case in cases if case.result.sound]:
-                self._one(precision, case, moment)
+                self._compare_step(precision, case, moment)
 
-    def _one(self, precision: Precision, case: Case, moment: Moment) -> None:
-        """One step of one mesh."""
-        placed = place(moment.before, case.own, case.program.strategy)
+    def _cases(
+        self,
+        precision: Precision,
+        meshes: Sequence[Sizes],
+        results: Sequence[Result],
+        *,
+        skip: bool,
+    ) -> list[Case]:
+        cases = []
+        for sizes, result in zip(meshes, results, strict=True):
+            try:
+                program = self.build(precision, sizes)
+                # Some sizes are only checked for divisibility while a step is traced.
+                with scope.bind(watched=True):
+                    jax.eval_shape(
+                        program.strategy.step, program.abstract_state(), program.abstract_batch()
+                    )
+                carried = state_to_carry(self.reference, program)
+                cases.append(Case(result, sizes, program, carried))
+            except ValueError as error:
+                if not skip:
+                    raise
+                result.skipped = str(error)
+        return cases
+
+    def _compare_step(self, precision: Precision, case: Case, moment: Moment) -> None:
+        placed = place(moment.before, case.carried, case.program.strategy)
         new, metrics = _step(case.program, placed, moment.batch)
-        found = compare.leaves(moment.want, compare.outputs(new, metrics))
-        case.result.add(precision.name, found)
-        if precision.decides and self._departs(found):
-            case.result.fault = self._locate(case, moment, found)
-        case.own = None if case.own is None else new
+        leaves = compare.leaves(moment.want, compare.outputs(new, metrics))
+        case.result.add(precision.name, leaves)
+        if precision.decides and self._differ(leaves):
+            case.result.fault = self._locate(case, moment, leaves)
+        case.carried = None if case.carried is None else new
         if moment.step == 0 or case.result.fault:
             print(
                 f"{precision.name}  {case.result.mesh}: step {moment.step + 1} of {self.num_steps}"
-                f" {'departs' if case.result.fault else 'agrees'}"
-                f" ({max(leaf.error for leaf in found.values()):.1e})",
+                f" {'differs' if case.result.fault else 'agrees'}"
+                f" ({max(leaf.error for leaf in leaves.values()):.1e})",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def _departs(self, found: Mapping[str, Leaf]) -> bool:
-        return any(not leaf.error <= self.tolerance for leaf in found.values())
+    def _differ(self, leaves: Mapping[str, Leaf]) -> bool:
+        return any(not leaf.error <= self.tolerance for leaf in leaves.values())
 
-    def _locate(self, case: Case, moment: Moment, found: Mapping[str, Leaf]) -> Fault:
-        """Where the step departs first, and which axes alone show it."""
-
-        def tensors(program: Program, own: base.TrainState | None) -> list[named.Named]:
-            placed = place(moment.before, own, program.strategy)
-            rows = jax.device_put(moment.batch, program.strategy.batch_shardings)
-            with scope.bind(watched=True):
-                return named.tensors(program.strategy, placed, rows)
-
-        def alone(axis: str, size: int) -> bool:
-            try:
-                program = self.build(DECISIVE, {axis: size})
-            except ValueError:
-                return False
-            own = own_state(self.reference, program)
-            placed = place(moment.before, own, program.strategy)
-            new, metrics = _step(program, placed, moment.batch)
-            return self._departs(compare.leaves(moment.want, compare.outputs(new, metrics)))
-
+    def _locate(self, case: Case, moment: Moment, leaves: Mapping[str, Leaf]) -> Fault:
+        """The first tensor of the step that differs, and the mesh axes that each suffice to show it."""
         forward = compare.activations(
-            tensors(self.reference, None), tensors(case.program, case.own)
+            self._tensors(self.reference, None, moment),
+            self._tensors(case.program, case.carried, moment),
         )
         used = {axis: size for axis, size in case.sizes.items() if size > 1}
+        single = len(used) == 1
         return Fault(
             step=moment.step + 1,
             padded=bool((moment.batch["weight"] == 0).any()),
-            off=compare.wrong(found, forward, self.tolerance),
-            axes=[axis for axis, size in used.items() if len(used) == 1 or alone(axis, size)],
+            differences=compare.differing(leaves, forward, self.tolerance),
+            axes=[a for a, size in used.items() if single or self._suffices(a, size, moment)],
             used=list(used),
         )
+
+    def _tensors(
+        self, program: Program, carried: base.TrainState | None, moment: Moment
+    ) -> list[named.Named]:
+        """The named tensors of the program's step."""
+        placed = place(moment.before, carried, program.strategy)
+        rows = jax.device_put(moment.batch, program.strategy.batch_shardings)
+        with scope.bind(watched=True):
+            return named.tensors(program.strategy, placed, rows)
+
+    def _suffices(self, axis: str, size: int, moment: Moment) -> bool:
+        """Whether the step differs on a mesh of this axis only."""
+        try:
+            program = self.build(DECISIVE, {axis: size})
+        except ValueError:
+            return False
+        placed = place(moment.before, state_to_carry(self.reference, program), program.strategy)
+        new, metrics = _step(program, placed, moment.batch)
+        return self._differ(compare.leaves(moment.want, compare.outputs(new, metrics)))

@@ -1,4 +1,4 @@
-"""Leaf by leaf: what a step gave on one device against what it gave on the mesh."""
+"""Compare the outputs of a step on the mesh with those on one device, leaf by leaf."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from spmd import tree
 from spmd.strategies import base
 from spmd.verify.named import Named, aligned
 
-# A leaf far smaller than its siblings may be zero but for rounding (a bias before a norm): its error counts
-# against at least this part of their norm.
+# Errors are relative to the norm of the leaf, but to at least this fraction of the norm of its group: a leaf
+# whose exact value is zero (the gradient of a bias before a norm) holds nothing but rounding.
 FLOOR = 1e-4
 UPDATE_METRICS = ("grad_norm", "learning_rate", "finite")
 
 
 class Leaf(NamedTuple):
-    """One leaf on both sides. error: norm of the difference over the norm; of the worst copy.
+    """A leaf compared. error: norm of the difference over the norm, of the copy that differs most.
 
     copies: whether devices that should hold the same values do.
     """
@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
 
 
 def outputs(state: base.TrainState, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What a step gives, by name: `metrics/loss`, `grads/...`, `params/...`, `opt_state/...`."""
+    """Outputs of a step by name: `metrics/loss`, `grads/...`, `params/...`, `opt_state/...`."""
     named = {k if k.startswith("grads/") else f"metrics/{k}": v for k, v in metrics.items()}
     return named | tree.named_leaves(state)
 
@@ -43,8 +43,8 @@ def host(leaves: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 
 
 def leaves(want: Mapping[str, np.ndarray], got: Mapping[str, jax.Array]) -> dict[str, Leaf]:
-    """Each leaf of one device's step against the mesh's; what the mesh has not, or in another shape, is the
-    strategy's own and left out.
+    """Compares each leaf of one device's step with the mesh's. Leaves that the mesh lacks, or has in another
+    shape, belong to the strategy and are left out.
     """
     params = {name.removeprefix("params/") for name in want if name.startswith("params/")}
     norms = {name: _norm(x) for name, x in want.items()}
@@ -60,7 +60,7 @@ def leaves(want: Mapping[str, np.ndarray], got: Mapping[str, jax.Array]) -> dict
 
 
 def _group(name: str, params: set[str]) -> str:
-    """The name without the parameter's: `opt_state/0/mu`, `grads`."""
+    """The prefix before the parameter's name: `opt_state/0/mu`, `grads`."""
     parts = name.split("/")
     for first in range(1, len(parts)):
         if "/".join(parts[first:]) in params:
@@ -73,7 +73,7 @@ def _norm(x: np.ndarray) -> float:
 
 
 def _leaf(want: np.ndarray, got: jax.Array, scale: float) -> Leaf:
-    """Every copy on every device is looked at: a sum that was left out shows as copies that differ."""
+    """Compares every copy on every device: a missing all-reduce shows as copies that differ."""
     worst: dict[Any, float] = {}
     first: dict[Any, np.ndarray] = {}
     copies = True
@@ -81,14 +81,14 @@ def _leaf(want: np.ndarray, got: jax.Array, scale: float) -> Leaf:
         data = np.asarray(shard.data, np.float64)
         key = tuple((s.start, s.stop) for s in shard.index)
         difference = _norm(data - np.asarray(want[shard.index], np.float64))
-        worst[key] = max(worst.get(key, 0.0), difference, key=_nan_is_most)
+        worst[key] = max(worst.get(key, 0.0), difference, key=_nan_as_infinity)
         copies &= bool(np.array_equal(first.setdefault(key, data), data, equal_nan=True))
     error = math.hypot(*worst.values()) if worst else 0.0
     norm = math.hypot(*(_norm(part) for part in first.values()))
     return Leaf(_norm(want), norm, _relative(error, scale), copies)
 
 
-def _nan_is_most(x: float) -> float:
+def _nan_as_infinity(x: float) -> float:
     return math.inf if math.isnan(x) else x
 
 
@@ -98,27 +98,27 @@ def _relative(difference: float, scale: float) -> float:
     return difference / scale if scale else (0.0 if not difference else math.inf)
 
 
-class Off(NamedTuple):
-    """A tensor that differs, in the stage where it is made."""
+class Difference(NamedTuple):
+    """A tensor that differs, and the stage of the step that computes it."""
 
     stage: str  # forward, gradient or update
     name: str
     leaf: Leaf
 
 
-def wrong(
-    found: Mapping[str, Leaf], activations: Iterable[tuple[str, Leaf]], tolerance: float
-) -> list[Off]:
-    """What differs, in the order in which a step makes it: activations, loss and statistics, gradients
-    backwards, optimizer state, parameters, their average.
+def differing(
+    compared: Mapping[str, Leaf], activations: Iterable[tuple[str, Leaf]], tolerance: float
+) -> list[Difference]:
+    """Tensors that differ, in the order in which a step computes them: activations, loss and statistics,
+    gradients from the last layer to the first, optimizer state, parameters, their moving average.
 
-    activations: in forward order; a parameter stands where the module that holds it does.
+    activations: in forward order; a parameter takes the position of the module that holds it.
     """
     activations = list(activations)
     forward = {name.split("[")[0]: i for i, (name, _) in enumerate(activations)}
 
     def depth(leaf: str) -> int:
-        """Where in the forward pass the module of a parameter stands; later than all when unknown."""
+        """Position of a parameter's module in the forward pass; after all others when unknown."""
         parts = leaf.split("/")[1:]
         for end in range(len(parts) - 1, 0, -1):
             if "/".join(parts[:end]) in forward:
@@ -134,16 +134,20 @@ def wrong(
         return (rank, -depth(item[0]) if rank == 1 else depth(item[0]) if top != "metrics" else 0)
 
     stages = ("forward", "gradient")
-    off = [Off("forward", f"activation {n}", x) for n, x in activations if not x.error <= tolerance]
-    for name, leaf in sorted(found.items(), key=order):
+    off = [
+        Difference("forward", f"activation {n}", x)
+        for n, x in activations
+        if not x.error <= tolerance
+    ]
+    for name, leaf in sorted(compared.items(), key=order):
         if not leaf.error <= tolerance:
             rank = order((name, leaf))[0]
-            off.append(Off(stages[rank] if rank < len(stages) else "update", name, leaf))
+            off.append(Difference(stages[rank] if rank < len(stages) else "update", name, leaf))
     return off
 
 
 def activations(want: list[Named], got: list[Named]) -> list[tuple[str, Leaf]]:
-    """Named tensors of both sides in forward order, each iteration of a loop by itself: `block[3]`."""
+    """Compares named tensors in forward order, each iteration of a loop separately: `block[3]`."""
     by_name: dict[str, list[Named]] = {}
     for tensor in got:
         by_name.setdefault(tensor.name, []).append(tensor)
@@ -157,13 +161,14 @@ def activations(want: list[Named], got: list[Named]) -> list[tuple[str, Leaf]]:
         copies = mesh.ndim > reference.ndim
         loops = tensor.lead.count("loop")
         for at in np.ndindex(*reference.shape[:loops]):
-            one = np.asarray(reference[at], np.float64)
-            each = [np.asarray(m[at], np.float64) for m in (mesh if copies else [mesh])]
-            difference = max((_norm(m - one) for m in each), key=_nan_is_most)
-            same = all(np.array_equal(m, each[0], equal_nan=True) for m in each)
+            expected = np.asarray(reference[at], np.float64)
+            values = [np.asarray(m[at], np.float64) for m in (mesh if copies else [mesh])]
+            difference = max((_norm(value - expected) for value in values), key=_nan_as_infinity)
+            same = all(np.array_equal(value, values[0], equal_nan=True) for value in values)
             iteration = iter(at)
             place = tuple(next(iteration) if i is None else i for i in tensor.place)
             label = tensor.name + (f"[{','.join(map(str, at))}]" if at else "")
-            error = _relative(difference, _norm(one))
-            rows.append((place, label, Leaf(_norm(one), _norm(each[0]), error, same)))
+            norm = _norm(expected)
+            leaf = Leaf(norm, _norm(values[0]), _relative(difference, norm), same)
+            rows.append((place, label, leaf))
     return [(label, leaf) for _, label, leaf in sorted(rows, key=lambda row: row[0])]

@@ -1,6 +1,6 @@
-"""The tensors that a step names (`scope.tap`), brought out of the step's own jaxpr in forward order."""
+"""Extract the tensors that a step names (`scope.tap`) from its jaxpr, in forward order."""
 
-# n devices, b rows of one device
+# n: devices, b: batch rows per device
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Lead = Literal["loop", "devices"]
 
 
 class Named(NamedTuple):
-    """One named tensor: lead says what its leading dims are, place where it stands in the program (None
-    where a loop's iteration belongs).
+    """A named tensor. lead: the kinds of its leading dims. place: its position in the program, as nested
+    equation indices, with None for the iteration of a loop.
     """
 
     name: str
@@ -27,13 +27,13 @@ class Named(NamedTuple):
     value: Any
 
     def within(self, index: int, lead: Lead | None = None) -> Named:
-        """As seen from outside the equation `index`; `lead`: what its `value` got in front there."""
+        """The tensor as an output of the equation `index` that contains it. lead: the dim added in front."""
         inner = (index, None) if lead == "loop" else (index,)
         return self._replace(place=inner + self.place, lead=((lead,) if lead else ()) + self.lead)
 
 
 def tensors(strategy: base.Strategy, state: Any, batch: Any) -> list[Named]:
-    """Runs one step and returns what it names, as numpy arrays.
+    """Runs a step and returns its named tensors as numpy arrays.
 
     The equations are those of strategy.step, traced with scope.bind(watched=True) around it.
     """
@@ -45,47 +45,49 @@ def tensors(strategy: base.Strategy, state: Any, batch: Any) -> list[Named]:
         labels.clear()
         args = jax.tree.leaves((state, batch))
         _run(jaxpr.jaxpr, jaxpr.consts, args, labels)
-        return [found.value for found in labels]
+        return [tensor.value for tensor in labels]
 
     values = jax.jit(run, in_shardings=shardings)(state, batch)
     return [
-        found._replace(value=np.array(value)) for found, value in zip(labels, values, strict=True)
+        tensor._replace(value=np.array(value)) for tensor, value in zip(labels, values, strict=True)
     ]
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: list[Named]) -> list[Any]:
-    """Evaluates a jaxpr; appends what it names, inside loops, shard_map and calls too."""
+def _run(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], collected: list[Named]
+) -> list[Any]:
+    """Evaluates a jaxpr and appends its named tensors, those inside loops, shard_map and calls included."""
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values |= zip(jaxpr.invars, args, strict=True)
     read = lambda atom: atom.val if hasattr(atom, "val") else values[atom]
     for index, eqn in enumerate(jaxpr.eqns):
         inputs = [read(atom) for atom in eqn.invars]
         with eqn.ctx.manager:
-            outputs = _equation(eqn, index, inputs, found)
+            outputs = _equation(eqn, index, inputs, collected)
         values |= zip(eqn.outvars, outputs, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
 
 
-# Equations that hold a jaxpr and are no more than that jaxpr, once nothing is differentiated.
+# Equations that only wrap a jaxpr: without differentiation, evaluating that jaxpr is the same.
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
 CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 LEADS: dict[str, Lead] = {"scan": "loop", "shard_map": "devices"}
 
 
-def _equation(eqn: Any, index: int, inputs: list[Any], found: list[Named]) -> list[Any]:
+def _equation(eqn: Any, index: int, inputs: list[Any], collected: list[Named]) -> list[Any]:
     kind, params = eqn.primitive.name, eqn.params
     if kind not in CALLS and kind not in LEADS:
         out = eqn.primitive.bind(*inputs, **params)
         outputs = list(out) if eqn.primitive.multiple_results else [out]
         if kind == "name":
-            found.append(Named(params["name"], (index,), (), outputs[0]))
+            collected.append(Named(params["name"], (index,), (), outputs[0]))
         return outputs
     closed = params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"]
     labels: list[Named] = []
 
     def body(*args: Any) -> list[Any]:
         labels.clear()
-        inner = getattr(closed, "jaxpr", closed)  # a closed one holds the open one
+        inner = getattr(closed, "jaxpr", closed)  # a ClosedJaxpr wraps a Jaxpr
         return _run(inner, getattr(closed, "consts", ()), args, labels)
 
     lead = LEADS.get(kind)
@@ -95,9 +97,9 @@ def _equation(eqn: Any, index: int, inputs: list[Any], found: list[Named]) -> li
         outputs, values = _shard_map(params, body, labels, inputs)
     else:
         outputs, values = body(*inputs), [label.value for label in labels]
-    # The backward pass of a rematerialised block names its tensors a second time: left out.
+    # Leave out the second computation of a rematerialised block, in the backward pass.
     if not params.get("differentiated"):
-        found += [
+        collected += [
             label._replace(value=value).within(index, lead)
             for label, value in zip(labels, values, strict=True)
         ]
@@ -107,7 +109,7 @@ def _equation(eqn: Any, index: int, inputs: list[Any], found: list[Named]) -> li
 def _scan(
     params: Any, body: Callable[..., list[Any]], labels: list[Named], inputs: list[Any]
 ) -> tuple[list[Any], list[Any]]:
-    """(outputs, the named values of all iterations stacked)."""
+    """(outputs, named values stacked over the iterations)."""
     if "ft_in" in params:  # JAX 0.12
         consts, carry, xs = (list(part) for part in params["ft_in"].update(inputs).unpack())
     else:
@@ -119,15 +121,15 @@ def _scan(
         out = body(*consts, *carry, *x)
         return out[:num_carry], (out[num_carry:], [label.value for label in labels])
 
-    how = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, (ys, values) = jax.lax.scan(step, carry, xs, **how)
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, (ys, values) = jax.lax.scan(step, carry, xs, **options)
     return [*carry, *ys], values
 
 
 def _shard_map(
     params: Any, body: Callable[..., list[Any]], labels: list[Named], inputs: list[Any]
 ) -> tuple[list[Any], list[Any]]:
-    """(outputs, the named values of all devices stacked)."""
+    """(outputs, named values stacked over the devices)."""
     mesh, manual = params["mesh"], params["newly_manual_axes"]
     axes = tuple(axis for axis in mesh.axis_names if axis in manual)
 
@@ -147,8 +149,8 @@ def _shard_map(
 
 
 def aligned(want: Named, got: Named) -> tuple[np.ndarray, np.ndarray] | None:
-    """Both values with the loops in front and the rows of all devices together; a device dim stays as dim
-    0 of `got` where each device holds all of it. None where they cannot be laid side by side.
+    """Both values in one shape: loop dims first, then the rows of all devices concatenated. Where each device
+    holds the complete tensor, `got` keeps a leading device dim. None where the shapes cannot be matched.
     """
     loops = want.lead.count("loop")
     if want.lead != ("loop",) * loops or got.lead.count("loop") != loops:

@@ -45,7 +45,7 @@ def test_equals_one_device(strategy, optimizer, num):
     if "full rank" in strategy and optimizer in RELATIVE:
         assert result.worst("float64", "grads") < 1e-9
         return
-    assert report.proven
+    assert report.verified
     for group in ("loss", "grads", "params"):
         assert result.worst("float64", group) < 1e-9
     assert result.worst("float32", "loss") < 1e-5
@@ -53,10 +53,10 @@ def test_equals_one_device(strategy, optimizer, num):
 
 @pytest.mark.slow
 def test_what_is_left_out_shows():
-    """The same proof fails where something is left out."""
+    """Verification fails where something is left out."""
     words = [*WORDS, "--simulate", "2", "--strategy", "allreduce", *ALL[:2]]
     report = spmd.load("digits", [*words, "--strategy.compress.keep", "0.5"]).verify(1)
-    assert not report.proven and report.results[0].fault.stage == "gradient"
+    assert not report.verified and report.results[0].fault.stage == "gradient"
 
 
 CARRIED = {
