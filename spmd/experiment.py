@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from spmd import fields, mesh, optim, strategies
+from spmd import fields, mesh, optim, strategies, values
 from spmd.data import DataConfig
 from spmd.fields import check, closest, free
 from spmd.init import InitConfig
@@ -69,7 +69,7 @@ class Experiment:
     """Where the run lives."""
     runtime: RuntimeConfig = free(RuntimeConfig())
     """Processes of the run, and how they stop."""
-    seed: int = 0
+    seed: int = dataclasses.field(default=0, metadata={"most": 2**32 - 1})
     """Seed of parameters, data order and dropout."""
     param_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Type of parameters and optimizer state."""
@@ -79,6 +79,15 @@ class Experiment:
     """Name of the experiment; set when it is loaded."""
 
     def __post_init__(self) -> None:
+        values.check(self)
+        check(
+            not isinstance(self.task, type) and callable(getattr(self.task, "build", None)),
+            f"task={values.shown(self.task)} must be a task, as spmd.tasks.Classification()",
+        )
+        check(
+            callable(self.model) or callable(getattr(self.model, "build", None)),
+            f"model={values.shown(self.model)} must be a model config, or an NNX module class",
+        )
         check(self.seed >= 0, f"seed={self.seed} must not be negative")
         check(self.simulate >= 0, f"simulate={self.simulate} must not be negative")
 

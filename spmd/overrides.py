@@ -6,9 +6,14 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from spmd import optim, strategies
+from spmd.values import check as check_values
+from spmd.values import number
+
+if TYPE_CHECKING:
+    import tyro
 
 E = TypeVar("E", bound=Any)
 
@@ -68,6 +73,7 @@ def override(
         made,
         args=words,
         prog=prog,
+        registry=_finite_numbers(),
         description=f"Experiment {experiment.name}. Fields and their values:",
     )
     values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
@@ -75,7 +81,31 @@ def override(
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             # tyro keeps the default's fields that __post_init__ derives: derived anew
             values[name] = dataclasses.replace(value)
-    return dataclasses.replace(experiment, **values), getattr(parsed, "options", None)
+    options = getattr(parsed, "options", None)
+    if options is not None:
+        check_values(options)
+    return dataclasses.replace(experiment, **values), options
+
+
+def _finite_numbers() -> tyro.constructors.ConstructorRegistry:
+    """The rule of tyro for a float, that takes neither `inf` nor `nan` nor `1e400`."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: Any) -> Any:
+        if info.type is not float:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="FLOAT",
+            instance_from_str=lambda words: number(words[0]),
+            is_instance=lambda x: isinstance(x, int | float),
+            str_from_instance=lambda x: [str(x)],
+        )
+
+    return registry
 
 
 def overridden(experiment: E, args: Sequence[str]) -> E:

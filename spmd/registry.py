@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.abc
 import importlib.util
 import re
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from spmd import overrides
+from spmd import explain, overrides, values
 from spmd.experiment import Experiment
 from spmd.fields import check, closest
 
@@ -37,7 +39,10 @@ def summary_line(path: Path) -> str:
     """The first line of an experiment file's docstring, without running it."""
     import ast
 
-    doc = ast.get_docstring(ast.parse(path.read_text()))
+    try:
+        doc = ast.get_docstring(ast.parse(path.read_bytes()))
+    except (SyntaxError, ValueError, OSError) as error:
+        return f"(cannot be read: {error})"
     return doc.splitlines()[0] if doc else ""
 
 
@@ -70,31 +75,25 @@ def from_file(path: Path) -> Experiment:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        line = next((f" (line {e.lineno})" for e in _frames(error, path)), "")
-        raise ValueError(
-            f"experiment file {path}{line} fails to import: {type(error).__name__}: {error}"
-        ) from error
-    check(
-        callable(getattr(module, "config", None)),
-        f"experiment file {path} has no config() function",
-    )
-    experiment = module.config()
+    experiment = _result(path, module, spec.loader)
     check(
         isinstance(experiment, Experiment),
-        f"config() of {path} returned {type(experiment).__name__}, not an spmd.Experiment",
+        f"config() of {path} returned {values.shown(experiment)}, not an spmd.Experiment",
     )
     LOADED[path.stem] = path.resolve()
     return dataclasses.replace(experiment, name=path.stem)
 
 
-def _frames(error: BaseException, path: Path) -> list[Any]:
-    import traceback
-
-    return [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if Path(f.filename).resolve() == path.resolve()
-    ][-1:]
+def _result(path: Path, module: types.ModuleType, loader: importlib.abc.Loader) -> Any:
+    """What config() of a file returns; ValueError about any mistake in the file's code."""
+    with explain.explained(path):
+        loader.exec_module(module)
+    config = getattr(module, "config", None)
+    own = [k for k, v in vars(module).items() if callable(v) and v.__module__ == module.__name__]
+    check(
+        callable(config),
+        f"experiment file {path} has no config() function, which returns the spmd.Experiment."
+        f"{closest('config', own)}",
+    )
+    with explain.explained(path):
+        return cast(Any, config)()

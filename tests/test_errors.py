@@ -104,10 +104,64 @@ TABLE = {
     "run_identity": ("--experiment digits --run.dir listed", "not a run's configuration"),
     "eval_no_run": ("eval --experiment digits --run.dir gone", "no run in"),
     "data_action": ("data prepar --experiment digits", "Did you mean 'prepare'"),
-    "syntax": ("--experiment syntax.py", "fails to import"),
-    "import": ("--experiment imports.py", "line 2"),
     "no_config": ("--experiment empty.py", "no config() function"),
-    "wrong_config": ("--experiment wrong.py", "returned int"),
+    "wrong_config": ("--experiment wrong.py", "returned 3, not an spmd.Experiment"),
+    "epochs": (D + "--train.epochs inf", "'inf' must be a finite number"),
+    "epochs_float": (D + "--train.epochs 1e300", "'1e300' must be a finite number"),
+    "epochs_many": (D + "--train.epochs 1e30", "more than the 2147483647 that are counted"),
+    "rate_nan": (D + "--optimizer.learning-rate nan", "'nan' must be a finite number"),
+    "steps_huge": (
+        D + f"--train.steps {10**30}",
+        "train.steps=1000000000000000000000000000000 is too",
+    ),
+    "seed_huge": (D + f"--seed {2**70}", "at most 4294967295"),
+    "hidden_huge": (D + f"--model.hidden 8 {2**31}", "model.hidden[1]=2147483648 is too large"),
+    "grace": (D + "--runtime.grace 1e9", "must be at most 1000000 seconds"),
+}
+
+# Mistakes in an experiment file: (what is replaced in that of digits, by what, the message).
+SGD = "SGD(learning_rate=0.1, momentum=0.9, warmup_steps=5)"
+DOC = '"""A two-layer network with dropout."""'
+EDITS = {
+    "keyword": (
+        "SGD(learning_rate",
+        "SGD(learning_rat",
+        "keyword.py, line 24, in config(): SGD() has no 'learning_rat'. Did you mean 'learning_rate'?",
+    ),
+    "section": ("train=TrainConfig", "trian=TrainConfig", "has no 'trian'. Did you mean 'train'?"),
+    "positional": (SGD, "SGD(0.1)", "It takes: learning_rate, schedule"),
+    "lacking": ("inputs=64, ", "", "argument: 'inputs'. It takes: inputs, hidden"),
+    "attribute": (SGD, "__import__('spmd.optim').optim.SDG()", "no 'SDG'. Did you mean 'SGD'?"),
+    "undefined": (SGD, "SDG()", "the name 'SDG' is not defined. Did you mean 'SGD'?"),
+    "imported": ("import SGD", "import SDG", "module spmd.optim has no 'SDG'. Did you mean 'SGD'?"),
+    "root": ("import Experiment", "import Experimnt", "Did you mean 'Experiment'?"),
+    "module": ("spmd.optim", "spmd.optm", "line 9: ModuleNotFoundError: No module named 'spmd.optm'."),
+    "foreign_module": (DOC, "import no_such_module", "named 'no_such_module'. Is it installed?"),
+    "syntax": ("def config() ->", "def config( ->", "syntax.py, line 14: SyntaxError"),
+    "null": ("def config", "\0def config", "cannot contain null bytes"),
+    "text_rate": ("=0.1, mom", "='0.1', mom", "SGD.learning_rate='0.1' must be a number, not str"),
+    "nan_rate": ("=0.1, mom", "=float('nan'), mom", "SGD.learning_rate=nan must be a finite number"),
+    "text_steps": ("epochs=40", "steps='40'", "steps='40' must be a whole number or None, not str"),
+    "one_size": ("(256, 128)", "256", "hidden=256 must be a tuple, each a whole number, not int"),
+    "task_class": ("Classification()", "Classification", "task=Classification must be a task"),
+    "model_number": ("MLP(inputs=64", "3 or MLP(inputs=64", "model=3 must be a model config"),
+    "other_class": (SGD, "TrainConfig()", "must be of type Optimizer, not TrainConfig"),
+    "refused": ("=0.1, mom", "=-1, mom", "line 24, in config(): optimizer.learning_rate=-1 must"),
+    "own_error": (DOC, "raise ValueError('no such data')", "line 15, in config(): no such data"),
+    "library": (DOC, "import json; json.loads('{')", "line 1 column 2 (char 1) (raised by json/decoder.py"),
+    "leaves": (DOC, "raise SystemExit(0)", "line 15, in config(): it ends the process (exit code 0)"),
+    "argument": ("def config()", "def config(size)", "missing 1 required positional argument: 'size'"),
+    "misspelt": ("def config()", "def confg()", "has no config() function"),
+    "nothing": ("return Experiment", "Experiment", "returned None, not an spmd.Experiment"),
+    "helper": (
+        DOC,
+        "def width(n): return n // 0\n    width(3)",
+        "line 15, in width(): ZeroDivisionError: integer division or modulo by zero (called from line 16)",
+    ),
+}  # fmt: skip
+TABLE |= {
+    name: (f"--experiment {name}.py --run.dir out", message)
+    for name, (_, _, message) in EDITS.items()
 }
 
 
@@ -125,8 +179,10 @@ def place(tmp_path, monkeypatch):
     same = from_file(find("digits")).identity() | {"optimizer.momentum": 0.5}
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text(json.dumps({"identity": same}))
-    (tmp_path / "syntax.py").write_text("def config(:\n")
-    (tmp_path / "imports.py").write_text("\nimport no_such_module\n")
+    digits = find("digits").read_text()
+    for name, (old, new, _) in EDITS.items():
+        assert old in digits, name
+        (tmp_path / f"{name}.py").write_text(digits.replace(old, new, 1))
     (tmp_path / "empty.py").write_text("x = 1\n")
     (tmp_path / "wrong.py").write_text("def config():\n    return 3\n")
     return tmp_path

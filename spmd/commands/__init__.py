@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from spmd import explain
 from spmd.fields import closest
 from spmd.runtime import EXIT_FAILED, EXIT_MISTAKE
 
@@ -117,16 +118,26 @@ def _one(argv: Sequence[str]) -> int:
         if not _unread():
             raise
         return _leave(128 + signal.SIGPIPE)
-    except ValueError as error:
-        if os.environ.get("SPMD_TRACEBACK"):
+    except Exception as error:
+        explained = _in_users_file(error)
+        if os.environ.get("SPMD_TRACEBACK") or not (explained or isinstance(error, ValueError)):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        if error.__traceback__ is not None and not _ours(error):
+        print(f"error: {explained or error}", file=sys.stderr)
+        if not explained and error.__traceback__ is not None and not _ours(error):
             print("(from a library; SPMD_TRACEBACK=1 shows where)", file=sys.stderr)
         return _leave(EXIT_MISTAKE)
     except KeyboardInterrupt:
         print("interrupted before training began; nothing was lost", file=sys.stderr)
         return 130
+
+
+def _in_users_file(error: Exception) -> str:
+    """The message about an error that the code of an experiment file raised, or led to; else ""."""
+    registry = sys.modules.get("spmd.registry")
+    for path in registry.LOADED.values() if registry else ():
+        if explain.location(error, path):
+            return explain.explain(error, path)
+    return ""
 
 
 def _unread() -> bool:

@@ -14,6 +14,8 @@ EXIT_AGAIN = 75
 """A process was lost or hung, or the grace period ran out: the last checkpoint stands, start again
 (EX_TEMPFAIL of sysexits.h). A run that a signal stopped has saved, and exits with 128 + signal."""
 
+LONGEST = 1_000_000  # seconds to wait, which in milliseconds is an int32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
@@ -44,6 +46,9 @@ class RuntimeConfig:
         for name in ("join_timeout", "heartbeat_timeout", "grace"):
             value = getattr(self, name)
             check(value > 0, f"runtime.{name}={value} must be more than 0")
+        for name in ("join_timeout", "heartbeat_timeout", "hang_timeout", "grace"):
+            value = getattr(self, name)
+            check(value <= LONGEST, f"runtime.{name}={value} must be at most {LONGEST} seconds")
         check(
             self.hang_timeout >= 0, f"runtime.hang_timeout={self.hang_timeout} must not be negative"
         )

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from spmd.fields import check, free
+from spmd.values import MOST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,12 @@ class TrainConfig:
 
     def num_steps(self, batch_size: int, num_examples: int) -> int:
         """Steps of the whole run."""
-        return self.steps or max(1, round(self.epochs * num_examples / batch_size))
+        steps = self.steps or max(1.0, self.epochs * num_examples / batch_size)
+        check(
+            steps <= MOST,
+            f"train.epochs={self.epochs} is {steps:.3g} steps, more than the {MOST} that are counted",
+        )
+        return round(steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
