@@ -136,6 +136,7 @@ class Experiment:
         """Mesh, task, strategy and data, on `devices` (default: all, or the first `simulate`)."""
         import jax
 
+        from spmd import batches
         from spmd.init import adapt, weights
         from spmd.runtime import platforms
         from spmd.strategies.base import Parts
@@ -179,13 +180,14 @@ class Experiment:
             self.strategy.check_run(num_steps, len(source))
         private = self.privacy.mechanism(len(source), batch_size, num_steps, replicas)
         task = adapt.adapt(self.task.build(self.model, self.param_dtype), self.init)
-        abstract, _ = jax.eval_shape(task.init, jax.random.key(0))
+        abstract, model_state = jax.eval_shape(task.init, jax.random.key(0))
         mask = optim.decay_mask(abstract, task.dims)
         tx = self.optimizer.build(num_steps, mask, task.dims, examples)
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype)
             for name, (shape, dtype) in self.data.abstract_batch(batch_size).items()
         }
+        ranges = batches.ranges(task, (abstract, model_state), batch) if len(source) else {}
         strategy = self.strategy.build(
             Parts(
                 task=task,
@@ -220,6 +222,7 @@ class Experiment:
             order=lambda source: reading(source, self.seed, batch_size),
             privacy=private,
             skips=self.data.skips("training"),
+            ranges=ranges,
         )
 
     # ---- what it does

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spmd import losses, scope, tree
-from spmd.fields import check, closest
+from spmd import batches, losses, scope, tree
+from spmd.batches import Ids, feature
+from spmd.fields import check
 from spmd.network import Network, network
 
 Batch = Mapping[str, jax.Array]
@@ -59,6 +60,8 @@ class Task(NamedTuple):
       scale = coefficient / global weight for each term, known before the backward pass.
     evaluate: (params, model_state, batch) -> Sums.
     predict: (params, model_state, batch) -> logits.
+    ranges: (shapes of a batch, of its logits) -> the range of each feature that holds indices; ValueError,
+      with the shapes, for those that the task does not take.
     call: (params, model_state, fn) -> fn(module), as in evaluation; for what a model does beside (decoding).
     whole_batch: layers that take statistics over the batch they see; only a jitted whole batch is right.
     state_dims: logical dims of what in the model state is cut as parameters are; the rest lies whole on
@@ -77,6 +80,7 @@ class Task(NamedTuple):
     call: Callable[..., Any]
     whole_batch: tuple[str, ...] = ()
     state_dims: Mapping[str, tuple[str | None, ...] | None] = MappingProxyType({})
+    ranges: Callable[[Any, Any], dict[str, Ids]] = lambda batch, logits: {}
     plain: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, state: (params, state)
     staged: Callable[[], Staged] = _unstaged
 
@@ -111,7 +115,10 @@ class Classification:
         real = tree.wide(jnp.dtype(param_dtype))
 
         def sums(logits_BC: jax.Array, batch: Batch, smoothing: float) -> Sums:
+            self._check(batch, logits_BC)
+
             def against(label_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+                label_B = batches.wide_indices(label_B)
                 loss_B = losses.cross_entropy(logits_BC, label_B, smoothing)
                 return loss_B, (logits_BC.argmax(-1).astype(label_B.dtype) == label_B).astype(
                     loss_B.dtype
@@ -147,6 +154,11 @@ class Classification:
         def predict(params, model_state, batch):
             return net.apply(params, model_state, self._input(batch, real), train=False)[0]
 
+        def ranges(batch, logits):
+            self._check(batch, logits)
+            labels = Ids(logits.shape[-1], "classes of the model's output", target=True)
+            return {name: labels for name in self._labels(batch)}
+
         return Task(
             init=net.init,
             dims=net.dims,
@@ -157,12 +169,23 @@ class Classification:
             call=net.evaluated,
             whole_batch=net.whole_batch,
             evaluate=lambda p, s, batch: sums(predict(p, s, batch), batch, 0.0),
+            ranges=ranges,
             staged=lambda: _staged(net, lambda batch: [self._input(batch, real)], finish),
         )
 
+    def _labels(self, batch: Batch) -> list[str]:
+        """The label, and under mixup that of the other image."""
+        return [self.label, f"{self.label}_b"] if "mix" in batch else [self.label]
+
+    def _check(self, batch: Batch, logits_BC: Any) -> None:
+        """ValueError for shapes or types that this task does not take."""
+        for name in self._labels(batch):
+            batches.check_indices(batch, name, "B", "one class for each example")
+        batches.check_logits(logits_BC, batch[self.label], self.label, "classes")
+
     def _input(self, batch: Batch, real: Any) -> jax.Array:
         """The feature in floating point, as wide as `real` at least."""
-        x = _feature(batch, self.input)
+        x = feature(batch, self.input)
         if x.dtype == jnp.uint8:
             return x.astype(real) / 255
         narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < real.itemsize
@@ -208,6 +231,16 @@ class LanguageModel:
         def predict(params, model_state, batch):
             return net.evaluated(params, model_state, lambda m: m(*self._inputs(batch)))
 
+        def ranges(batch, logits):
+            self._check(batch)
+            batches.check_logits(logits, batch["targets"], "targets", "tokens of the model")
+            vocab = min(getattr(model, "vocab", logits.shape[-1]), logits.shape[-1])
+            tokens = Ids(vocab, "tokens of the model")
+            found = {self.inputs[0]: tokens, "targets": tokens._replace(low=-1, target=True)}
+            if "positions" in self.inputs and "positions" in batch and hasattr(model, "length"):
+                found["positions"] = Ids(model.length, "positions of the model")
+            return found
+
         return Task(
             init=net.init,
             dims=net.dims,
@@ -221,13 +254,15 @@ class LanguageModel:
             call=net.evaluated,
             whole_batch=net.whole_batch,
             evaluate=lambda p, s, batch: net.evaluated(p, s, lambda m: self._sums(m, batch)),
+            ranges=ranges,
             staged=lambda: _staged(net, self._inputs, finish),
         )
 
     def _sums(self, module: Any, batch: Batch, hidden: jax.Array | None = None) -> Sums:
         """hidden: what the head reads, where it is known already."""
+        self._check(batch)
         weight_BT = _token_weights(batch)
-        target_BT = _feature(batch, "targets")
+        target_BT = batches.wide_indices(feature(batch, "targets"))
         notes: Notes = {}
         with scope.bind(notes=notes):
             if self.chunks > 1:
@@ -244,6 +279,7 @@ class LanguageModel:
         self, logits_BTV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array
     ) -> dict[str, jax.Array]:
         """Sums over these tokens."""
+        batches.check_logits(logits_BTV, target_BT, "targets", "tokens of the model")
         each = losses.token_losses(logits_BTV, target_BT)
         by_name = {"loss": each.loss_BT, "accuracy": each.right_BT}
         if self.z_loss:
@@ -291,9 +327,21 @@ class LanguageModel:
         zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
         return jax.lax.scan(add, zeros, chunks)[0]
 
+    def _check(self, batch: Batch) -> None:
+        """ValueError for shapes or types that this task does not take."""
+        present = [n for n in ("segments", "positions") if n in self.inputs and n in batch]
+        for name in (self.inputs[0], "targets", *present):
+            batches.check_indices(batch, name, "BT", "one for each token")
+            shape, tokens = batch[name].shape, batch[self.inputs[0]].shape
+            check(
+                shape == tokens,
+                f"feature {name!r} is of shape {list(shape)}, and {self.inputs[0]!r} of {list(tokens)}: the"
+                " task takes one for each token",
+            )
+
     def _inputs(self, batch: Batch) -> list[jax.Array | None]:
         first, *rest = self.inputs
-        return [_feature(batch, first), *(batch.get(name) for name in rest)]
+        return [feature(batch, first), *(batch.get(name) for name in rest)]
 
 
 PARTS = ("enter", "through", "leave", "logits", "stream")
@@ -365,13 +413,5 @@ def _scaled(sums: Sums, scale: Mapping[str, jax.Array]) -> jax.Array:
 def _token_weights(batch: Batch) -> jax.Array:
     """[B, T] the example's weight where there is a target, else 0."""
     weight_B = batch["weight"]
-    counts_BT = _feature(batch, "targets") >= 0
+    counts_BT = feature(batch, "targets") >= 0
     return jnp.where(counts_BT, weight_B[:, None], jnp.zeros((), weight_B.dtype))
-
-
-def _feature(batch: Batch, name: str) -> jax.Array:
-    check(
-        name in batch,
-        f"the batch has no feature {name!r}.{closest(name, batch)} It has: {', '.join(batch)}",
-    )
-    return batch[name]

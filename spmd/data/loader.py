@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spmd.batches import Expected
 from spmd.data import Source
 from spmd.data.augment import Transform
 from spmd.data.skips import Skips
@@ -80,10 +81,11 @@ class _Reads:
         transform: Transform | None,
         dispatches: int,
         skips: Skips,
+        expected: Expected,
     ):
         self._source, self._order, self._batch_size, self._rows = source, order, batch_size, rows
         self._start, self._stop, self._steps = start, stop, steps
-        self._transform, self._skips = transform, skips
+        self._transform, self._skips, self._expected = transform, skips, expected
         self._read_steps = steps * dispatches
 
     def __len__(self) -> int:
@@ -96,13 +98,15 @@ class _Reads:
         positions = (steps_S1 * self._batch_size + self._rows).ravel()
         examples = self._order[positions]
         # An empty row needs features of the right shapes: those of example 0, which then weigh nothing.
-        batch, good = self._skips.take(self._source, np.maximum(examples, 0))
-        batch |= {
+        read = np.maximum(examples, 0)
+        batch, good = self._skips.take(self._source, read)
+        batch = self._expected.read(batch, read) | {
             "example_id": examples.astype(np.int32),
             "weight": ((examples >= 0) & good).astype(np.float32),
         }
         if self._transform is not None:
             batch = self._transform(batch, positions)
+        self._expected.check_ranges(batch)
         by_step = {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.items()}
         if self._steps == 1:
             return [{name: x[i] for name, x in by_step.items()} for i in range(num)]
@@ -127,6 +131,7 @@ def train_batches(
     transform: Transform | None = None,
     order: Any = None,
     skips: Skips | None = None,
+    expected: Expected | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Host batches for steps [start, stop): {feature: [b, ...]} plus example_id [b], weight [b].
 
@@ -137,6 +142,7 @@ def train_batches(
     several threads, so a pure function of the positions (step * batch_size + row). Index -1 leaves the row
     empty: weight 0, example_id -1.
     skips: bad records that may pass (default: none), each an empty row that keeps its example_id.
+    expected: features and ranges that each batch is checked against, in the reader threads; ValueError.
     """
     import grain
 
@@ -159,6 +165,7 @@ def train_batches(
         transform,
         max(READ_BYTES // num_bytes, 1),
         skips,
+        expected or Expected("training"),
     )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     for read in grain.MapDataset.source(reads).to_iter_dataset(options):
@@ -171,20 +178,30 @@ def position(step: int, batch_size: int, num_examples: int) -> dict[str, int]:
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, rows: np.ndarray | None = None, skips: Skips | None = None
+    source: Source,
+    *,
+    batch_size: int,
+    rows: np.ndarray | None = None,
+    skips: Skips | None = None,
+    expected: Expected | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; the last batch is padded with weight 0. skips: as of train_batches."""
+    """Every example once, in order; the last batch is padded with weight 0. skips, expected: as of
+    train_batches.
+    """
     skips = skips or Skips("evaluation")
+    expected = expected or Expected("evaluation")
     rows = np.arange(batch_size) if rows is None else rows
     for first in range(0, len(source), batch_size):
         index = first + rows
         real = index < len(source)
         index = np.where(real, index, 0)
         batch, good = skips.take(source, index)
-        yield batch | {
+        batch = expected.read(batch, index) | {
             "example_id": index.astype(np.int32),
             "weight": (real & good).astype(np.float32),
         }
+        expected.check_ranges(batch)
+        yield batch
 
 
 def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

@@ -39,6 +39,7 @@ class CNN:
 
 class _Net(nnx.Module):
     def __init__(self, config: CNN, rngs: nnx.Rngs):
+        self.channels = config.channels
         widths = (config.channels, *config.features)
         pairs = list(itertools.pairwise(widths))
         self.convs = nnx.List([Conv(rngs, 3, i, o, config.dtype) for i, o in pairs])
@@ -50,6 +51,11 @@ class _Net(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """[B, H, W, C] -> logits [B, classes]."""
+        check(
+            x_BHWC.ndim == 4 and x_BHWC.shape[3] == self.channels,
+            f"the model takes images [H, W, {self.channels}] (model.channels={self.channels}), given"
+            f" {list(x_BHWC.shape[1:])}",
+        )
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x_BHWC = jax.nn.relu(norm(conv(x_BHWC)))
             x_BHWC = nnx.max_pool(x_BHWC, (2, 2), strides=(2, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -46,8 +47,20 @@ class MLP:
         return (_Stack if self.stacked else _Net)(self, rngs)
 
 
+def _flat(x: jax.Array, inputs: int) -> jax.Array:
+    """[B, ...] -> [B, inputs]; ValueError when an example has another number of values."""
+    num = math.prod(x.shape[1:])
+    check(
+        num == inputs,
+        f"an example of shape {list(x.shape[1:])} has {num} values and model.inputs={inputs}; use"
+        f" --model.inputs {num}",
+    )
+    return x.reshape(x.shape[0], -1)
+
+
 class _Net(nnx.Module):
     def __init__(self, config: MLP, rngs: nnx.Rngs):
+        self.inputs = config.inputs
         widths = (config.inputs, *config.hidden)
         # Alternate the cut dim, so that under tensor parallelism a pair needs one all-reduce (Megatron).
         names = ["input"] + ["mlp" if i % 2 else "embed" for i in range(1, len(widths))]
@@ -70,7 +83,7 @@ class _Net(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, ...] -> logits [B, classes]."""
-        x = x.reshape(x.shape[0], -1)
+        x = _flat(x, self.inputs)
         for layer in self.layers:
             x = self.dropout(jax.nn.relu(layer(x)))
             x = scope.constrain(x, "batch", layer.kernel.get_metadata("dims")[1])
@@ -84,6 +97,7 @@ class _Stack(nnx.Module):
 
     def __init__(self, config: MLP, rngs: nnx.Rngs):
         width, self.num_layers = config.hidden[0], len(config.hidden) - 1
+        self.inputs = config.inputs
         dtype = config.dtype
         self.first = Dense(
             rngs, (config.inputs, width), ("input", "embed"), init=he_normal, dtype=dtype
@@ -107,7 +121,7 @@ class _Stack(nnx.Module):
     def enter(self, x: jax.Array) -> jax.Array:
         """What the first of the stacked layers reads."""
         with scope.layer(self.num_layers):  # the number that none of them has
-            return self._activated(self.first(x.reshape(x.shape[0], -1)))
+            return self._activated(self.first(_flat(x, self.inputs)))
 
     def through(self, x: jax.Array, inputs: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:
         """x behind the layers whose parameters there are; first: the number of the first one."""

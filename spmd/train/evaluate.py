@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd import mesh as meshes
 from spmd import scope, sharding
+from spmd.batches import Expected
 from spmd.data import loader
 from spmd.data.skips import Skips
 
@@ -29,21 +30,35 @@ class Evaluator(Protocol):
 
 
 def _batches(
-    mesh: Mesh, source: Any, batch_size: int, skips: Skips | None = None
+    mesh: Mesh,
+    source: Any,
+    batch_size: int,
+    skips: Skips | None = None,
+    expected: Expected | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """`source` in order on `mesh`; batch_size is rounded up to what the mesh divides, padding weighs 0."""
     ways = meshes.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(source)) // ways) * ways
     placed = NamedSharding(mesh, sharding.batch_spec())
     rows = loader.process_rows(placed, batch_size)
-    for host in loader.eval_batches(source, batch_size=batch_size, rows=rows, skips=skips):
+    for host in loader.eval_batches(
+        source, batch_size=batch_size, rows=rows, skips=skips, expected=expected
+    ):
         yield loader.put(host, placed, batch_size)
 
 
 def evaluator(
-    task: Any, mesh: Mesh, source: Any, batch_size: int, skips: Skips | None = None
+    task: Any,
+    mesh: Mesh,
+    source: Any,
+    batch_size: int,
+    skips: Skips | None = None,
+    expected: Expected | None = None,
 ) -> Evaluator:
-    """Measures `source` on `mesh`; sums stay on the devices until the end. skips: bad records, see Skips."""
+    """Measures `source` on `mesh`; sums stay on the devices until the end.
+
+    skips, expected: as in loader.train_batches.
+    """
     placement = sharding.placement(mesh)
 
     @jax.jit
@@ -57,7 +72,7 @@ def evaluator(
         params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         total: Any = None
-        for i, batch in enumerate(_batches(mesh, source, batch_size, skips)):
+        for i, batch in enumerate(_batches(mesh, source, batch_size, skips, expected)):
             sums = measure(params, model_state, batch)
             total = sums if total is None else add(total, sums)
             if i % 4 == 3:  # bounds the steps in flight (deadlock on simulated devices)
@@ -69,8 +84,8 @@ def evaluator(
     return evaluate
 
 
-def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any], Any]:
-    """(params, model_state, source) -> the task's outputs for each example, as numpy arrays [N, ...]."""
+def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any, Any], Any]:
+    """(params, model_state, source, expected) -> the task's outputs for each example, as numpy arrays [N, ...]."""
     placement = sharding.placement(mesh)
 
     # Replicated, so that each process can read all rows.
@@ -79,10 +94,10 @@ def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any
         with scope.bind(**placement):
             return task.predict(params, model_state, batch)
 
-    def predict(params: Any, model_state: Any, source: Any) -> Any:
+    def predict(params: Any, model_state: Any, source: Any, expected: Expected) -> Any:
         parts = [
             jax.device_get(outputs(params, model_state, batch))
-            for batch in _batches(mesh, source, batch_size)
+            for batch in _batches(mesh, source, batch_size, None, expected)
         ]
         return jax.tree.map(lambda *x: np.concatenate(x)[: len(source)], *parts)
 

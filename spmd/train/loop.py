@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from spmd import flops
+from spmd.batches import Expected, Ranges
 from spmd.data import DataConfig, augment, loader
 from spmd.data.skips import Skips
 from spmd.privacy import Mechanism
@@ -52,10 +53,15 @@ class Program(NamedTuple):
     privacy: Mechanism | None = None
     evaluation: Any = None  # evaluation source, where it is open already
     skips: Skips | None = None  # bad training records that may pass
+    ranges: Ranges = {}  # of the features that are indices
 
     def open_evaluation(self) -> Any:
         """The source of the evaluation split."""
         return self.data.open("eval") if self.evaluation is None else self.evaluation
+
+    def expected(self, split: str) -> Expected:
+        """What each batch of a split (`training`, `evaluation`) is checked against."""
+        return Expected(split, self.data.features, self.ranges)
 
     def init(self) -> base.TrainState:
         """The state before the first step, every array born on the mesh with its sharding."""
@@ -94,6 +100,7 @@ class Program(NamedTuple):
             transform=augment.transform(self.data, self.source, self.seed, self.skips),
             order=self.order(self.source),
             skips=self.skips,
+            expected=self.expected("training"),
         )
 
 
@@ -207,7 +214,12 @@ def fit(
         skips = {"train": program.skips or Skips(), "eval": data.skips("evaluation")}
         skipped = dataset.Skipped({"train": program.source, "eval": opened}, skips)
         evaluate = evaluator(
-            program.task, program.mesh, opened, data.eval_batch_size, skips["eval"]
+            program.task,
+            program.mesh,
+            opened,
+            data.eval_batch_size,
+            skips["eval"],
+            program.expected("evaluation"),
         )
         profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
         compiled: set[int] = set()

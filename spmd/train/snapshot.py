@@ -12,6 +12,7 @@ from etils import epath
 
 from spmd import mesh as meshes
 from spmd import tree
+from spmd.batches import Expected
 from spmd.data.sources import ArraySource
 from spmd.strategies import base
 from spmd.train import CheckpointConfig
@@ -56,14 +57,17 @@ class Snapshot:
         """
         declared = self.program.data.features
         features = {name: declared[name] for name in declared if name in examples}
-        return self._predictor(*self.variables, ArraySource(examples, features))
+        ranges = {k: ids for k, ids in self.program.ranges.items() if not ids.target}
+        expected = Expected("given", features, ranges)
+        return self._predictor(*self.variables, ArraySource(examples, features), expected)
 
     @functools.cached_property
     def _evaluator(self) -> Any:
         program = self.program
         data = program.data
         source, skips = program.open_evaluation(), data.skips("evaluation")
-        return evaluator(program.task, program.mesh, source, data.eval_batch_size, skips)
+        expected = program.expected("evaluation")
+        return evaluator(program.task, program.mesh, source, data.eval_batch_size, skips, expected)
 
     @functools.cached_property
     def _predictor(self) -> Any:
