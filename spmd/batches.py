@@ -1,4 +1,4 @@
-"""Checks of batches: shapes while a program is traced, features and index ranges on the host as they are read."""
+"""Checks of batches: shapes while a program is traced, features and index ranges as they are read."""
 
 # N examples as read, B batch, T time, C classes, V vocab
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -85,10 +86,11 @@ def check_logits(logits: Any, target: Any, name: str, last: str) -> None:
       last: the name of the last dim.
     """
     ok = tuple(logits.shape[:-1]) == tuple(target.shape) and len(logits.shape) > 0
+    wanted = ", ".join(map(str, (*target.shape, last)))
     check(
         ok and jnp.issubdtype(logits.dtype, jnp.floating),
         f"the model's output is {shown(logits)}, and feature {name!r} is {shown(target)}: the task takes"
-        f" logits float{[*target.shape, last]}".replace("'", ""),
+        f" logits float[{wanted}]",
     )
 
 
@@ -138,8 +140,8 @@ class Expected(NamedTuple):
     """
 
     split: str
-    features: Mapping[str, tuple[tuple[int, ...], str]] = {}
-    ranges: Ranges = {}
+    features: Mapping[str, tuple[tuple[int, ...], str]] = MappingProxyType({})
+    ranges: Ranges = MappingProxyType({})
 
     def read(self, batch: dict[str, Any], example_N: np.ndarray) -> dict[str, Any]:
         """The declared features of what a source gave for the examples `example_N`.
@@ -155,11 +157,14 @@ class Expected(NamedTuple):
                 f"the {self.split} data has no feature {name!r}.{closest(name, batch)} It has:"
                 f" {', '.join(batch)}",
             )
-            x, want = np.asarray(batch[name]), (len(example_N), *shape)
+            x, num = np.asarray(batch[name]), len(example_N)
+            each = f"{x.dtype}{list(x.shape[1:])}"
+            if x.shape[:1] != (num,):
+                each = f"{shown(x)} for {num} examples"
             check(
-                x.shape == want and x.dtype == dtype,
-                f"feature {name!r} of the {self.split} data is {shown(x)} for {len(example_N)} examples;"
-                f" the experiment declares {dtype}{list(shape)} for each",
+                x.shape == (num, *shape) and x.dtype == dtype,
+                f"feature {name!r} of the {self.split} data is {each}, the experiment declares"
+                f" {dtype}{list(shape)}",
             )
         return {name: batch[name] for name in self.features}
 

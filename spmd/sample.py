@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd import mesh as meshes
 from spmd import scope, sharding
+from spmd.batches import Expected
 from spmd.fields import check
 from spmd.train.snapshot import Snapshot
 
@@ -79,6 +80,7 @@ def tokens(
     do not allow it.
     """
     left = room(snapshot, prompts)
+    _check_prompts(snapshot, prompts)
     check(num_tokens >= 1, f"--tokens {num_tokens} must be at least 1")
     longest = max(map(len, prompts))
     check(
@@ -112,6 +114,16 @@ def room(snapshot: Snapshot, prompts: Sequence[np.ndarray]) -> int:
         f"a prompt of {longest} tokens leaves nothing of the model's {limit} positions; shorten it",
     )
     return limit - longest
+
+
+def _check_prompts(snapshot: Snapshot, prompts: Sequence[np.ndarray]) -> None:
+    """ValueError for a token that the model does not have."""
+    tokens = next((ids for ids in snapshot.program.ranges.values() if not ids.target), None)
+    if tokens is not None:
+        expected = Expected("given", ranges={"prompt": tokens})
+        for i, prompt in enumerate(prompts):
+            ids = np.array([i])
+            expected.check_ranges({"prompt": np.asarray(prompt)[None], "example_id": ids})
 
 
 def _limit(task: Any, snapshot: Snapshot) -> int:

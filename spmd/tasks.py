@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ class Classification:
         def ranges(batch, logits):
             self._check(batch, logits)
             labels = Ids(logits.shape[-1], "classes of the model's output", target=True)
-            return {name: labels for name in self._labels(batch)}
+            return dict.fromkeys(self._labels(batch), labels)
 
         return Task(
             init=net.init,
@@ -232,7 +232,7 @@ class LanguageModel:
             return net.evaluated(params, model_state, lambda m: m(*self._inputs(batch)))
 
         def ranges(batch, logits):
-            self._check(batch)
+            self._check(batch, ["targets"])
             batches.check_logits(logits, batch["targets"], "targets", "tokens of the model")
             vocab = min(getattr(model, "vocab", logits.shape[-1]), logits.shape[-1])
             tokens = Ids(vocab, "tokens of the model")
@@ -260,7 +260,7 @@ class LanguageModel:
 
     def _sums(self, module: Any, batch: Batch, hidden: jax.Array | None = None) -> Sums:
         """hidden: what the head reads, where it is known already."""
-        self._check(batch)
+        self._check(batch, ["targets"])
         weight_BT = _token_weights(batch)
         target_BT = batches.wide_indices(feature(batch, "targets"))
         notes: Notes = {}
@@ -327,12 +327,11 @@ class LanguageModel:
         zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
         return jax.lax.scan(add, zeros, chunks)[0]
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: Batch, names: Iterable[str]) -> None:
         """ValueError for shapes or types that this task does not take."""
-        present = [n for n in ("segments", "positions") if n in self.inputs and n in batch]
-        for name in (self.inputs[0], "targets", *present):
+        for name in names:
             batches.check_indices(batch, name, "BT", "one for each token")
-            shape, tokens = batch[name].shape, batch[self.inputs[0]].shape
+            shape, tokens = batch[name].shape, feature(batch, self.inputs[0]).shape
             check(
                 shape == tokens,
                 f"feature {name!r} is of shape {list(shape)}, and {self.inputs[0]!r} of {list(tokens)}: the"
@@ -341,6 +340,9 @@ class LanguageModel:
 
     def _inputs(self, batch: Batch) -> list[jax.Array | None]:
         first, *rest = self.inputs
+        self._check(
+            batch, [first, *(n for n in ("segments", "positions") if n in rest and n in batch)]
+        )
         return [feature(batch, first), *(batch.get(name) for name in rest)]
 
 

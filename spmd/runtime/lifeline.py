@@ -15,7 +15,7 @@ import sys
 import threading
 from typing import Any
 
-from spmd.runtime import EXIT_AGAIN
+from spmd.runtime import EXIT_AGAIN, EXIT_MISTAKE
 
 _LINE = 1 << 20  # bytes of the longest line
 _MINE: list[Lifeline] = []
@@ -91,12 +91,14 @@ class Lifeline:
         if line.get("agreed"):
             os._exit(code)
         said = "has left" if "code" in line and "gone" not in line else "is gone"
-        sys.stdout.flush()
-        os.write(
-            2,
-            f"\nerror: process {gone} ({name}) {said}; this one cannot go on without it. The last"
-            " checkpoint stands: start the run again\n".encode(),
+        text = (
+            f"error: process {gone} ({name}) {said}; this one cannot go on without it. The last"
+            " checkpoint stands: start the run again"
         )
+        if code == EXIT_MISTAKE:  # a start like this one would end like this one
+            text = f"process {gone} ({name}) has ended the run; its own message says why"
+        sys.stdout.flush()
+        os.write(2, f"\n{text}\n".encode())
         os._exit(code)
 
 

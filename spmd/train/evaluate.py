@@ -85,7 +85,7 @@ def evaluator(
 
 
 def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any, Any], Any]:
-    """(params, model_state, source, expected) -> the task's outputs for each example, as numpy arrays [N, ...]."""
+    """(params, model_state, source, expected) -> the task's outputs for each example, numpy [N, ...]."""
     placement = sharding.placement(mesh)
 
     # Replicated, so that each process can read all rows.

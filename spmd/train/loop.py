@@ -6,6 +6,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ class Program(NamedTuple):
     privacy: Mechanism | None = None
     evaluation: Any = None  # evaluation source, where it is open already
     skips: Skips | None = None  # bad training records that may pass
-    ranges: Ranges = {}  # of the features that are indices
+    ranges: Ranges = MappingProxyType({})  # of the features that are indices
 
     def open_evaluation(self) -> Any:
         """The source of the evaluation split."""

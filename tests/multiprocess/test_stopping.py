@@ -127,6 +127,24 @@ def test_a_mistake_that_process_0_finds_is_said_once_and_ends_all(start_group, t
     assert len(re.findall("holds no run", group.text())) == 1
 
 
+@pytest.mark.slow
+def test_bad_data_of_one_process_ends_all_with_one_message(start_group, tmp_path):
+    """A label that only one of the processes reads."""
+    text = SLOW.replace("time.sleep(0.2)", "pass").replace(
+        "return self.inner.take(indices)",
+        "found = self.inner.take(indices)\n"
+        "        found['label'][indices == 700] = 10\n"
+        "        return found",
+    )
+    text = text.replace('if split == "eval":', 'if split == "train":')
+    (tmp_path / "bad.py").write_text(text)
+    group = start_group(2, "--experiment", "bad.py", "--run.dir", "out", "--simulate", 1)
+    assert group.wait() == [2, 2], group.text()
+    assert len(re.findall("'label' is 10 in example 700 of the training data", group.text())) == 1
+    assert len(re.findall("has ended the run; its own message says why", group.text())) == 1
+    assert "start the run again" not in group.text()
+
+
 def test_those_that_did_not_come_are_named(start_group):
     args = ("--experiment", "digits", "--runtime.num-processes", 3, "--runtime.join-timeout", 4)
     group = start_group(2, *args)
