@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import scope
+from spmd import narrow, scope, tree
 from spmd.fields import check
 
 PyTree = Any
@@ -40,7 +40,12 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
     call(params, model_state, fn, train=...) -> (fn(module), new model_state); apply calls the module itself,
     apply(params, model_state, x, train=...). ValueError for modules that hold random state: their masks
     would depend on the mesh.
+
+    Narrow parameters: a model with a field `dtype` computes in their type unless it says another; what has no
+    such field computes in float32. State that is not trained (batch statistics) is float32 at least.
     """
+    widens = narrow.is_narrow(param_dtype) and not hasattr(model, "dtype")
+    model = narrow.with_compute_type(model, param_dtype)
     build = model.build if hasattr(model, "build") else lambda rngs: model(rngs=rngs)
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     stateful = nnx.to_flat_state(nnx.state(abstract, nnx.RngState))
@@ -67,12 +72,17 @@ def network(model: Any, param_dtype: str = "float32") -> Network:
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         _, params, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
-        cast = lambda x: x.astype(param_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        return jax.tree.map(cast, _dicts(params)), jax.tree.map(cast, _dicts(rest))
+
+        def cast(part: nnx.State, dtype: Any) -> PyTree:
+            to = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            return jax.tree.map(to, _dicts(part))
+
+        return cast(params, param_dtype), cast(rest, tree.wide(jnp.dtype(param_dtype)))
 
     def call(
         params: PyTree, model_state: PyTree, fn: Callable[[Any], Any], *, train: bool
     ) -> tuple[Any, PyTree]:
+        params = narrow.at_least_float32(params) if widens else params
         module = nnx.merge(graphs[train], params, model_state)
         with watching(module):
             out = fn(module)

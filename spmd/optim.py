@@ -114,13 +114,15 @@ class Optimizer:
         """
         import optax
 
+        from spmd import narrow
+
         parts = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
         parts.append(self.direction(decay_mask, dims or {}))
         if self.weight_decay:
             parts.append(optax.add_decayed_weights(self.weight_decay, mask=decay_mask))
         parts += self.after_decay(decay_mask, dims or {})
         rate = self.rate(num_steps, batch_size)
-        return optax.chain(*parts, optax.scale_by_learning_rate(rate))
+        return narrow.in_float32(optax.chain(*parts, optax.scale_by_learning_rate(rate)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

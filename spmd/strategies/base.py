@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import grad, scope, sharding, tree
+from spmd import grad, narrow, scope, sharding, tree
 from spmd.fields import check
 from spmd.pipeline import execute, schedules
 from spmd.privacy import Mechanism
@@ -156,19 +156,20 @@ def batch_shardings(parts: Parts) -> Any:
 
 
 def grads_of(parts: Parts) -> grad.GradsOf:
-    """The first part of a step: the gradient function that these parts ask for.
+    """The first part of a step: the gradient function that these parts ask for; float32 gradients of narrow
+    parameters too.
 
     ValueError for a model that cannot be private.
     """
     if parts.mesh.shape["stage"] > 1:
-        return pipelined(parts)
+        return narrow.wide_gradients(pipelined(parts))
     plain = grad.plain(parts.task.loss)
     if parts.privacy is not None:
         check_private(parts)
         plain = grad.per_example(parts.task, parts.privacy.clip_norm, parts.privacy.expected)
     if parts.noise_scale:
         plain = grad.with_parts(plain)
-    return grad.accumulated(plain, parts.accumulate)
+    return narrow.wide_gradients(grad.accumulated(plain, parts.accumulate))
 
 
 def check_private(parts: Parts) -> None:
@@ -232,7 +233,9 @@ def update(
         metrics |= {f"grads/{name}": grad for name, grad in tree.named_leaves(grads).items()}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["finite"] = finite.astype(jnp.float32)
-    params, opt_state = applied(parts.tx, grads, state.opt_state, state.params)
+    params, opt_state = applied(
+        parts.tx, grads, state.opt_state, state.params, lambda: step_key(state)
+    )
     new = dataclasses.replace(
         state,
         params=params,
@@ -248,12 +251,23 @@ def update(
 
 
 def applied(
-    tx: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree
+    tx: optax.GradientTransformation,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+    key: Callable[[], jax.Array],
+    part: Any = None,
 ) -> tuple[PyTree, PyTree]:
-    """(new parameters, new optimizer state)."""
+    """(new parameters, new optimizer state). Narrow parameters are updated in float32 and rounded once, by
+    random bits of the step's key() and of `part` (narrow.rounded_like).
+    """
+    wide = narrow.at_least_float32(params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
-        updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+        updates, opt_state = tx.update(grads, opt_state, wide)
+    new = optax.apply_updates(wide, updates)
+    if narrow.any_narrow(params):
+        new = narrow.rounded_like(new, params, key(), part)
+    return new, opt_state
 
 
 def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:

@@ -241,9 +241,11 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
         finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
         watched = grads if scope.current().watched else {}
         if outer.proximal:
-            pull = lambda g, x, c: g + (outer.proximal * (x - c)).astype(g.dtype)
+            pull = lambda g, x, c: g + outer.proximal * (x.astype(g.dtype) - c.astype(g.dtype))
             grads = jax.tree.map(pull, grads, params, shared.params)
-        new_params, new_opt = base.applied(parts.tx, grads, opt_state, params)
+        new_params, new_opt = base.applied(
+            parts.tx, grads, opt_state, params, lambda: shared.key, number
+        )
         new = (new_params, _varying(new_state), new_opt)
         # Of several loss terms the sum: exact where they have one weight.
         weight = jnp.stack([w.astype(jnp.float32) for w in weights.values()]).sum()
@@ -315,7 +317,14 @@ def _agree(
     delta, found, carried = outer.merge.mean(
         differences, own["weight"], base.step_key(state), own["merge"]
     )
-    params, outer_state = base.applied(outer.tx, delta["params"], own["outer"], state.params)
+    params, outer_state = base.applied(
+        outer.tx,
+        delta["params"],
+        own["outer"],
+        state.params,
+        lambda: base.step_key(state),
+        len(own["weight"]),  # a number that no replica has
+    )
     statistics = jax.tree.map(
         moved, consensus["statistics"], delta["statistics"], replicas["statistics"]
     )
