@@ -72,7 +72,7 @@ class Experiment:
     seed: int = dataclasses.field(default=0, metadata={"most": 2**32 - 1})
     """Seed of parameters, data order and dropout."""
     param_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Type of parameters and optimizer state."""
+    """Type of parameters; those of bfloat16 have float32 gradients and optimizer state."""
     simulate: int = free(0)
     """Simulated CPU devices of each process; 0 uses the real ones."""
     name: str = free("")

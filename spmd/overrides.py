@@ -144,6 +144,6 @@ _HELP = {
     "run": "Where the run lives.",
     "runtime": "Processes of the run, and how they stop.",
     "seed": "Seed of parameters, data order and dropout.",
-    "param_dtype": "Type of parameters and optimizer state.",
+    "param_dtype": "Type of parameters; those of bfloat16 have float32 gradients and optimizer state.",
     "simulate": "Simulated CPU devices of each process; 0 uses the real ones.",
 }

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from spmd import tree
+
 Dims = tuple[str | None, ...]
 
 
@@ -100,7 +102,11 @@ def batch_sum(x: jax.Array) -> jax.Array:
 
 
 def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
-    """Mean over `reduce_dims` (dim 0, the batch, among them) of the global batch, by example weight."""
+    """Mean over `reduce_dims` (dim 0, the batch, among them) of the global batch, by example weight; summed
+    in float32 at least, as x's type.
+    """
+    dtype = x_BD.dtype
+    x_BD = x_BD.astype(tree.wide(dtype))
     weight_B = current().weight
     if weight_B is None:
         weight_B = jnp.ones(x_BD.shape[:1], x_BD.dtype)
@@ -110,7 +116,7 @@ def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
         inner *= 1 if dim == 0 else x_BD.shape[dim]
     total = batch_sum(jnp.sum(x_BD * weight, axis=reduce_dims))
     count = batch_sum(jnp.sum(weight_B.astype(x_BD.dtype))) * inner
-    return total / jnp.maximum(count, jnp.ones((), x_BD.dtype))
+    return (total / jnp.maximum(count, jnp.ones((), x_BD.dtype))).astype(dtype)
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:

@@ -399,7 +399,8 @@ def _training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextMa
 
 def _noted(notes: Notes, batch: Batch) -> Sums:
     """What layers told of the examples, summed over these."""
-    total = lambda x_B: jnp.sum(x_B * batch["weight"].astype(x_B.dtype))
+    wide = lambda x_B: x_B.astype(tree.wide(x_B.dtype))
+    total = lambda x_B: jnp.sum(wide(x_B) * batch["weight"].astype(wide(x_B).dtype))
     return {name: (total(value_B), total(weight_B)) for name, (value_B, weight_B) in notes.items()}
 
 

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("fields", "storage", "hardware", "values", "explain"),
     ("tree", "digest", "mesh", "flops", "batches"),
-    ("sharding", "scope"),
+    ("sharding", "scope", "narrow"),
     ("collectives", "hlo"),
     ("optim", "losses", "data", "privacy"),
     ("models", "network"),

@@ -266,6 +266,8 @@ def test_the_state_keeps_its_types(name, dtype):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(
         lambda x: (x.shape, x.dtype), after
     )
+    real = {x.dtype for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert real <= {jnp.dtype("float32")}  # whatever the parameters' type
 
 
 MISTAKES = [

@@ -56,7 +56,7 @@ def shared_fields() -> str:
             "--param-dtype",
             "float32|float64|bfloat16",
             "float32",
-            "Type of parameters and optimizer state.",
+            "Type of parameters; those of bfloat16 have float32 gradients and optimizer state.",
         ),
     ]
     for prefix, classes in SHARED.items():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spmd import optim, scope, tree
+from spmd import narrow, optim, scope, tree
 from spmd.fields import check
 from spmd.init import InitConfig, matching
 from spmd.tasks import FROZEN, Task
@@ -102,9 +102,12 @@ def _unstaged() -> Any:
 
 
 def merged(kernel: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, scale: float) -> jax.Array:
-    """kernel + scale a @ b, added in float32 at least, as the kernel's type."""
+    """kernel + scale a @ b, added in float32 at least, as the kernel's type; of a narrow kernel in float32
+    where the adapters are (in training), so that the gradient of the sum is.
+    """
     wide = tree.wide(kernel.dtype)
-    return (kernel.astype(wide) + scale * shape.product(a, b).astype(wide)).astype(kernel.dtype)
+    dtype = a.dtype if narrow.is_narrow(kernel.dtype) else kernel.dtype
+    return (kernel.astype(wide) + scale * shape.product(a, b).astype(wide)).astype(dtype)
 
 
 def shape_of(x: Any, dims: tuple[str | None, ...] | None) -> Shape:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import scope, tree
+from spmd import narrow, scope, tree
 
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 he_normal: Init = jax.nn.initializers.he_normal()
@@ -213,10 +214,21 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = self.dtype or self.kernel[...].dtype
+        if narrow.is_narrow(dtype):
+            return self._narrow(x.astype(dtype))
         y = x.astype(dtype) @ self.kernel[...].astype(dtype)
         if self.bias is not None:
             y += self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
+
+    def _narrow(self, x: jax.Array) -> jax.Array:
+        """Computed in x's type, with the gradients of kernel and bias summed in their own."""
+        rows = string.ascii_lowercase[: x.ndim - 1]
+        y = contract(f"{rows}y,yz->{rows}z", x.dtype, x, self.kernel[...])
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+        return (y.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 class Conv(nnx.Module):
@@ -233,13 +245,38 @@ class Conv(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         dtype = self.dtype or self.kernel[...].dtype
-        return jax.lax.conv_general_dilated(
-            x_BHWC.astype(dtype),
-            self.kernel[...].astype(dtype),
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        if narrow.is_narrow(dtype):
+            product: Any = _narrow_convolve(x_BHWC.astype(dtype), self.kernel[...])
+            return product
+        return convolve(x_BHWC.astype(dtype), self.kernel[...].astype(dtype))
+
+
+def convolve(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Stride 1, SAME padding, both of one type."""
+    return jax.lax.conv_general_dilated(
+        x_BHWC, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@jax.custom_vjp
+def _narrow_convolve(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` in x's type; the kernel's gradient is summed in its own, over pixels and over devices."""
+    return convolve(x_BHWC, kernel.astype(x_BHWC.dtype))
+
+
+def _narrow_convolve_forward(x_BHWC, kernel):
+    return convolve(x_BHWC, kernel.astype(x_BHWC.dtype)), (x_BHWC, kernel)
+
+
+def _narrow_convolve_backward(kept, gradient):
+    x_BHWC, kernel = kept
+    _, for_x = jax.vjp(lambda x: convolve(x, kernel.astype(x.dtype)), x_BHWC)
+    wide = kernel.astype(jnp.float32)
+    _, for_kernel = jax.vjp(functools.partial(convolve, x_BHWC.astype(wide.dtype)), wide)
+    return for_x(gradient)[0], for_kernel(gradient.astype(wide.dtype))[0].astype(kernel.dtype)
+
+
+_narrow_convolve.defvjp(_narrow_convolve_forward, _narrow_convolve_backward)
 
 
 class BatchNorm(nnx.Module):
