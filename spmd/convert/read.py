@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,27 +13,28 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd.convert import names
+from spmd.convert import config, files, names
 from spmd.fields import check
 
-INDEX = "model.safetensors.index.json"
 SHOWN = 10  # tensors that a message names
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Weights(NamedTuple):
-    """A directory of safetensors. tensors: (file, shape, dtype) by their name there."""
+    """A directory of safetensors. tensors: by their name there; aside: what of the directory is not read."""
 
     path: Path
     model: Any
     family: str
-    tensors: dict[str, tuple[str, tuple[int, ...], str]]
+    tensors: dict[str, files.Entry]
+    aside: str
 
     @property
     def about(self) -> str:
         """What it is, for a message."""
-        files = len({file for file, *_ in self.tensors.values()})
-        return f"{self.path} (Hugging Face, {self.family}, {files} file{'s' * (files > 1)})"
+        count = len({entry.file for entry in self.tensors.values()})
+        shown = f"{self.path} (Hugging Face, {self.family}, {count} file{'s' * (count > 1)})"
+        return f"{shown}; {self.aside}" if self.aside else shown
 
     @property
     def arrays(self) -> list[str]:
@@ -75,7 +75,7 @@ class Weights(NamedTuple):
         shapes = self._layer_shapes(wanted)
         by_file: dict[str, list[names.Tensor]] = {}
         for tensor in self._used(wanted):
-            by_file.setdefault(self.tensors[tensor.name][0], []).append(tensor)
+            by_file.setdefault(self.tensors[tensor.name].file, []).append(tensor)
         found: dict[str, jax.Array] = {}
         for file, its in sorted(by_file.items()):
             with safe_open(self.path / file, "np") as opened:
@@ -91,7 +91,7 @@ class Weights(NamedTuple):
         return found
 
     def _as_stored(self, stored: Any) -> dict[str, str]:
-        return {_full_name(name, self.family): name for name in stored}
+        return {files.full_name(name, self.family): name for name in stored}
 
     def _used(self, wanted: Mapping[str, Any]) -> list[names.Tensor]:
         """The tensors of which an array is wanted."""
@@ -127,67 +127,26 @@ def another_model(path: Any, diff: list[str]) -> str:
     return "\n".join([said, *diff[:SHOWN], *more, end])
 
 
-def is_directory(path: Path) -> bool:
-    """Whether there are safetensors in it."""
-    return path.is_dir() and (any(path.glob("*.safetensors")) or (path / INDEX).exists())
-
-
 def find(path: Path, model: Any) -> Weights:
-    """Looks at the headers of all files; ValueError when one is missing or truncated, or when config.json
-    says that the model computes something else.
+    """Looks at the headers of all files; ValueError when one is missing or truncated, when two hold a tensor,
+    or when config.json says that the model computes something else.
     """
     family = names.family_of(model)
     try:
-        from safetensors import safe_open
+        import safetensors
     except ImportError:
         raise ValueError(f"init.from={path} holds safetensors: pip install safetensors") from None
-    index, listed = _json(path / INDEX), {}
-    if index:
-        listed = {**index.get("weight_map", {})}
-        check(bool(listed), f"init.from: {path / INDEX} has no weight_map")
-    files = sorted(set(listed.values())) or sorted(p.name for p in path.glob("*.safetensors"))
-    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
-    for file in files:
-        check(
-            Path(file).name == file, f"init.from: {path / INDEX} names a file elsewhere: {file!r}"
-        )
-        check(
-            (path / file).is_file(), f"init.from: {path / file}, which the index names, is missing"
-        )
-        try:
-            with safe_open(path / file, "np") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no dict)
-                    view = opened.get_slice(name)
-                    kept = (file, tuple(view.get_shape()), view.get_dtype())
-                    if not name.endswith(names.BUFFERS):
-                        found[_full_name(name, family)] = kept
-        except Exception as error:
-            raise ValueError(
-                f"init.from: {path / file} is truncated, or no safetensors file: {error}"
-            ) from None
-    config = _json(path / "config.json")
-    said = names.differences(model, family, config) if config else []
+    del safetensors
+    found, aside = files.tensors(path, family)
+    file = path / "config.json"
+    differ = config.differences(model, family, files.read_json(file)) if file.exists() else []
     check(
-        not said,
-        f"init.from: {path / 'config.json'} is of another model:\n"
-        + "\n".join(f"  {line}" for line in said),
+        not differ,
+        f"init.from: {file} is of another model:\n" + "\n".join(f"  {line}" for line in differ),
     )
-    return Weights(path, model, family, found)
-
-
-def _full_name(name: str, family: str) -> str:
-    """With the prefix, which base models are stored without."""
-    prefix = names.PREFIX[family]
-    return name if name.startswith((prefix, "lm_head.")) else prefix + name
-
-
-def _json(file: Path) -> dict[str, Any]:
     if not file.exists():
-        return {}
-    try:
-        return {**json.loads(file.read_text())}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"init.from: {file} is no JSON object: {error}") from None
+        aside = f"{aside}; " * bool(aside) + "no config.json to compare the model with"
+    return Weights(path, model, family, found, aside)
 
 
 def _put(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from spmd import tree
-from spmd.convert import names
-from spmd.convert.read import INDEX
+from spmd.convert import config, names
+from spmd.convert.files import INDEX
 from spmd.fields import check
 
 SHARD = 2 * 2**30  # bytes of a file; so much of the host's memory is needed
@@ -50,8 +50,8 @@ def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> lis
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (part / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         dtype = str(leaves["embed/table"].dtype)
-        config = names.config_of(model, family, dtype)
-        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        fields = config.config_of(model, family, dtype)
+        (part / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
         part.rename(path)
     except OSError as error:
         raise ValueError(f"--to {directory}: {error.strerror or error}") from None

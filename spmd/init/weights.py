@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd import digest, tree
-from spmd.convert import read
+from spmd.convert import files, read
 from spmd.fields import check
 from spmd.init import InitConfig, adapt, matching
 from spmd.runtime import agree
@@ -206,7 +206,7 @@ def _source(directory: str, model: Any) -> Run | read.Weights:
     path = epath.Path(
         directory if is_remote(directory) else os.path.abspath(os.path.expanduser(directory))
     )
-    if not is_remote(path) and read.is_directory(Path(path)):
+    if not is_remote(path) and files.present(Path(path)):
         return _together(lambda: read.find(Path(path), model))
     return _run(directory, path)
 
@@ -216,6 +216,12 @@ def _run(directory: str, path: epath.Path) -> Run:
 
     def look() -> dict[str, Any]:
         check(path.is_dir(), f"init.from={directory!r}: there is no such directory")
+        others = [] if is_remote(path) else files.unread(Path(path))
+        check(
+            not others or (path / "checkpoints").is_dir(),
+            f"init.from={directory!r} holds {', '.join(others[:4])}, which is not read: save the model as"
+            " safetensors (save_pretrained of transformers does)",
+        )
         step = path if path.name.isdigit() else path / "checkpoints"
         if step is not path:
             present = steps.listed(step)

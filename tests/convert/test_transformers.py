@@ -255,6 +255,8 @@ def test_missing_and_unexpected_tensors_and_other_shapes(tiny, saved):
     tensors = load_file(file)
     tensors["model.norm.other"] = tensors.pop("model.norm.weight")
     save_file(tensors, file)
+    assert "holds model.norm.other, which" in said(tiny, saved)
+    (saved / "model.safetensors.index.json").unlink()
     message = said(tiny, saved)
     assert "model.norm.weight: (absent) there, [32] here" in message
     assert "model.norm.other: F32[32] there, (absent) here" in message
@@ -277,3 +279,13 @@ def test_what_no_shape_tells_is_read_from_config_json(tiny, saved):
 def test_a_model_of_no_family_is_refused(tiny, saved):
     message = said(tiny, saved, MODELS["llama"] + ", logit_cap=30.0")
     assert "not llama for model.logit_cap=30.0" in message
+
+
+def test_every_field_of_their_classes_is_known(tiny):
+    """A later version's new field would be refused, rather than another function computed."""
+    from spmd.convert import config
+
+    for kind, family in (("gpt2", "gpt2"), ("llama", "llama"), ("mixtral", "mixtral")):
+        model = tiny(MODELS[kind]).experiment.model
+        fields = theirs(model).config.to_dict()
+        assert config.differences(model, family, fields) == []
