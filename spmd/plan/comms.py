@@ -4,11 +4,11 @@ Counted as the TPU compiler leaves them (read from programs for v5p:2x2x2; tests
 
 - a block's weights that fsdp cuts (ZeRO-3) are gathered in the compute type twice in each microbatch, forward
   and backward; norms as they are; the table once in a step; the head once, or twice for a chunk of the loss.
-- gradients are summed in the parameters' own type once in each microbatch, the head's for each chunk: those
-  of matrices under ZeRO-3 by a reduce-scatter over fsdp, then an all-reduce of the shard over the other axes
-  that cut tokens (HSDP), context by itself and of the head once for all chunks; those of norms, of experts
-  (whose layer is a shard_map, which sums whole gradients) and of the table, which is a scatter, by one
-  all-reduce over all axes that cut tokens.
+- gradients are summed in the parameters' own type, float32 at least, once in each microbatch, the head's for
+  each chunk: those of matrices under ZeRO-3 by a reduce-scatter over fsdp, then an all-reduce of the shard
+  over the other axes that cut tokens (HSDP), context by itself and of the head once for all chunks; those of
+  norms, of experts (whose layer is a shard_map, which sums whole gradients) and of the table, which is a
+  scatter, by one all-reduce over all axes that cut tokens.
   Under ZeRO-1 the compiler leaves all-reduces (the stacked gradients leave the loop whole) where Rajbhandari
   et al. 2020 have reduce-scatters.
 - ZeRO-1 gathers the new parameters once in a step, in their own type.
@@ -207,6 +207,7 @@ def _of_param(facts: Facts, layout: Layout, mesh: AbstractMesh, leaf: Leaf) -> I
         yield Collective("all-gather", ("fsdp",), fsdp, own * layers, 1, "new parameters")
     shared = shared_over(leaf, layout, mesh)
     within = tuple(axis for axis in shared if not piped or axis not in MANUAL_BATCH)
+    summed = own * leaf.widening
     # A pipeline's sums lie as ZeRO-3's do, whatever the parameters do.
     sharded = cut and (layout.zero == 3 or piped)
     parts = [(False, micro)] if table else []  # a tied table has both gradients
@@ -214,12 +215,12 @@ def _of_param(facts: Facts, layout: Layout, mesh: AbstractMesh, leaf: Leaf) -> I
         parts.append((matrix and not is_expert(leaf), layers * micro * chunks))
     for product, count in parts:
         if piped and table and not product:  # of all rows, each device takes those of its own part
-            yield from _rows(facts, layout, within, leaf.itemsize, count)
+            yield from _rows(facts, layout, within, max(leaf.itemsize, WIDE), count)
             continue
-        bytes, rest = own, within
+        bytes, rest = summed, within
         if sharded and product:
-            yield Collective("reduce-scatter", ("fsdp",), fsdp, own, count, "gradients")
-            bytes, rest = own / fsdp, _without(within, "fsdp")
+            yield Collective("reduce-scatter", ("fsdp",), fsdp, summed, count, "gradients")
+            bytes, rest = summed / fsdp, _without(within, "fsdp")
         if product and "context" in rest:  # by itself, and once for all chunks of the loss
             yield from _summed(layout, ("context",), bytes, count / chunks)
             rest = _without(rest, "context")
@@ -227,7 +228,7 @@ def _of_param(facts: Facts, layout: Layout, mesh: AbstractMesh, leaf: Leaf) -> I
     if piped:
         once = tuple(axis for axis in shared if axis in MANUAL_BATCH)
         once += () if leaf.stacked else (STAGE,)
-        yield from _summed(layout, once, own * layers / (fsdp if sharded else 1), 1)
+        yield from _summed(layout, once, summed * layers / (fsdp if sharded else 1), 1)
 
 
 def _summed(
@@ -370,9 +371,9 @@ def _of_stages(facts: Facts, layout: Layout) -> Iterator[Collective]:
     turns = moving_turns(ways, layout.virtual)
     for leaf in facts.params:
         if leaf.stacked:  # a chunk in each turn, as it lies, and its gradient back
-            chunk = leaf.bytes(mesh, fsdp=layout.zero == 3) / layout.virtual
+            chunk = leaf.bytes(mesh, fsdp=layout.zero == 3) * leaf.widening / layout.virtual
             yield Collective(*permute, chunk, turns, "chunks")
-            chunk = leaf.bytes(mesh, fsdp=True) / layout.virtual
+            chunk = leaf.bytes(mesh, fsdp=True) * leaf.widening / layout.virtual
             yield Collective(*permute, chunk, turns, "chunks")
 
 

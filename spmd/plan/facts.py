@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from spmd import flops, sharding, tree
+from spmd import flops, narrow, sharding, tree
 from spmd.mesh import AXES
 from spmd.models.transformer import Transformer
 from spmd.plan.shardings import GROUPS, OTHER, owner
 from spmd.train.loop import Program
 
+FLOAT32 = 4  # bytes
 Sizes = Mapping[str, int]  # mesh axis -> size; all of AXES
 
 
@@ -55,6 +56,11 @@ class Leaf(NamedTuple):
     def bytes(self, mesh: AbstractMesh, fsdp: bool) -> int:
         """On each device."""
         return _bytes(self, mesh, fsdp)
+
+    @property
+    def widening(self) -> int:
+        """Bytes of its gradient for each byte of it: gradients are float32 at least (spmd.narrow)."""
+        return max(self.itemsize, FLOAT32) // self.itemsize
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -123,11 +129,13 @@ def of(program: Program, model: Any, *, chunks: int = 1) -> Facts:
     chunks: of its loss.
     """
     batch = program.abstract_batch()
+    params = jax.tree.leaves(program.abstract_state().params)
+    param = max((leaf.dtype for leaf in params), key=lambda dtype: dtype.itemsize)
+    model = narrow.with_compute_type(model, str(param))
     known = model if isinstance(model, Transformer) else None
     shape = batch["tokens"].shape if "tokens" in batch else (program.data.batch_size, 1)
     counted = transformer_flops(known, *shape) if known else flops.of_step(program.task, batch)
-    param = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state().params))
-    dtype = getattr(model, "dtype", "")
+    dtype = getattr(model, "dtype", "float32" if narrow.is_narrow(param) else "")
     return Facts(
         name=program.name,
         leaves=_leaves(program),
@@ -137,7 +145,7 @@ def of(program: Program, model: Any, *, chunks: int = 1) -> Facts:
         batch_bytes=tree.num_bytes(batch),
         flops=dict(counted),
         saved=0 if known else _saved(program, batch),
-        compute=jnp.dtype(dtype).itemsize if dtype else param,
+        compute=jnp.dtype(dtype or param).itemsize,
         chunks=chunks,
         model=known,
     )

@@ -2,8 +2,8 @@
 
 State and batch are exact: the same rules cut them as in a run. The rest is a model of the compiled step:
 
-- gradients have the parameters' own type. ZeRO-3 holds their shards, ZeRO-1 whole ones (see comms). With
-  accumulation their sum is held beside those of a microbatch.
+- gradients have the parameters' own type, float32 at least. ZeRO-3 holds their shards, ZeRO-1 whole ones (see
+  comms). With accumulation their sum is held beside those of a microbatch.
 - saved activations: what enters each block, and what model.remat keeps of it (`kept`); of another model, what
   jax.vjp keeps, all of it cut by examples.
 - temporaries, the larger of two moments. In the loss: the logits of a chunk in float32, a part of their
@@ -17,7 +17,8 @@ State and batch are exact: the same rules cut them as in a run. The rest is a mo
   those of a chunk (which lie as its parameters), of table and head, which are added to it. interleaved has
   its weights a second time, in the order of its chunks.
 - of a mixture whose experts are elsewhere, a round's buffers instead of what the layer would keep.
-- the update runs in place (the state is donated), array by array.
+- the update runs in place (the state is donated), array by array; what it holds in float32 of narrow
+  parameters is fused away.
 
 Not modelled: fragmentation, and what the compiler chooses to keep or to compute anew on its own.
 """
@@ -139,7 +140,8 @@ def _groups(leaves: tuple[Leaf, ...], mesh: AbstractMesh, zero: int) -> dict[str
 @functools.lru_cache(maxsize=64)
 def _gradients(leaves: tuple[Leaf, ...], mesh: AbstractMesh, cut: bool) -> tuple[int, int]:
     """Bytes of the gradients, and of those that are stacked by layers."""
-    held = {leaf: leaf.bytes(mesh, fsdp=cut) for leaf in leaves if leaf.group == GROUPS["params"]}
+    params = [leaf for leaf in leaves if leaf.group == GROUPS["params"]]
+    held = {leaf: leaf.bytes(mesh, fsdp=cut) * leaf.widening for leaf in params}
     return sum(held.values()), sum(size for leaf, size in held.items() if leaf.stacked)
 
 
@@ -232,7 +234,7 @@ def _head(facts: Facts, layout: Layout) -> float:
     if head is None or layout.size("fsdp") == 1 or layout.zero != 3:
         return 0.0
     whole = head.bytes(abstract_mesh(layout.mesh), fsdp=False)
-    return whole * (1 + facts.compute / head.itemsize)
+    return whole * (head.widening + facts.compute / head.itemsize)
 
 
 def _weights(facts: Facts, layout: Layout) -> float:
@@ -243,9 +245,9 @@ def _weights(facts: Facts, layout: Layout) -> float:
     sizes = sorted(
         (
             leaf.bytes(mesh, fsdp=False) / comms.layers_here(leaf, layout),
-            facts.compute / leaf.itemsize,
+            leaf.widening + facts.compute / leaf.itemsize,
         )
         for leaf in facts.weights
         if leaf.stacked
     )
-    return sum(own * (1 + narrow) for own, narrow in sizes[-ON_THE_WAY:])
+    return sum(own * held for own, held in sizes[-ON_THE_WAY:])

@@ -206,9 +206,11 @@ class Checkpoints:
         found = agree.from_first(lambda: _examine(path, wanted, accept), about)
         if found["bad"]:
             return {}, found["bad"]
-        there = found["names"]  # name here -> name there
+        there, narrow = found["names"], found["widened"]  # name here -> name there, type there
         abstract = {
-            there.get(k, k): jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed[k])
+            there.get(k, k): jax.ShapeDtypeStruct(
+                v.shape, jax.numpy.dtype(narrow.get(k, v.dtype)), sharding=placed[k]
+            )
             for k, v in wanted.items()
         }
         if found["verified"]:
@@ -228,12 +230,20 @@ class Checkpoints:
             check(not told[1], f"cannot read the {about} in {self._directory} now: {told[1]}")
             if told[0]:
                 return {}, f"unreadable: {told[0]}"
-        if not found["verified"]:
+        wrong = ""
+        if found["verified"]:
+            digests = np.asarray(leaves.pop(reading.DIGESTS))
+            wrong = reading.differ(digest.differing(leaves, digests))
+        else:
             agree.say(f"the {about} has no digests (an older version saved it): not verified")
-            return {k: leaves[there.get(k, k)] for k in wanted}, ""
-        digests = np.asarray(leaves.pop(reading.DIGESTS))
-        wrong = reading.differ(digest.differing(leaves, digests))
-        return {k: leaves[there.get(k, k)] for k in wanted}, wrong
+        if narrow:
+            agree.say(
+                f"the {about} holds {len(narrow)} arrays of optimizer state or statistics in bfloat16 (an"
+                " older version saved it): they go on in float32"
+            )
+        restored = {k: leaves[there.get(k, k)] for k in wanted}
+        restored |= {k: restored[k].astype(wanted[k].dtype) for k in narrow}
+        return restored, wrong
 
 
 def _examine(
@@ -247,7 +257,7 @@ def _examine(
         check(not reading.passes(error), f"cannot read {path} now: {reading.first_line(error)}")
         bad, leaves = f"unreadable: {reading.first_line(error)}", {}
     if bad:
-        return {"bad": bad, "verified": False, "names": {}}
+        return {"bad": bad, "verified": False, "names": {}, "widened": {}}
     for name in leaves:
         check(
             steps.safe(name.replace("/", "\0")),
@@ -260,8 +270,11 @@ def _examine(
         name: leaves[names.get(name, name)] for name in wanted if names.get(name, name) in leaves
     }
     there |= {name: leaf for name, leaf in leaves.items() if name not in names.values()}
-    _same_model(path, there, {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()})
-    return {"bad": "", "verified": verified is not None, "names": names}
+    here = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
+    widened = reading.widened(there, here)
+    _same_model(path, there | {name: here[name] for name in widened}, here)
+    found = {"bad": "", "verified": verified is not None}
+    return found | {"names": names, "widened": widened}
 
 
 def _same_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

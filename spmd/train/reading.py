@@ -98,6 +98,25 @@ def aligned(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
     return {name: there[key] for key, name in here.items() if there[key] != name}
 
 
+# Fields of the state that an older version kept in the parameters' type, and that are float32 now.
+_WIDENED = ("opt_state.", "model_state.", "strategy_state.")
+
+
+def widened(
+    stored: dict[str, tuple[tuple[int, ...], str]], wanted: dict[str, tuple[tuple[int, ...], str]]
+) -> dict[str, str]:
+    """`{name: type there}` of what lies in bfloat16 beside bfloat16 parameters of an older version, and is
+    float32 here: float32 has every bfloat16, so nothing is lost.
+    """
+    return {
+        name: stored[name][1]
+        for name, (shape, dtype) in wanted.items()
+        if name.startswith(_WIDENED)
+        and dtype == "float32"
+        and stored.get(name) == (shape, "bfloat16")
+    }
+
+
 def load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """The leaves of a step that `abstract` asks for; ValueError when they cannot be read."""
     from orbax.checkpoint import v1 as ocp

@@ -192,6 +192,40 @@ def test_bytes_are_those_of_the_closed_form(case):
     assert made.memory.aliased == pytest.approx(held, rel=0.01)
 
 
+@pytest.mark.parametrize("case", slow_but(("zero1",), ("dp", "zero1", "fsdp", "explicit")))
+def test_narrow_parameters_are_gathered_narrow_and_their_gradients_summed_wide(case):
+    words, form = CASES[case]
+    program = build([*words, "--param-dtype", "bfloat16"])
+    made = compile.compiled(program, targets.parse("cpu:8"))
+    wanted = form(parameters(program))
+    wanted = {key: n * (1 if key[1] == "all-gather" else 2) for key, n in wanted.items()}
+    found = {key: total.bytes for key, total in hlo.ledger(made.program).items()}
+    for key in found | wanted:
+        largest = max(wanted.values())
+        assert abs(found.get(key, 0) - wanted.get(key, 0)) <= SMALL * wanted.get(key, largest), key
+    large = [c for c in made.program.collectives if c.bytes > SCALARS]
+    assert {c.dtype for c in large if c.kind in ("all-reduce", "reduce-scatter")} == {"f32"}
+    assert {c.dtype for c in large if c.kind == "all-gather"} <= {"bf16"}
+
+
+def test_the_plan_counts_narrow_parameters():
+    """Half the bytes of parameters; optimizer state and gradients of float32."""
+    plan = lambda *words: planner.plan(
+        spmd.load("lm_stdlib", [*WORDS, "1", "--mesh.fsdp", "8", *words]).experiment,
+        "v5e:2x4",
+        compiled=False,
+    )
+    wide, narrow = plan("--model.dtype", "bfloat16"), plan("--param-dtype", "bfloat16")
+    assert narrow.memory.parameters == wide.memory.parameters // 2
+    for part in ("optimizer", "gradients", "activations", "batch"):
+        assert getattr(narrow.memory, part) == getattr(wide.memory, part), part
+    assert narrow.facts.flops == wide.facts.flops
+    gradients = lambda plan: sum(
+        c.bytes * c.count for c in plan.collectives if c.what == "gradients"
+    )
+    assert gradients(narrow) == gradients(wide)
+
+
 # Held to the planner's own forms, which count a pipeline's ticks and a mixture's rounds as they run. A
 # table's gradient is summed over time apart on CPUs, so no other axis that cuts rows stands beside context.
 PIPE = ["--model.layers", "4", "--train.accumulate", "4", "--mesh.stage"]

@@ -104,6 +104,26 @@ def test_another_dtype_is_refused_and_not_cast(checkpoints):
         checkpoints.restore(like, shardings)
 
 
+def test_narrow_moments_of_an_older_version_go_on_in_float32(checkpoints, capsys):
+    cut = mesh.make(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+    place = {"params": NamedSharding(cut, P("fsdp")), "opt_state": NamedSharding(cut, P("fsdp"))}
+    values = jnp.linspace(-1, 1, 8).astype(jnp.bfloat16)
+    state = {name: {"w": jax.device_put(values, at)} for name, at in place.items()}
+    checkpoints.save(state, 1, {}, {})
+    checkpoints.wait()
+    like = shapes(state)
+    like["opt_state"] = {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    shardings = {name: {"w": at} for name, at in place.items()}
+    got = checkpoints.restore(like, shardings)
+    assert got["opt_state"]["w"].dtype == jnp.float32 and got["params"]["w"].dtype == jnp.bfloat16
+    assert got["opt_state"]["w"].sharding == place["opt_state"]
+    np.testing.assert_array_equal(got["opt_state"]["w"], np.asarray(values, np.float32))
+    assert "1 arrays of optimizer state" in capsys.readouterr().out
+    like["params"] = {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    with pytest.raises(ValueError, match=r"params.w: bfloat16\[8\] in the checkpoint, float32"):
+        checkpoints.restore(like, shardings)
+
+
 def test_missing_checkpoints_say_what_there_is(checkpoints):
     state, shardings = state_on(MeshConfig(), 1)
     with pytest.raises(ValueError, match="no checkpoint in"):
