@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from spmd import scope, tree
+from spmd import scope
 from spmd.fields import check, free
 from spmd.models.attention import (
     Context,
@@ -25,7 +25,8 @@ from spmd.models.attention import (
     rotary,
     rotate,
 )
-from spmd.models.layers import Dropout, Linear, Norm, contract, lookup, param
+from spmd.models.layers import Dropout, Embedding, Linear, Norm
+from spmd.models.layers.embedding import vocab_logits
 from spmd.models.moe import Experts, Load, Mixture
 
 Cache = dict[str, jax.Array]  # key, value: [L, B, S, G, K]
@@ -155,9 +156,9 @@ class Decoder(nnx.Module):
     def __init__(self, config: Transformer, rngs: nnx.Rngs):
         self.config = config
         table = jax.nn.initializers.normal(config.init_std or config.embed**-0.5)
-        self.embed = Table(rngs, (config.rows, config.embed), "vocab", table)
+        self.embed = Embedding(rngs, (config.rows, config.embed), "vocab", table)
         self.position = (
-            Table(rngs, (config.length, config.embed), "position", table)
+            Embedding(rngs, (config.length, config.embed), "position", table)
             if config.position == "learned"
             else None
         )
@@ -188,18 +189,11 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V], at least float32."""
-        wide = tree.wide(x_BTD.dtype)
-        if self.head is None:
-            logits_BTV = contract("btd,vd->btv", wide, x_BTD, self.embed.table[...])
-        else:
-            logits_BTV = contract(self.head.spec, wide, x_BTD, self.head.kernel[...])
-        logits_BTV = scope.constrain(logits_BTV, "batch", _time("time", x_BTD), "vocab")
-        if cap := self.config.logit_cap:
-            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
-        if self.config.rows > self.config.vocab:
-            token = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-            logits_BTV = jnp.where(token < self.config.vocab, logits_BTV, jnp.finfo(wide).min)
-        return logits_BTV
+        config = self.config
+        spec, kernel = "btd,vd->btv", self.embed.table
+        if self.head is not None:
+            spec, kernel = self.head.spec, self.head.kernel
+        return vocab_logits(spec, x_BTD, kernel[...], vocab=config.vocab, cap=config.logit_cap)
 
     def cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `length` tokens of each row, in the compute type; its dims: CACHE_DIMS."""
@@ -288,23 +282,6 @@ class Decoder(nnx.Module):
         if load is not None and isinstance(self.blocks.mlp, Mixture):
             self.blocks.mlp.tell(load)
         return x_BTD, cache
-
-
-class Table(nnx.Module):
-    """Rows by index."""
-
-    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int], dim: str, init: Any):
-        self.table = param(rngs, shape, (dim, "embed"), init)
-        self.dim = dim
-
-    def __call__(self, index_BT: jax.Array, dtype: Any) -> jax.Array:
-        # Whole rows, gathered over fsdp as any weight is before use. The result is said to be uncut along
-        # time, so that each device takes the rows it has and a sum joins them: with residuals cut over
-        # the axis of the vocabulary, the whole table would be gathered instead.
-        table = scope.constrain(self.table[...], self.dim, "embed")
-        return scope.constrain(
-            lookup(dtype, table, index_BT), "batch", _time("time", index_BT), "embed"
-        )
 
 
 class Block(nnx.Module):

@@ -1,0 +1,92 @@
+"""Normalisation: over the last dim of each position, or over the global batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spmd import scope, tree
+from spmd.models.layers.initial import ones, stacked_param, zeros
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) or LayerNorm (Ba et al. 2016, arXiv 1607.06450).
+
+    Normalises the last dim, at least in float32.
+
+    Args:
+        rngs: source of keys (the initial values are ones and zeros).
+        size: of the last dim.
+        dim: its logical name.
+        layers: how many are stacked; 0 is a single layer, without the dim.
+        centred: whether the mean is subtracted (LayerNorm).
+        bias: whether a bias is added.
+        epsilon: added to the mean of squares.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        size: int,
+        dim: str,
+        *,
+        layers: int = 0,
+        centred: bool = False,
+        bias: bool = False,
+        epsilon: float = 1e-5,
+    ):
+        self.scale = stacked_param(rngs, layers, (size,), (dim,), ones)
+        self.bias = stacked_param(rngs, layers, (size,), (dim,), zeros) if bias else None
+        self.centred, self.epsilon = centred, epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., size] normalised, in the type of x."""
+        dtype = tree.wide(x.dtype)
+        y = x.astype(dtype)
+        last = (1,) * (x.ndim - 1) + (-1,)
+        if self.centred:
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        y *= self.scale[...].astype(dtype).reshape(last)
+        if self.bias is not None:
+            y += self.bias[...].astype(dtype).reshape(last)
+        return y.astype(x.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over the global batch, padding excluded (Ioffe and Szegedy 2015, arXiv 1502.03167).
+
+    Statistics are reduced by scope.batch_mean, so each device normalises by the same numbers.
+
+    Args:
+        features: size of the last dim.
+        momentum: weight of the old running statistics.
+        epsilon: added to the variance.
+    """
+
+    def __init__(self, features: int, momentum: float = 0.9, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(features), dims=("channels",))
+        self.bias = nnx.Param(jnp.zeros(features), dims=("channels",))
+        self.mean = nnx.BatchStat(jnp.zeros(features))
+        self.var = nnx.BatchStat(jnp.ones(features))
+        self.momentum, self.epsilon = momentum, epsilon
+        self.use_running_average = False  # nnx's name: model.eval() sets it
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, ..., features] normalised; in training, the running statistics move."""
+        dtype = tree.wide(x.dtype)  # statistics in bfloat16 lose the variance
+        y = x.astype(dtype)
+        last = (1,) * (x.ndim - 1) + (-1,)
+        if self.use_running_average:
+            mean, var = self.mean[...].astype(dtype), self.var[...].astype(dtype)
+        else:
+            dims = tuple(range(x.ndim - 1))
+            mean = scope.batch_mean(y, dims)
+            var = scope.batch_mean(jnp.square(y - mean.reshape(last)), dims)
+            for stat, new in ((self.mean, mean), (self.var, var)):
+                old = stat[...]
+                stat[...] = self.momentum * old + (1 - self.momentum) * new.astype(old.dtype)
+        y = (y - mean.reshape(last)) * jax.lax.rsqrt(var + self.epsilon).reshape(last)
+        scale, bias = (v[...].astype(dtype).reshape(last) for v in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)
