@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import spmd
 from spmd import mesh, narrow, tasks
 from spmd.mesh import MeshConfig
 from spmd.models.cnn import CNN
 from spmd.models.layers import Conv, Dense
+from tests.command import final_state
 
 pytestmark = pytest.mark.usefixtures("devices")
 KEYS = 4096
@@ -127,3 +131,45 @@ def test_statistics_stay_wide_and_foreign_models_compute_in_float32():
     wide = built.predict(narrow.at_least_float32(params), state, batch)
     assert seen.dtype == jnp.float32
     np.testing.assert_array_equal(seen, wide)
+
+
+DIGITS = ("--param-dtype", "bfloat16", "--optimizer", "adamw", "--optimizer.learning-rate", "1e-4")
+
+
+def digits(directory, *words):
+    """(summary of the run's metrics) of digits with AdamW at 1e-4, whose steps the nearest bfloat16 loses."""
+    words = [*DIGITS, "--run.dir", str(directory), *map(str, words)]
+    return spmd.load("digits", words).train().metrics
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
+    """The bits of a step come from its number: nothing of them is in the checkpoint."""
+    words = ("--train.steps", 12, "--checkpoint.every", 4, "--checkpoint.keep", 9)
+    words = (*words, "--optimizer.ema", 0.9, "--simulate", 1)
+    first, then = tmp_path / "first", tmp_path / "then"
+    digits(first, *words)
+    shutil.copytree(first, then)
+    (then / "summary.json").unlink()
+    for later in (8, 12):
+        shutil.rmtree(then / f"checkpoints/{later}")
+    digits(then, *words)
+    want, got = (final_state(d, *DIGITS, *map(str, words)) for d in (first, then))
+    assert {str(want[k].dtype) for k in want if k.startswith("params")} == {"bfloat16"}
+    for name, leaf in want.items():
+        np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+
+
+def test_digits_learn_as_in_float32(tmp_path):
+    """Ten epochs; rounded to the nearest, the loss is at 2.2 then and stays there."""
+    words = ("--train.epochs", 10, "--simulate", 1)
+    narrow_loss = digits(tmp_path / "narrow", *words)["eval/loss"]
+    wide_loss = digits(tmp_path / "wide", *words, "--param-dtype", "float32")["eval/loss"]
+    assert wide_loss < 1.9
+    assert narrow_loss == pytest.approx(wide_loss, rel=0.02)
+
+
+@pytest.mark.slow
+def test_digits_reach_their_accuracy(tmp_path):
+    words = ("--train.epochs", 60, "--simulate", 1, "--seed")
+    found = [digits(tmp_path / str(seed), *words, seed)["eval/accuracy"] for seed in range(3)]
+    assert np.mean(found) >= 0.94, found
