@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spmd.plan import shardings
     from spmd.runtime.stop import Stop
     from spmd.train.claim import Claim
-    from spmd.train.loop import Program
+    from spmd.train.program import Program
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
 
@@ -140,7 +140,7 @@ class Experiment:
         from spmd.init import adapt, weights
         from spmd.runtime import platforms
         from spmd.strategies.base import Parts
-        from spmd.train.loop import Program
+        from spmd.train.program import Program
 
         several = self.setup()
         platforms.start()
@@ -306,22 +306,11 @@ class Experiment:
             for claim in claims:
                 claim.check()
 
-        summary = loop.fit(
-            program,
-            path,
-            train=self.train,
-            evals=self.eval,
-            log=self.log,
-            checkpoint=self.checkpoint,
-            runtime=self.runtime,
-            config=self.config(),
-            identity=identity,
-            resumes=resumes,
-            accept=accept,
-            begin=begin,
-            holds=holds,
-            stop=stop,
+        run = loop.Directory(
+            path, self.config(), identity, resumes, accept=accept, begin=begin, holds=holds
         )
+        settings = loop.Settings(self.train, self.eval, self.checkpoint, self.log, self.runtime)
+        summary = loop.fit(program, run, settings, stop)
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
 
     def _say_stretched(self, recorded: dict[str, Any], program: Program, step: int) -> None:

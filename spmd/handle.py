@@ -12,7 +12,7 @@ from spmd.experiment import Experiment, Run
 if TYPE_CHECKING:
     from spmd.compare.report import Comparison
     from spmd.plan import shardings
-    from spmd.train.loop import Program
+    from spmd.train.program import Program
     from spmd.train.snapshot import Snapshot
     from spmd.verify import Report
 

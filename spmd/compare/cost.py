@@ -22,7 +22,7 @@ from spmd.plan.comms import SCALAR
 
 if TYPE_CHECKING:
     from spmd.experiment import Experiment
-    from spmd.train.loop import Program
+    from spmd.train.program import Program
 
 COMBINED = ("all-reduce", "all-gather", "reduce-scatter")
 BLOCKS = 5  # of steps, the median of which is taken

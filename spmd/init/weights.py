@@ -23,7 +23,7 @@ from spmd.runtime import agree
 from spmd.storage import is_remote, ready
 from spmd.tasks import FROZEN
 from spmd.train import reading, steps
-from spmd.train.loop import Program
+from spmd.train.program import Program
 
 T = TypeVar("T")
 # `params/layers/1/kernel` or `model_state/norm/mean` of the model itself -> shape, dtype, sharding

@@ -141,7 +141,7 @@ def devices(target: Target) -> list[Any] | None:
 
 
 def compiled(program: Any, target: Target) -> Compiled:
-    """Lowers and compiles `program.strategy.step` (of a train.loop.Program built on `devices(target)`).
+    """Lowers and compiles `program.strategy.step` (of a train.program.Program built on `devices(target)`).
 
     In this process, which the compiler may end; `spmd.ahead` runs it in one of its own. A result is kept in
     the cache directory, by the lowered program, the target and the versions. Raises Failed.

@@ -20,7 +20,7 @@ from spmd import flops, narrow, sharding, tree
 from spmd.mesh import AXES
 from spmd.models.transformer import Transformer
 from spmd.plan.shardings import GROUPS, OTHER, owner
-from spmd.train.loop import Program
+from spmd.train.program import Program
 
 FLOAT32 = 4  # bytes
 Sizes = Mapping[str, int]  # mesh axis -> size; all of AXES

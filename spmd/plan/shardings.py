@@ -17,7 +17,7 @@ from spmd import fields, mesh, sharding, tree
 from spmd.mesh import AXES
 from spmd.plan.targets import Target
 from spmd.strategies import Auto, StrategyConfig
-from spmd.train.loop import Program
+from spmd.train.program import Program
 
 GROUPS = {  # field of the state -> its name in the table
     "params": "parameters",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +13,8 @@ import numpy as np
 from etils import epath
 
 from spmd import flops
-from spmd.batches import Expected, Ranges
-from spmd.data import DataConfig, augment, loader
+from spmd.data import loader
 from spmd.data.skips import Skips
-from spmd.privacy import Mechanism
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.stop import Stop, Votes, catching
 from spmd.runtime.watchdog import Watchdog
@@ -36,73 +33,35 @@ from spmd.train.evaluate import evaluator
 from spmd.train.log import Clock, Log, check_finite
 from spmd.train.metrics import Writer
 from spmd.train.profile import Profile
+from spmd.train.program import Program
 
 
-class Program(NamedTuple):
-    """A built experiment: what the loop, verify, plan and compare are handed."""
+class Settings(NamedTuple):
+    """When a run evaluates, saves, logs and stops; see the config classes."""
 
-    name: str
-    seed: int
-    mesh: jax.sharding.Mesh
-    task: Any
-    strategy: base.Strategy
-    num_steps: int
-    data: DataConfig
-    source: Any  # training source
-    start: Callable[[Any, base.TrainState], base.TrainState] | None = None  # (self, state) -> state
-    order: Callable[[Any], Any] = lambda source: None  # source -> its order; None is its own
-    privacy: Mechanism | None = None
-    evaluation: Any = None  # evaluation source, where it is open already
-    skips: Skips | None = None  # bad training records that may pass
-    ranges: Ranges = MappingProxyType({})  # of the features that are indices
+    train: TrainConfig
+    evals: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    runtime: RuntimeConfig
 
-    def open_evaluation(self) -> Any:
-        """The source of the evaluation split."""
-        return self.data.open("eval") if self.evaluation is None else self.evaluation
 
-    def expected(self, split: str) -> Expected:
-        """What each batch of a split (`training`, `evaluation`) is checked against."""
-        return Expected(split, self.data.features, self.ranges)
+class Directory(NamedTuple):
+    """A run directory as the loop uses it.
 
-    def init(self) -> base.TrainState:
-        """The state before the first step, every array born on the mesh with its sharding."""
-        state = self.strategy.init(jax.random.key(self.seed))
-        return self.start(self, state) if self.start else state
+    config, identity: saved with each checkpoint. resumes: whether the directory holds this run already.
+    accept: as Checkpoints.restore takes it. begin: called by process 0 with the first step's number, before
+    anything is written. holds: called by process 0 before each save; raises ValueError when the directory
+    belongs to another run by now.
+    """
 
-    @property
-    def examples(self) -> int:
-        """Examples of a step; under privacy on average, some rows being empty."""
-        return self.privacy.examples if self.privacy else self.data.batch_size
-
-    def abstract_state(self) -> base.TrainState:
-        """Shapes and dtypes of the state."""
-        return jax.eval_shape(self.strategy.init, jax.random.key(0))
-
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the global batch."""
-        shapes = self.data.abstract_batch(self.data.batch_size)
-        return {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in shapes.items()}
-
-    def host_batches(
-        self, start: int, stop: int, steps_per_dispatch: int = 1
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of the training batches of steps [start, stop); see loader.train_batches."""
-        placed = jax.tree.leaves(self.strategy.batch_shardings)[0]
-        return loader.train_batches(
-            self.source,
-            batch_size=self.data.batch_size,
-            seed=self.seed,
-            start=start,
-            stop=stop,
-            steps_per_dispatch=steps_per_dispatch,
-            rows=loader.process_rows(placed, self.data.batch_size),
-            threads=self.data.threads,
-            buffer=self.data.buffer,
-            transform=augment.transform(self.data, self.source, self.seed, self.skips),
-            order=self.order(self.source),
-            skips=self.skips,
-            expected=self.expected("training"),
-        )
+    path: epath.Path
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    resumes: bool
+    accept: Callable[[dict[str, Any]], None]
+    begin: Callable[[int], None]
+    holds: Callable[[], None]
 
 
 class Stopped(Exception):
@@ -124,240 +83,267 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def _first_state(
-    program: Program,
-    checkpoints: Checkpoints,
-    clock: Clock,
-    accept: Callable[[dict[str, Any]], None],
-    *,
-    resumes: bool,
-) -> base.TrainState:
-    """The newest checkpoint on this mesh, or a fresh state; prints what the run consists of."""
-    abstract, strategy = program.abstract_state(), program.strategy
-    progress.start(
-        program.name,
-        program.mesh,
-        abstract,
-        strategy.state_shardings,
-        program.num_steps,
-        program.examples,
-    )
-    if program.privacy:
-        agree.say(program.privacy.about(program.num_steps))
-    if not (resumes and checkpoints.exist()):
-        with clock("compile"):
-            return program.init()
-    with clock("checkpoint"):
-        state = checkpoints.restore(abstract, strategy.state_shardings, accept=accept)
-    if program.privacy:
-        program.privacy.same_noise(checkpoints.about(int(state.step)).get("noise_multiplier"))
-    agree.say(f"resuming at step {int(state.step)} of {program.num_steps}")
-    return state
-
-
 def fit(
-    program: Program,
-    directory: epath.Path,
-    *,
-    train: TrainConfig,
-    evals: EvalConfig,
-    checkpoint: CheckpointConfig,
-    log: LogConfig,
-    runtime: RuntimeConfig,
-    config: dict[str, Any],
-    identity: dict[str, Any],
-    resumes: bool,
-    accept: Callable[[dict[str, Any]], None],
-    begin: Callable[[int], None],
-    holds: Callable[[], None],
-    stop: Stop | None = None,
+    program: Program, run: Directory, settings: Settings, stop: Stop | None = None
 ) -> dict[str, Any]:
-    """Trains to program.num_steps from the newest checkpoint in `directory`; returns the summary.
+    """Train to program.num_steps from the newest checkpoint in the run directory; returns the summary.
 
-    Nothing is written before the first dispatch has run, so that what cannot run leaves no trace.
+    Nothing is written before the first dispatch has run, so that a run that cannot step leaves no trace.
 
-    config, identity: saved with each checkpoint. resumes: whether `directory` holds this run. accept: as
-    Checkpoints.restore takes it. begin: called by process 0 with the step at which the run goes on, before
-    anything is written. holds: called by process 0 before each save; ValueError when the directory is not
-    this run's any more. stop: of signals that are caught already; None catches them here. Raises Stopped
-    after a signal to any process, NonFinite when the loss diverges, SaveFailed when the disk is full; in all
-    processes, at the same step.
+    Args:
+        stop: collects signals that are caught already; None catches them here.
+
+    Raises:
+        Stopped: after a signal to any process; NonFinite: the loss diverged; SaveFailed: the disk is full.
+            All processes raise the same at the same step.
     """
     with (
-        contextlib.nullcontext(stop) if stop else catching(runtime.grace) as stop,
-        Watchdog(runtime.hang_timeout) as watchdog,
-        disk_full(directory),
+        contextlib.nullcontext(stop) if stop else catching(settings.runtime.grace) as stop,
+        Watchdog(settings.runtime.hang_timeout) as watchdog,
+        disk_full(run.path),
         contextlib.ExitStack() as closing,
         agree.peers(),
     ):
-        strategy, data, step = program.strategy, program.data, 0
-        votes = Votes(program.mesh) if agree.joined() else None
+        trainer = Trainer(program, run, settings, stop, watchdog, closing)
+        trainer.open_state()
+        trainer.open_input()
+        trainer.take_first_steps()
+        trainer.open_output()
+        while trainer.step < program.num_steps:
+            trainer.take_steps()
+            if trainer.stopping():
+                break
+            if trainer.step < program.num_steps:
+                trainer.evaluate_and_save_when_due()
+            if trainer.stopping():
+                break
+        summary = trainer.finish()
+    progress.end(summary, run.path)
+    sys.stdout.flush()
+    return summary
 
-        def entering(phase: str) -> contextlib.AbstractContextManager[None]:
-            stop.phase = phase
-            watchdog.beat(phase, step)
-            return watchdog.paused() if phase == "compile" else contextlib.nullcontext()
 
-        clock = Clock(entering)
-        # ---- state: born sharded, or the newest checkpoint, on whatever mesh this is
-        checkpoints = Checkpoints(directory / "checkpoints", checkpoint, writing=resumes)
-        closing.callback(checkpoints.close)
-        state = _first_state(program, checkpoints, clock, accept, resumes=resumes)
-        step = int(state.step)
-        if step:
-            stop.stands = f"the checkpoint of step {step} stands"
-        # ---- input
-        if train.steps_per_dispatch > 1:
-            strategy = base.scanned(strategy)
-        placed = jax.tree.leaves(strategy.batch_shardings)[0]
-        batches = program.host_batches(step, program.num_steps, train.steps_per_dispatch)
+class Trainer:
+    """A run while it trains: its state, its input, its output. `fit` calls the public methods in order."""
+
+    def __init__(
+        self,
+        program: Program,
+        run: Directory,
+        settings: Settings,
+        stop: Stop,
+        watchdog: Watchdog,
+        closing: contextlib.ExitStack,
+    ):
+        self.program, self.run, self.settings = program, run, settings
+        self.stop, self.watchdog, self.closing = stop, watchdog, closing
+        self.step = 0
+        self.votes = Votes(program.mesh) if agree.joined() else None
+        self.clock = Clock(self._enter)
+        self.measured: dict[str, float] = {}  # by the evaluation of this step, if there was one
+        self.compiled: set[int] = set()  # numbers of steps for which a dispatch has been compiled
+        self.first: tuple[int, dict[str, np.ndarray], base.Metrics] | None = None
+
+    def _enter(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        self.stop.phase = phase
+        self.watchdog.beat(phase, self.step)
+        return self.watchdog.paused() if phase == "compile" else contextlib.nullcontext()
+
+    # ---- before the first step
+
+    def open_state(self) -> None:
+        """The newest checkpoint on this mesh, or a fresh state; prints the header of the run."""
+        program, strategy = self.program, self.program.strategy
+        self.checkpoints = Checkpoints(
+            self.run.path / "checkpoints", self.settings.checkpoint, writing=self.run.resumes
+        )
+        self.closing.callback(self.checkpoints.close)
+        abstract, shardings = program.abstract_state(), strategy.state_shardings
+        steps = program.num_steps
+        progress.start(program.name, program.mesh, abstract, shardings, steps, program.examples)
+        if program.privacy:
+            agree.say(program.privacy.about(steps))
+        if not (self.run.resumes and self.checkpoints.exist()):
+            with self.clock("compile"):
+                self.state = program.init()
+            return
+        with self.clock("checkpoint"):
+            self.state = self.checkpoints.restore(abstract, shardings, accept=self.run.accept)
+        self.step = int(self.state.step)
+        if program.privacy:
+            about = self.checkpoints.about(self.step)
+            program.privacy.same_noise(about.get("noise_multiplier"))
+        agree.say(f"resuming at step {self.step} of {steps}")
+        if self.step:
+            self.stop.stands = f"the checkpoint of step {self.step} stands"
+
+    def open_input(self) -> None:
+        """Training batches from the current step on, and the evaluation."""
+        program, train, log = self.program, self.settings.train, self.settings.log
+        # With several steps per dispatch the strategy's step is a scan over them.
+        several = train.steps_per_dispatch > 1
+        self.strategy = base.scanned(program.strategy) if several else program.strategy
+        self.batch_sharding = jax.tree.leaves(self.strategy.batch_shardings)[0]
+        self.batches = program.host_batches(self.step, program.num_steps, train.steps_per_dispatch)
         opened = program.open_evaluation()
-        skips = {"train": program.skips or Skips(), "eval": data.skips("evaluation")}
-        skipped = dataset.Skipped({"train": program.source, "eval": opened}, skips)
-        evaluate = evaluator(
+        skips = {"train": program.skips or Skips(), "eval": program.data.skips("evaluation")}
+        self.skipped = dataset.Skipped({"train": program.source, "eval": opened}, skips)
+        self.evaluate = evaluator(
             program.task,
             program.mesh,
             opened,
-            data.eval_batch_size,
+            program.data.eval_batch_size,
             skips["eval"],
             program.expected("evaluation"),
         )
-        profile = Profile(log.profile, directory, step, program.num_steps, train.steps_per_dispatch)
-        compiled: set[int] = set()
+        steps = self.step, program.num_steps, train.steps_per_dispatch
+        self.profile = Profile(log.profile, self.run.path, *steps)
 
-        def dispatch() -> tuple[int, dict[str, np.ndarray], base.Metrics]:
-            """Starts the next steps: (how many, their batch on the host, their metrics)."""
-            nonlocal state
-            with clock("input"):
-                host: Any = next(batches)
-                # The step's jit places a host batch far faster than put, but only within one process.
-                batch = host if votes is None else loader.put(host, placed, data.batch_size)
-            num = host["weight"].shape[0] if train.steps_per_dispatch > 1 else 1
-            # jit returns once it has compiled
-            traced = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
-            with clock("step" if num in compiled else "compile"), traced:
-                compiled.add(num)
-                state, metrics = strategy.step(state, batch)
-                if votes is not None:
-                    metrics = metrics | votes.cast(stop.signum)
-            return num, host, metrics
-
-        def stopping() -> int:
-            """The signal to stop for, the same in all processes at the same step; 0 for none."""
-            if votes is None:
-                return stop.signum
-            stop.agreed(votes.agreed)
-            return votes.agreed
-
-        def interrupted(phase: str = "evaluation") -> bool:
-            """Whether to leave an evaluation: asked between its batches, by all."""
-            watchdog.beat(phase, step)
-            if votes is not None:
-                votes.ask(stop.signum)
-            return bool(stopping())
-
-        # ---- the first dispatch: what cannot run ends here, before anything is written
-        first = None
-        if step < program.num_steps:
-            closing.callback(profile.discard)
-            profile.start_at(step, lambda: None)
-            first = dispatch()
-            with clock(
+    def take_first_steps(self) -> None:
+        """The first dispatch, awaited: a run that cannot step ends here, before anything is written."""
+        if self.step < self.program.num_steps:
+            self.closing.callback(self.profile.discard)
+            self.profile.start_at(self.step, lambda: None)
+            self.first = self._dispatch()
+            num, _, on_device = self.first
+            with self.clock(
                 "step"
-            ):  # the one time that the host waits: for want of memory, it fails here
-                metrics = {k: np.atleast_1d(np.asarray(v)) for k, v in first[2].items()}
-            if train.nonfinite == "stop":
-                check_finite(step + first[0], metrics)
-        if interrupted("the first step"):
-            raise Stopped(stopping(), step, None)
-        agree.from_first(lambda: begin(step), "writing config.json")
-        closing.callback(profile.close)
-        # ---- output
-        writer = Writer(directory, step, log, config)
-        closing.callback(writer.close)
-        bar = progress.Bar(program.num_steps, step, program.examples, program.mesh)
-        closing.callback(bar.close)
-        logs = Log(writer, bar, log, train.nonfinite, step, votes)
+            ):  # the only wait for the newest step: running out of memory shows here
+                metrics = {k: np.atleast_1d(np.asarray(v)) for k, v in on_device.items()}
+            if self.settings.train.nonfinite == "stop":
+                check_finite(self.step + num, metrics)
+        if self._interrupted("the first step"):
+            raise Stopped(self.stopping(), self.step, None)
+        agree.from_first(lambda: self.run.begin(self.step), "writing config.json")
+
+    def open_output(self) -> None:
+        """Metrics, progress bar, and when to evaluate and save."""
+        program, settings, step = self.program, self.settings, self.step
+        self.closing.callback(self.profile.close)
+        self.writer = Writer(self.run.path, step, settings.log, self.run.config)
+        self.closing.callback(self.writer.close)
+        self.bar = progress.Bar(program.num_steps, step, program.examples, program.mesh)
+        self.closing.callback(self.bar.close)
+        nonfinite = settings.train.nonfinite
+        self.logs = Log(self.writer, self.bar, settings.log, nonfinite, step, self.votes)
         epoch = max(1, round(len(program.source) / program.examples))
-        eval_every, save_every = evals.every or epoch, checkpoint.every or epoch
-        measured: dict[str, float] = {}
+        self.eval_every = settings.evals.every or epoch
+        self.save_every = settings.checkpoint.every or epoch
 
-        def save() -> None:
-            logs.drain()  # a step is saved only once its metrics are known to be finite
-            writer.flush()
-            skipped.count()
-            with clock("checkpoint"):
-                agree.from_first(holds, "looking at the run directory")
-                extra = {
-                    "data": loader.position(step, program.examples, len(program.source)),
-                    "config": config,
-                    "identity": identity,
-                }
-                if program.privacy:
-                    extra["noise_multiplier"] = program.privacy.noise_multiplier
-                checkpoints.save(state, step, measured, extra)
-                stop.stands = "the last complete checkpoint stands"
+    # ---- steps
 
-        def measure() -> None:
-            nonlocal measured
-            logs.drain()
-            logs.flush(step)
-            with clock("evaluation"):
-                found = evaluate(*strategy.eval_variables(state), interrupted)
-            if found is not None:
-                measured = found | skipped.count()
-                if program.privacy:
-                    measured["privacy/epsilon"] = program.privacy.epsilon(step)
-                writer.write(step, measured)
-                bar.evaluated(step, measured)
+    def _dispatch(self) -> tuple[int, dict[str, np.ndarray], base.Metrics]:
+        """Start the next steps: (how many, their batch on the host, their metrics)."""
+        program = self.program
+        with self.clock("input"):
+            host: Any = next(self.batches)
+            # The step's jit places a host batch far faster than put, but only within one process.
+            batch = host
+            if self.votes is not None:
+                batch = loader.put(host, self.batch_sharding, program.data.batch_size)
+        num = host["weight"].shape[0] if self.settings.train.steps_per_dispatch > 1 else 1
+        # jit returns once it has compiled
+        traced = jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1)
+        with self.clock("step" if num in self.compiled else "compile"), traced:
+            self.compiled.add(num)
+            self.state, metrics = self.strategy.step(self.state, batch)
+            if self.votes is not None:
+                metrics = metrics | self.votes.cast(self.stop.signum)
+        return num, host, metrics
 
-        # ---- the loop
-        while step < program.num_steps:
-            measured = {}
-            if first is None:
-                profile.start_at(step, logs.drain)
-            (num, host, metrics), first = first or dispatch(), None
-            if bar.chip and not bar.work:  # costs 0.2 s, while the devices are at their first step
-                bar.work = flops.of_step(program.task, program.abstract_batch())
-            before, step = step, step + num
-            writer.examples(before, host["example_id"])
-            with clock("step"):
-                logs.add(step, metrics, train.steps_in_flight)
-            if profile.stop_at(step, logs.drain):
-                bar.restart_clock()
-            if stopping():
-                break
-            if step < program.num_steps:
-                eval_due = step // eval_every > before // eval_every
-                save_due = step // save_every > before // save_every
-                if eval_due:
-                    measure()
-                if save_due:
-                    save()
-                if eval_due or save_due:
-                    bar.restart_clock()
-                if stopping():
-                    break
-        with clock("step"):
-            logs.drain()
-        # ---- the end
-        if not stopping():
-            measure()
-        save()
-        with clock("checkpoint"):
-            checkpoints.wait()
-        stop.stands = f"the checkpoint of step {step} stands"
-        if stopping() and not (step == program.num_steps and measured):
-            logs.flush(step)
-            raise Stopped(stopping(), step, directory)
+    def take_steps(self) -> None:
+        """Dispatch the next steps and hand their metrics to the log."""
+        self.measured = {}
+        if self.first is None:
+            self.profile.start_at(self.step, self.logs.drain)
+        (num, host, metrics), self.first = self.first or self._dispatch(), None
+        if self.bar.chip and not self.bar.work:  # 0.2 s, while the devices run their first step
+            self.bar.work = flops.of_step(self.program.task, self.program.abstract_batch())
+        self.before, self.step = self.step, self.step + num
+        self.writer.examples(self.before, host["example_id"])
+        with self.clock("step"):
+            self.logs.add(self.step, metrics, self.settings.train.steps_in_flight)
+        if self.profile.stop_at(self.step, self.logs.drain):
+            self.bar.restart_clock()
+
+    def evaluate_and_save_when_due(self) -> None:
+        """Evaluate, then save, where the last dispatch has passed a multiple of their cadence."""
+        eval_due = self.step // self.eval_every > self.before // self.eval_every
+        save_due = self.step // self.save_every > self.before // self.save_every
+        if eval_due:
+            self._measure()
+        if save_due:
+            self._save()
+        if eval_due or save_due:
+            self.bar.restart_clock()
+
+    def stopping(self) -> int:
+        """The signal to stop for, the same in all processes at the same step; 0 for none."""
+        if self.votes is None:
+            return self.stop.signum
+        self.stop.agreed(self.votes.agreed)
+        return self.votes.agreed
+
+    def _interrupted(self, phase: str = "evaluation") -> bool:
+        """Whether to leave an evaluation: called between its batches, by all processes."""
+        self.watchdog.beat(phase, self.step)
+        if self.votes is not None:
+            self.votes.ask(self.stop.signum)
+        return bool(self.stopping())
+
+    def _measure(self) -> None:
+        self.logs.drain()
+        self.logs.flush(self.step)
+        with self.clock("evaluation"):
+            variables = self.strategy.eval_variables(self.state)
+            metrics = self.evaluate(*variables, self._interrupted)
+        if metrics is None:
+            return
+        self.measured = metrics | self.skipped.count()
+        if self.program.privacy:
+            self.measured["privacy/epsilon"] = self.program.privacy.epsilon(self.step)
+        self.writer.write(self.step, self.measured)
+        self.bar.evaluated(self.step, self.measured)
+
+    def _save(self) -> None:
+        program, run = self.program, self.run
+        self.logs.drain()  # a step is saved only once its metrics are known to be finite
+        self.writer.flush()
+        self.skipped.count()
+        with self.clock("checkpoint"):
+            agree.from_first(run.holds, "looking at the run directory")
+            extra = {
+                "data": loader.position(self.step, program.examples, len(program.source)),
+                "config": run.config,
+                "identity": run.identity,
+            }
+            if program.privacy:
+                extra["noise_multiplier"] = program.privacy.noise_multiplier
+            self.checkpoints.save(self.state, self.step, self.measured, extra)
+            self.stop.stands = "the last complete checkpoint stands"
+
+    # ---- the end
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate, save, write the summary and return it; raises Stopped where a signal came first."""
+        with self.clock("step"):
+            self.logs.drain()
+        if not self.stopping():
+            self._measure()
+        self._save()
+        with self.clock("checkpoint"):
+            self.checkpoints.wait()
+        self.stop.stands = f"the checkpoint of step {self.step} stands"
+        if self.stopping() and not (self.step == self.program.num_steps and self.measured):
+            self.logs.flush(self.step)
+            raise Stopped(self.stopping(), self.step, self.run.path)
         summary = {
-            "experiment": program.name,
-            "steps": step,
-            "metrics": logs.last | measured,
-            "seconds": clock.summary(),
+            "experiment": self.program.name,
+            "steps": self.step,
+            "metrics": self.logs.last | self.measured,
+            "seconds": self.clock.summary(),
         }
-        agree.from_first(holds, "looking at the run directory")
-        agree.from_first(lambda: rundir.write_summary(directory, summary), "writing the summary")
-    progress.end(summary, directory)
-    sys.stdout.flush()
-    return summary
+        path = self.run.path
+        agree.from_first(self.run.holds, "looking at the run directory")
+        agree.from_first(lambda: rundir.write_summary(path, summary), "writing the summary")
+        return summary

@@ -18,7 +18,7 @@ from spmd.strategies import base
 from spmd.train import CheckpointConfig
 from spmd.train.checkpoint import Checkpoints
 from spmd.train.evaluate import evaluator, predictor
-from spmd.train.loop import Program
+from spmd.train.program import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

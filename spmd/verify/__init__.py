@@ -16,7 +16,7 @@ from spmd import flops, scope, tree
 from spmd.mesh import AXES
 from spmd.sharding import RULES
 from spmd.strategies import base
-from spmd.train.loop import Program
+from spmd.train.program import Program
 from spmd.verify import compare, named
 from spmd.verify.compare import Leaf
 from spmd.verify.report import Fault, Report, Result

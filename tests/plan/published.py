@@ -18,7 +18,7 @@ from spmd.plan.layout import Layout
 from spmd.plan.targets import Target
 from spmd.tasks import LanguageModel
 from spmd.train import TrainConfig
-from spmd.train.loop import Program
+from spmd.train.program import Program
 
 SAVED_QKV = ("query", "key", "value")
 

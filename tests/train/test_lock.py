@@ -21,6 +21,7 @@ from spmd.train import loop
 from spmd.train.lock import Lock
 from spmd.train.log import NonFinite
 from spmd.train.owner import Busy
+from spmd.train.program import Program
 from tests.command import REPOSITORY
 from tests.marks import slow_but
 
@@ -230,13 +231,13 @@ def test_who_reads_the_output_goes_away_and_the_run_saves(start_cli, terminal, t
 def test_stopped_before_the_first_step_nothing_is_claimed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [*DIGITS, "--train.steps", "6", "--run.dir", "out"]
-    first = loop.Program.init
+    first = Program.init
 
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGINT)
         return first(self)
 
-    monkeypatch.setattr(loop.Program, "init", interrupted)
+    monkeypatch.setattr(Program, "init", interrupted)
     assert main(words) == 130
     assert "before the first step; nothing was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

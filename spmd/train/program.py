@@ -1,0 +1,83 @@
+"""A built experiment: the mesh, task, strategy and data that training, planning and verifying share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from spmd.batches import Expected, Ranges
+from spmd.data import DataConfig, augment, loader
+from spmd.data.skips import Skips
+from spmd.privacy import Mechanism
+from spmd.strategies import base
+
+
+class Program(NamedTuple):
+    """A built experiment: mesh, task, strategy and data."""
+
+    name: str
+    seed: int
+    mesh: jax.sharding.Mesh
+    task: Any
+    strategy: base.Strategy
+    num_steps: int
+    data: DataConfig
+    source: Any  # training source
+    start: Callable[[Any, base.TrainState], base.TrainState] | None = None  # (self, state) -> state
+    order: Callable[[Any], Any] = lambda source: None  # source -> its order; None is its own
+    privacy: Mechanism | None = None
+    evaluation: Any = None  # evaluation source, where it is open already
+    skips: Skips | None = None  # bad training records that may pass
+    ranges: Ranges = MappingProxyType({})  # of the features that are indices
+
+    def open_evaluation(self) -> Any:
+        """The source of the evaluation split."""
+        return self.data.open("eval") if self.evaluation is None else self.evaluation
+
+    def expected(self, split: str) -> Expected:
+        """Checks of each batch of a split (`training`, `evaluation`)."""
+        return Expected(split, self.data.features, self.ranges)
+
+    def init(self) -> base.TrainState:
+        """The state before the first step, every array born on the mesh with its sharding."""
+        state = self.strategy.init(jax.random.key(self.seed))
+        return self.start(self, state) if self.start else state
+
+    @property
+    def examples(self) -> int:
+        """Examples of a step; under privacy on average, some rows being empty."""
+        return self.privacy.examples if self.privacy else self.data.batch_size
+
+    def abstract_state(self) -> base.TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(self.strategy.init, jax.random.key(0))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the global batch."""
+        shapes = self.data.abstract_batch(self.data.batch_size)
+        return {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in shapes.items()}
+
+    def host_batches(
+        self, start: int, stop: int, steps_per_dispatch: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the training batches of steps [start, stop); see loader.train_batches."""
+        placed = jax.tree.leaves(self.strategy.batch_shardings)[0]
+        return loader.train_batches(
+            self.source,
+            batch_size=self.data.batch_size,
+            seed=self.seed,
+            start=start,
+            stop=stop,
+            steps_per_dispatch=steps_per_dispatch,
+            rows=loader.process_rows(placed, self.data.batch_size),
+            threads=self.data.threads,
+            buffer=self.data.buffer,
+            transform=augment.transform(self.data, self.source, self.seed, self.skips),
+            order=self.order(self.source),
+            skips=self.skips,
+            expected=self.expected("training"),
+        )
