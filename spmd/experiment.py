@@ -132,8 +132,20 @@ class Experiment:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
         return versions | fields_
 
-    def build(self, devices: Sequence[Any] | None = None, *, source: Any = None) -> Program:
-        """Mesh, task, strategy and data, on `devices` (default: all, or the first `simulate`)."""
+    def build(
+        self,
+        devices: Sequence[Any] | None = None,
+        *,
+        source: Any = None,
+        training: bool = True,
+    ) -> Program:
+        """Mesh, task, strategy and data.
+
+        Args:
+          devices: default: all, or the first `simulate`.
+          source: the training data; None opens it, () leaves it closed.
+          training: False for a state that is only read: the batch size then need not divide over the mesh.
+        """
         import jax
 
         from spmd import batches
@@ -149,6 +161,8 @@ class Experiment:
         cut = mesh.make(self.mesh, devices)
         ways, batch_size = mesh.batch_shards(cut), self.data.batch_size
         rows = ways * self.train.accumulate
+        if not training:
+            batch_size = ways * self.strategy.copies
         check(
             batch_size % rows == 0,
             f"data.batch_size={batch_size} does not divide over {ways} batch shards"
@@ -423,6 +437,13 @@ class Experiment:
             train=dataclasses.replace(self.train, steps=self.train.steps or UNREAD_STEPS),
         )
 
+    def _for_reading(self) -> Experiment:
+        """This experiment without the options that only a training step has, so that any mesh takes it."""
+        train = dataclasses.replace(
+            self.train, steps=UNREAD_STEPS, accumulate=1, noise_scale=False, pipeline="1f1b"
+        )
+        return dataclasses.replace(self, train=train, privacy=Privacy())
+
     def restore(
         self, step: int | None = None, same: Sequence[str] = ("eval", "tokenizer")
     ) -> Snapshot:
@@ -436,7 +457,9 @@ class Experiment:
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
         rundir.same_identity(path, self.identity(), fields.defaults(self), fields.located_in(self))
-        program = self.build()
+        program = self._for_reading().build(source=(), training=False)
+        if same:
+            self.data.check_model(self.model)
         opened = {
             split: functools.cache(program.open_evaluation) for split in same if split == "eval"
         }

@@ -24,7 +24,7 @@ def load(name: str, args: Sequence[str] = ()) -> Handle:
     is not understood.
     """
     base = registry.from_file(registry.find(name))
-    return Handle(overrides.overridden(base, args))
+    return Handle(overrides.override(base, args)[0])
 
 
 class Handle:

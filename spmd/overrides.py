@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from spmd import optim, strategies
+from spmd.fields import check
+from spmd.parsing import parse
 from spmd.values import check as check_values
 from spmd.values import number
 
@@ -27,7 +27,13 @@ def _swap_classes(experiment: E, args: list[str]) -> tuple[E, list[str]]:
         if flag in ("--strategy", "--optimizer"):
             value = value or next(words, "")
             field = flag[2:]
-            cls = (strategies if field == "strategy" else optim).named(value)
+            module = strategies if field == "strategy" else optim
+            names = strategies.STRATEGIES if field == "strategy" else optim.OPTIMIZERS
+            check(
+                bool(value) and not value.startswith("--"),
+                f"{flag} needs a value, one of {', '.join(names)}",
+            )
+            cls = module.named(value)
             if type(getattr(experiment, field)) is not cls:
                 experiment = dataclasses.replace(experiment, **{field: cls()})
         else:
@@ -40,7 +46,7 @@ def override(
 ) -> tuple[E, Any]:
     """Applies command-line words to an spmd.Experiment; `extra` is a dataclass of a command's own options.
 
-    tyro exits with 2 and one message for an unknown field or a wrong type.
+    ValueError, in one line, for a word that is not understood.
     """
     import tyro
 
@@ -69,13 +75,8 @@ def override(
             )
         )
     made = dataclasses.make_dataclass("Fields", shown, frozen=True, kw_only=True)
-    parsed = tyro.cli(
-        made,
-        args=words,
-        prog=prog,
-        registry=_finite_numbers(),
-        description=f"Experiment {experiment.name}. Fields and their values:",
-    )
+    description = f"Experiment {experiment.name}. Fields and their values:"
+    parsed = parse(made, words, prog, description=description, registry=_finite_numbers())
     values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
     for name, value in values.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -106,18 +107,6 @@ def _finite_numbers() -> tyro.constructors.ConstructorRegistry:
         )
 
     return registry
-
-
-def overridden(experiment: E, args: Sequence[str]) -> E:
-    """As override, from Python: ValueError, where tyro would end the process."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return override(experiment, args)[0]
-    except SystemExit as error:
-        if not error.code:  # --help
-            raise
-        raise ValueError(said.getvalue().strip()) from None
 
 
 _TYPES: dict[str, Any] = {

@@ -52,6 +52,18 @@ def is_remote(path: Any) -> bool:
     return "://" in str(path)
 
 
+def stamp(path: Any) -> tuple[int, float]:
+    """(bytes, seconds since 1970 of the last change) of a file.
+
+    epath's stat also looks up the owner's name, and raises where the user has none, as in many containers.
+    """
+    if is_remote(path):
+        found = path.stat()
+        return found.length, found.mtime
+    found = os.stat(path)
+    return found.st_size, found.st_mtime
+
+
 def write_whole(path: Any, text: str) -> None:
     """Written beside and renamed, so that a killed process leaves the old file or the new one.
 

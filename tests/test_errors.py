@@ -18,8 +18,33 @@ TABLE = {
     "experiment_missing": ("--train.steps 5", "no experiment given"),
     "command": ("trian --experiment digits", "Did you mean 'train'"),
     "field": (D + "--train.stepz 5", "--train.steps"),
-    "type": (D + "--train.steps abc", "invalid literal"),
-    "choice": (D + "--optimizer.schedule linear", "cosine"),
+    "field_last_part": (D + "--batch-size 5", "Did you mean '--data.batch-size'"),
+    "field_group": (
+        D + "--mesh 8",
+        "--mesh is a group of options; give one of --mesh.replica, --mesh.data",
+    ),
+    "field_of_command": (f"eval {D}--stepp 3", "Did you mean '--step'"),
+    "field_of_launcher": (f"launch local {D}--proceses 3", "Did you mean '--processes'"),
+    "field_of_experiment": (f"plan {D}--experimnt x", "Did you mean '--experiment'"),
+    "field_twice": (D + "--experiment digits", "--experiment is given twice"),
+    "type": (D + "--train.steps abc", "--train.steps takes INT or None, not 'abc'"),
+    "type_equals": (D + "--train.steps=1.5", "--train.steps takes INT or None, not '1.5'"),
+    "type_many": (D + "--model.hidden a b", "--model.hidden takes any number of INT, not 'a b'"),
+    "no_value": (D + "--train.steps", "--train.steps needs a value: INT or None"),
+    "no_class": (D + "--strategy --train.steps 5", "--strategy needs a value, one of auto,"),
+    "switch": (
+        D + "--log.tensorboard true",
+        "takes no value; --log.no-tensorboard is its opposite",
+    ),
+    "stray": (D + "--train.steps 5 6", "'6' after --train.steps is not understood"),
+    "command_last": (
+        D + "eval",
+        "'eval' after --run.dir is not understood: options are given",
+    ),
+    "choice": (
+        D + "--optimizer.schedule consine",
+        "takes one of constant, cosine, wsd, not 'consine'. Did you mean 'cosine'?",
+    ),
     "zero_steps": (D + "--train.steps 0", "train.steps=0 must be at least 1"),
     "rate": (
         D + "--optimizer.learning-rate -1",
@@ -198,13 +223,11 @@ def files(root):
 def test_one_clear_message(case, place, capsys):
     line, message = TABLE[case]
     before = files(place)
-    try:
-        code = main(line.split())
-    except SystemExit as stop:  # tyro's own
-        code = stop.code
+    code = main(line.split())
     shown = capsys.readouterr()
-    text = " ".join((shown.err + shown.out).replace("│", " ").split())
+    text = " ".join((shown.err + shown.out).split())
     assert code == 2, text
+    assert shown.err.startswith("error: ") and "╭" not in text
     assert message in text
     assert "Traceback" not in text
     assert files(place) == before

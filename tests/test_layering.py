@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # names of one row may import each other. A new module of spmd/ gets its place here.
 LAYERS = (
     ("fields", "storage", "hardware", "values", "explain"),
-    ("tree", "digest", "mesh", "flops", "batches"),
+    ("tree", "digest", "mesh", "flops", "batches", "parsing"),
     ("sharding", "scope", "narrow"),
     ("collectives", "hlo"),
     ("optim", "losses", "data", "privacy"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +15,9 @@ import pytest
 from etils import epath
 
 import spmd
-from tests.command import final_state
+from spmd.commands import main
+from spmd.data import TFDS
+from tests.command import REPOSITORY, final_state
 from tests.marks import slow_but
 
 DIGITS = ("--experiment", "digits")
@@ -235,10 +239,85 @@ def test_help_of_an_experiment_shows_its_own_fields(run_cli):
         assert part in shown.stdout
 
 
-@pytest.mark.parametrize("words", [("--help",), ("--list",)])
-def test_who_stops_reading_ends_it_without_a_traceback(start_cli, words):
-    """As `| head` does."""
-    process = start_cli(*words)
-    process.stdout.close()
-    _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (128 + signal.SIGPIPE, "")
+COMMANDS = [
+    ("--help",),
+    ("--list",),
+    ("runs", "list", "."),
+    (*DIGITS, "--help"),
+    ("launch", "local", "--help"),
+    ("launch", "slurm", "--dry-run", *DIGITS),
+    ("data", "show", *DIGITS),
+    ("plan", "--no-compile", *DIGITS),
+]
+REDIRECTED = {
+    "| :; exit ${PIPESTATUS[0]}": (141, ""),  # as `| head` ends
+    "2>&1 | :; exit ${PIPESTATUS[0]}": (141, ""),
+    ">&-": (0, ""),
+    ">&- <&-": (0, ""),
+    ">/dev/full": (1, "error: cannot write to standard output: No space left on device\n"),
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "redirect"),
+    slow_but(
+        [(("runs", "list", "."), redirect) for redirect in REDIRECTED]
+        + [((*DIGITS, "--help"), "| :; exit ${PIPESTATUS[0]}")],
+        itertools.product(COMMANDS, REDIRECTED),
+    ),
+)
+def test_output_that_nobody_takes_ends_a_command_without_a_traceback(tmp_path, words, redirect):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/config.json").write_text('{"experiment": "digits"}')
+    line = '"$@" ' + redirect
+    command = ["bash", "-c", line, "bash", sys.executable, str(REPOSITORY / "run.py"), *words]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == REDIRECTED[redirect]
+    assert contents_of(tmp_path) == [
+        "one",
+        "one/config.json",
+    ]  # no file got the number of what was closed
+
+
+def contents_of(directory):
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
+
+
+def test_a_run_without_standard_output_trains(tmp_path):
+    """The files it opens do not get the numbers that are free."""
+    line = '"$@" >&- 2>&- <&-'
+    words = (*DIGITS, "--train.steps", "5", "--run.dir", "out")
+    command = ["bash", "-c", line, "bash", sys.executable, str(REPOSITORY / "run.py"), *words]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    assert subprocess.run(command, cwd=tmp_path, env=environ).returncode == 0
+    assert json.loads((tmp_path / "out/summary.json").read_text())["steps"] == 5
+    assert main(["runs", "check", str(tmp_path / "out")]) == 0
+
+
+OTHER_MESHES = {
+    "three devices": ("", "--simulate 3"),
+    "gradients in parts": ("--train.accumulate 4 --train.noise-scale", "--simulate 1"),
+    "replicas": ("--strategy local --strategy.replicas 4 --strategy.period 5", "--simulate 3"),
+    "a server": ("--strategy server", "--simulate 3"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MESHES)
+def test_eval_needs_nothing_of_training(tmp_path, monkeypatch, capsys, case):
+    """Neither a batch size that divides nor the training split."""
+    options, mesh = (words.split() for words in OTHER_MESHES[case])
+    monkeypatch.chdir(tmp_path)
+    run = [*DIGITS, *options, "--run.dir", "out", "--train.steps"]
+    assert main([*run, "20", "--simulate", "4", "--log.no-tensorboard"]) == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    capsys.readouterr()
+    opened = []
+    whole = TFDS.open
+    monkeypatch.setattr(
+        TFDS, "open", lambda self, split: opened.append(split) or whole(self, split)
+    )
+    assert main(["eval", *run, "1", *mesh]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured["eval/loss"] == pytest.approx(summary["metrics"]["eval/loss"], rel=1e-5)
+    assert set(opened) == {"eval"}

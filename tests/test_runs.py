@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 import spmd
 from spmd.commands import main
+from spmd.train import steps
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -101,6 +104,120 @@ def test_a_corrupt_file_is_told_of_and_the_rest_shown(place, capsys, name):
     assert f"{name}.json is corrupt" in said(capsys, "list")
     assert "checkpoint 20" in said(capsys, "status")
     assert "step 20: 15 arrays" in said(capsys, "check")
+
+
+def _link(place):
+    (place / "one/dangling").symlink_to("nowhere")
+    (place / "dangling").symlink_to("nowhere")
+    (place / "loop").symlink_to("loop")
+    (place / "self").symlink_to(".")
+    (place / "a file").write_text("mine")
+    (place / "new\nline").mkdir()
+    os.mkdir(os.fsencode(place) + b"/\xff")
+    for name in ("new\nline/config.json", os.fsdecode(b"\xff/config.json")):
+        shutil.copy(place / "one/config.json", place / name)
+    return "finished"
+
+
+def _torn(place, name, content, state):
+    (place / "one" / name).write_bytes(content)
+    return state
+
+
+def _other_kind(place, name, state):
+    """A file where a directory should be, or the other way round."""
+    path = place / "one" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_text("mine") if name == "checkpoints" else path.mkdir()
+    return state
+
+
+ODD = {
+    "links and names": _link,
+    "empty summary": lambda p: _torn(p, "summary.json", b"", "summary.json is corrupt"),
+    "nested": lambda p: _torn(p, "summary.json", b"[" * 100_000, "summary.json is corrupt"),
+    "binary config": lambda p: _torn(p, "config.json", b"\xff\x00", "config.json is corrupt"),
+    "wrong types": lambda p: _torn(
+        p,
+        "summary.json",
+        b'{"steps": "many", "metrics": 3, "seconds": {"step": null, "compile": 1}}',
+        "finished",
+    ),
+    "wrong config": lambda p: _torn(
+        p, "config.json", b'{"experiment": ["x"], "identity": 3}', "finished"
+    ),
+    "null metrics": lambda p: _torn(
+        p, "metrics.jsonl", b'{"step": null, "eval/loss": null}\n[3]\n3\n', "finished"
+    ),
+    "binary metrics": lambda p: _torn(
+        p, "metrics.jsonl", b"\xff\xfe", "metrics.jsonl cannot be read"
+    ),
+    "metrics directory": lambda p: _other_kind(p, "metrics.jsonl", "metrics.jsonl cannot be read"),
+    "summary directory": lambda p: _other_kind(p, "summary.json", "summary.json is corrupt"),
+    "checkpoints file": lambda p: _other_kind(p, "checkpoints", "checkpoints cannot be read"),
+    "quarantine file": lambda p: _torn(p, "quarantine", b"mine", "quarantine cannot be read"),
+    "step file": lambda p: _torn(p, "checkpoints/30", b"mine", "finished"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_entries_are_passed_over_or_named(place, capsys, case):
+    """In each the other run is shown as ever, and nothing is changed."""
+    shutil.copytree(place / "one", place / "zwei")
+    state = ODD[case](place)
+    before = contents(place)
+    rows = [x for x in said(capsys, "list").splitlines() if x.startswith(("one ", "zwei "))]
+    assert [" " + want in row for row, want in zip(rows, (state, "finished"), strict=True)] == [
+        True,
+        True,
+    ]
+    assert " digits, finished" in said(capsys, "status").replace(":", "")
+    bad = case in ("checkpoints file", "step file")
+    checked = said(capsys, "check", code=int(bad))
+    assert ("BAD" in checked) == bad and f"{place}/zwei step 20: 15 arrays" in checked
+    assert contents(place) == before
+
+
+UNREADABLE = """
+import grp, os, pwd, sys
+from spmd.commands import main, runs
+if not os.geteuid():  # root may read everything
+    for folder in (sys.argv[1], *sys.argv[2:]):
+        os.chmod(folder, os.stat(folder).st_mode | 0o055)
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+os.chdir("/")
+print(main(["runs", "list", sys.argv[1]]), main(["runs", "list", sys.argv[1] + "/secret"]))
+"""
+
+
+def test_files_of_a_user_without_a_name(place, capsys, monkeypatch):
+    """As in a container that is run with any number for its user."""
+
+    def unknown(number):
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert "finished" in said(capsys, "list") and " MiB" in said(capsys, "status")
+    assert "verified by digests and manifest" in said(capsys, "check")
+    steps.write_manifest(place / "one/checkpoints/20")
+
+
+def test_an_unreadable_directory_is_named(place):
+    (place / "secret").mkdir(mode=0o700 if not os.geteuid() else 0)
+    done = subprocess.run(
+        [sys.executable, "-c", UNREADABLE, place, *place.parents[:-1]],
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    *rows, codes = done.stdout.splitlines()
+    assert codes == "0 2" and rows[1].startswith("one "), done.stderr
+    assert done.stderr.splitlines() == [
+        f"{place}/secret is passed over: Permission denied",
+        f"error: cannot read {place}/secret: Permission denied",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import select
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from spmd import explain
 from spmd.fields import closest
-from spmd.runtime import EXIT_FAILED, EXIT_MISTAKE
+from spmd.runtime import EXIT_FAILED, EXIT_MISTAKE, outlet
 
 COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
@@ -98,6 +99,10 @@ def main(argv: Sequence[str]) -> int:
     In a run of several processes, what the others cannot know of ends this process at once: on the usual way
     out JAX would wait for them, and they for it.
     """
+    outlet.open_standard()
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return _one(argv)
     except SystemExit:
@@ -111,23 +116,25 @@ def main(argv: Sequence[str]) -> int:
 
 def _one(argv: Sequence[str]) -> int:
     try:
-        code = _dispatch(argv)
+        try:
+            code = _dispatch(argv)
+        except SystemExit:  # after --help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        if not _unread():
-            raise
-        return _leave(128 + signal.SIGPIPE)
     except Exception as error:
+        if isinstance(error, OSError) and (code := _unwritable(error)):
+            return _leave(code)
         explained = _in_users_file(error)
         if os.environ.get("SPMD_TRACEBACK") or not (explained or isinstance(error, ValueError)):
             raise
-        print(f"error: {explained or error}", file=sys.stderr)
+        _say(f"error: {explained or error}")
         if not explained and error.__traceback__ is not None and not _ours(error):
-            print("(from a library; SPMD_TRACEBACK=1 shows where)", file=sys.stderr)
+            _say("(from a library; SPMD_TRACEBACK=1 shows where)")
         return _leave(EXIT_MISTAKE)
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was lost", file=sys.stderr)
+        _say("interrupted before training began; nothing was lost")
         return 130
 
 
@@ -140,14 +147,41 @@ def _in_users_file(error: Exception) -> str:
     return ""
 
 
+def _say(text: str) -> None:
+    """Prints to standard error, which may have lost its reader too."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _unwritable(error: OSError) -> int:
+    """The exit code where standard output cannot be written; 0 where the error has another cause.
+
+    What is still to be said then goes nowhere.
+    """
+    if isinstance(error, BrokenPipeError) and _unread():  # `| head`
+        return 128 + signal.SIGPIPE
+    descriptor = outlet.descriptor(sys.stdout)
+    if error.filename is not None or descriptor is None:
+        return 0
+    try:
+        os.write(descriptor, b"\n")  # fails if it is standard output that failed
+    except OSError as again:
+        outlet.silence(descriptor)
+        _say(f"error: cannot write to standard output: {again.strerror}")
+        return EXIT_FAILED
+    return 0
+
+
 def _unread() -> bool:
-    """Whether who read the output has left (`| head`). What is still to be said then goes nowhere."""
+    """Whether who read the output has left."""
     asked = select.poll()
-    asked.register(sys.stdout.fileno(), 0)
-    left = any(event & select.POLLERR for _, event in asked.poll(0))
-    if left:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return left
+    for stream in (sys.stdout, sys.stderr):
+        if (descriptor := outlet.descriptor(stream)) is not None:
+            asked.register(descriptor, 0)
+    left = [descriptor for descriptor, event in asked.poll(0) if event & select.POLLERR]
+    for descriptor in left:
+        outlet.silence(descriptor)
+    return bool(left)
 
 
 def _several() -> bool:

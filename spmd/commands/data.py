@@ -37,8 +37,10 @@ def _prepare(data: Any) -> None:
         for split in ("train", "eval"):
             print(f"{split}: {len(data.open(split))} windows of {data.sequence_length} tokens")
         return
-    check(isinstance(data, TFDS), f"{type(data).__name__} data needs no preparation")
-    _prepare_tfds(data)
+    if isinstance(data, TFDS):
+        _prepare_tfds(data)
+    else:
+        print(f"{type(data).__name__} data needs no preparation")
 
 
 def _prepare_sets(data: Sequences) -> None:
@@ -46,7 +48,8 @@ def _prepare_sets(data: Sequences) -> None:
     from spmd.data import tfds
 
     for text in data.texts():
-        if text.name and tfds.prepared_dir(text.tfds()) is None:
+        found = tfds.prepared_dir(text.tfds()) if text.name else None
+        if text.name and (found is None or not tfds.is_readable(found)):
             _prepare_tfds(text.tfds())
 
 

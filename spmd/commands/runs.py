@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from etils import epath
 
 from spmd.fields import check, closest
 from spmd.runtime import EXIT_FAILED
+from spmd.storage import is_remote, stamp
 from spmd.train import rundir, steps
 
 ACTIONS = ("list", "status", "check")
@@ -40,13 +44,39 @@ def run(words: Sequence[str]) -> int:
 
 
 def _runs(directory: epath.Path) -> list[epath.Path]:
-    """The runs at or right below `directory`; ValueError when there are none."""
+    """The runs at or right below `directory`; ValueError when there are none.
+
+    What else lies there (files, links that lead nowhere) is passed over; what cannot be looked at is named.
+    """
     check(directory.is_dir(), f"no directory {directory}; give the one of a run, or of several")
-    if (directory / "config.json").exists():
-        return [directory]
-    found = [p for p in sorted(directory.iterdir()) if (p / "config.json").exists()]
+    try:
+        entries = sorted(directory.iterdir())
+        if _is_run(directory):
+            return [directory]
+    except OSError as error:
+        raise ValueError(f"cannot read {directory}: {error.strerror or error}") from None
+    found = []
+    for path in entries:
+        try:
+            if _is_run(path):
+                found.append(path)
+        except OSError as error:
+            print(f"{path} is passed over: {error.strerror or error}", file=sys.stderr)
     check(bool(found), f"no run in {directory} nor right below it (no config.json)")
     return found
+
+
+def _is_run(path: epath.Path) -> bool:
+    """Whether a directory holds a run; OSError where it may not be looked at, which exists() would hide."""
+    if is_remote(path):
+        return (path / "config.json").exists()
+    try:
+        os.stat(path / "config.json")
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+    return True
 
 
 def _json(file: epath.Path) -> dict[str, Any] | None:
@@ -55,36 +85,78 @@ def _json(file: epath.Path) -> dict[str, Any] | None:
         return None
     try:
         return {**json.loads(file.read_text())}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    """The finite and infinite numbers of what should be a dict of numbers: files may be damaged."""
+    return {k: v for k, v in _dict(value).items() if isinstance(v, int | float)}
+
+
+T = TypeVar("T")
+
+
+def _read(read: Callable[[], T], default: T, name: str, damaged: list[str]) -> T:
+    """What `read` returns, or the default, with a line in `damaged` that names what cannot be read."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        damaged.append(
+            f"{name} cannot be read: {getattr(error, 'strerror', '') or 'it is no text'}"
+        )
+        return default
+
+
 def _facts(path: epath.Path) -> dict[str, Any]:
-    """What one run is and where it stands."""
+    """What one run is and where it stands; of what is damaged, as much as can be read."""
     config, summary = _json(path / "config.json"), _json(path / "summary.json")
-    corrupt = [name for name, value in (("config", config), ("summary", summary)) if value == {}]
-    saved = steps.listed(path / "checkpoints")
+    files = (("config", config), ("summary", summary))
+    damaged = [f"{name}.json is corrupt" for name, value in files if value == {}]
+    place, metrics = path / "checkpoints", path / "metrics.jsonl"
+    saved = _read(lambda: steps.listed(place), [], "checkpoints", damaged)
+    aside = _read(lambda: steps.quarantined(place), {}, "quarantine", damaged)
     logged: dict[str, Any] = {}
-    for line in rundir.lines(path / "metrics.jsonl"):
+    for line in _read(lambda: rundir.lines(metrics), [], "metrics.jsonl", damaged):
         logged |= line
-    step = max([(summary or {}).get("steps", 0), logged.get("step", 0), *saved[-1:]])
-    if corrupt:
-        state = f"{corrupt[0]}.json is corrupt"
+    done = [_numbers(summary).get("steps", 0), _numbers(logged).get("step", 0), *saved[-1:]]
+    step = int(max(n for n in done if math.isfinite(n)))
+    if damaged:
+        state = damaged[0]
     elif summary:
         state = "finished"
     else:
         state = f"unfinished at step {step}" if step else "empty"
-    times = [p.stat().mtime for p in path.iterdir()]
+    times = _read(lambda: [*map(_changed, path.iterdir())], [], path.name, damaged)
     return {
-        "experiment": (config or {}).get("experiment", "?"),
-        "identity": (config or {}).get("identity", {}),
+        "experiment": str((config or {}).get("experiment", "?")),
+        "identity": _dict((config or {}).get("identity")),
         "state": state,
         "step": step,
-        "metrics": {k: v for k, v in logged.items() if k.startswith("eval/")},
-        "seconds": (summary or {}).get("seconds", {}),
+        "metrics": {k: v for k, v in _numbers(logged).items() if k.startswith("eval/")},
+        "seconds": _numbers((summary or {}).get("seconds")),
         "saved": saved,
-        "age": time.time() - max(times),
+        "aside": aside,
+        "age": time.time() - max(times, default=time.time()),
     }
+
+
+def _changed(path: epath.Path) -> float:
+    """When a file changed last; 0 where nothing says so, as of a link that leads nowhere."""
+    try:
+        return stamp(path)[1]
+    except OSError:
+        return 0.0
+
+
+def _name(path: epath.Path, directory: epath.Path) -> str:
+    """A run's name in the list, on one line whatever its characters."""
+    name = path.name if path == directory else str(path.relative_to(directory))
+    return name if name.isprintable() else repr(name)
 
 
 def _metrics(values: dict[str, float]) -> str:
@@ -103,12 +175,11 @@ def _list(directory: epath.Path, found: list[epath.Path]) -> None:
     for path in found:
         facts = _facts(path)
         newest = str(facts["saved"][-1]) if facts["saved"] else "-"
-        if aside := len(steps.quarantined(path / "checkpoints")):
-            newest += f" ({aside} in quarantine)"
-        name = path.name if path == directory else str(path.relative_to(directory))
+        if facts["aside"]:
+            newest += f" ({len(facts['aside'])} in quarantine)"
         rows.append(
             (
-                name,
+                _name(path, directory),
                 facts["experiment"],
                 facts["state"],
                 str(facts["step"]),
@@ -131,12 +202,14 @@ def _status(path: epath.Path) -> None:
         print("  seconds: " + "  ".join(f"{k} {v:.1f}" for k, v in facts["seconds"].items()))
     for step in facts["saved"]:
         place = directory / str(step)
-        metrics = steps.about(place).get("metrics") or {}
+        metrics = _numbers(steps.about(place).get("metrics"))
+        damaged: list[str] = []
+        size = _read(lambda at=place: f"{steps.size(at) / 2**20:.1f} MiB", "", "it", damaged)
         print(
-            f"  checkpoint {step}: {steps.size(place) / 2**20:.1f} MiB"
+            f"  checkpoint {step}: {size or damaged[0]}"
             + (f", {_metrics(metrics)}" if metrics else "")
         )
-    for name, reason in steps.quarantined(directory).items():
+    for name, reason in facts["aside"].items():
         print(f"  in quarantine {name}: {reason}")
     print("  identity:")
     for name, value in facts["identity"].items():
@@ -148,7 +221,11 @@ def _check(path: epath.Path) -> int:
     from spmd.train import reading
 
     directory, bad = path / "checkpoints", 0
-    saved = steps.listed(directory)
+    damaged: list[str] = []
+    saved = _read(lambda: steps.listed(directory), [], "checkpoints", damaged)
+    if damaged:
+        print(f"{path}: BAD: {damaged[0]}")
+        return 1
     if not saved:
         print(f"{path}: no checkpoint")
     for step in saved:

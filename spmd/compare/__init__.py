@@ -155,7 +155,7 @@ def _variant(exp: Experiment, entry: str) -> Experiment:
     words = ["--strategy", name]
     for option in options:
         words += _word(cls, option)
-    return overrides.overridden(exp, words)
+    return overrides.override(exp, words)[0]
 
 
 def _word(cls: type[Any], option: str) -> list[str]:

@@ -15,7 +15,30 @@ from typing import Any
 _GONE = {errno.EIO: "SIGHUP", errno.EPIPE: "SIGPIPE"}  # of a closed terminal, of a closed pipe
 
 
-def _silence(descriptor: int) -> None:
+def open_standard() -> None:
+    """Open standard input, output and error where the process was started without them (`>&-`).
+
+    Otherwise the next file that is opened would get their number, and what is printed would go into it.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def descriptor(stream: Any) -> int | None:
+    """The file descriptor of a stream; None where it has none, as in a notebook."""
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def silence(descriptor: int) -> None:
     """Discard what is still buffered and whatever is printed to `descriptor` later."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), descriptor)
@@ -40,7 +63,7 @@ class _Outlet:
         except OSError as error:
             if error.errno not in _GONE:
                 raise
-            _silence(self._stream.fileno())
+            silence(self._stream.fileno())
             self._gone(getattr(signal, _GONE[error.errno]))
 
     def __getattr__(self, name: str) -> Any:
@@ -69,4 +92,4 @@ def guarded(gone: Callable[[int], None]) -> Iterator[None]:
                 asked = select.poll()
                 asked.register(stream.fileno(), 0)
                 if any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
-                    _silence(stream.fileno())
+                    silence(stream.fileno())

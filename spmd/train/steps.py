@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from spmd.storage import is_remote, write_whole
+from spmd.storage import is_remote, stamp, write_whole
 
 MANIFEST = "manifest.json"
 _ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file with our custom metadata in it
@@ -81,7 +81,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _facts(file: epath.Path) -> dict[str, Any]:
-    size = file.stat().length
+    size, _ = stamp(file)
     return {"size": size} | ({"sha256": _sha256(file.read_bytes())} if size <= _SMALL else {})
 
 
@@ -135,7 +135,7 @@ def about(path: epath.Path) -> dict[str, Any]:
 
 def size(path: epath.Path) -> int:
     """Bytes of a step."""
-    return sum(file.stat().length for file in _files(path).values())
+    return sum(stamp(file)[0] for file in _files(path).values())
 
 
 def quarantine(directory: epath.Path, step: int, reason: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spmd.commands import main
 from spmd.data import TFDS, Arrays, tfds
 from spmd.data.sources import ArraySource
 
@@ -259,3 +260,23 @@ def test_data_commands(run_cli, tmp_path):
     assert "Traceback" not in refused.stderr
     refused = run_cli("data", "prepare", "--experiment", "mnist", "--data.dir", "sets")
     assert refused.returncode == 2 and "needs TensorFlow once" in refused.stderr
+
+
+def test_a_stock_set_that_is_prepared_already_needs_no_tensorflow(tmp_path, monkeypatch, capsys):
+    """Wherever the directory is named: by the option, by the variable, through a link, for writing or not."""
+    tfds.prepare(digits(), str(tmp_path / "made"))
+    (tmp_path / "sets/mnist").mkdir(parents=True)
+    shutil.copytree(tmp_path / "made/digits/1.0.0", tmp_path / "sets/mnist/3.0.1")
+    (tmp_path / "link").symlink_to("sets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it fails
+    before = sorted(tmp_path.rglob("*"))
+    prepare = ["data", "prepare", "--experiment", "mnist"]
+    for root in ("sets", str(tmp_path / "sets/"), "link", "sets/../link"):
+        for name in ("mnist", "mnist:3.0.1"):
+            assert main([*prepare, "--data.name", name, "--data.dir", root]) == 0
+            monkeypatch.setenv("TFDS_DATA_DIR", root)
+            assert main([*prepare, "--data.name", name]) == 0
+            shown = capsys.readouterr()
+            assert shown.out.count(f"{name} is prepared already, in ") == 2 and not shown.err
+    assert sorted(tmp_path.rglob("*")) == before
