@@ -37,7 +37,7 @@ def running(start_cli, *words):
     """A run that has begun to train."""
     process = start_cli(*words)
     for line in process.stdout:
-        if line.startswith("step "):
+        if line.removeprefix("[0] ").startswith("step "):
             return process
     raise AssertionError(process.stderr.read())
 
@@ -55,26 +55,31 @@ def test_the_second_owner_is_told_who_the_first_is(tmp_path):
     assert [p.name for p in (tmp_path / "a/run").iterdir()] == ["config.json"]
 
 
-SEEDS = slow_but([0], range(20))
+SEEDS = slow_but([(1, 0), (2, 1)], [(num, seed) for num in (1, 2) for seed in range(20)])
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_two_starts_of_one_directory(start_cli, run_cli, tmp_path, seed):
+@pytest.mark.parametrize(("num", "seed"), SEEDS)
+def test_two_starts_of_one_directory(start_cli, run_cli, tmp_path, num, seed):
     """At any offset the second is refused, `--run.fresh` too, and the first goes on unharmed."""
     rng = random.Random(seed)
-    words = (*LONG, "--run.dir", "out")
+    launch = ("launch", "local", "--processes", num) if num > 1 else ()
+    words = (*launch, *LONG, "--run.dir", "out")
+    other = ["--name", "other"] if num > 1 else []  # a job of the same name is refused without the lock
     first = running(start_cli, *words)
+    owner = json.loads((tmp_path / "out/lock").read_text())
     time.sleep(rng.uniform(0, 0.5))
     fresh = ["--run.fresh", "--seed", 3] if rng.random() < 0.5 or seed == 0 else []
-    second = run_cli(*words, *fresh)
+    second = run_cli(*words, *fresh, *other)
     assert second.returncode == 2, second.stdout + second.stderr
-    assert f"is in use by process {first.pid} on" in second.stderr
-    assert len(second.stderr.splitlines()) == 1
+    said = [x for x in (second.stdout + second.stderr).splitlines() if "is in use by" in x]
+    assert len(said) == 1 and f"process {owner['pid']} on {owner['host']}, since" in said[0]
+    assert num > 1 or (owner["pid"] == first.pid and second.stderr.splitlines() == said)
+    assert "Traceback" not in second.stdout + second.stderr
     assert first.poll() is None
     first.send_signal(signal.SIGTERM)
-    _, stderr = first.communicate(timeout=60)
-    assert first.returncode == 143, stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    stdout, stderr = first.communicate(timeout=120)
+    assert first.returncode == 143, stdout + stderr
+    assert [p.name for p in tmp_path.iterdir() if p.name != "runs"] == ["out"]
     assert not (tmp_path / "out/lock").exists()
     assert run_cli("runs", "check", "out").returncode == 0
 
