@@ -188,7 +188,7 @@ MISTAKES = {
     "plot_folder": ("--plot gone/cut.html", "plot=gone/cut.html: there is no directory gone"),
     "json_folder": ("--json gone/plan.json", "json=gone/plan.json: there is no directory gone"),
     "both_print": ("--json - --plot terminal", "both print"),
-    "show": ("--show chart", "invalid choice 'chart'"),
+    "show": ("--show chart", "not 'chart'"),
     "scaling": ("--show scaling", "--show scaling and --targets v5p:2x2x2 v5p:4x4x4 go together"),
     "one_target": ("--show scaling --targets h100:8", "needs two targets at least"),
     "plot_of": ("--show comms --plot cut.html", "plot draws how arrays are cut"),
@@ -210,12 +210,9 @@ def test_mistakes_are_one_message(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words, message = MISTAKES[case]
     show = [] if "--show" in words else ["--show", "shardings"]
-    try:
-        code = main(["plan", "--experiment", "digits", *show, *words.split()])
-    except SystemExit as stop:  # tyro's own
-        code = stop.code
+    code = main(["plan", "--experiment", "digits", *show, *words.split()])
     shown = capsys.readouterr()
-    text = " ".join((shown.err + shown.out).replace("│", " ").split())
+    text = " ".join((shown.err + shown.out).split())
     assert code == 2 and message in text and "Traceback" not in text, text
     assert list(tmp_path.iterdir()) == []
 
