@@ -64,7 +64,8 @@ def test_two_starts_of_one_directory(start_cli, run_cli, tmp_path, num, seed):
     rng = random.Random(seed)
     launch = ("launch", "local", "--processes", num) if num > 1 else ()
     words = (*launch, *LONG, "--run.dir", "out")
-    other = ["--name", "other"] if num > 1 else []  # a job of the same name is refused without the lock
+    # a job of the same name is refused by the launcher already
+    other = ["--name", "other"] if num > 1 else []
     first = running(start_cli, *words)
     owner = json.loads((tmp_path / "out/lock").read_text())
     time.sleep(rng.uniform(0, 0.5))
