@@ -186,7 +186,7 @@ class Experiment:
         if source is None:
             source = self.data.open("train")
             self.data.check_model(self.model)
-        self.privacy.check_use(self.strategy, self.data, source, self.param_dtype)
+        self.privacy.check_use(self.strategy, self.data, source)
         replicas = self.strategy.private_parts
         examples = self.privacy.sampled(batch_size, replicas)
         num_steps = self.train.num_steps(examples, len(source))

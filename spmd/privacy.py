@@ -86,7 +86,7 @@ class Privacy:
         """`sampled` where no expected_batch_size is given."""
         return dataclasses.replace(self, expected_batch_size=0).sampled(batch_size, parts)
 
-    def check_use(self, strategy: Any, data: Any, source: Any, param_dtype: str) -> None:
+    def check_use(self, strategy: Any, data: Any, source: Any) -> None:
         """ValueError for what cannot be private; all are the experiment's own."""
         if not self.on:
             return
@@ -104,11 +104,6 @@ class Privacy:
             not data.augment.mixup,
             f"data.augment.mixup={data.augment.mixup} blends two examples, and privacy clips the gradient of"
             " each; use data.augment.mixup=0",
-        )
-        check(
-            param_dtype != "bfloat16",
-            "privacy sums clipped gradients in the parameters' type, and bfloat16 would round them past the"
-            " clip norm; use --param-dtype float32",
         )
 
     def mechanism(

@@ -427,6 +427,19 @@ def test_narrow_parameters_are_rounded_alike(layout, name, accumulate, differing
     assert losses[-1] < losses[0]
 
 
+def test_clipped_gradients_of_narrow_parameters_keep_to_the_clip_norm():
+    """Clipped, summed and given noise in float32; what is rounded is the update, after the noise."""
+    private = Mechanism(10_000, 23, BATCH, clip_norm=1e-2, noise_multiplier=0.5, delta=1e-5)
+    cut = mesh.make(MeshConfig(), jax.devices()[:1])
+    parts = parts_for(MODELS["mlp"], cut, dtype="bfloat16", privacy=private)
+    params, state = parts.task.init(jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("bfloat16")}
+    grads, sums, _ = base.grads_of(parts)(params, state, batch_at(0), jax.random.key(1), {})
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {np.dtype("float32")}
+    assert sums["clipped"][0] == sums["clipped"][1] == 23
+    assert 0.1 * private.clip_norm < tree.global_norm(grads) <= private.clip_norm * (1 + 1e-6)
+
+
 # What a language model has that the others have not: heads, a vocabulary and a sequence to cut.
 LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4", "server2x4"]
 PRIVATE_LAYOUTS = [*LANGUAGE, "psum2_tensor2", "psum2x2_fsdp2"]
