@@ -14,6 +14,7 @@ import numpy as np
 
 from spmd.data import TFDS, cache_root, content, formats, tfds
 from spmd.data import cache as caches
+from spmd.data.builders import EMBEDDED
 from spmd.data.content import Content
 from spmd.data.formats import Piece
 from spmd.data.tokenizer import Chars, Tokenizer
@@ -125,7 +126,8 @@ def of_tfds(config: TFDS, splits: str, field: str) -> Documents:
                         yield Piece(text, True, True, done)
 
     name, _, _ = tfds.parse_name(config.name)
-    known = [e for p in parts for e in tfds.content_of(p)]
+    embedded = name in EMBEDDED
+    known = [e for p in parts for e in tfds.content_of(p, embedded=embedded)]
     size = sum(f.stat().st_size for f in files)
     return Documents(name, repr((key, field)), size, pieces, known)
 

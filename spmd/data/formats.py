@@ -173,7 +173,7 @@ def _records(
 def _text_of(line: bytes, field: str) -> str:
     """The text of a JSON record; ValueError says why there is none."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({_byte(error)})") from None
     except json.JSONDecodeError as error:

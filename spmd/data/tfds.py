@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spmd.data import TFDS, Features, cache_root, content, data_root
+from spmd.data import TFDS, Features, cache_root, content, data_root, records
 from spmd.data import cache as caches
 from spmd.data.builders import EMBEDDED, RUNNING, builder
 from spmd.data.sources import ArraySource
@@ -202,19 +202,25 @@ def is_readable(directory: Path) -> bool:
     return _info(directory)[0].get("fileFormat") == "array_record"
 
 
-def content_of(part: Slice) -> content.Content:
-    """The files of a prepared split, and the description of its features."""
+def content_of(part: Slice, *, embedded: bool = False) -> content.Content:
+    """The files of a prepared split, and the description of its features.
+
+    embedded: known by its records, since each machine prepares it for itself.
+    """
     shards = sorted(map(str, part.directory.glob(f"*-{part.name}.*")))
     check(
         bool(shards),
         f"{part.directory} has no file of split {part.name!r}, which dataset_info.json names; copy it anew",
     )
-    return content.of_files([*shards, str(part.directory / "features.json")])
+    described = content.of_files([str(part.directory / "features.json")])
+    if embedded:
+        return [records.entry(Path(shard), Path(shard).name) for shard in shards] + described
+    return content.of_files(shards) + described
 
 
 def content_of_split(config: TFDS, split: str) -> content.Content:
     """The content of `split` (`train`, `train[:90%]`)."""
-    return content_of(locate(config, split))
+    return content_of(locate(config, split), embedded=parse_name(config.name)[0] in EMBEDDED)
 
 
 def open_split(config: TFDS, split: str) -> ArraySource:

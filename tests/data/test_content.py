@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import spmd
-from spmd.data import TFDS, Arrays, DataConfig, content
+from spmd.data import TFDS, Arrays, DataConfig, content, records
 from spmd.data.content import Entry
 from spmd.data.text import Mixture, Text
 
@@ -246,6 +246,42 @@ def test_tfds_mixtures_and_tokenizers(tmp_path, place):
     assert [e.name for e in known(both)["train"]] == ["0: a.jsonl", "1: b.jsonl"]
     assert known(text())["tokenizer"] != known(text(tokenizer="chars"))["tokenizer"]
     assert known(text())["train"] == known(text(), "eval")["eval"]
+
+
+@pytest.mark.parametrize("edge", [100, 2**20])
+def test_an_embedded_set_prepared_anew_is_the_same(tmp_path, monkeypatch, edge):
+    """TFDS writes the features of a record in the order of a hash table, which each process has its own."""
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+    monkeypatch.setattr(records, "EDGE", edge)
+    digits = TFDS(name="digits", features=FEATURES, cache_dir=str(tmp_path))
+    before = known(digits)
+    (shard,) = (tmp_path / "tfds/digits/1.0.0").glob("*-train.array_record*")
+    reader = ArrayRecordReader(str(shard))
+    found = reader.read_all()
+    reader.close()
+
+    def rewrite(change):
+        writer = ArrayRecordWriter(str(shard), "group_size:1")
+        for i, record in enumerate(found):
+            (whole,) = records._parts(record)
+            features = change(i, records._parts(whole))
+            body = b"".join(b"\n" + varint(len(x)) + x for x in features)
+            writer.write(b"\n" + varint(len(body)) + body)
+        writer.close()
+        return known(digits)
+
+    assert rewrite(lambda i, features: features[::-1]) == before
+    for at in (0, len(found) - 1):
+        label = lambda x: x[:-1] + bytes([x[-1] ^ 1]) if b"label" in x else x
+        now = rewrite(lambda i, xs, at=at, label=label: [label(x) if i == at else x for x in xs])
+        assert content.difference(before["train"], now["train"]) == [f"  changed: {shard.name}"]
+    assert rewrite(lambda i, features: features) == before
+
+
+def varint(number):
+    low = number & 0x7F
+    return bytes([low | 0x80]) + varint(number >> 7) if number > 0x7F else bytes([low])
 
 
 # ---- a run that is resumed
