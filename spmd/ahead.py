@@ -19,6 +19,7 @@ from spmd.fields import check
 from spmd.optim import OPTIMIZERS
 from spmd.plan import targets
 from spmd.plan.compile import TPU_ENVIRONMENT, Compiled, Failed, TooLarge, ready
+from spmd.storage import json_text
 from spmd.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def compiled(exp: Experiment, target: str) -> Compiled:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
         [sys.executable, "-m", "spmd.ahead"],
-        input=json.dumps(request),
+        input=json_text(request),
         env=environment,
         capture_output=True,
         text=True,
@@ -91,7 +92,7 @@ def _main() -> None:
         answer = {"failed": str(error)}
     except ValueError as error:
         answer = {"mistake": str(error)}
-    print(json.dumps(answer))
+    print(json_text(answer))
 
 
 def _compile(request: dict[str, Any]) -> Compiled:

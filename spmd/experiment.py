@@ -184,7 +184,7 @@ class Experiment:
             " several devices",
         )
         if source is None:
-            source = self.data.open("train")
+            source = self.data.opened("train")
             self.data.check_model(self.model)
         self.privacy.check_use(self.strategy, self.data, source)
         replicas = self.strategy.private_parts
@@ -290,7 +290,7 @@ class Experiment:
             allocator.keep()
         if warning := self.pipeline_warning(program.mesh.shape["stage"]):
             agree.say(warning, sys.stderr)
-        program = program._replace(evaluation=self.data.open("eval"))
+        program = program._replace(evaluation=self.data.opened("eval"))
         contents = dataset.contents(
             self.data, {"train": lambda: program.source, "eval": lambda: program.evaluation}
         )
@@ -305,6 +305,8 @@ class Experiment:
                 " --train.steps, or anew with --run.fresh or another --run.dir"
             )
             return Run(self, str(path), done["steps"], done["metrics"], done["seconds"])
+
+        self._check_best(program)
 
         def begin(step: int) -> None:
             if resumes:
@@ -326,6 +328,20 @@ class Experiment:
         settings = loop.Settings(self.train, self.eval, self.checkpoint, self.log, self.runtime)
         summary = loop.fit(program, run, settings, stop)
         return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
+
+    def _check_best(self, program: Program) -> None:
+        """ValueError when no evaluation gives the metric by which the best checkpoint is kept."""
+        from spmd.train.evaluate import metric_names
+
+        best = self.checkpoint.best
+        if not best:
+            return
+        names = metric_names(program.task, program.abstract_batch())
+        check(
+            best in names,
+            f"checkpoint.best={best!r} is no metric of an evaluation.{closest(best, names)} There are:"
+            f" {', '.join(names)}; '' keeps the newest checkpoints only",
+        )
 
     def _say_stretched(self, recorded: dict[str, Any], program: Program, step: int) -> None:
         """Says so when the run's learning-rate schedule spans another number of steps than before."""
@@ -374,7 +390,7 @@ class Experiment:
             f"there is one device ({devices[0].device_kind}), and nothing to compare it with: use"
             " --simulate 8",
         )
-        source = self.data.open("train")
+        source = self.data.opened("train")
 
         def build(precision: verify.Precision, sizes: verify.Sizes | None) -> Program:
             model = self.model
@@ -504,5 +520,5 @@ class Run:
             name in known,
             f"no metric {name!r} in this run.{closest(name, known)} It has: {', '.join(sorted(known))}",
         )
-        points = [(line["step"], line[name]) for line in history if name in line]
+        points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spmd import overrides, registry
 from spmd.experiment import Experiment, Run
+from spmd.storage import json_text
 
 if TYPE_CHECKING:
     from spmd.compare.report import Comparison
@@ -85,4 +85,4 @@ class Handle:
         return self.experiment.evaluate(step)
 
     def __repr__(self) -> str:
-        return json.dumps(self.experiment.config(), indent=1)
+        return json_text(self.experiment.config(), indent=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+import math
 import os
 import stat
 from pathlib import Path
@@ -62,6 +64,26 @@ def stamp(path: Any) -> tuple[int, float]:
         return found.length, found.mtime
     found = os.stat(path)
     return found.st_size, found.st_mtime
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """Strict JSON (RFC 8259), which has no NaN and no infinity: such a float becomes null.
+
+    Everything that this package writes as JSON goes through here. options: as json.dumps takes them.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(without_nonfinite(value), allow_nan=False, **options)
+
+
+def without_nonfinite(value: Any) -> Any:
+    """JSON types in which None stands for each float that is not finite."""
+    if isinstance(value, dict):
+        return {key: without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Any, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from spmd.commands import main
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer
+from tests.spoiled import write
 
 B, T = 4, 8
 VECTORS = {"image": ((B, 6), "float32"), "label": ((B,), "int32")}
@@ -177,78 +177,6 @@ def test_the_first_index_out_of_range_is_named(values, example, message):
         batch = {"x": np.zeros(3, int), "y": np.stack([np.zeros(3, int), x], 1), "example_id": ids}
     with pytest.raises(ValueError, match=re.escape(message)):
         expected.check_ranges(batch)
-
-
-FILE = '''"""Three classes, or a text of ten tokens, from arrays that a test may spoil."""
-
-import dataclasses
-
-import numpy as np
-
-from spmd import Experiment
-from spmd.data import Arrays, Augment, DataConfig
-from spmd.models.mlp import MLP
-from spmd.models.transformer import Transformer
-from spmd.optim import SGD
-from spmd.tasks import Classification, LanguageModel
-from spmd.train import CheckpointConfig, TrainConfig
-
-LANGUAGE = {language}
-
-
-def arrays(split):
-    rng = np.random.default_rng(0)
-    if LANGUAGE:
-        data = {{name: rng.integers(0, 10, (32, 8)).astype("int32") for name in ("tokens", "targets")}}
-    else:
-        image = rng.normal(size=(32, 3, 2, 1)).astype("float32")
-        data = {{"image": image, "label": rng.integers(0, 3, 32).astype("int32")}}
-    {spoil}
-    return data
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Own(DataConfig):
-    """A source of the user's, which nothing has checked."""
-
-    def open(self, split):
-        return Source(arrays(split))
-
-
-class Source:
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(next(iter(self.data.values())))
-
-    def take(self, indices):
-        return {{name: x[indices] for name, x in self.data.items()}}
-
-
-def config():
-    tokens = ((8,), "int32")
-    features = {{"image": ((3, 2, 1), "float32"), "label": ((), "int32")}}
-    if LANGUAGE:
-        features = {{"tokens": tokens, "targets": tokens}}
-    model = MLP(inputs=6, classes=3, hidden=(8,))
-    small = Transformer(vocab=10, length=8, layers=1, embed=8, heads=1, mlp=8)
-    augment = Augment({augment})
-    return Experiment(
-        model=small if LANGUAGE else model,
-        task=LanguageModel() if LANGUAGE else Classification(),
-        data=Own(batch_size=8, features=features, augment=augment),
-        optimizer=SGD(learning_rate=0.1),
-        train=TrainConfig(steps=4),
-    )
-'''
-
-
-def write(path, spoil, augment="", language=False):
-    text = FILE.format(
-        spoil=textwrap.indent(spoil, "    ").strip(), augment=augment, language=language
-    )
-    (path / "own.py").write_text(text)
 
 
 TRAIN = "if split == 'train':\n    "

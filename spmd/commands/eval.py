@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import sys
 from collections.abc import Sequence
 
 from spmd import registry
+from spmd.storage import json_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,5 +22,8 @@ class Options:
 def run(name: str, words: Sequence[str]) -> int:
     """Prints the metrics as one line of JSON."""
     exp, options = registry.load(name, words, Options)
-    print(json.dumps(exp.evaluate(None if options.step < 0 else options.step)))
+    metrics = exp.evaluate(None if options.step < 0 else options.step)
+    print(json_text(metrics))
+    if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        print(f"note: {', '.join(wrong)}: not finite, null in JSON", file=sys.stderr)
     return 0

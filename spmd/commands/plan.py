@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from spmd import registry
 from spmd.experiment import Experiment
 from spmd.fields import check
 from spmd.runtime import platforms
+from spmd.storage import json_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def run(name: str, words: Sequence[str]) -> int:
         check(folder.is_dir(), f"{option}={value}: there is no directory {folder}")
     platforms.use_cpu()
     text, plain, fits = _made(exp, options)
-    shown = json.dumps(plain, indent=1)
+    shown = json_text(plain, indent=1)
     print(shown if options.json == "-" else text)
     if options.json not in ("", "-"):
         Path(options.json).write_text(f"{shown}\n")

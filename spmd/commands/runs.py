@@ -15,7 +15,7 @@ from etils import epath
 
 from spmd.fields import check, closest
 from spmd.runtime import EXIT_FAILED
-from spmd.storage import is_remote, stamp
+from spmd.storage import is_remote, json_text, stamp
 from spmd.train import rundir, steps
 
 ACTIONS = ("list", "status", "check")
@@ -98,6 +98,11 @@ def _numbers(value: Any) -> dict[str, float]:
     return {k: v for k, v in _dict(value).items() if isinstance(v, int | float)}
 
 
+def _measured(value: Any) -> dict[str, float | None]:
+    """The numbers of what should be metrics, and those that are null: nothing was measured, or not finite."""
+    return {k: v for k, v in _dict(value).items() if v is None or isinstance(v, int | float)}
+
+
 T = TypeVar("T")
 
 
@@ -137,7 +142,7 @@ def _facts(path: epath.Path) -> dict[str, Any]:
         "identity": _dict((config or {}).get("identity")),
         "state": state,
         "step": step,
-        "metrics": {k: v for k, v in _numbers(logged).items() if k.startswith("eval/")},
+        "metrics": {k: v for k, v in _measured(logged).items() if k.startswith("eval/")},
         "seconds": _numbers((summary or {}).get("seconds")),
         "saved": saved,
         "aside": aside,
@@ -159,8 +164,9 @@ def _name(path: epath.Path, directory: epath.Path) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def _metrics(values: dict[str, float]) -> str:
-    return "  ".join(f"{name.removeprefix('eval/')} {v:.4g}" for name, v in values.items()) or "-"
+def _metrics(values: dict[str, float | None]) -> str:
+    number = lambda v: "null" if v is None else f"{v:.4g}"
+    return "  ".join(f"{k.removeprefix('eval/')} {number(v)}" for k, v in values.items()) or "-"
 
 
 def _age(seconds: float) -> str:
@@ -202,7 +208,7 @@ def _status(path: epath.Path) -> None:
         print("  seconds: " + "  ".join(f"{k} {v:.1f}" for k, v in facts["seconds"].items()))
     for step in facts["saved"]:
         place = directory / str(step)
-        metrics = _numbers(steps.about(place).get("metrics"))
+        metrics = _measured(steps.about(place).get("metrics"))
         damaged: list[str] = []
         size = _read(lambda at=place: f"{steps.size(at) / 2**20:.1f} MiB", "", "it", damaged)
         print(
@@ -213,7 +219,7 @@ def _status(path: epath.Path) -> None:
         print(f"  in quarantine {name}: {reason}")
     print("  identity:")
     for name, value in facts["identity"].items():
-        print(f"    {name}: {json.dumps(value)}")
+        print(f"    {name}: {json_text(value)}")
 
 
 def _check(path: epath.Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from spmd import registry
 from spmd.experiment import ONE_PROCESS, Experiment
 from spmd.fields import check
+from spmd.storage import json_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def run(name: str, words: Sequence[str]) -> int:
     check(folder.is_dir(), f"json={options.json}: there is no directory {folder}")
     check(not exp.setup(), ONE_PROCESS)
     report = simulated(exp).verify(options.steps, all_meshes=options.all_meshes)
-    text = json.dumps(report.json(), indent=1)
+    text = json_text(report.json(), indent=1)
     if options.json == "-":
         print(text)
     else:

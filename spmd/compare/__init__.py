@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spmd import overrides, strategies
 from spmd.fields import check, closest, defaults, located_in
+from spmd.storage import json_text
 
 if TYPE_CHECKING:
     from etils import epath
@@ -54,7 +55,7 @@ def run(
     variants = {entry: _below(directory, entry, each) for entry, each in variants.items()}
     check(compute >= 0, f"compute={compute} must not be negative; 0 measures it here")
     check(not exp.setup(), ONE_PROCESS)
-    source = exp.data.open("train")
+    source = exp.data.opened("train")
     charges, num_steps = {}, 0
     for entry, each in variants.items():
         program = _of(entry, lambda each=each: each.build(source=source))
@@ -110,7 +111,7 @@ def _free(exp: Experiment, num_steps: int) -> None:
     done = rundir.summary(path)
     if done:
         was = json.loads((path / "config.json").read_text())["config"]
-        now = json.loads(json.dumps(exp.config()))
+        now = json.loads(json_text(exp.config()))
         other = [name for name in ("mesh", "simulate") if was.get(name) != now[name]]
         check(
             not other,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ from spmd import tree
 from spmd.convert import config, names
 from spmd.convert.files import INDEX
 from spmd.fields import check
+from spmd.storage import json_text
 
 SHARD = 2 * 2**30  # bytes of a file; so much of the host's memory is needed
 
@@ -48,10 +48,10 @@ def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> lis
             where |= dict.fromkeys(content, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": where}
-            (part / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            (part / INDEX).write_text(json_text(index, indent=1) + "\n")
         dtype = str(leaves["embed/table"].dtype)
         fields = config.config_of(model, family, dtype)
-        (part / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+        (part / "config.json").write_text(json_text(fields, indent=1) + "\n")
         part.rename(path)
     except OSError as error:
         raise ValueError(f"--to {directory}: {error.strerror or error}") from None

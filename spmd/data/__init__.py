@@ -125,6 +125,15 @@ class DataConfig:
         """The source of a split."""
         raise NotImplementedError
 
+    def opened(self, split: Split) -> Source:
+        """`open`; ValueError where the split has no example."""
+        source = self.open(split)
+        check(
+            len(source) > 0,
+            f"the {'training' if split == 'train' else 'evaluation'} split holds no examples; give it some",
+        )
+        return source
+
     def content(self, split: Split, source: Callable[[], Source]) -> Content:
         """Fingerprint of a split's content, independent of where it is stored: see spmd.data.content.
 

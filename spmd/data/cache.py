@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spmd.fields import check
+from spmd.storage import json_text
 
 FIELDS = "--data.cache-dir or SPMD_CACHE_DIR"  # what moves the cache elsewhere
 
@@ -32,7 +33,7 @@ def build(cache: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     try:
         known = write(part)
         files = {f.name: f.stat().st_size for f in part.iterdir()}
-        (part / "complete.json").write_text(json.dumps(known | {"files": files}))
+        (part / "complete.json").write_text(json_text(known | {"files": files}))
         if cache.exists() and not facts(cache):
             shutil.rmtree(cache, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was faster

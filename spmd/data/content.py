@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spmd.fields import check
-from spmd.storage import cache_root, is_remote, ready, write_whole
+from spmd.storage import cache_root, is_remote, json_text, ready, write_whole
 
 EDGE = 2**20  # bytes read from either end of a file
 ARRAY = 64 * EDGE  # arrays up to this size are hashed completely
@@ -62,7 +62,7 @@ _PAIR = ("content", "open")
 
 def digest(content: Content) -> str:
     """Digest of a content, as hex."""
-    return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return hashlib.sha256(json_text(content).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 # ---- files
@@ -146,7 +146,7 @@ def _remembered(file: Path) -> dict[str, tuple[list[int], str]]:
 def _remember(file: Path, known: Mapping[str, Any]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(known))
+        write_whole(file, json_text(known))
     except (OSError, ValueError):  # only slower the next time
         pass
 

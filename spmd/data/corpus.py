@@ -19,7 +19,7 @@ from spmd.data.content import Content
 from spmd.data.formats import Piece
 from spmd.data.tokenizer import Chars, Tokenizer
 from spmd.fields import check
-from spmd.storage import is_remote
+from spmd.storage import is_remote, json_text
 
 FORMAT = 2  # raised when the same documents would give other tokens
 _LARGE = 2**26  # bytes of input, from which progress is shown
@@ -153,7 +153,7 @@ def characters(documents: Sequence[Documents], cache_dir: str, skip_bad: int = 0
                     found, held = found | held if held - found else found, set()
         empty = [name for one in documents for name in one.empty]
         check(bool(found), f"the text {documents[0].name} is empty: {few(empty)}")
-        (part / file).write_text(json.dumps("".join(sorted(found))))
+        (part / file).write_text(json_text("".join(sorted(found))))
         return {"characters": len(found)}
 
     if not caches.facts(cache):

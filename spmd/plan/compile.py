@@ -19,7 +19,7 @@ from typing import Any, Literal
 from spmd import hlo, tree
 from spmd.fields import check
 from spmd.plan.targets import Target
-from spmd.storage import cache_root, write_whole
+from spmd.storage import cache_root, json_text, write_whole
 
 How = Literal["compiled", "estimated"]
 # libtpu reads these when it is loaded; without them it looks for a TPU, and for the VM around it.
@@ -167,7 +167,7 @@ def compiled(program: Any, target: Target) -> Compiled:
         host_memory=_host_memory(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(made.json()))
+    write_whole(path, json_text(made.json()))
     return made
 
 
@@ -290,7 +290,7 @@ def _place(lowered: Any, target: Target) -> Path:
     """Where the result lies; lines of source are part of the program, since the ledger names them."""
     known = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     versions = {name: known.get(name) for name in ("jax", "jaxlib", "libtpu")}
-    digest = hashlib.sha256(json.dumps([_SAVED, target.name, versions]).encode())
+    digest = hashlib.sha256(json_text([_SAVED, target.name, versions]).encode())
     for file in (Path(__file__), *sorted(Path(hlo.__file__).parent.glob("*.py"))):
         digest.update(file.read_bytes())
     digest.update(lowered.as_text(debug_info=True).encode())

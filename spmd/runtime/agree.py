@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 
 from spmd.runtime import EXIT_AGAIN, lifeline
+from spmd.storage import json_text
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ def gather(value: Any, what: str) -> list[Any]:
     """
     index, num = process()
     if num == 1:
-        return [json.loads(json.dumps(value))]
+        return [json.loads(json_text(value))]
     _put(index, value)
     return [_get(i, what) for i in range(num)]
 
@@ -107,7 +108,7 @@ def _key(call: int, index: int) -> str:
 
 def _put(index: int, value: Any) -> None:
     _STATE["calls"] += 1
-    store().key_value_set(_key(_STATE["calls"], index), json.dumps(value))
+    store().key_value_set(_key(_STATE["calls"], index), json_text(value))
 
 
 def _get(index: int, what: str) -> Any:

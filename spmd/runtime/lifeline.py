@@ -16,6 +16,7 @@ import threading
 from typing import Any
 
 from spmd.runtime import EXIT_AGAIN, EXIT_MISTAKE
+from spmd.storage import json_text
 
 _LINE = 1 << 20  # bytes of the longest line
 _MINE: list[Lifeline] = []
@@ -39,7 +40,7 @@ def read_line(connection: socket.socket) -> dict[str, Any] | None:
 def send_line(connection: socket.socket, value: dict[str, Any]) -> None:
     """Sends an object as one line of JSON; a closed connection is no error."""
     with contextlib.suppress(OSError):
-        connection.sendall(json.dumps(value).encode() + b"\n")
+        connection.sendall(json_text(value).encode() + b"\n")
 
 
 class Lifeline:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 from spmd.runtime import EXIT_AGAIN, agree
+from spmd.storage import json_text
 
 _TOLD = 10.0  # seconds between what a process tells the others of itself
 
@@ -66,7 +67,7 @@ class Watchdog:
         with contextlib.suppress(Exception):  # a lost coordinator shows elsewhere
             agree.store().key_value_set(
                 f"spmd/beat/{index}",
-                json.dumps([*self._at, time.time() - (time.monotonic() - self._last)]),
+                json_text([*self._at, time.time() - (time.monotonic() - self._last)]),
                 allow_overwrite=True,
             )
 

@@ -21,6 +21,7 @@ from spmd.tasks import FROZEN
 PyTree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+WEIGHTS = "weights"  # the metric that holds the weights of the others: see `weighed`
 
 
 @jax.tree_util.register_dataclass
@@ -233,6 +234,7 @@ def update(
         metrics |= {f"grads/{name}": grad for name, grad in tree.named_leaves(grads).items()}
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["finite"] = finite.astype(jnp.float32)
+    metrics = weighed(metrics, sums, finite)
     params, opt_state = applied(
         parts.tx, grads, state.opt_state, state.params, lambda: step_key(state)
     )
@@ -248,6 +250,24 @@ def update(
         # Donation makes a host-side skip impossible. To choose costs a pass over the state.
         new = tree.select(finite, new, state)
     return dataclasses.replace(new, step=state.step + 1), metrics
+
+
+def weighed(metrics: Metrics, sums: PyTree, counts: jax.Array) -> Metrics:
+    """`metrics` and, under WEIGHTS, the weight of each in a mean over several steps.
+
+    Args:
+      metrics: of one step, each a scalar.
+      sums: {name: (sum, weight)} of the metrics that are means; they weigh as their weight, others 1.
+      counts: bool [], whether the step counts; else every weight is 0.
+
+    Returns:
+      The metrics, and weights [number of metrics], in the order of their sorted names.
+    """
+    dtype = tree.wide(metrics["loss"].dtype)
+    one = jnp.ones((), dtype)
+    names = sorted(name for name in metrics if not name.startswith("grads/"))  # watched arrays
+    weights = [sums[n][1].astype(dtype) if n in sums else one for n in names]
+    return metrics | {WEIGHTS: jnp.where(counts, jnp.stack(weights), 0)}
 
 
 def applied(

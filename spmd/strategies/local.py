@@ -124,7 +124,6 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
         (params, model_state, opt_state), (sums, weight_R, norm_R, finite_R, grads) = each(
             shared, ours, jax.tree.map(rows, batch), jnp.arange(num_replicas)
         )
-        metrics = _metrics(parts, state, sums, weight_R, norm_R, finite_R, grads)
         own = own | {
             "params": params,
             "model_state": model_state,
@@ -146,7 +145,8 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
             due = jax.lax.rem(state.step + 1, jnp.int32(outer.period)) == 0
             new, found = jax.lax.cond(due, agree, apart, new)
         ema = base.averaged(parts, state, new.params)
-        return dataclasses.replace(new, ema=ema, step=state.step + 1), metrics | found
+        metrics = _metrics(parts, state, sums, weight_R, norm_R, finite_R, grads, found)
+        return dataclasses.replace(new, ema=ema, step=state.step + 1), metrics
 
     built = base.finish(parts, shardings, step, begin=begin)
     copy = jax.jit(copied, out_shardings=lead(cut))
@@ -277,20 +277,26 @@ def _metrics(
     norm_R: jax.Array,
     finite_R: jax.Array,
     grads: PyTree,
+    found: base.Metrics,
 ) -> base.Metrics:
-    """Over all replicas. The norm of their common gradient would cost an all-reduce of it: replica_grad_norm
-    is the root mean square of their own.
+    """Over all replicas, and what the outer step has `found`. The norm of their common gradient would cost an
+    all-reduce of it: replica_grad_norm is the root mean square of their own.
     """
-    metrics = {}
-    for name, (total_R, counted_R) in sums.items():
-        counted = counted_R.sum()
-        metrics[name] = total_R.sum() / jnp.where(counted > 0, counted, jnp.ones_like(counted))
+    if parts.skip:  # what a replica skips is no part of the means either
+        finite = lambda x_R: jnp.where(finite_R, x_R, jnp.zeros_like(x_R))
+        sums, norm_R = jax.tree.map(finite, (sums, norm_R))
+    sums = jax.tree.map(lambda x_R: x_R.sum(), sums)
+    metrics = found | {
+        name: total / jnp.where(counted > 0, counted, jnp.ones_like(counted))
+        for name, (total, counted) in sums.items()
+    }
     metrics["replica_grad_norm"] = jnp.sqrt(weighted(norm_R**2, weight_R))
     metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
     metrics["finite"] = finite_R.all().astype(jnp.float32)
-    return metrics | {
+    metrics |= {
         f"grads/{name}": weighted(leaf, weight_R) for name, leaf in tree.named_leaves(grads).items()
     }
+    return base.weighed(metrics, sums, finite_R.any() if parts.skip else finite_R.all())
 
 
 def _agree(

@@ -75,7 +75,7 @@ class CheckpointConfig:
     keep: int = free(2)
     """Newest checkpoints kept; with 1 there is nothing to fall back on should that one turn bad."""
     best: str = free("eval/accuracy")
-    """Also keep the best by this metric."""
+    """Also keep the best by this metric of the evaluation; '' keeps the newest only."""
     best_is: Literal["highest", "lowest"] = free("highest")
     """Which value of that metric is best."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from spmd import digest, tree
 from spmd.fields import check
 from spmd.runtime import agree
+from spmd.storage import without_nonfinite
 from spmd.train import CheckpointConfig, reading, steps
 
 PyTree = Any
@@ -98,7 +100,9 @@ class Checkpoints:
         if step in self.steps():
             return
         flat = _flat(state)
-        about = extra | {"metrics": metrics}
+        about = without_nonfinite(
+            extra | {"metrics": metrics}
+        )  # Orbax would write NaN, which is not JSON
         try:
             # Enqueued behind the step and copied with the rest: the host does not wait for the digests.
             leaves = flat | {reading.DIGESTS: digest.of(flat)}
@@ -128,7 +132,8 @@ class Checkpoints:
         scores = []
         for step in present:
             metrics = steps.about(self._directory / str(step)).get("metrics", {})
-            if (value := metrics.get(self._config.best)) is not None and value == value:
+            value = metrics.get(self._config.best)
+            if value is not None and math.isfinite(value):  # older versions saved NaN too
                 scores.append((sign * value, step))
         best = [max(scores)[1]] if scores else []
         for step in set(present) - {*present[-self._config.keep :], *best}:

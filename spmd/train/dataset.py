@@ -13,7 +13,7 @@ from spmd.data.content import Parts
 from spmd.data.skips import Skips, known_bad
 from spmd.fields import check
 from spmd.runtime import agree
-from spmd.storage import write_whole
+from spmd.storage import json_text, write_whole
 from spmd.train import rundir
 
 FILE = "data.json"  # the entries behind the digests in config.json, by which files are named
@@ -53,7 +53,7 @@ def identity(parts: Parts) -> dict[str, str]:
 
 def record(path: epath.Path, parts: Parts) -> None:
     """Writes what the digests in config.json were made of."""
-    write_whole(path / FILE, json.dumps(parts) + "\n")
+    write_whole(path / FILE, json_text(parts) + "\n")
 
 
 def check_same(path: epath.Path, parts: Parts, only: Sequence[str] = tuple(_CALLED)) -> None:

@@ -18,14 +18,17 @@ from spmd.batches import Expected
 from spmd.data import loader
 from spmd.data.skips import Skips
 
+PREFIX = "eval/"
+Measured = dict[str, float | None]  # {"eval/loss": 0.3}; None where no example had a weight
+
 
 class Evaluator(Protocol):
     """Measures a split."""
 
     def __call__(
         self, params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
-        """{metric: value}; None when `interrupted`, asked every few batches, said so."""
+    ) -> Measured | None:
+        """The metrics; None when `interrupted`, asked every few batches, said so."""
         ...
 
 
@@ -70,7 +73,7 @@ def evaluator(
 
     def evaluate(
         params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
+    ) -> Measured | None:
         total: Any = None
         for i, batch in enumerate(_batches(mesh, source, batch_size, skips, expected)):
             sums = measure(params, model_state, batch)
@@ -79,9 +82,18 @@ def evaluator(
                 jax.block_until_ready(total)
                 if interrupted():
                     return None
-        return {f"eval/{name}": float(s) / max(float(w), 1e-9) for name, (s, w) in total.items()}
+        return {
+            f"{PREFIX}{name}": float(s) / float(w) if float(w) > 0 else None
+            for name, (s, w) in total.items()
+        }
 
     return evaluate
+
+
+def metric_names(task: Any, batch: Any) -> list[str]:
+    """The names that an evaluation gives, from the shapes of a batch."""
+    variables = jax.eval_shape(task.init, jax.random.key(0))
+    return [f"{PREFIX}{name}" for name in jax.eval_shape(task.evaluate, *variables, batch)]
 
 
 def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any, Any], Any]:

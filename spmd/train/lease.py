@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from etils import epath
 
 from spmd.runtime import EXIT_AGAIN, EXIT_FAILED
-from spmd.storage import is_remote
+from spmd.storage import is_remote, json_text
 from spmd.train import owner
 
 SECONDS = 60.0
@@ -232,7 +232,7 @@ class _Object:
         return Seen(name, version, found["generation"])
 
     def create(self, name: dict[str, Any]) -> None:
-        text = json.dumps(name)
+        text = json_text(name)
         self._store.pipe_file(
             f"{self._bucket}/{self._name}",
             text.encode(),
@@ -241,7 +241,7 @@ class _Object:
         )
 
     def adopt(self, seen: Seen) -> None:
-        self._generation, self._text = seen.made, json.dumps(seen.owner)
+        self._generation, self._text = seen.made, json_text(seen.owner)
 
     def renew(self, count: int) -> None:
         try:
@@ -288,7 +288,7 @@ class _File:
     def create(self, name: dict[str, Any]) -> None:
         self._own = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._text = name
-        os.write(self._own, json.dumps(name).encode())
+        os.write(self._own, json_text(name).encode())
 
     def adopt(self, seen: Seen) -> None:
         """The open file is this owner's."""
@@ -304,7 +304,7 @@ class _File:
         if not self._held():
             raise Gone
         assert self._own is not None
-        text = json.dumps(self._text | {"renewed": count})
+        text = json_text(self._text | {"renewed": count})
         os.pwrite(self._own, text.encode(), 0)  # never shorter than the text before
         os.utime(self._own)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from spmd.storage import is_remote
+from spmd.storage import is_remote, json_text
 from spmd.train import owner
 from spmd.train.lease import Lease
 
@@ -172,7 +172,7 @@ def _flock(file: epath.Path, name: dict[str, Any]) -> _Flock | None:
             continue
         with contextlib.suppress(OSError):  # a full disk: locked, without a name
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(name).encode())
+            os.write(descriptor, json_text(name).encode())
         return _Flock(descriptor, file)
 
 

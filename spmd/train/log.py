@@ -64,6 +64,22 @@ def check_finite(step: int, host: dict[str, np.ndarray]) -> None:
     )
 
 
+def mean(values_S: np.ndarray, weights_S: np.ndarray) -> float | None:
+    """The weighted mean of the steps that have a weight; None where none has.
+
+    Args:
+      values_S: a metric of each step, anything where its weight is 0.
+      weights_S: not negative.
+    """
+    counted_S = weights_S > 0
+    values, weights = values_S[counted_S], weights_S[counted_S]
+    if not len(values):
+        return None
+    if (weights == weights[0]).all():
+        return float(values.mean())
+    return float(np.average(values.astype(np.float64), weights=weights.astype(np.float64)))
+
+
 class Log:
     """Metrics of dispatches under way; fetched late, so that the host never waits for the newest."""
 
@@ -99,6 +115,7 @@ class Log:
         step, device = self._pending.popleft()
         # Not jax.device_get, which takes ten times as long for a few scalars.
         host = {k: np.atleast_1d(np.asarray(v)) for k, v in device.items()}
+        host[base.WEIGHTS] = np.atleast_2d(host[base.WEIGHTS])
         if self._votes is not None and "stop" in host:
             self._votes.read(host.pop("stop"))
         if self._stop_on_nonfinite:
@@ -108,19 +125,20 @@ class Log:
             self.flush(step)
 
     def flush(self, step: int) -> None:
-        """Reports the mean of the window."""
+        """Reports the means of the window, weighted; None for what no step of it tells."""
         if not self._window:
             return
         columns = {k: np.concatenate([h[k] for h in self._window]) for k in self._window[0]}
         self._window = []
-        values = {
-            f"train/{k}": float(v[-1] if k == "learning_rate" else v.mean())
-            for k, v in columns.items()
-            if k != "finite"
-        }
-        # Not positive: below what these steps can tell.
-        if values.get("train/gradient_signal", 0.0) > 0:
-            signal, noise = values["train/gradient_signal"], values["train/gradient_variance"]
+        weights = dict(
+            zip(sorted(columns.keys() - {base.WEIGHTS}), columns.pop(base.WEIGHTS).T, strict=True)
+        )
+        values = {f"train/{k}": mean(v, weights[k]) for k, v in columns.items() if k != "finite"}
+        values["train/learning_rate"] = float(columns["learning_rate"][-1])
+        signal, noise = (values.get(f"train/gradient_{k}") for k in ("signal", "variance"))
+        if (
+            signal is not None and noise is not None and signal > 0
+        ):  # else below what these steps can tell
             values["train/noise_scale"] = max(noise / signal, 0.0)
         values["train/skipped_steps"] = float((columns["finite"] == 0).sum())
         self.last = values

@@ -29,7 +29,7 @@ from spmd.train import (
     rundir,
 )
 from spmd.train.checkpoint import Checkpoints, disk_full
-from spmd.train.evaluate import evaluator
+from spmd.train.evaluate import Measured, evaluator
 from spmd.train.log import Clock, Log, check_finite
 from spmd.train.metrics import Writer
 from spmd.train.profile import Profile
@@ -140,7 +140,7 @@ class Trainer:
         self.step = 0
         self.votes = Votes(program.mesh) if agree.joined() else None
         self.clock = Clock(self._enter)
-        self.measured: dict[str, float] = {}  # by the evaluation of this step, if there was one
+        self.measured: Measured = {}  # by the evaluation of this step, if there was one
         self.compiled: set[int] = set()  # numbers of steps for which a dispatch has been compiled
         self.first: tuple[int, dict[str, np.ndarray], base.Metrics] | None = None
 
@@ -222,7 +222,8 @@ class Trainer:
         self.closing.callback(self.profile.close)
         self.writer = Writer(self.run.path, step, settings.log, self.run.config)
         self.closing.callback(self.writer.close)
-        self.bar = progress.Bar(program.num_steps, step, program.examples, program.mesh)
+        started = self.first[0] if self.first else 0
+        self.bar = progress.Bar(program.num_steps, step, program.examples, program.mesh, started)
         self.closing.callback(self.bar.close)
         nonfinite = settings.train.nonfinite
         self.logs = Log(self.writer, self.bar, settings.log, nonfinite, step, self.votes)
@@ -263,19 +264,20 @@ class Trainer:
         self.writer.examples(self.before, host["example_id"])
         with self.clock("step"):
             self.logs.add(self.step, metrics, self.settings.train.steps_in_flight)
-        if self.profile.stop_at(self.step, self.logs.drain):
-            self.bar.restart_clock()
+        with self.bar.away():
+            self.profile.stop_at(self.step, self.logs.drain)
 
     def evaluate_and_save_when_due(self) -> None:
         """Evaluate, then save, where the last dispatch has passed a multiple of their cadence."""
         eval_due = self.step // self.eval_every > self.before // self.eval_every
         save_due = self.step // self.save_every > self.before // self.save_every
-        if eval_due:
-            self._measure()
-        if save_due:
-            self._save()
         if eval_due or save_due:
-            self.bar.restart_clock()
+            self.logs.drain()
+        with self.bar.away():
+            if eval_due:
+                self._measure()
+            if save_due:
+                self._save()
 
     def stopping(self) -> int:
         """The signal to stop for, the same in all processes at the same step; 0 for none."""

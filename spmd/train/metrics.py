@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from spmd.runtime import agree
-from spmd.storage import is_remote
+from spmd.storage import is_remote, json_text
 from spmd.train import LogConfig
 from spmd.train.tracker import Tracker
 
@@ -49,7 +51,7 @@ class Lines:
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line."""
-        text = json.dumps(line) + "\n"
+        text = json_text(line) + "\n"
         if self._file is not None:
             self._file.write(text)
         else:
@@ -87,7 +89,7 @@ def cut(path: epath.Path, step: int) -> list[dict[str, Any]]:
         text = part.read_text()
         own = _whole(text, step)
         kept += own
-        wanted = "".join(json.dumps(line) + "\n" for line in own)
+        wanted = "".join(json_text(line) + "\n" for line in own)
         if not is_remote(path):
             beside = path.parent / f"{path.name}.part"
             beside.write_text(wanted)
@@ -158,11 +160,12 @@ class Writer:
         if config.wandb:
             self._tracker = Tracker(directory, config.wandb, experiment)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a line of metrics.jsonl and the same values as events."""
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Write a line of metrics.jsonl, and the values that are finite as events."""
         if self._lines is None:
             return
-        self._lines.write({"step": step, "time": round(time.time(), 3)} | metrics)
+        self._lines.write({"step": step, "time": round(time.time(), 3)} | {**metrics})
+        metrics = {k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}
         if self._events is not None:
             # One event for all: add_scalar takes 0.6 ms for ten.
             self._events.file_writer.add_summary(_summary(metrics), step)
@@ -211,7 +214,7 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def _summary(metrics: dict[str, float]) -> Any:
+def _summary(metrics: Mapping[str, float]) -> Any:
     from tensorboardX.proto import summary_pb2
 
     made: Any = summary_pb2  # protobuf makes its classes at run time

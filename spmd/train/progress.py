@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,18 +92,26 @@ def usage(work: Mapping[str, int], seconds: float, devices: Sequence[Any]) -> di
     return found
 
 
+def number(value: float | None, form: str = ".4f") -> str:
+    """A metric; `null`, as in the files, where there is none."""
+    return "null" if value is None else f"{value:{form}}"
+
+
 class Bar:
     """A rich progress bar on a terminal, one plain line for each report elsewhere.
 
+    first: steps of the first dispatch, which ran before the bar was made and is not timed.
     chip: the device, if it is in the table. work: model FLOPs of a step, by dtype, once they are counted.
     """
 
-    def __init__(self, num_steps: int, step: int, batch_size: int, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, num_steps: int, step: int, batch_size: int, mesh: jax.sharding.Mesh, first: int = 0
+    ):
         self._num_steps, self._batch_size = num_steps, batch_size
         self._devices = list(mesh.devices.flat)
         self.chip = hardware.chip(self._devices[0].device_kind)
         self.work: Mapping[str, int] = {}
-        self._at, self._time = step, time.perf_counter()
+        self._at, self._time = step + first, time.perf_counter()
         self._eval = ""
         self._bar: Progress | None = None
         if agree.is_first() and sys.stdout.isatty():
@@ -118,36 +127,48 @@ class Bar:
             )
             self._bar.start()
 
-    def report(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Shows the metrics of the steps since the last report; returns speed metrics."""
+    def report(self, step: int, metrics: Mapping[str, float | None]) -> dict[str, float]:
+        """Shows the metrics of the steps since the last report; returns speed metrics, none where no step
+        was timed.
+        """
         now = time.perf_counter()
-        seconds = max(now - self._time, 1e-9) / max(step - self._at, 1)
+        elapsed, num = now - self._time, step - self._at
         self._at, self._time = step, now
-        speed = {
-            "train/examples_per_second": self._batch_size / seconds,
-            "train/step_seconds": seconds,
-        } | usage(self.work, seconds, self._devices)
-        left = (self._num_steps - step) * seconds
-        text = (
-            f"loss {metrics['train/loss']:.4f}  {speed['train/examples_per_second']:,.0f} examples/s"
-            f"  {seconds * 1e3:.2f} ms/step"
-        )
+        text, speed, end = f"loss {number(metrics['train/loss'])}", {}, ""
+        if metrics["train/loss"] is None:
+            text += f" (no step since the last line counts: {self._uncounted(metrics)})"
+        elif skipped := metrics.get("train/skipped_steps"):
+            text += f" ({skipped:.0f} steps skipped, not finite)"
+        if elapsed > 0 and num > 0:
+            seconds = elapsed / num
+            speed = {
+                "train/examples_per_second": self._batch_size / seconds,
+                "train/step_seconds": seconds,
+            } | usage(self.work, seconds, self._devices)
+            text += f"  {speed['train/examples_per_second']:,.0f} examples/s  {seconds * 1e3:.2f} ms/step"
+            end = f"  ETA {(self._num_steps - step) * seconds:.0f} s"
         if "train/mfu" in speed:
             text += f"  MFU {speed['train/mfu']:.1%}"
         if "train/memory_gb" in speed:
             text += f"  {speed['train/memory_gb']:.1f} GB"
-        if "train/noise_scale" in metrics:
-            text += f"  noise scale {metrics['train/noise_scale']:,.0f} examples"
+        if (scale := metrics.get("train/noise_scale")) is not None:
+            text += f"  noise scale {scale:,.0f} examples"
         text += self._eval
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         else:
-            agree.say(f"step {step}/{self._num_steps}  {text}  ETA {left:.0f} s")
+            agree.say(f"step {step}/{self._num_steps}  {text}{end}")
         return speed
 
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+    def _uncounted(self, metrics: Mapping[str, float | None]) -> str:
+        skipped = metrics.get("train/skipped_steps")
+        return f"{skipped:.0f} skipped, not finite" if skipped else "their examples weigh nothing"
+
+    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Shows an evaluation."""
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
+        if None in metrics.values():
+            shown += "  (null: no example of the evaluation split has a weight there)"
         self._eval = f"  {shown}"
         self.say(f"step {step}  {shown}")
 
@@ -158,9 +179,14 @@ class Bar:
         else:
             agree.say(text)
 
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last report (evaluation, saving) out of the speed."""
-        self._time = time.perf_counter()
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Leaves the time that the body takes (evaluation, saving) out of the speed."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:  # a report in the body has counted what was before it
+            self._time += time.perf_counter() - max(began, self._time)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
@@ -172,7 +198,7 @@ def end(summary: dict[str, Any], directory: Any) -> None:
     """Metrics, where the time went, where the files are."""
     console = _console()
     metrics = "  ".join(
-        f"{name} {value:.4g}"
+        f"{name} {number(value, '.4g')}"
         for name, value in summary["metrics"].items()
         if name.split("/")[-1] in ("loss", "accuracy")
     )

@@ -11,12 +11,12 @@ from typing import Any
 
 from etils import epath
 
-from spmd.storage import is_remote, ready, write_whole
+from spmd.storage import is_remote, json_text, ready, write_whole
 from spmd.train import lock
 
 
 def _write(path: epath.Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, json_text(value, indent=1) + "\n")
 
 
 def locate(directory: str, name: str) -> epath.Path:
@@ -272,9 +272,9 @@ def differences(
     if passed & before.keys():
         passed |= {*located}
     then = {k: v for k, v in before.items() if k not in passed}
-    now = json.loads(json.dumps({k: v for k, v in identity.items() if k not in passed}))
+    now = json.loads(json_text({k: v for k, v in identity.items() if k not in passed}))
     newer = now.keys() - then.keys()
-    then |= {k: v for k, v in json.loads(json.dumps(defaults or {})).items() if k in newer}
+    then |= {k: v for k, v in json.loads(json_text(defaults or {})).items() if k in newer}
     missing = "(absent)"
     pairs = {k: [then.get(k, missing), now.get(k, missing)] for k in sorted({*then, *now})}
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}

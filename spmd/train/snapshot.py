@@ -14,6 +14,7 @@ from spmd import mesh as meshes
 from spmd import tree
 from spmd.batches import Expected
 from spmd.data.sources import ArraySource
+from spmd.fields import check
 from spmd.strategies import base
 from spmd.train import CheckpointConfig
 from spmd.train.checkpoint import Checkpoints
@@ -46,7 +47,11 @@ class Snapshot:
     def evaluate(self) -> dict[str, float]:
         """`{"eval/accuracy": ...}` over the whole evaluation split."""
         measured = self._evaluator(*self.variables)
-        assert measured is not None
+        nothing = [name for name, value in measured.items() if value is None]
+        check(
+            not nothing,
+            f"no example of the evaluation split has a weight in {', '.join(nothing)}: nothing is measured",
+        )
         return measured
 
     def predict(self, examples: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from spmd.storage import is_remote, stamp, write_whole
+from spmd.storage import is_remote, json_text, stamp, write_whole
 
 MANIFEST = "manifest.json"
 _ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file with our custom metadata in it
@@ -86,13 +86,13 @@ def _facts(file: epath.Path) -> dict[str, Any]:
 
 
 def _seal(files: dict[str, Any]) -> str:
-    return _sha256(json.dumps(files, sort_keys=True).encode())
+    return _sha256(json_text(files, sort_keys=True).encode())
 
 
 def write_manifest(path: epath.Path) -> None:
     """Lists the files of a complete step, in the step."""
     files = {name: _facts(file) for name, file in _files(path).items()}
-    text = json.dumps({"files": files, "sha256": _seal(files)}, indent=1) + "\n"
+    text = json_text({"files": files, "sha256": _seal(files)}, indent=1) + "\n"
     write_whole(path / MANIFEST, text)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from spmd.fields import check
-from spmd.storage import is_remote, write_whole
+from spmd.storage import is_remote, json_text, write_whole
 
 
 def ready(project: str) -> None:
@@ -73,5 +73,5 @@ def _id(directory: epath.Path) -> str:
         except (ValueError, KeyError, TypeError):
             print(f"{file} cannot be read: a new run of Weights & Biases begins", file=sys.stderr)
     found = uuid.uuid4().hex[:12]
-    write_whole(file, json.dumps({"id": found}) + "\n")
+    write_whole(file, json_text({"id": found}) + "\n")
     return found
