@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spmd import fields, registry
-from spmd.fields import check
 from spmd.optim import OPTIMIZERS
 from spmd.plan import targets
 from spmd.plan.compile import TPU_ENVIRONMENT, Compiled, Failed, TooLarge, ready
@@ -34,12 +33,7 @@ def compiled(exp: Experiment, target: str) -> Compiled:
     """
     parsed = targets.parse(target)
     ready(parsed)
-    file = registry.LOADED.get(exp.name)
-    check(
-        file is not None,
-        f"experiment {exp.name!r} comes from no file: it is compiled in a process of its own, which reads"
-        " it from one; load it with spmd.load(NAME or PATH)",
-    )
+    file = registry.file_of(exp.name)
     request = {"file": str(file), "config": fields.plain(exp), "target": parsed.name}
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     environment |= {"JAX_PLATFORMS": "cpu"} | (TPU_ENVIRONMENT if parsed.topology else {})

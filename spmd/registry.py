@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.abc
 import importlib.util
+import os
 import re
 import sys
 import types
@@ -16,7 +18,9 @@ from spmd import explain, overrides, values
 from spmd.experiment import Experiment
 from spmd.fields import check, closest
 
-LOADED: dict[str, Path] = {}  # name -> the file it was read from last
+LOADED: dict[
+    str, list[Path]
+] = {}  # name -> the files of that name that were read, the last one last
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
@@ -56,13 +60,35 @@ def find(name: str) -> Path:
             f" {', '.join(available())}",
         )
         return path
-    known = available()
+    known, beside = available(), Path(f"{name}.py")
+    near = f" Did you mean {str(beside)!r}?" if beside.is_file() else closest(name, known)
     check(
         name in known,
-        f"unknown experiment {name!r}.{closest(name, known)} Known: {', '.join(known)};"
-        " or give the path of a .py file with config()",
+        f"unknown experiment {name!r}.{near} Known: {', '.join(known)}; or give the path of a .py file with"
+        " config()",
+    )
+    check(
+        not beside.is_file() or beside.samefile(known[name]),
+        f"{name!r} is {known[name]} and a file {beside} in this directory: give the path of the one that is"
+        " meant, with .py",
     )
     return known[name]
+
+
+def file_of(name: str) -> Path:
+    """The file that the experiment `name` was read from; ValueError without one, or when two differ."""
+    files = LOADED.get(name, [])
+    check(
+        bool(files),
+        f"experiment {name!r} comes from no file: it is compiled in a process of its own, which reads"
+        " it from one; load it with spmd.load(NAME or PATH)",
+    )
+    present = [file for file in files if file.is_file()]
+    check(
+        len({file.read_bytes() for file in present}) <= 1,
+        f"two experiment files are called {name}: {' and '.join(map(str, present))}; rename one",
+    )
+    return files[-1]
 
 
 def from_file(path: Path) -> Experiment:
@@ -71,7 +97,10 @@ def from_file(path: Path) -> Experiment:
         re.fullmatch(r"[\w.\-]+", path.stem) is not None,
         f"{path.name!r}: use letters, digits, _ and -",
     )
-    spec = importlib.util.spec_from_file_location(f"spmd_experiment_{path.stem}", path)
+    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[
+        :8
+    ]  # names may repeat in other folders
+    spec = importlib.util.spec_from_file_location(f"spmd_experiment_{path.stem}_{key}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -80,7 +109,8 @@ def from_file(path: Path) -> Experiment:
         isinstance(experiment, Experiment),
         f"config() of {path} returned {values.shown(experiment)}, not an spmd.Experiment",
     )
-    LOADED[path.stem] = path.resolve()
+    read = LOADED.setdefault(path.stem, [])
+    read[:] = [file for file in read if file != path.resolve()] + [path.resolve()]
     return dataclasses.replace(experiment, name=path.stem)
 
 

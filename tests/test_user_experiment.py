@@ -90,3 +90,26 @@ def test_layers_that_would_depend_on_the_mesh_are_refused(
     done = run_cli("--experiment", "rings.py", "--simulate", 2, *args)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_files_of_one_name(tmp_path, monkeypatch):
+    """A name in the folder and a file of it here; two files of one name in two folders."""
+    from spmd import registry
+
+    monkeypatch.chdir(tmp_path)
+    shipped = registry.find("digits")
+    (tmp_path / "digits.py").write_text(shipped.read_text())
+    with pytest.raises(ValueError, match=r"digits\.py and a file digits\.py in this directory"):
+        registry.find("digits")
+    assert registry.find("digits.py").samefile(tmp_path / "digits.py")
+    (tmp_path / "wide.py").write_text(shipped.read_text())
+    with pytest.raises(ValueError, match=r"Did you mean 'wide\.py'"):
+        registry.find("wide")
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/wide.py").write_text(shipped.read_text().replace("256, 128", "32,"))
+    first = registry.from_file(tmp_path / "wide.py")
+    second = registry.from_file(tmp_path / "other/wide.py")
+    assert (first.model.hidden, second.model.hidden) == ((256, 128), (32,))
+    with pytest.raises(ValueError, match="two experiment files are called wide"):
+        registry.file_of("wide")

@@ -141,7 +141,7 @@ def _one(argv: Sequence[str]) -> int:
 def _in_users_file(error: Exception) -> str:
     """The message about an error that the code of an experiment file raised, or led to; else ""."""
     registry = sys.modules.get("spmd.registry")
-    for path in registry.LOADED.values() if registry else ():
+    for path in [file for files in registry.LOADED.values() for file in files] if registry else ():
         if explain.location(error, path):
             return explain.explain(error, path)
     return ""

@@ -57,7 +57,7 @@ def of_files(
 
     form: data.format. ValueError where a pattern matches none, and for a file in a format that is not read.
     """
-    found: dict[str, str] = {}  # absolute path -> as it was named
+    found: dict[str, str] = {}  # path without links -> as it was named
     for pattern in globs:
         check(
             not is_remote(pattern),
@@ -73,8 +73,14 @@ def of_files(
             " files or globs, in quotes",
         )
         for match in matches:
-            found.setdefault(os.path.abspath(match), match)
+            found.setdefault(os.path.realpath(match), match)
     files = list(found.values())
+    twice = next((f for f in files if f"{f}.gz" in files), None)
+    check(
+        twice is None,
+        f"{option} matches {twice} and {twice}.gz, one the other compressed by its name: its text would be"
+        " read twice. Leave one, or narrow the pattern",
+    )
     forms = [formats.recognise(f, form) for f in files]
     known = content.of_files(files, cache_dir)
     # A file that was changed in its middle alone has another time.

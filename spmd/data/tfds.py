@@ -59,6 +59,12 @@ def _prepared(config: TFDS) -> Iterator[list[Path]]:
             info.parent for info in base.glob("*/*/dataset_info.json") if not sub
         ]
         versions = [p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
+        subs = sorted({p.parent.name for p in versions if p.parent != base})
+        check(
+            len(subs) < 2,
+            f"data.name={config.name!r} is prepared in several configs in {root}: {', '.join(subs)}; name"
+            f" one: {name}/{subs[0] if subs else ''}",
+        )
         yield sorted(versions, key=lambda p: tuple(map(int, p.name.split("."))))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from spmd.fields import check
+from spmd.fields import check, closest
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # GPT-2, Llama 3, Llama 2, Gemma
 
@@ -113,6 +113,12 @@ class FromFile:
 
     def __init__(self, path: str, end: str = "auto"):
         file = Path(path).expanduser()
+        inside = sorted(p.name for p in file.glob("*.json")) if file.is_dir() else []
+        check(
+            not file.is_dir(),
+            f"data.tokenizer={path!r} is a directory; give its file"
+            f"{closest('tokenizer.json', inside) or ' tokenizer.json, which it does not have'}",
+        )
         check(
             file.is_file(),
             f"no tokenizer file {path!r}; give --data.tokenizer FILE (a Hugging Face tokenizer.json),"

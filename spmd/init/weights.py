@@ -222,8 +222,10 @@ def _run(directory: str, path: epath.Path) -> Run:
             f"init.from={directory!r} holds {', '.join(others[:4])}, which is not read: save the model as"
             " safetensors (save_pretrained of transformers does)",
         )
-        step = path if path.name.isdigit() else path / "checkpoints"
-        if step is not path:
+        # A run may be called 300 as well: then it holds checkpoints.
+        is_step = path.name.isdigit() and not (path / "checkpoints").is_dir()
+        step = path if is_step else path / "checkpoints"
+        if not is_step:
             present = steps.listed(step)
             check(
                 bool(present),

@@ -18,6 +18,7 @@ _ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file with our custom metadata in it
 _COMMITTED = "commit_success.txt"  # Orbax's last word in a bucket
 _SMALL = 2**20  # files up to here are hashed; larger ones are array data, which the digests cover
 _UNFINISHED = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
+_STEP = re.compile(r"0|[1-9][0-9]*")  # as it is written: 0300 is a copy of somebody's
 _NAME = re.compile(r"[\w.\-]+")
 
 
@@ -30,7 +31,7 @@ def listed(directory: epath.Path) -> list[int]:
     """The complete steps of a directory of checkpoints, ascending."""
     if not directory.exists():
         return []
-    found = [p for p in directory.iterdir() if p.name.isdigit()]
+    found = [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
     if is_remote(directory):  # a bucket cannot rename: there a file says that all is written
         found = [p for p in found if (p / _COMMITTED).exists()]
     return sorted(int(p.name) for p in found)

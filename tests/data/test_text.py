@@ -395,6 +395,16 @@ MISTAKES = {
 }
 
 
+def test_a_file_is_read_once_whatever_names_it(tmp_path):
+    (tmp_path / "a.txt").write_text(POEM)
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    every = corpus.of_files([str(tmp_path / "*.txt"), str(tmp_path / "a*")], "text", "data.files")
+    assert len(every.content) == 1
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(POEM.encode()))
+    with pytest.raises(ValueError, match=r"a\.txt and .*a\.txt\.gz, one the other compressed"):
+        corpus.of_files([str(tmp_path / "a*")], "text", "data.files")
+
+
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

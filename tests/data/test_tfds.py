@@ -204,6 +204,11 @@ def test_the_newest_version_is_read(tmp_path):
         ValueError, match=r"version 1\.0\.0 is not prepared.*there: 0\.9\.0, 0\.10\.0"
     ):
         tfds.find(digits(name="other:1.0.0", **given))
+    for sub in ("small", "large"):
+        shutil.copytree(sets / "0.9.0", tmp_path / "stock/sized" / sub / "1.0.0")
+    with pytest.raises(ValueError, match=r"several configs .*large, small; name one: sized/large"):
+        tfds.find(digits(name="sized", **given))
+    assert tfds.find(digits(name="sized/small", **given)).parent.name == "small"
 
 
 def test_arrays_of_the_experiment():

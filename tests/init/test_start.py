@@ -80,6 +80,8 @@ def test_a_resumed_run_does_not_look_at_its_source(tmp_path, source):
 def test_a_step_can_be_named_and_the_average_is_taken(tmp_path, averaged):
     state = arrays(load("--optimizer.ema", 0.9, "--run.dir", averaged).restore())
     start = arrays(load("--init.from", averaged / "checkpoints" / "30").init())
+    (tmp_path / "2026").symlink_to(averaged)  # a run whose name is a number is no step
+    assert load("--init.from", tmp_path / "2026").init().arrays.keys() == start.keys()
     for name in ("layers/0/kernel", "head/bias"):
         np.testing.assert_array_equal(start[f"params/{name}"], state[f"ema/{name}"])
         assert (start[f"params/{name}"] != state[f"params/{name}"]).any()
