@@ -116,8 +116,8 @@ class FromFile:
         inside = sorted(p.name for p in file.glob("*.json")) if file.is_dir() else []
         check(
             not file.is_dir(),
-            f"data.tokenizer={path!r} is a directory; give its file"
-            f"{closest('tokenizer.json', inside) or ' tokenizer.json, which it does not have'}",
+            f"data.tokenizer={path!r} is a directory; give a tokenizer.json."
+            f"{closest('tokenizer.json', inside) or f' It has no {path}/tokenizer.json'}",
         )
         check(
             file.is_file(),
