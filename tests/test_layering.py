@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # From the bottom up. A module or package imports from the rows below its own, and from itself;
 # names of one row may import each other. A new module of spmd/ gets its place here.
 LAYERS = (
-    ("fields", "storage", "hardware", "values", "explain"),
+    ("fields", "storage", "paths", "hardware", "values", "explain"),
     ("tree", "digest", "mesh", "flops", "batches", "parsing"),
     ("sharding", "scope", "narrow"),
     ("collectives", "hlo"),
@@ -38,7 +38,7 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 # Beside the rows: these import no more than is said here, and every row may import them.
 ASIDE = {"runtime": {"fields", "storage", "tree", "mesh"}, "launch": set()}
 NEVER = {"strategies": {"models", "data"}}  # though they lie below
-STANDARD_LIBRARY_ONLY = {"fields", "storage", "hardware", "values", "explain", "launch"}
+STANDARD_LIBRARY_ONLY = {"fields", "storage", "paths", "hardware", "values", "explain", "launch"}
 # models/ name logical dims: nothing that says where an array lies
 NO_PLACEMENT = {"PartitionSpec", "NamedSharding", "jax.P", "spmd.mesh", "spmd.sharding"}
 FOR_EXPERIMENTS = {

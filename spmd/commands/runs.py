@@ -240,8 +240,8 @@ def _check(path: epath.Path) -> int:
         print(f"{path} step {step}: {f'BAD: {wrong}' if wrong else good}", flush=True)
     if bad:
         print(
-            "bad steps are put aside, and the newest good one is taken, when the run goes on or is"
-            " evaluated",
+            "bad steps are put aside, and the newest good one is taken, when the run goes on; eval, sample"
+            " and export pass them over",
             file=sys.stderr,
         )
     return bad

@@ -15,11 +15,11 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import digest, tree
+from spmd import digest, paths, tree
 from spmd.fields import check
 from spmd.runtime import agree
-from spmd.storage import without_nonfinite
-from spmd.train import CheckpointConfig, reading, steps
+from spmd.storage import is_remote, without_nonfinite
+from spmd.train import CheckpointConfig, index, reading, steps
 
 PyTree = Any
 
@@ -52,12 +52,13 @@ def _unflat(flat: dict[str, Any], like: PyTree) -> PyTree:
 class Checkpoints:
     """The checkpoints of one run: saved asynchronously, the newest and the best kept, bad ones put aside.
 
-    Every process of a run makes the same calls in the same order.
+    Every process of a run makes the same calls in the same order. Without `writing` nothing in the directory
+    is changed: bad ones are passed over.
     """
 
     def __init__(self, directory: epath.Path, config: CheckpointConfig, *, writing: bool = True):
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._directory, self._config = directory, config
+        self._directory, self._config, self._writing = directory, config, writing
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         if writing and agree.is_first():
@@ -106,9 +107,14 @@ class Checkpoints:
         try:
             # Enqueued behind the step and copied with the rest: the host does not wait for the digests.
             leaves = flat | {reading.DIGESTS: digest.of(flat)}
-            path = self._directory / str(step)
-            response: Any = ocp.save_async(path, leaves, custom_metadata=about)
-            self._pending = step, self._thread.submit(self._finish, response, step)
+            if not is_remote(self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as opened:
+                place = opened.enter_context(paths.plain(self._directory / str(step)))
+                response: Any = ocp.save_async(place, leaves, custom_metadata=about)
+                shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in leaves.items()}
+                held = opened.pop_all()
+            self._pending = step, self._thread.submit(self._finish, response, held, step, shapes)
         except Exception as error:
             self._pending = step, concurrent.futures.Future()
             self._pending[1].set_exception(error)
@@ -117,10 +123,16 @@ class Checkpoints:
             ):  # the others find out in their wait(), at the same place as this one
                 self.wait()
 
-    def _finish(self, response: Any, step: int) -> None:
-        """In a thread: what follows the save of one step."""
-        response.result()
+    def _finish(
+        self, response: Any, held: contextlib.ExitStack, step: int, leaves: dict[str, Any]
+    ) -> None:
+        """In a thread: what follows the save of one step of `leaves`."""
+        with held:
+            response.result()
         if agree.is_first():
+            if wrong := index.reopened(self._directory / str(step), leaves):
+                steps.delete(self._directory, step)  # the older ones still stand
+                raise OSError(f"opened again after the save, it is not complete: {wrong}")
             with contextlib.suppress(OSError):  # without a manifest the step is good by its digests
                 steps.write_manifest(self._directory / str(step))
             self._drop()
@@ -170,7 +182,7 @@ class Checkpoints:
 
         like: shapes and dtypes. accept: called in process 0 with what was saved beside the arrays, may refuse
         it by a ValueError. A checkpoint whose files or digests are wrong goes to quarantine/ with the
-        reason, and the next older one is taken. ValueError with the differing leaves when a good one is of
+        reason (is left where it is, by one that only reads), and the next older one is taken. ValueError with the differing leaves when a good one is of
         another model (Orbax alone would cast dtypes silently), when none is left, or when `step` is bad.
         """
         wanted, placed = _flat(like), _flat(shardings)
@@ -182,6 +194,7 @@ class Checkpoints:
                 f"no checkpoint of step {step} in {self._directory};"
                 f" there are: {', '.join(map(str, present))}"
             )
+        passed: list[str] = []
         for at in [step] if step is not None else present[::-1]:
             leaves, bad = self._read(at, wanted, placed, accept)
             if not bad:
@@ -191,10 +204,19 @@ class Checkpoints:
                     f"the checkpoint of step {at} in {self._directory} is bad: {bad}; without --step the"
                     " newest good one is taken"
                 )
-            became = agree.from_first(
-                lambda at=at, bad=bad: steps.quarantine(self._directory, at, bad), "quarantine"
-            )
+            if self._writing:
+                became = agree.from_first(
+                    lambda at=at, bad=bad: steps.quarantine(self._directory, at, bad), "quarantine"
+                )
+            else:
+                became = "passed over, and left as it is"
+                passed.append(f"step {at}: {bad}")
             agree.say(f"the checkpoint of step {at} is bad: {bad}; {became}")
+        check(
+            not passed,
+            f"no checkpoint in {self._directory} is good: {'; '.join(passed)}. Restore the files from a copy,"
+            " or train anew with --run.fresh",
+        )
         aside = agree.from_first(lambda: steps.quarantined(self._directory), "listing quarantine")
         raise ValueError(self._none_left(aside))
 

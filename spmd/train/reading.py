@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from spmd import digest, tree
+from spmd import digest, paths, tree
 from spmd.fields import check
 from spmd.runtime import agree
 from spmd.train import steps
@@ -121,14 +121,16 @@ def load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """The leaves of a step that `abstract` asks for; ValueError when they cannot be read."""
     from orbax.checkpoint import v1 as ocp
 
-    return dict(_ask(lambda: ocp.load(path, abstract)))
+    with paths.plain(path) as place:
+        return dict(_ask(lambda: ocp.load(place, abstract)))
 
 
 def stored(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """`{name: (shape, dtype)}` of the leaves of a step; ValueError when that cannot be read."""
     from orbax.checkpoint import v1 as ocp
 
-    found = _ask(lambda: ocp.metadata(path).metadata)
+    with paths.plain(path) as place:
+        found = _ask(lambda: ocp.metadata(place).metadata)
     if found is None:  # Orbax's way to say so
         raise ValueError("Orbax finds no description of the arrays")
     return {k: (tuple(v.shape), str(v.dtype)) for k, v in found.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from spmd import paths
 from spmd.storage import is_remote, json_text, ready, write_whole
 from spmd.train import lock
 
@@ -23,7 +24,14 @@ def locate(directory: str, name: str) -> epath.Path:
     """The run directory; a local path is made absolute (Orbax wants it), a bucket's stays as it is."""
     given = directory or f"runs/{name}"
     ready(given, "run.dir")
-    return epath.Path(given if is_remote(given) else os.path.abspath(os.path.expanduser(given)))
+    path = given if is_remote(given) else os.path.abspath(os.path.expanduser(given))
+    if why := paths.refused(path):
+        raise Refused(f"run directory {ascii(path)} {why}; choose another with --run.dir")
+    return epath.Path(path)
+
+
+class Refused(ValueError):
+    """The directory holds something that this run must not touch, or can hold none."""
 
 
 def shown(path: epath.Path) -> str:
@@ -36,10 +44,6 @@ def shown(path: epath.Path) -> str:
 
 # Fields of the identity that are digests of the data: see spmd.train.dataset.
 CONTENT = "data.content."
-
-
-class Refused(ValueError):
-    """The directory holds something that this run must not touch."""
 
 
 def inspect(
