@@ -1,4 +1,4 @@
-"""Local paths that are only names: no library may read a pattern or an address into one. Standard library only."""
+"""Local paths as names only: no library reads a pattern or an address into them. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./ =+,\-]*")
 _DESCRIPTORS = "/proc/self/fd"
+_SHARED = 900  # below the usual limit of 1024, and above what a process has open
 # The kernel's limit is 4096 bytes; below a run directory lie names of up to about 200.
 _LONGEST = 3800
 # `[*?]` are wildcards, `#` a generation of an object, `\` and `%` what clients escape with.
@@ -18,7 +19,7 @@ _NOT_IN_OBJECTS = re.compile(r"[\[\]*?#\\%\x00-\x1f\x7f]")
 
 
 @contextlib.contextmanager
-def plain(path: str | os.PathLike[str]) -> Iterator[str]:
+def plain(path: str | os.PathLike[str], *, same: bool = False) -> Iterator[str]:
     r"""Another path to the same place, of letters, digits and `_./ =+,-` only.
 
     Orbax globs the path that it merges a step in, and TensorStore takes `\` for a separator: of a directory
@@ -28,6 +29,7 @@ def plain(path: str | os.PathLike[str]) -> Iterator[str]:
 
     Args:
       path: a local path whose parent exists; an object store's (gs://) comes back as it is.
+      same: all processes of a run call this at once, and get the same path, which Orbax compares.
 
     Yields:
       The path to use, in this process only and until the context ends.
@@ -45,6 +47,11 @@ def plain(path: str | os.PathLike[str]) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         if os.path.isdir(_DESCRIPTORS):
             opened = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+            if same:
+                import fcntl  # absent on Windows
+
+                unsorted, opened = opened, fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, _SHARED)
+                os.close(unsorted)
             stack.callback(os.close, opened)
             link = f"{_DESCRIPTORS}/{opened}"
         else:
@@ -60,7 +67,11 @@ def refused(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     if "://" in text:
         odd = _NOT_IN_OBJECTS.search(text)
-        return f"has {odd[0]!r} in it, which clients of object stores do not take literally" if odd else ""
+        return (
+            f"has {odd[0]!r} in it, which clients of object stores do not take literally"
+            if odd
+            else ""
+        )
     if "\0" in text:
         return "has a null character in it"
     try:

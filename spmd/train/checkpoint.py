@@ -110,7 +110,7 @@ class Checkpoints:
             if not is_remote(self._directory):
                 self._directory.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as opened:
-                place = opened.enter_context(paths.plain(self._directory / str(step)))
+                place = opened.enter_context(paths.plain(self._directory / str(step), same=True))
                 response: Any = ocp.save_async(place, leaves, custom_metadata=about)
                 shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in leaves.items()}
                 held = opened.pop_all()
@@ -181,9 +181,10 @@ class Checkpoints:
         """The state at `step` (default: the newest good one), each leaf placed by `shardings`.
 
         like: shapes and dtypes. accept: called in process 0 with what was saved beside the arrays, may refuse
-        it by a ValueError. A checkpoint whose files or digests are wrong goes to quarantine/ with the
-        reason (is left where it is, by one that only reads), and the next older one is taken. ValueError with the differing leaves when a good one is of
-        another model (Orbax alone would cast dtypes silently), when none is left, or when `step` is bad.
+        it by a ValueError. A checkpoint whose files or digests are wrong goes to quarantine/ with the reason
+        (stays where it is, without `writing`), and the next older one is taken. ValueError with the differing
+        leaves when a good one is of another model (Orbax alone would cast dtypes silently), when none is
+        left, or when `step` is bad.
         """
         wanted, placed = _flat(like), _flat(shardings)
         present = self.steps()

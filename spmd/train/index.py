@@ -1,6 +1,6 @@
-"""The index of a saved step, opened again right after the save: every array, every chunk, every byte is there.
+"""The index of a saved step, opened again after the save: are all arrays, chunks and bytes there?
 
-Orbax stores the arrays as Zarr chunks in an OCDBT database: a B-tree from chunk names to ranges of data files.
+Orbax stores the arrays as Zarr chunks in an OCDBT database: a B-tree from chunk names to ranges of files.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def locate(directory: str, name: str) -> epath.Path:
     ready(given, "run.dir")
     path = given if is_remote(given) else os.path.abspath(os.path.expanduser(given))
     if why := paths.refused(path):
-        raise Refused(f"run directory {ascii(path)} {why}; choose another with --run.dir")
+        raise Refused(f"run directory {path!a} {why}; choose another with --run.dir")
     return epath.Path(path)
 
 
