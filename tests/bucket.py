@@ -19,6 +19,7 @@ import pytest
 NEEDS = [m for m in ("gcsfs", "gcp_storage_emulator") if importlib.util.find_spec(m) is None]
 
 # The emulator ignores ifGenerationMatch; the store compares it and writes as one operation.
+# The emulator's downloads lack the generation, by which TensorStore reads a file again only when it has changed.
 SERVE = """
 import sys, threading
 from http import HTTPStatus
@@ -48,6 +49,23 @@ in_query = lambda request: (request.query.get("name") or [""])[0] or request.dat
 objects.patch = conditional(objects.patch, in_path)
 objects.delete = conditional(objects.delete, in_path)
 objects.insert = conditional(objects.insert, in_query)
+
+download = objects.download
+
+def versioned(request, response, storage, *args, **kwargs):
+    with one:
+        try:
+            found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        except NotFound:
+            response.status = HTTPStatus.NOT_FOUND
+            return None
+        response["x-goog-generation"] = found["generation"]
+        if request.query.get("ifGenerationNotMatch") == [found["generation"]]:
+            response.status = HTTPStatus.NOT_MODIFIED
+            return None
+        return download(request, response, storage, *args, **kwargs)
+
+objects.download = versioned
 
 from gcp_storage_emulator.server import create_server
 create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
