@@ -1,4 +1,4 @@
-"""An experiment's step compiled in a process of its own: the compiler may abort, and libtpu wants its
+"""Compile an experiment's step in a process of its own: the compiler may abort, and libtpu needs its
 environment before JAX starts.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from spmd import fields, registry
 from spmd.optim import OPTIMIZERS
 from spmd.plan import targets
-from spmd.plan.compile import TPU_ENVIRONMENT, Compiled, Failed, TooLarge, ready
+from spmd.plan.compile import TPU_ENVIRONMENT, Compiled, Failed, TooLarge, check_compiler
 from spmd.storage import json_text
 from spmd.strategies import STRATEGIES
 
@@ -28,16 +28,20 @@ if TYPE_CHECKING:
 def compiled(exp: Experiment, target: str) -> Compiled:
     """The step of `exp` on `target` (`v5p:4x4x4`, `h100:64`, `cpu:8`); touches no device and reads no data.
 
-    Blocks; several threads may call it. ValueError for the user's mistakes; raises Failed, or TooLarge when
-    the compiler says that the memory does not suffice.
+    Blocks; may be called from several threads.
+
+    Raises:
+        ValueError: a mistake in the experiment or the target.
+        TooLarge: the memory does not suffice, by the compiler.
+        Failed: the compilation failed otherwise.
     """
     parsed = targets.parse(target)
-    ready(parsed)
+    check_compiler(parsed)
     file = registry.file_of(exp.name)
     request = {"file": str(file), "config": fields.plain(exp), "target": parsed.name}
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     environment |= {"JAX_PLATFORMS": "cpu"} | (TPU_ENVIRONMENT if parsed.topology else {})
-    # run.py may be called from any directory.
+    # The process must import this package, whatever the working directory.
     paths = [str(Path(__file__).resolve().parent.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
@@ -49,34 +53,36 @@ def compiled(exp: Experiment, target: str) -> Compiled:
         check=False,
     )
     with contextlib.suppress(json.JSONDecodeError, IndexError):
-        return _answer(json.loads(done.stdout.splitlines()[-1]))
-    raise Failed(_last_words(done))
+        return _result(json.loads(done.stdout.splitlines()[-1]))
+    raise Failed(_failure(done))
 
 
-def _answer(found: dict[str, Any]) -> Compiled:
-    if "mistake" in found:
-        raise ValueError(found["mistake"])
-    if "used" in found:
-        raise TooLarge(found["failed"], found["used"], found["limit"])
-    if "failed" in found:
-        raise Failed(found["failed"])
-    return Compiled.from_json(found)
+def _result(answer: dict[str, Any]) -> Compiled:
+    """The result of the process, or its error raised."""
+    if "mistake" in answer:
+        raise ValueError(answer["mistake"])
+    if "used" in answer:
+        raise TooLarge(answer["failed"], answer["used"], answer["limit"])
+    if "failed" in answer:
+        raise Failed(answer["failed"])
+    return Compiled.from_json(answer)
 
 
-def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    how = f"exit code {done.returncode}"
+def _failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Exit code or signal of the process, and its fatal or last line of output."""
+    end = f"exit code {done.returncode}"
     if done.returncode < 0:
-        how = signal.Signals(-done.returncode).name
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    fatal = [line for line in said if line.startswith("F")] or said[-1:]
-    return f"the compiler ended with {how}" + (f": {fatal[0][:300]}" if fatal else "")
+        end = signal.Signals(-done.returncode).name
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    fatal = [line for line in lines if line.startswith("F")] or lines[-1:]
+    return f"the compiler ended with {end}" + (f": {fatal[0][:300]}" if fatal else "")
 
 
-# ---- the process of its own
+# ---- the compiling process
 
 
 def _main() -> None:
-    """Reads a request from stdin, writes one line of JSON to stdout."""
+    """Reads a request from stdin, writes a line of JSON to stdout."""
     request = json.load(sys.stdin)
     try:
         answer = _compile(request).json()
@@ -94,10 +100,10 @@ def _compile(request: dict[str, Any]) -> Compiled:
 
     target = targets.parse(request["target"])
     base = registry.from_file(registry.find(request["file"]))
-    swapped = {cls.__name__: cls for cls in (*STRATEGIES.values(), *OPTIMIZERS.values())}
-    exp = fields.restored(base, request["config"], swapped)
+    classes = {cls.__name__: cls for cls in (*STRATEGIES.values(), *OPTIMIZERS.values())}
+    exp = fields.restored(base, request["config"], classes)
     exp = exp.unread(0 if target.topology else target.num_devices)
-    # What is kept is what is read from the program, not the program.
+    # Only what is read from the program is cached, not the program itself.
     exp = dataclasses.replace(exp, run=dataclasses.replace(exp.run, compile_cache="off"))
     return compile.compiled(exp.build(compile.devices(target), source=()), target)
 

@@ -1,9 +1,9 @@
 """Model FLOPs of a training step, counted from the jaxpr of its loss.
 
-The convention is that of PaLM's model FLOPs utilisation (appendix B of arXiv 2204.02311): matrix products
-and convolutions only, 2 M N K each; the backward pass is twice the forward pass; what is computed a second
-time to save memory is not counted. Attention counts whole, masked or not; a fused kernel, whose products no
-jaxpr shows, not at all. XLA's own cost_analysis counts the body of a loop once, whatever its length.
+The convention is that of PaLM's model FLOPs utilisation (appendix B of arXiv 2204.02311): matmuls and
+convolutions only, 2 M N K each; the backward pass is twice the forward pass; rematerialisation is not
+counted. Attention is counted with its masked half; a fused kernel, whose matmuls are not in the jaxpr, is not
+counted. XLA's own cost_analysis counts the body of a loop once, whatever its length.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Count = collections.Counter[str]  # dtype of the operands -> FLOPs
 
 
 def of_step(task: Any, batch: Any) -> Count:
-    """FLOPs of one step on the abstract global `batch`, by dtype of the operands; traces the loss once."""
+    """FLOPs of a step on the abstract global `batch`, by dtype of the operands; traces the loss once."""
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     scale = jax.eval_shape(lambda b: task.scale(task.weigh(b)), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return times(of(task.loss, params, model_state, batch, key, scale), 3)
+    return times(of_call(task.loss, params, model_state, batch, key, scale), 3)
 
 
-def of(function: Any, *args: Any) -> Count:
-    """FLOPs of one call, forward only; args: arrays or shapes."""
+def of_call(function: Any, *args: Any) -> Count:
+    """FLOPs of a call, forward only; args: arrays or shapes."""
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def times(count: Count, factor: int) -> Count:
-    """`count`, `factor` times."""
+    """The count multiplied by `factor`."""
     return Count({dtype: n * factor for dtype, n in count.items()})
 
 
@@ -43,27 +43,27 @@ def _of_jaxpr(jaxpr: Any) -> Count:
             total[_dtype(eqn)] += _dot(eqn)
         elif name == "conv_general_dilated":
             total[_dtype(eqn)] += _conv(eqn)
-        elif name == "cond":  # as if it always took the dearest branch
+        elif name == "cond":  # count the most expensive branch
             total += max(map(_of_jaxpr, _bodies(eqn)), key=lambda count: count.total())
-        else:  # scan, pjit, custom_vjp, remat ...; the body of a `while` once, its length is not known
+        else:  # scan, pjit, custom_vjp, remat ...; the body of a `while` once, as its length is not known
             for body in _bodies(eqn):
                 total += times(_of_jaxpr(body), _repeats(eqn))
     return total
 
 
 def _bodies(eqn: Any) -> list[Any]:
-    """The jaxprs within an equation."""
-    found = []
+    """The jaxprs inside an equation."""
+    bodies = []
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(item, "jaxpr", item)  # a closed one holds the open one
+            inner = getattr(item, "jaxpr", item)  # a ClosedJaxpr wraps a Jaxpr
             if hasattr(inner, "eqns"):
-                found.append(inner)
-    return found
+                bodies.append(inner)
+    return bodies
 
 
 def _repeats(eqn: Any) -> int:
-    """How often an equation runs its body: steps of a scan, devices of a shard_map."""
+    """Number of runs of an equation's body: steps of a scan, devices of a shard_map."""
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
     if eqn.primitive.name == "shard_map":
@@ -86,8 +86,8 @@ def _dot(eqn: Any) -> int:
 
 
 def _conv(eqn: Any) -> int:
-    # rhs_spec: output features, input features of one group, spatial dims. Zeros that pad an image count,
-    # those that dilate it (a transposed convolution) do not.
+    # rhs_spec: output features, input features of a group, spatial dims. Zeros that pad an image are counted,
+    # zeros that dilate it (a transposed convolution) are not.
     rhs, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval
     _, features, *spatial = eqn.params["dimension_numbers"].rhs_spec
     taps = rhs[features] * math.prod(rhs[dim] for dim in spatial)

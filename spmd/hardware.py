@@ -1,8 +1,8 @@
-"""What a device can do, by the name that JAX gives it. Standard library only.
+"""Peak FLOP/s, memory and links of devices by their name in JAX. Standard library only.
 
-The figures are the vendors', for dense matrices: sparsity, which doubles some of them, is left out. What JAX
-calls a device is what a row is about: of a TPU with two devices per chip, half of the chip. For a name that
-is not here, None: a near one (a card of lower power, a slice of a GPU) would give a wrong figure.
+The figures are those of the vendors for dense matrices, without sparsity, which doubles some of them. A row
+describes what JAX calls a device: for a TPU with two devices per chip, half of the chip. A name that is not
+in the table has no row: that of a similar device (a card of lower power, a slice of a GPU) would be wrong.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 
 class Links(NamedTuple):
-    """What joins one device to others; every bandwidth is in bytes/s, one way.
+    """Links between a device and others; every bandwidth is in bytes/s in one direction.
 
-    axes: dims of the torus that a TPU slice is; 0 is a switch that joins any two devices (NVLink).
-    link: of a torus, one link (there is one in each direction of each axis); of a switch, all that a device
-    has together. ring: a torus axis closes to a ring where its size is a multiple of this (and, in three
-    dims, every size of the slice is), else it is a line. pod: devices that the links can join. host: devices
-    that share a host. scale_out: of the slower network between slices or hosts, for each device.
+    axes: dims of the torus of a TPU slice; 0 for a switch that joins any two devices (NVLink).
+    link: bandwidth of a torus link (there is one in each direction of each axis), or of all links of a device
+    to a switch together. ring: a torus axis is a ring if its size is a multiple of this (and, in three dims,
+    every size of the slice is), else a line. pod: number of devices that the links can join. host: devices on
+    a host. scale_out: bandwidth per device of the slower network between slices or hosts.
     source: where link and scale_out are from.
     """
 
@@ -31,12 +31,12 @@ class Links(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """One device.
+    """A device.
 
-    flops: FLOP/s of matrix products by dtype of the operands, as JAX multiplies them by default: float32 in
-    one bfloat16 pass on a TPU, as TF32 on a GPU. memory: bytes (the GB of the pages are GiB). bandwidth:
-    bytes/s of that memory. source: the vendor's page. links: None where several of them are rarely joined.
-    tile: side of a TPU's matrix unit: a product with a shorter dim leaves the rest of it idle.
+    flops: FLOP/s of matmuls by dtype of the operands, with JAX's default precision: float32 in one bfloat16
+    pass on a TPU, as TF32 on a GPU. memory: bytes (the GB of the pages are GiB). bandwidth: bytes/s of that
+    memory. source: the vendor's page. links: None for devices that are rarely joined. tile: side of a TPU's
+    matrix unit; a matmul with a shorter dim leaves the rest of it idle.
     """
 
     name: str
@@ -67,23 +67,24 @@ def _gpu(
     return Chip(name, peaks, gb * 2**30, gb_s * 1e9, source, links)
 
 
-# A torus in three dims closes its axes in slices made of whole 4x4x4 cubes; one in two dims only where an
-# axis spans the pod's 16. 90 GB/s of a link's nominal 100 (45 of 50) are what a program gets: the table in
-# "How to Scale Your Model", chapter 2 (jax-ml.github.io/scaling-book), which the pages give as the sum of a
-# chip's links, both ways (v5e 400 GB/s, v5p 1200, v6e 800). The network of a host is shared by its chips.
+# The axes of a torus in three dims are rings in slices made of complete 4x4x4 cubes; those of a torus in two
+# dims only if they span the pod's 16. A program reaches 90 GB/s of a link's nominal 100 (45 of 50): the table
+# in "How to Scale Your Model", chapter 2 (jax-ml.github.io/scaling-book). The vendor's pages give the sum of
+# a chip's links in both directions (v5e 400 GB/s, v5p 1200, v6e 800). The chips of a host share its network.
 _BOOK = "scaling-book, chapter 2; DCN: Google Cloud TPU documentation"
 _V4 = Links(3, 45e9, 4, 4096, 4, 25e9 / 4, f"{_BOOK}, 25 GB/s for each host of 4")
 _V5E = Links(2, 45e9, 16, 256, 8, 25e9 / 8, f"{_BOOK}, 2 x 100 Gb/s for each host of 8")
 _V5P = Links(3, 90e9, 4, 8960, 4, 50e9 / 8, f"{_BOOK}, 50 Gb/s for each chip")
 _V6E = Links(2, 90e9, 16, 256, 8, 100e9 / 8, f"{_BOOK}, 100 Gb/s for each chip")
-# Two devices share the links of a chip: half of 90 of the 100 GB/s that the page's 1200 GB/s are by link.
+# Two devices share the links of a chip: half of the 90 GB/s that are reached of a link's 100 (the page has
+# 1200 GB/s for all links).
 _7X = Links(
     3, 90e9 / 2, 4, 9216 * 2, 8, 100e9 / 16, f"{_BOOK}, 100 Gb/s for each chip of 2 devices"
 )
 
 
 def _nvlink(gb_s: float, pod: int, host: int, gbit_s: float, nic: str) -> Links:
-    """gb_s: half of the data sheet's total, which counts both ways."""
+    """Links to an NVLink switch. gb_s: half of the data sheet's total, which counts both directions."""
     return Links(0, gb_s * 1e9, 1, pod, host, gbit_s * 1e9 / 8, f"data sheet; {nic} for each GPU")
 
 
@@ -118,5 +119,5 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The row of a device, by `jax.Device.device_kind`; None for what is not in the table, as a CPU."""
+    """The row for a `jax.Device.device_kind`; None for devices that are not in the table, such as CPUs."""
     return CHIPS.get(device_kind)

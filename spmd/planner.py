@@ -1,4 +1,4 @@
-"""An experiment planned: what it needs on devices that need not be there, and which layout is best."""
+"""Plan an experiment: what it needs on devices that need not be present, and which layout is best."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ if TYPE_CHECKING:
     from spmd.plan.schedule import Schedule
     from spmd.plan.search import Candidate
 
-AT_ONCE = 2  # compilations side by side: each takes gigabytes of the host's memory
+PARALLEL_COMPILATIONS = 2  # each takes gigabytes of the host's memory
 
 
 def facts(exp: Experiment) -> Facts:
-    """What is known of `exp` before it is cut; touches no device and reads no data."""
-    from spmd.plan import facts as known
+    """The facts of `exp` that do not depend on its mesh; touches no device and reads no data."""
+    from spmd.plan.facts import from_program
 
-    alone = dataclasses.replace(
-        exp.unread(1),
+    unread = exp.unread(1)
+    single = dataclasses.replace(
+        unread,
         mesh=mesh.MeshConfig(data=1),
-        train=dataclasses.replace(exp.unread(1).train, accumulate=1),
+        train=dataclasses.replace(unread.train, accumulate=1),
     )
-    return known.of(alone.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
+    return from_program(single.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
 
 
-def planned(strategy: StrategyConfig, cut: Layout) -> bool:
-    """Whether the closed forms of plan.comms and plan.memory are those of `strategy`."""
-    if isinstance(strategy, AllReduce):  # each sends twice (N - 1) / N of the gradients
+def has_closed_form(strategy: StrategyConfig, layout: Layout) -> bool:
+    """Whether the closed forms of plan.comms and plan.memory describe `strategy`."""
+    if isinstance(strategy, AllReduce):  # sends 2 (N - 1) / N of the gradients, as auto does
         plain = strategy.reduction != "hierarchical" and strategy.compress.kind == "none"
-        # A table's gradient is made of the rows of all devices, gathered, and not scattered as a sum.
-        return plain and cut.size("fsdp") == 1
+        # With fsdp, the gradient of a table is made of gathered rows instead of reduce-scattered.
+        return plain and layout.size("fsdp") == 1
     return isinstance(strategy, Auto)
 
 
 def layout(exp: Experiment, num_devices: int) -> Layout:
-    """How `exp` is cut on so many devices."""
+    """The layout of `exp` on `num_devices` devices."""
     from spmd.plan.layout import Layout
 
     auto = exp.strategy if isinstance(exp.strategy, Auto) else Auto()
@@ -68,55 +69,65 @@ def layout(exp: Experiment, num_devices: int) -> Layout:
 
 
 def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
-    """`exp` on `target`: estimated, and (compiled) its own step compiled for it, in a process of its own.
+    """Plans `exp` on `target`.
 
-    Of a strategy whose traffic has no closed form here, the compiled step tells it. ValueError for what
-    cannot be cut so, when a TPU's compiler is not installed, or when such a strategy is not to be compiled.
+    Args:
+        exp: the experiment.
+        target: the devices, for example `h100:64`.
+        compiled: also compile the experiment's own step for it, in a process of its own. A strategy without
+            closed forms is described by the compiled step alone.
+
+    Raises:
+        ValueError: the experiment does not fit the target's mesh, the TPU compiler is not installed, or
+            compilation is off for a strategy that needs it.
     """
     from spmd.plan import comms, cost, memory, report
     from spmd.plan import layout as layouts
     from spmd.plan.compile import Failed
 
     on = targets.parse(target)
-    known, cut = facts(exp), layout(exp, on.num_devices)
-    layouts.check_fits(known, cut)
-    by_form = planned(exp.strategy, cut)
+    exp_facts, exp_layout = facts(exp), layout(exp, on.num_devices)
+    layouts.check_fits(exp_facts, exp_layout)
+    closed_form = has_closed_form(exp.strategy, exp_layout)
     check(
-        by_form or compiled,
-        f"of strategy {exp.strategy.name} as it is set, only the compiled program tells what moves: leave out"
-        " --no-compile, or add --strategy auto",
+        closed_form or compiled,
+        f"no closed form covers strategy {exp.strategy.name} with these options: drop --no-compile, or add"
+        " --strategy auto",
     )
-    made = report.Plan(
-        facts=known,
+    result = report.Plan(
+        facts=exp_facts,
         target=on,
-        layout=cut,
+        layout=exp_layout,
         strategy=exp.strategy.name,
-        memory=memory.of(known, cut),
-        collectives=comms.of(known, cut) if by_form else [],
-        estimate=cost.estimate(known, on, cut) if on.chip and by_form else None,
+        memory=memory.step_memory(exp_facts, exp_layout),
+        collectives=comms.step_collectives(exp_facts, exp_layout) if closed_form else [],
+        estimate=cost.estimate(exp_facts, on, exp_layout) if on.chip and closed_form else None,
     )
     if not compiled:
-        return made
+        return result
     try:
-        program = ahead.compiled(exp, target)
+        step = ahead.compiled(exp, target)
     except Failed as error:
-        return made._replace(failed=str(error))
-    made = made._replace(compiled=program)
-    if by_form and program.how != "compiled":
-        return made
-    merges_over = () if by_form else exp.strategy.merges_over
-    found = comms.compiled(program.program, cut, merges_over)
-    if not by_form:
-        replicas = max(exp.strategy.copies // cut.size("replica"), 1)
-        held = memory.of_program(known, cut, program.state, replicas)
-        made = made._replace(memory=held, collectives=found)
+        return result._replace(failed=str(error))
+    result = result._replace(compiled=step)
+    if closed_form and step.how != "compiled":
+        return result
+    merges_over = () if closed_form else exp.strategy.merges_over
+    collectives = comms.from_program(step.program, exp_layout, merges_over)
+    if not closed_form:
+        replicas = max(exp.strategy.copies // exp_layout.size("replica"), 1)
+        result = result._replace(
+            memory=memory.with_state(exp_facts, exp_layout, step.state, replicas),
+            collectives=collectives,
+        )
     if on.chip is None:
-        return made
-    return made._replace(estimate=cost.estimate(known, on, cut, found, held=made.memory))
+        return result
+    estimate = cost.estimate(exp_facts, on, exp_layout, collectives, memory=result.memory)
+    return result._replace(estimate=estimate)
 
 
 def schedule(exp: Experiment, target: str) -> Schedule:
-    """The pipeline of `exp` on `target`; ValueError where it has none, or one that cannot be."""
+    """The pipeline schedule of `exp` on `target`; ValueError if it has none, or an impossible one."""
     import jax
 
     from spmd.pipeline import execute, schedules
@@ -135,86 +146,85 @@ def schedule(exp: Experiment, target: str) -> Schedule:
 def search(
     exp: Experiment, target: str, *, best: int = 0, say: Callable[[str], None] = print
 ) -> list[Candidate]:
-    """Every layout of `exp` on `target`, those that fit first, the fastest first.
+    """Every layout of `exp` on `target`: those that fit, the fastest first, then the rejected ones.
 
-    best: so many of the first are compiled: those that do not fit by the compiler are rejected, and the rest
-    ranked anew by the collectives that it made.
+    best: number of the fastest layouts to compile. Those that do not fit by the compiler are rejected, the
+    others ranked again with the collectives of the compiled program.
     """
     from spmd.plan import search as searching
 
     on = targets.parse(target)
-    check(
-        on.chip is not None, f"nothing is known of the speed of {target}: search on a TPU or a GPU"
-    )
-    known = facts(exp)
-    found = searching.search(known, on)
+    check(on.chip is not None, f"no speed is known for {target}: search on a TPU or a GPU")
+    exp_facts = facts(exp)
+    candidates = searching.search(exp_facts, on)
     if best:
-        ahead.ready(on)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            judged = pool.map(lambda c: _judged(exp, known, on, c, say), found[:best])
-            found = sorted([*judged, *found[best:]], key=searching.rank)
-    return found
+        ahead.check_compiler(on)
+        with ThreadPoolExecutor(PARALLEL_COMPILATIONS) as pool:
+            compiled = pool.map(lambda c: _compiled(exp, exp_facts, on, c, say), candidates[:best])
+            candidates = sorted([*compiled, *candidates[best:]], key=searching.rank)
+    return candidates
 
 
-def _judged(
+def _compiled(
     exp: Experiment,
-    known: Facts,
+    exp_facts: Facts,
     on: targets.Target,
     candidate: Candidate,
     say: Callable[[str], None],
 ) -> Candidate:
-    """As the compiler has it: it may not fit, and communicate otherwise."""
+    """The candidate with the peak and the collectives of its compiled program."""
     from spmd import tree
     from spmd.plan import comms, cost
     from spmd.plan.compile import Failed
 
-    cut = candidate.layout
+    chosen = candidate.layout
     try:
-        made = ahead.compiled(arranged(exp, cut), on.name)
+        step = ahead.compiled(with_layout(exp, chosen), on.name)
     except Failed as error:
-        say(f"{cut}: {error}")
+        say(f"{chosen}: {error}")
         return candidate._replace(reason=f"the compiler: {error}")
-    say(
-        f"{cut}: {made.how} in {made.seconds:.0f} s, {tree.human_bytes(made.memory.peak)} at the peak"
-    )
-    if made.how != "compiled":
+    say(f"{chosen}: {step.how} in {step.seconds:.0f} s, peak {tree.human_bytes(step.memory.peak)}")
+    if step.how != "compiled":
         return candidate
-    again = cost.estimate(known, on, cut, comms.compiled(made.program, cut))
-    return candidate._replace(estimate=again, compiled=made.memory.peak)
+    collectives = comms.from_program(step.program, chosen)
+    estimate = cost.estimate(exp_facts, on, chosen, collectives)
+    return candidate._replace(estimate=estimate, compiled=step.memory.peak)
 
 
-def arranged(exp: Experiment, cut: Layout) -> Experiment:
-    """`exp` with the layout of a search."""
-    sizes = {"data": 1} | dict(cut.mesh)
+def with_layout(exp: Experiment, chosen: Layout) -> Experiment:
+    """`exp` with a layout of a search."""
+    sizes = {"data": 1} | dict(chosen.mesh)
     model = exp.model
     if hasattr(model, "remat"):
-        model = dataclasses.replace(model, remat=cut.remat)
-    if cut.size("context") > 1:
-        model = dataclasses.replace(model, context=cut.context)
-    train = dataclasses.replace(exp.train, accumulate=cut.accumulate)
-    if cut.stages > 1:
+        model = dataclasses.replace(model, remat=chosen.remat)
+    if chosen.size("context") > 1:
+        model = dataclasses.replace(model, context=chosen.context)
+    train = dataclasses.replace(exp.train, accumulate=chosen.accumulate)
+    if chosen.stages > 1:
         train = dataclasses.replace(
             train,
-            pipeline=cut.pipeline,
-            virtual_stages=cut.virtual if cut.virtual > 1 else train.virtual_stages,
+            pipeline=chosen.pipeline,
+            virtual_stages=chosen.virtual if chosen.virtual > 1 else train.virtual_stages,
         )
     return dataclasses.replace(
         exp,
         model=model,
         mesh=mesh.MeshConfig(**sizes),
-        strategy=Auto(zero=3 if cut.zero == 3 else 1, sequence_parallel=cut.sequence_parallel),
+        strategy=Auto(
+            zero=3 if chosen.zero == 3 else 1, sequence_parallel=chosen.sequence_parallel
+        ),
         train=train,
     )
 
 
 def scaling(exp: Experiment, names: Sequence[str]) -> tuple[list[Point], list[Bound]]:
-    """Weak and strong scaling over targets, each with its fastest layout; where the first one's axes become
-    bound by communication.
+    """(points of weak and strong scaling over the targets, each with its fastest layout; the limits at which
+    the axes of the first one become bound by communication).
     """
     from spmd.plan import scaling as curves
 
-    check(len(names) >= 2, "scaling needs two targets at least: --targets v5p:2x2x2 v5p:4x4x4")
+    check(len(names) >= 2, "scaling needs at least two targets: --targets v5p:2x2x2 v5p:4x4x4")
     on = [targets.parse(name) for name in names]
-    known = facts(exp)
-    points = [*curves.curve(known, on, "weak"), *curves.curve(known, on, "strong")]
-    return points, curves.bounds(known, on[0], points[0].estimate.layout)
+    exp_facts = facts(exp)
+    points = [*curves.curve(exp_facts, on, "weak"), *curves.curve(exp_facts, on, "strong")]
+    return points, curves.bounds(exp_facts, on[0], points[0].estimate.layout)

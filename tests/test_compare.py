@@ -74,14 +74,14 @@ def test_bytes_are_those_of_the_step_that_trains(done):
 def test_seconds_are_computation_and_the_network_model(done):
     _, made, place = done
     rows = {r["strategy"]: r for r in read(place) if r["step"] == "6"}
-    levels = network.named("replica=wan,infiniband", {"replica": 2, "data": 4})
+    levels = network.by_name("replica=wan,infiniband", {"replica": 2, "data": 4})
     whole = network.seconds(network.join(levels, ("replica", "data")), "all-reduce", P)
     spent = float(rows["allreduce"]["seconds"]) / 6 - 1
     assert spent == pytest.approx(whole)  # the gradients as one all-reduce; scalars left out
     assert 2 * network.HOP["WAN"] < whole < 3 * network.HOP["WAN"]
     assert float(rows[ENTRIES[2]]["seconds"]) / 6 - 1 < 1e-3  # over InfiniBand alone
     table = str(made)
-    assert "1 s of computation (as given)" in table and "replica x data" in table
+    assert "1 s of computation (given)" in table and "replica x data" in table
 
 
 def test_finished_runs_are_taken_as_they_are(done, capsys):
@@ -90,7 +90,7 @@ def test_finished_runs_are_taken_as_they_are(done, capsys):
     line = ["--strategies", ",".join(ENTRIES[:2]), "--network", "nvlink"]
     assert main(["compare", "--experiment", "digits", *words, *line]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"step = [\d.]+ m?u?s of computation \(measured here, on one device", shown)
+    assert re.search(r"step = [\d.]+ m?u?s of computation \(measured on one device", shown)
     assert shown.count("is finished: 6 steps") == 2 and "step 2/6" not in shown
     assert "communication on nvlink" in shown
     assert {f: f.stat().st_mtime_ns for f in place.glob("*/metrics.jsonl")} == before
@@ -154,7 +154,7 @@ MISTAKES = {
     "twice": ("auto,auto", "has auto twice"),
     "network": ("auto --network 10gb", "unknown network '10gb'. Did you mean '10gbe'?"),
     "axis": ("auto --network replika=wan,home", "no mesh axis. Did you mean 'replica'?"),
-    "axis without": ("auto --network replica=wan", "says nothing of mesh.data=2; add data=NAME"),
+    "axis without": ("auto --network replica=wan", "has no entry for mesh.data=2; add data=NAME"),
     "compute": ("auto --compute -1", "compute=-1.0 must not be negative"),
     "mesh": (
         "auto,local:replicas=1:period=1:mesh.data=1:mesh.replica=2",
@@ -176,7 +176,9 @@ def test_mistakes_are_one_message_and_nothing_is_written(case, devices, tmp_path
 
 def test_options_of_an_entry():
     exp = spmd.load("digits").experiment
-    made = compare.parsed(exp, ["auto:zero=1:sequence_parallel", "auto:sequence-parallel=false"])
+    made = compare.parse_entries(
+        exp, ["auto:zero=1:sequence_parallel", "auto:sequence-parallel=false"]
+    )
     first, second = (e.strategy for e in made.values())
     assert (first.zero, first.sequence_parallel) == (1, True)
     assert (second.zero, second.sequence_parallel) == (3, False)
@@ -201,7 +203,7 @@ def test_named_networks_have_sources_and_order():
 
 
 def test_a_permute_sends_all_its_bytes_to_one_other_device():
-    levels = network.named("10gbe", {"data": 8})
+    levels = network.by_name("10gbe", {"data": 8})
     crossed = network.join(levels, ("data",))
     rate, hop = crossed[0].bandwidth, network.HOP["10 GbE"]
     assert network.seconds(crossed, "collective-permute", 1e6) == pytest.approx(1e6 / rate + hop)

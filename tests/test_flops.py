@@ -22,7 +22,7 @@ f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def total(function, *shapes):
-    return flops.of(function, *map(f32, shapes)).total()
+    return flops.of_call(function, *map(f32, shapes)).total()
 
 
 def test_the_step_of_an_mlp():
@@ -38,7 +38,7 @@ def test_it_is_the_same_under_the_strategy_that_runs_it():
     """
     program = spmd.load("digits", []).build(jax.devices()[:1])
     batch = program.abstract_batch()
-    step = flops.of(program.strategy.step, program.abstract_state(), batch).total()
+    step = flops.of_call(program.strategy.step, program.abstract_state(), batch).total()
     assert flops.of_step(program.task, batch).total() - step == 2 * 64 * 64 * 256
 
 
@@ -133,7 +133,7 @@ def test_ragged_products_of_experts():
         return jax.lax.ragged_dot(x, w, sizes)
 
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
-    assert flops.of(experts, f32((32, 8)), f32((4, 8, 16)), sizes).total() == 2 * 32 * 8 * 16
+    assert flops.of_call(experts, f32((32, 8)), f32((4, 8, 16)), sizes).total() == 2 * 32 * 8 * 16
 
 
 def test_what_each_device_does_is_summed(devices):
@@ -148,4 +148,4 @@ def test_dtypes_are_kept_apart():
     def mixed(x, w):
         return (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32) @ w
 
-    assert flops.of(mixed, f32((4, 8)), f32((8, 8))) == {"bfloat16": 512, "float32": 512}
+    assert flops.of_call(mixed, f32((4, 8)), f32((8, 8))) == {"bfloat16": 512, "float32": 512}

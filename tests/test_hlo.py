@@ -90,7 +90,7 @@ def test_groups_that_are_no_product_of_axes_have_no_name():
 
 
 def test_an_unknown_form_is_named():
-    with pytest.raises(ValueError, match=r"not known: spiral\(3\)"):
+    with pytest.raises(ValueError, match=r"unknown form of replica groups: spiral\(3\)"):
         groups.devices("spiral(3)", 8)
 
 

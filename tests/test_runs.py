@@ -215,7 +215,7 @@ def test_an_unreadable_directory_is_named(place):
     *rows, codes = done.stdout.splitlines()
     assert codes == "0 2" and rows[1].startswith("one "), done.stderr
     assert done.stderr.splitlines() == [
-        f"{place}/secret is passed over: Permission denied",
+        f"{place}/secret is skipped: Permission denied",
         f"error: cannot read {place}/secret: Permission denied",
     ]
 

@@ -1,4 +1,4 @@
-"""run.py compare: strategies side by side, each trained with one budget."""
+"""run.py compare: train strategies with the same budget and compare them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from spmd.commands.verify import simulated
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is compared, and on what network."""
+    """Strategies to compare, and the network."""
 
     strategies: str = ""
     """Strategies with their options: auto,allreduce:reduction=ring,local:period=50:mesh.replica=8"""
     network: str = "10gbe"
-    """What joins the devices: nvlink, ici, infiniband, 10gbe, wan, home; or one for each mesh axis:
+    """Network between the devices: nvlink, ici, infiniband, 10gbe, wan, home; or one per mesh axis:
     replica=wan,data=nvlink"""
     compute: float = 0.0
-    """Seconds of computation of a step on one device; 0 measures it on this machine."""
+    """Seconds of a step's computation on a device; 0 measures it on this machine."""
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Exit code 0 when all were trained, 1 when one diverged, 128 + signal when stopped."""
+    """Exit code 0 if all strategies trained, 1 if one diverged, 128 + signal if stopped."""
     exp, options = registry.load(name, words, Options)
     from spmd import compare
     from spmd.runtime import EXIT_FAILED
@@ -32,9 +32,9 @@ def run(name: str, words: Sequence[str]) -> int:
     from spmd.train.loop import Stopped
 
     entries = options.strategies.split(",")
-    compare.parsed(exp, entries)  # a mistake is told before jax starts
+    compare.parse_entries(exp, entries)  # reports mistakes before jax starts
     try:
-        made = compare.run(
+        comparison = compare.run(
             simulated(exp), entries, network=options.network, compute=options.compute
         )
     except Stopped as stop:
@@ -44,7 +44,7 @@ def run(name: str, words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command resumes it", file=sys.stderr)
         return 130
-    print(f"\n{made}")
-    return 0 if made.complete else EXIT_FAILED
+    print(f"\n{comparison}")
+    return 0 if comparison.complete else EXIT_FAILED

@@ -1,4 +1,4 @@
-"""run.py runs list | status | check [DIR]: what run directories hold, and whether it is still good."""
+"""run.py runs list | status | check [DIR]: list run directories, and check their checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ ACTIONS = ("list", "status", "check")
 
 
 def run(words: Sequence[str]) -> int:
-    """Exit code 1 when `check` finds a bad step. `list` and `status` need no jax, none the experiment."""
+    """Exit code 1 if `check` finds a bad checkpoint. `list` and `status` need no jax; no action needs the
+    experiment.
+    """
     action, *places = words or [""]
     check(
         action in ACTIONS and len(places) <= 1 and not any(p.startswith("-") for p in places),
@@ -30,12 +32,12 @@ def run(words: Sequence[str]) -> int:
         " Type: run.py runs list|status|check [DIR] (default: runs)",
     )
     directory = rundir.locate(places[0] if places else "runs", "")
-    found = _runs(directory)
+    paths = _runs(directory)
     if action == "list":
-        _list(directory, found)
+        _list(directory, paths)
         return 0
     bad = 0
-    for path in found:
+    for path in paths:
         if action == "status":
             _status(path)
         else:
@@ -44,30 +46,33 @@ def run(words: Sequence[str]) -> int:
 
 
 def _runs(directory: epath.Path) -> list[epath.Path]:
-    """The runs at or right below `directory`; ValueError when there are none.
+    """Run directories: `directory` itself, or those directly inside it; ValueError if there are none.
 
-    What else lies there (files, links that lead nowhere) is passed over; what cannot be looked at is named.
+    Other entries (files, broken links) are skipped; those that cannot be read are reported.
     """
-    check(directory.is_dir(), f"no directory {directory}; give the one of a run, or of several")
+    check(
+        directory.is_dir(),
+        f"there is no directory {directory}; give that of a run, or of several runs",
+    )
     try:
         entries = sorted(directory.iterdir())
         if _is_run(directory):
             return [directory]
     except OSError as error:
         raise ValueError(f"cannot read {directory}: {error.strerror or error}") from None
-    found = []
+    paths = []
     for path in entries:
         try:
             if _is_run(path):
-                found.append(path)
+                paths.append(path)
         except OSError as error:
-            print(f"{path} is passed over: {error.strerror or error}", file=sys.stderr)
-    check(bool(found), f"no run in {directory} nor right below it (no config.json)")
-    return found
+            print(f"{path} is skipped: {error.strerror or error}", file=sys.stderr)
+    check(bool(paths), f"no run in {directory} or directly inside it (no config.json)")
+    return paths
 
 
 def _is_run(path: epath.Path) -> bool:
-    """Whether a directory holds a run; OSError where it may not be looked at, which exists() would hide."""
+    """Whether a directory holds a run; OSError if it cannot be read, which exists() would hide."""
     if is_remote(path):
         return (path / "config.json").exists()
     try:
@@ -80,7 +85,7 @@ def _is_run(path: epath.Path) -> bool:
 
 
 def _json(file: epath.Path) -> dict[str, Any] | None:
-    """What a file of a run holds; None without one, {} when it cannot be read."""
+    """Content of a JSON file of a run; None if it does not exist, {} if it cannot be read."""
     if not file.exists():
         return None
     try:
@@ -94,7 +99,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> dict[str, float]:
-    """The finite and infinite numbers of what should be a dict of numbers: files may be damaged."""
+    """The numbers of a dict; {} for other values, since files may be damaged."""
     return {k: v for k, v in _dict(value).items() if isinstance(v, int | float)}
 
 
@@ -107,18 +112,18 @@ T = TypeVar("T")
 
 
 def _read(read: Callable[[], T], default: T, name: str, damaged: list[str]) -> T:
-    """What `read` returns, or the default, with a line in `damaged` that names what cannot be read."""
+    """Calls `read`; if it fails, returns the default and adds a line to `damaged` that names the part."""
     try:
         return read()
     except (OSError, ValueError) as error:
         damaged.append(
-            f"{name} cannot be read: {getattr(error, 'strerror', '') or 'it is no text'}"
+            f"{name} cannot be read: {getattr(error, 'strerror', '') or 'it is not text'}"
         )
         return default
 
 
 def _facts(path: epath.Path) -> dict[str, Any]:
-    """What one run is and where it stands; of what is damaged, as much as can be read."""
+    """Identity, state and metrics of a run; of a damaged run, what can be read."""
     config, summary = _json(path / "config.json"), _json(path / "summary.json")
     files = (("config", config), ("summary", summary))
     damaged = [f"{name}.json is corrupt" for name, value in files if value == {}]
@@ -151,7 +156,7 @@ def _facts(path: epath.Path) -> dict[str, Any]:
 
 
 def _changed(path: epath.Path) -> float:
-    """When a file changed last; 0 where nothing says so, as of a link that leads nowhere."""
+    """Time of the last change of a file; 0 if unknown, for example for a broken link."""
     try:
         return stamp(path)[1]
     except OSError:
@@ -159,7 +164,7 @@ def _changed(path: epath.Path) -> float:
 
 
 def _name(path: epath.Path, directory: epath.Path) -> str:
-    """A run's name in the list, on one line whatever its characters."""
+    """A run's name in the list, on a single line whatever its characters."""
     name = path.name if path == directory else str(path.relative_to(directory))
     return name if name.isprintable() else repr(name)
 
@@ -176,9 +181,9 @@ def _age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def _list(directory: epath.Path, found: list[epath.Path]) -> None:
+def _list(directory: epath.Path, paths: list[epath.Path]) -> None:
     rows = [("run", "experiment", "state", "step", "evaluation", "checkpoint", "age")]
-    for path in found:
+    for path in paths:
         facts = _facts(path)
         newest = str(facts["saved"][-1]) if facts["saved"] else "-"
         if facts["aside"]:
@@ -223,7 +228,7 @@ def _status(path: epath.Path) -> None:
 
 
 def _check(path: epath.Path) -> int:
-    """Prints a line for each checkpoint; returns how many are bad. Changes nothing."""
+    """Prints a line per checkpoint; returns the number of bad ones. Changes nothing."""
     from spmd.train import reading
 
     directory, bad = path / "checkpoints", 0
@@ -235,13 +240,13 @@ def _check(path: epath.Path) -> int:
     if not saved:
         print(f"{path}: no checkpoint")
     for step in saved:
-        wrong, good = reading.examined(directory / str(step))
-        bad += bool(wrong)
-        print(f"{path} step {step}: {f'BAD: {wrong}' if wrong else good}", flush=True)
+        fault, verdict = reading.examined(directory / str(step))
+        bad += bool(fault)
+        print(f"{path} step {step}: {f'BAD: {fault}' if fault else verdict}", flush=True)
     if bad:
         print(
-            "bad steps are put aside, and the newest good one is taken, when the run goes on; eval, sample"
-            " and export pass them over",
+            "a resumed run moves bad checkpoints to quarantine and uses the newest good one; eval, sample"
+            " and export skip them",
             file=sys.stderr,
         )
     return bad

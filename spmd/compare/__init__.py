@@ -1,7 +1,7 @@
-"""Strategies side by side: each trains with one budget, and is charged for the bytes that its step sends.
+"""Compare strategies: each trains with the same budget, and is charged for the bytes that its step sends.
 
-Every run has a directory of its own below that of the comparison: a finished one is taken as it is, another
-one goes on. Whatever can be refused is refused before the first step of the first run.
+Every run has a directory of its own inside that of the comparison: a finished run is reused, an unfinished
+one resumes. All mistakes that can be found are reported before the first step of the first run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ONE_PROCESS = "compare trains in one process; there, use --simulate 8"
-SECTIONS = ("mesh", "optimizer")  # what an entry may change beside its strategy
+SECTIONS = ("mesh", "optimizer")  # an entry may set fields of these beside its strategy
 
 
 def run(
@@ -36,53 +36,60 @@ def run(
     compute: float = 0.0,
     say: Callable[[str], None] = print,
 ) -> Comparison:
-    """Trains each of `given` (`local`, `local:period=50:mesh.replica=8`) and compares them.
+    """Trains each entry and compares them.
 
-    network: of plan.network.NETWORKS, `10gbe` or `replica=wan,data=nvlink`. compute: seconds of a step's
-    computation on one device; 0 measures it here. Raises Stopped when interrupted; the next call goes on.
-    ValueError for the user's mistakes, before anything is trained.
+    Args:
+        exp: the experiment; its mesh and optimizer may be overridden by an entry.
+        given: entries `local` or `local:period=50:mesh.replica=8`.
+        network: names of plan.network.NETWORKS: `10gbe`, or `replica=wan,data=nvlink`.
+        compute: seconds of a step's computation on a device; 0 measures it on this machine.
+        say: receives a line per run.
+
+    Raises:
+        ValueError: a mistake, reported before anything is trained.
+        Stopped: interrupted; the next call resumes.
     """
     from spmd.compare import cost
     from spmd.compare.report import Comparison
     from spmd.train import rundir
 
-    variants = parsed(exp, given)
+    variants = parse_entries(exp, given)
     directory = rundir.locate(exp.run.dir, f"{exp.name}-compare")
     check(
         not (directory / "config.json").exists(),
         f"{directory} holds a run; a comparison is a directory of several: choose another --run.dir",
     )
-    variants = {entry: _below(directory, entry, each) for entry, each in variants.items()}
-    check(compute >= 0, f"compute={compute} must not be negative; 0 measures it here")
+    variants = {entry: _in_directory(directory, entry, each) for entry, each in variants.items()}
+    check(compute >= 0, f"compute={compute} must not be negative; 0 measures it on this machine")
     check(not exp.setup(), ONE_PROCESS)
     source = exp.data.opened("train")
     charges, num_steps = {}, 0
     for entry, each in variants.items():
-        program = _of(entry, lambda each=each: each.build(source=source))
+        program = _named(entry, lambda each=each: each.build(source=source))
         num_steps = program.num_steps
-        _of(entry, lambda each=each, num=num_steps: _free(each, num))
+        _named(entry, lambda each=each, num=num_steps: _check_free(each, num))
         charges[entry] = cost.charge(each, program)
-        _of(entry, lambda entry=entry: charges[entry].seconds(network))
+        _named(entry, lambda entry=entry: charges[entry].seconds(network))
     results = []
     for i, (entry, each) in enumerate(variants.items(), 1):
         say(f"[{i}/{len(variants)}] {entry}")
-        results.append(_trained(entry, each, charges[entry]))
-    made = Comparison(
+        results.append(_train(entry, each, charges[entry]))
+    comparison = Comparison(
         name=exp.name,
         directory=str(directory),
         network=network,
         num_devices=charges[next(iter(charges))].num_devices,
         num_steps=num_steps,
-        compute=compute or cost.measured(exp, source),
-        here=not compute,
+        compute=compute or cost.measure_compute(exp, source),
+        measured=not compute,
         results=results,
     )
-    made.write()
-    return made
+    comparison.write()
+    return comparison
 
 
-def _trained(entry: str, exp: Experiment, charge: Any) -> Result:
-    """The run of an entry: trained, resumed, or found finished. A diverging one is kept, with its reason."""
+def _train(entry: str, exp: Experiment, charge: Any) -> Result:
+    """Trains, resumes or reuses the run of an entry. A run that diverged is kept, with the reason."""
     from etils import epath
 
     from spmd.compare.report import Result
@@ -100,8 +107,8 @@ def _trained(entry: str, exp: Experiment, charge: Any) -> Result:
     return Result(entry, str(path), [lines[step] for step in sorted(lines)], charge, failed)
 
 
-def _free(exp: Experiment, num_steps: int) -> None:
-    """ValueError when the run directory cannot be this entry's: before any other is trained."""
+def _check_free(exp: Experiment, num_steps: int) -> None:
+    """ValueError if the run directory holds a run that is not this entry's."""
     from spmd.train import rundir
 
     path = rundir.locate(exp.run.dir, exp.name)
@@ -125,8 +132,8 @@ def _free(exp: Experiment, num_steps: int) -> None:
     )
 
 
-def _of(entry: str, call: Callable[[], T]) -> T:
-    """call(); a user's mistake names the entry."""
+def _named(entry: str, call: Callable[[], T]) -> T:
+    """Calls `call`; adds the name of the entry to its ValueError."""
     try:
         return call()
     except ValueError as error:
@@ -136,8 +143,8 @@ def _of(entry: str, call: Callable[[], T]) -> T:
 # ---- entries
 
 
-def parsed(exp: Experiment, given: Sequence[str]) -> dict[str, Experiment]:
-    """Entry -> the experiment that it is. ValueError for names and options that there are not."""
+def parse_entries(exp: Experiment, given: Sequence[str]) -> dict[str, Experiment]:
+    """Entry -> experiment. ValueError for unknown names and options."""
     entries = [entry.strip() for entry in given if entry.strip()]
     names = ", ".join(strategies.STRATEGIES)
     check(
@@ -147,7 +154,7 @@ def parsed(exp: Experiment, given: Sequence[str]) -> dict[str, Experiment]:
     )
     twice = [entry for entry in entries if entries.count(entry) > 1]
     check(not twice, f"--strategies has {twice[0] if twice else ''} twice; give it once")
-    return {entry: _of(entry, lambda entry=entry: _variant(exp, entry)) for entry in entries}
+    return {entry: _named(entry, lambda entry=entry: _variant(exp, entry)) for entry in entries}
 
 
 def _variant(exp: Experiment, entry: str) -> Experiment:
@@ -160,19 +167,19 @@ def _variant(exp: Experiment, entry: str) -> Experiment:
 
 
 def _word(cls: type[Any], option: str) -> list[str]:
-    """An option of an entry as the command line has it: `period=50`, `mesh.replica=8`, `nesterov`."""
+    """Command-line words for an option of an entry: `period=50`, `mesh.replica=8`, `nesterov`."""
     key, equals, value = option.partition("=")
-    own = {f.name: f.default for f in dataclasses.fields(cls)}
+    fields = {f.name: f.default for f in dataclasses.fields(cls)}
     first = key.replace("-", "_").partition(".")[0]
-    known = [*own, *(f"{section}." for section in SECTIONS)]
+    names = [*fields, *(f"{section}." for section in SECTIONS)]
     check(
-        first in own or (first in SECTIONS and "." in key),
-        f"strategy {cls.name} has no option {key!r}.{closest(key, known)} It has"
-        f" {', '.join(own) or 'none'}; an entry may also set fields of {' and '.join(SECTIONS)}:"
+        first in fields or (first in SECTIONS and "." in key),
+        f"strategy {cls.name} has no option {key!r}.{closest(key, names)} It has"
+        f" {', '.join(fields) or 'none'}; an entry may also set fields of {' and '.join(SECTIONS)}:"
         f" {cls.name}:mesh.replica=8",
     )
-    path = f"strategy.{key}" if first in own else key
-    if isinstance(own.get(key.replace("-", "_")), bool):
+    path = f"strategy.{key}" if first in fields else key
+    if isinstance(fields.get(key.replace("-", "_")), bool):
         check(
             value.lower() in ("", "true", "false"),
             f"{option!r} must be {key}, {key}=true or {key}=false",
@@ -185,7 +192,7 @@ def _word(cls: type[Any], option: str) -> list[str]:
     return [f"--{path}", value]
 
 
-def _below(directory: epath.Path, entry: str, exp: Experiment) -> Experiment:
-    """The experiment of an entry with its run directory, named much as it is typed."""
+def _in_directory(directory: epath.Path, entry: str, exp: Experiment) -> Experiment:
+    """The experiment with its run directory inside `directory`, named after the entry."""
     name = re.sub(r"[^\w.=+-]", "_", entry)
     return dataclasses.replace(exp, run=dataclasses.replace(exp.run, dir=str(directory / name)))

@@ -26,7 +26,7 @@ INSTALL = "pip install matplotlib, or spmd[plot]"
 
 
 class Result(NamedTuple):
-    """One strategy. lines: what was logged, by step. failed: why the run ended early, "" if it did not."""
+    """Result of a strategy. lines: logged metrics by step. failed: why the run ended early, else ""."""
 
     entry: str
     dir: str
@@ -35,15 +35,15 @@ class Result(NamedTuple):
     failed: str
 
     def last(self, name: str) -> float | None:
-        """The newest value of a metric."""
+        """The last logged value of a metric."""
         values = [line[name] for line in self.lines if name in line]
         return values[-1] if values else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
-    """Strategies that trained with one budget. compute: seconds of a step's computation, measured here or
-    given; the network is modelled.
+    """Strategies that trained with the same budget. compute: seconds of a step's computation. measured:
+    whether it was measured on this machine, not given. The network is modelled.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Comparison:
     num_devices: int
     num_steps: int
     compute: float
-    here: bool
+    measured: bool
     results: list[Result]
 
     @property
@@ -61,7 +61,7 @@ class Comparison:
         return not any(result.failed for result in self.results)
 
     def step_seconds(self, result: Result) -> float:
-        """Of a step on the network."""
+        """Seconds of a step on the network."""
         return self.compute + result.charge.seconds(self.network)
 
     def on(self, network: str) -> Comparison:
@@ -69,23 +69,23 @@ class Comparison:
         return dataclasses.replace(self, network=network)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each strategy and logged step, as the CSV has it."""
-        found = []
+        """Rows of the CSV: one per strategy and logged step."""
+        rows = []
         for result in self.results:
-            charge, each = result.charge, self.step_seconds(result)
+            charge, step_seconds = result.charge, self.step_seconds(result)
             for line in result.lines:
                 step = int(line["step"])
                 metrics = {k: v for k, v in line.items() if k == LOSS or k.startswith(EVAL)}
                 if metrics:
-                    total = {"sent_bytes": step * charge.sent_bytes, "seconds": step * each}
+                    total = {"sent_bytes": step * charge.sent_bytes, "seconds": step * step_seconds}
                     by_axis = {f"sent_bytes[{k}]": step * v for k, v in charge.sent.items()}
-                    found.append(
+                    rows.append(
                         {"strategy": result.entry, "step": step} | total | by_axis | metrics
                     )
-        return found
+        return rows
 
     def csv(self) -> str:
-        """`strategy,step,sent_bytes,seconds,...`: of one device, up to that step."""
+        """The rows as CSV: `strategy,step,sent_bytes,seconds,...`, of a device, up to each step."""
         rows, out = self.rows(), io.StringIO()
         names = dict.fromkeys(name for row in rows for name in row)
         writer = csv.DictWriter(out, [*names], lineterminator="\n")
@@ -94,23 +94,23 @@ class Comparison:
         return out.getvalue()
 
     def table(self) -> str:
-        """A line for each strategy: what it reached, and what a step costs."""
+        """A line per strategy: its last metrics, and the cost of a step."""
         metrics = dict.fromkeys(
             name for r in self.results for line in r.lines for name in line if name.startswith(EVAL)
         )
-        shown = [LOSS, *metrics]
+        columns = [LOSS, *metrics]
         table = new_table(
             "strategy",
-            *(f">{name}" for name in shown),
-            ">sent a step",
+            *(f">{name}" for name in columns),
+            ">sent per step",
             "over",
             ">communication",
             ">step",
-            ">in all",
+            ">total",
         )
         for result in self.results:
-            charge, each = result.charge, self.step_seconds(result)
-            values = [result.last(name) for name in shown]
+            charge, step_seconds = result.charge, self.step_seconds(result)
+            values = [result.last(name) for name in columns]
             over = ", ".join(f"{k} {tree.human_bytes(v)}" for k, v in charge.sent.items())
             table.add_row(
                 escape(result.entry),
@@ -118,28 +118,28 @@ class Comparison:
                 tree.human_bytes(charge.sent_bytes),
                 over if len(charge.sent) > 1 else ", ".join(charge.sent) or "-",
                 report.seconds(charge.seconds(self.network)),
-                report.seconds(each),
-                "diverged" if result.failed else report.seconds(each * self.num_steps),
+                report.seconds(step_seconds),
+                "diverged" if result.failed else report.seconds(step_seconds * self.num_steps),
             )
         return report.rendered(table)
 
     def __str__(self) -> str:
-        how = "measured here, on one device with its part of the batch" if self.here else "as given"
-        says = [
+        origin = "measured on one device with its shard of the batch" if self.measured else "given"
+        lines = [
             f"{self.name}: {self.num_steps} steps on {self.num_devices} devices; bytes that a device sends,"
             " from the compiled step",
-            f"step = {report.seconds(self.compute)} of computation ({how}) + communication on {self.network}"
-            " (modelled, nothing hidden)",
+            f"step = {report.seconds(self.compute)} of computation ({origin}) + communication on"
+            f" {self.network} (modelled, not overlapped)",
             "",
             self.table(),
             *(f"{r.entry}: {r.failed}" for r in self.results if r.failed),
             "",
         ]
-        made = "compare.csv, compare.png" if drawable() else f"compare.csv; compare.png: {INSTALL}"
-        says.append(f"files: {rundir.shown(epath.Path(self.directory))}/ ({made}, a run each)")
-        return "\n".join(says)
+        files = "compare.csv, compare.png" if drawable() else f"compare.csv; compare.png: {INSTALL}"
+        lines.append(f"files: {rundir.shown(epath.Path(self.directory))}/ ({files}, a run each)")
+        return "\n".join(lines)
 
-    __repr__ = __str__  # beside the picture, in a notebook
+    __repr__ = __str__  # a notebook shows it beside the picture
 
     def figure(self) -> Figure:
         """Loss against steps, bytes sent by a device, and seconds on the network; needs matplotlib."""
@@ -150,24 +150,24 @@ class Comparison:
         axes = figure.subplots(1, 3, sharey=True)
         rows = [row for row in self.rows() if row.get(LOSS) is not None]
         curves = {
-            r.entry: own
+            r.entry: points
             for r in self.results
-            if (own := [x for x in rows if x["strategy"] == r.entry])
+            if (points := [x for x in rows if x["strategy"] == r.entry])
         }
-        says = {
+        labels = {
             "step": ("step", ""),
             "sent_bytes": ("bytes sent by a device", "B"),
             "seconds": (f"seconds on {self.network} (modelled)", "s"),
         }
-        for ax, (name, (label, unit)) in zip(axes, says.items(), strict=True):
-            for i, (entry, own) in enumerate(curves.items()):
-                # Strategies that compute the same lie on one another: the later ones are thinner.
+        for ax, (name, (label, unit)) in zip(axes, labels.items(), strict=True):
+            for i, (entry, points) in enumerate(curves.items()):
+                # Curves of equal strategies cover each other: later ones are thinner.
                 width = 1.2 + 3 * (len(curves) - 1 - i) / len(curves)
-                xs = [row[name] for row in own]
-                ax.plot(xs, [row[LOSS] for row in own], label=entry, linewidth=width)
-            ends = [own[-1][name] for own in curves.values()]
-            far = ends and min(ends) > 0 and max(ends) > 10 * min(ends)
-            ax.set(xlabel=label, xscale="log" if far else "linear", yscale="log")
+                xs = [row[name] for row in points]
+                ax.plot(xs, [row[LOSS] for row in points], label=entry, linewidth=width)
+            ends = [points[-1][name] for points in curves.values()]
+            spread = ends and min(ends) > 0 and max(ends) > 10 * min(ends)
+            ax.set(xlabel=label, xscale="log" if spread else "linear", yscale="log")
             if unit:
                 ax.xaxis.set_major_formatter(EngFormatter(unit=unit))
             ax.grid(alpha=0.3)
@@ -175,13 +175,13 @@ class Comparison:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(
             f"{self.name} on {self.num_devices} devices,"
-            f" {report.seconds(self.compute)} of computation a step",
+            f" {report.seconds(self.compute)} of computation per step",
             fontsize="medium",
         )
         return figure
 
     def png(self) -> bytes:
-        """The figure."""
+        """The figure as PNG."""
         out = io.BytesIO()
         self.figure().savefig(out, format="png", dpi=100)
         return out.getvalue()
@@ -189,7 +189,7 @@ class Comparison:
     _repr_png_ = png  # a notebook shows it
 
     def write(self) -> None:
-        """compare.csv, and compare.png where matplotlib is installed."""
+        """Writes compare.csv, and compare.png if matplotlib is installed."""
         folder = epath.Path(self.directory)
         write_whole(folder / "compare.csv", self.csv())
         if drawable():

@@ -11,12 +11,12 @@ import numpy as np
 _LIST = r"\{(?:\{[\d,]*\},?)*\}"
 _IOTA = r"\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
 _MESH = r"mesh\[[^\]]*\](?:, device_ids=\(\S+\))? ?\{[^}]*\}"
-FORM = rf"{_MESH}|{_IOTA}|{_LIST}|\S+"  # of an instruction's replica_groups
+FORM = rf"{_MESH}|{_IOTA}|{_LIST}|\S+"  # the replica_groups of an instruction
 
 
 def devices(text: str, num_devices: int) -> np.ndarray | None:
     """Devices [groups, devices of a group] of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` or
-    `mesh['a'=4,'b'=2] {'a'}`; `{}` is all in one. None where groups differ in size.
+    `mesh['a'=4,'b'=2] {'a'}`; `{}` is a single group. None if groups differ in size.
     """
     if text.startswith("{"):
         lists = [row.split(",") for row in re.findall(r"\{([\d,\s]+)\}", text)]
@@ -25,18 +25,18 @@ def devices(text: str, num_devices: int) -> np.ndarray | None:
         if len({len(row) for row in lists}) > 1:
             return None
         return np.array([[int(device) for device in row] for row in lists])
-    if found := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, sizes = _ints(found[1]), _ints(found[2])
-        order = _ints(found[3]) if found[3] else tuple(range(len(sizes)))
+    if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, sizes = _ints(iota[1]), _ints(iota[2])
+        order = _ints(iota[3]) if iota[3] else tuple(range(len(sizes)))
         return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
     if re.fullmatch(_MESH, text):
-        return _of_mesh(text)
-    raise ValueError(f"replica groups in a form that is not known: {text}")
+        return _mesh_groups(text)
+    raise ValueError(f"unknown form of replica groups: {text}")
 
 
-def _of_mesh(text: str) -> np.ndarray:
-    """Axes by name; `'a':(2)4` is the part of size 4 of an axis, inside its outermost 2. The mesh's devices
-    are in order, or `device_ids=([4,2]T(1,0))`, or a list.
+def _mesh_groups(text: str) -> np.ndarray:
+    """Groups [groups, devices of a group] by mesh axes; `'a':(2)4` is the part of size 4 of axis a inside its
+    outermost 2. The devices of the mesh are in order, or given as `device_ids=([4,2]T(1,0))`, or as a list.
     """
     mesh, order, spans = re.findall(r"mesh\[(.*?)\](?:, device_ids=\((\S+)\))? ?\{(.*)\}", text)[0]
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
@@ -45,38 +45,38 @@ def _of_mesh(text: str) -> np.ndarray:
         for name, outer, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", spans)
     ]
     dims: list[int] = []
-    place: dict[tuple[str, int], int] = {}  # (axis, size outside of the part) -> dim
+    dim_of: dict[tuple[str, int], int] = {}  # (axis, size outside of the part) -> dim
     for name, total in sizes.items():
-        cuts = {1, total, *(cut for n, a, b in parts if n == name for cut in (a, a * b))}
-        for low, high in zip(sorted(cuts), sorted(cuts)[1:], strict=False):
-            place[(name, low)] = len(dims)
+        edges = {1, total, *(edge for n, a, b in parts if n == name for edge in (a, a * b))}
+        for low, high in zip(sorted(edges), sorted(edges)[1:], strict=False):
+            dim_of[(name, low)] = len(dims)
             dims.append(high // low)
-    inside = [place[(name, outer)] for name, outer, size in parts if size > 1]
-    rest = [dim for dim in range(len(dims)) if dim not in inside]
-    devices = _ordered(order, math.prod(dims)).reshape(dims).transpose(*rest, *inside)
-    return devices.reshape(-1, math.prod(dims[dim] for dim in inside))
+    within = [dim_of[(name, outer)] for name, outer, size in parts if size > 1]
+    rest = [dim for dim in range(len(dims)) if dim not in within]
+    devices = _ordered(order, math.prod(dims)).reshape(dims).transpose(*rest, *within)
+    return devices.reshape(-1, math.prod(dims[dim] for dim in within))
 
 
 def _ordered(order: str, num: int) -> np.ndarray:
-    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
-    if found is None:
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    if match is None:
         return np.array(_ints(order)) if order else np.arange(num)
-    devices = np.arange(num).reshape(_ints(found[1]))
-    return devices.transpose(_ints(found[2])).ravel() if found[2] else devices.ravel()
+    devices = np.arange(num).reshape(_ints(match[1]))
+    return devices.transpose(_ints(match[2])).ravel() if match[2] else devices.ravel()
 
 
 def spanned(groups: np.ndarray | None, axes: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes that each group spans, and no more; () where groups are no product of axes."""
+    """Mesh axes whose product is each group; () if the groups are no product of axes."""
     if groups is None or groups.max(initial=0) >= math.prod(axes.values()):
         return ()
     places = np.stack(np.unravel_index(groups, tuple(axes.values())), -1)
     varies = (places != places[:, :1]).any((0, 1))
-    found = tuple(axis for axis, varying in zip(axes, varies, strict=True) if varying)
-    return found if math.prod(axes[axis] for axis in found) == groups.shape[1] else ()
+    names = tuple(axis for axis, varying in zip(axes, varies, strict=True) if varying)
+    return names if math.prod(axes[axis] for axis in names) == groups.shape[1] else ()
 
 
 def crossed(pairs: np.ndarray, axes: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which a permute sends; pairs: [pairs, (source, target)]."""
+    """Mesh axes along which a permute sends. pairs: [pairs, (source, target)]."""
     if pairs.max(initial=0) >= math.prod(axes.values()):
         return ()
     places = np.unravel_index(pairs, tuple(axes.values()))

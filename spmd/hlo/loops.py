@@ -1,4 +1,4 @@
-"""How often a while-loop runs its body, read from its text."""
+"""How often a while loop runs its body, read from its text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SAME = (
     *("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape"),
     "optimization-barrier",
 )
-# compare(counter, bound) -> executions, by the distance from start to bound in steps
+# Executions of a loop with compare(counter, bound), by the distance from start to bound in steps.
 _EXECUTIONS = {
     "LT": math.ceil,
     "GT": math.ceil,
@@ -25,59 +25,66 @@ _FLIPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """An integer: element `index` of the loop's state plus `offset`; without index a constant."""
+    """An integer: element `index` of a loop's state plus `offset`; a constant if `index` is None."""
 
     index: int | None
     offset: int
 
 
-Known = Callable[[int], int | None]  # element of the state of the loop around -> its constant value
+Constants = Callable[
+    [int], int | None
+]  # element of a loop's state -> its value, None unless constant
 
 
-def nothing(index: int) -> int | None:
-    """Outside of all loops there is no state."""
+def no_constants(index: int) -> int | None:
+    """Constants outside of all loops, where there is no state."""
     return None
 
 
-def unchanged(loop: Instruction, around: Computation, module: Module, outer: Known) -> Known:
-    """What the body of `loop` may know of its state: constants that it passes on as they are."""
+def constants(
+    loop: Instruction, computation: Computation, module: Module, outer: Constants
+) -> Constants:
+    """The elements of the loop's state that are constant, as its body passes them on unchanged."""
     body = module.computations[loop.called[0]]
 
-    def known(index: int) -> int | None:
+    def constant(index: int) -> int | None:
         if _step(body, index, module) != 0:
             return None
-        first = _first(around.by_name[loop.operands[0]], index, around, module, outer)
-        return None if first is None else first.offset
+        state = computation.by_name[loop.operands[0]]
+        initial = _initial(state, index, computation, module, outer)
+        return None if initial is None else initial.offset
 
-    return known
+    return constant
 
 
 def executions(
-    loop: Instruction, around: Computation, module: Module, outer: Known = nothing
+    loop: Instruction, computation: Computation, module: Module, outer: Constants = no_constants
 ) -> int | None:
-    """The known trip count, or what condition, first state and step say; None for a loop that ends by its
-    data. outer: of the state of the loop whose body `around` is.
+    """The trip count of a loop, from its known_trip_count, or from its condition, initial state and step;
+    None for a loop that depends on data. outer: constants of the loop whose body `computation` is.
     """
-    if known := loop.attribute(r"known_trip_count\D+(\d+)"):
-        return int(known)
+    if trip_count := loop.attribute(r"known_trip_count\D+(\d+)"):
+        return int(trip_count)
     condition = module.computations[loop.attribute(r"condition=%([\w.\-]+)")]
     body = module.computations[loop.attribute(r"body=%([\w.\-]+)")]
-    root, bind = condition.root, dict[int, Affine | None]()
+    root, bound_parameters = condition.root, dict[int, Affine | None]()
     if root.op == "fusion":
-        bind = {i: value(condition, name, module) for i, name in enumerate(root.operands)}
+        bound_parameters = {
+            i: value(condition, name, module) for i, name in enumerate(root.operands)
+        }
         condition = module.computations[root.called[0]]
         root = condition.root
     direction = root.attribute(r"direction=(\w+)")
     if root.op != "compare" or direction not in _FLIPPED:
         return None
-    counter, bound = (value(condition, name, module, bind) for name in root.operands)
+    counter, bound = (value(condition, name, module, bound_parameters) for name in root.operands)
     if counter is not None and counter.index is None:
         counter, bound, direction = bound, counter, _FLIPPED[direction]
     if counter is None or counter.index is None or bound is None:
         return None
-    first = around.by_name[loop.operands[0]]
-    start = _first(first, counter.index, around, module, outer)
-    end = bound if bound.index is None else _first(first, bound.index, around, module, outer)
+    state = computation.by_name[loop.operands[0]]
+    start = _initial(state, counter.index, computation, module, outer)
+    end = bound if bound.index is None else _initial(state, bound.index, computation, module, outer)
     step = _step(body, counter.index, module)
     if start is None or end is None or not step:
         return None
@@ -86,53 +93,57 @@ def executions(
     return max(0, _EXECUTIONS[direction](distance))
 
 
-def _first(
-    state: Instruction, index: int, around: Computation, module: Module, outer: Known
+def _initial(
+    state: Instruction, index: int, computation: Computation, module: Module, outer: Constants
 ) -> Affine | None:
     """Element `index` of the state before the loop, if it is a constant."""
-    found = value(around, state.name, module, element=index)
-    if found is None or found.index is None:
-        return found
-    constant = outer(found.index)
-    return None if constant is None else Affine(None, constant + found.offset)
+    initial = value(computation, state.name, module, element=index)
+    if initial is None or initial.index is None:
+        return initial
+    constant = outer(initial.index)
+    return None if constant is None else Affine(None, constant + initial.offset)
 
 
 def _step(body: Computation, index: int, module: Module) -> int | None:
-    """What one execution adds to element `index`."""
-    found = value(body, body.root.name, module, element=index)
-    return found.offset if found is not None and found.index == index else None
+    """Amount that an execution of the body adds to element `index`; None if it is not a constant."""
+    result = value(body, body.root.name, module, element=index)
+    return result.offset if result is not None and result.index == index else None
 
 
 def value(
-    inside: Computation,
+    computation: Computation,
     name: str,
     module: Module,
-    bind: Mapping[int, Affine | None] | None = None,
+    bound: Mapping[int, Affine | None] | None = None,
     element: int | None = None,
 ) -> Affine | None:
-    """An instruction as an affine expression, if it is one.
+    """The value of an instruction as an affine expression; None if it is not one.
 
-    bind: of the parameters of a fusion. element: which, of an instruction that is a tuple.
+    bound: values of the parameters of a fusion. element: index into an instruction that is a tuple.
     """
-    one = inside.by_name[name]
-    again = lambda operand, element=None: value(inside, operand, module, bind, element)
-    if one.op == "constant":
-        return Affine(None, int(one.inside)) if one.inside.lstrip("-").isdigit() else None
-    if one.op == "parameter":
-        return Affine(element, 0) if element is not None else (bind or {}).get(int(one.inside))
-    if one.op == "get-tuple-element":
-        return again(one.operands[0], int(one.attribute(r"index=(\d+)")))
-    if one.op == "tuple" and element is not None:
-        return again(one.operands[element])
-    if one.op in _SAME:
-        return again(one.operands[0], element if one.op == "optimization-barrier" else None)
-    if one.op in ("add", "subtract"):
-        left, right = map(again, one.operands)
-        return _sum(left, right, -1 if one.op == "subtract" else 1)
-    if one.op == "fusion":
-        given = {i: again(operand) for i, operand in enumerate(one.operands)}
-        called = module.computations[one.called[0]]
-        return value(called, called.root.name, module, given, element)
+    instruction = computation.by_name[name]
+    evaluate = lambda operand, element=None: value(computation, operand, module, bound, element)
+    if instruction.op == "constant":
+        digits = instruction.arguments
+        return Affine(None, int(digits)) if digits.lstrip("-").isdigit() else None
+    if instruction.op == "parameter":
+        if element is not None:
+            return Affine(element, 0)
+        return (bound or {}).get(int(instruction.arguments))
+    if instruction.op == "get-tuple-element":
+        return evaluate(instruction.operands[0], int(instruction.attribute(r"index=(\d+)")))
+    if instruction.op == "tuple" and element is not None:
+        return evaluate(instruction.operands[element])
+    if instruction.op in _SAME:
+        barrier = instruction.op == "optimization-barrier"
+        return evaluate(instruction.operands[0], element if barrier else None)
+    if instruction.op in ("add", "subtract"):
+        left, right = map(evaluate, instruction.operands)
+        return _sum(left, right, -1 if instruction.op == "subtract" else 1)
+    if instruction.op == "fusion":
+        operands = {i: evaluate(operand) for i, operand in enumerate(instruction.operands)}
+        fused = module.computations[instruction.called[0]]
+        return value(fused, fused.root.name, module, operands, element)
     return None
 
 

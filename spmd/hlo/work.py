@@ -11,18 +11,18 @@ import numpy as np
 from spmd.hlo.text import Computation, Instruction
 
 
-def flops(one: Instruction, inside: Computation) -> int:
-    """Of one execution: 2 M N K; 0 for what is neither a dot nor a convolution."""
-    if one.op not in ("dot", "convolution"):
+def flops(instruction: Instruction, computation: Computation) -> int:
+    """FLOPs of an execution: 2 M N K of a dot or a convolution; 0 for other instructions."""
+    if instruction.op not in ("dot", "convolution"):
         return 0
-    (_, out), *_ = one.arrays
-    (_, left), (_, right) = (inside.by_name[name].arrays[0] for name in one.operands)
-    if one.op == "dot":
-        contracted = re.findall(r"\d+", one.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+    (_, out), *_ = instruction.arrays
+    (_, left), (_, right) = (computation.by_name[name].arrays[0] for name in instruction.operands)
+    if instruction.op == "dot":
+        contracted = re.findall(r"\d+", instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
         return 2 * math.prod(out) * math.prod(left[int(dim)] for dim in contracted)
-    lhs, rhs, result = re.split(r"_|->", one.attribute(r"dim_labels=(\S+?)(?:,|$)"))
+    lhs, rhs, result = re.split(r"_|->", instruction.attribute(r"dim_labels=(\S+?)(?:,|$)"))
     total = 2 * out[result.index("b")] * out[result.index("f")] * right[rhs.index("i")]
-    window = _window(one.attribute(r"window=\{([^}]*)\}"))
+    window = _window(instruction.attribute(r"window=\{([^}]*)\}"))
     for dim, options in enumerate(window):
         label = str(dim)
         total *= _pairs(left[lhs.index(label)], out[result.index(label)], *options)
@@ -30,11 +30,11 @@ def flops(one: Instruction, inside: Computation) -> int:
 
 
 def _window(text: str) -> list[tuple[int, ...]]:
-    """(size, stride, padding before, dilation of the array, of the kernel) of each spatial dim."""
+    """(size, stride, padding before, dilation of the array, dilation of the kernel) of each spatial dim."""
     given = dict(part.split("=") for part in text.split())
     dims = len(given.get("size", "").split("x")) if given.get("size") else 0
 
-    def of(name: str, default: str) -> list[int]:
+    def option(name: str, default: str) -> list[int]:
         parts = given[name].split("x") if name in given else [default] * dims
         return [int(part.split("_")[0]) for part in parts]
 
@@ -45,15 +45,15 @@ def _window(text: str) -> list[tuple[int, ...]]:
         ("lhs_dilate", "1"),
         ("rhs_dilate", "1"),
     )
-    return list(zip(*(of(*option) for option in options), strict=True))
+    return list(zip(*(option(*each) for each in options), strict=True))
 
 
 @functools.lru_cache(maxsize=1024)
 def _pairs(size: int, out: int, kernel: int, stride: int, pad: int, grow: int, spread: int) -> int:
-    """(output, kernel) positions of one spatial dim that meet an element of the array.
+    """Number of (output, kernel) positions of a spatial dim that meet an element of the array.
 
-    The TPU compiler writes matrix products as convolutions whose batch dims are dilated and strided so that
-    only one position in many meets any.
+    The TPU compiler writes matmuls as convolutions whose batch dims are dilated and strided so that only few
+    positions meet any.
     """
     place = np.arange(out) * stride - pad
     total = 0

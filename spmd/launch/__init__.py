@@ -1,1 +1,1 @@
-"""Starts run.py elsewhere or several times: local processes, Slurm, TPU VMs, GKE. Standard library only."""
+"""Launchers of run.py: local processes, Slurm, TPU VMs, GKE. Standard library only."""

@@ -1,4 +1,4 @@
-"""What the launchers share: the job, its options, commands that are printed or run, exit codes."""
+"""Shared parts of the launchers: the job, its options, commands that are printed or run, exit codes."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]  # run.py, spmd/, experiments/, requirements/
 
-# Exit codes of run.py. 0 finished; 1 failed; 2 a mistake; 130 Ctrl-C: the end. 143: stopped by SIGTERM and
-# saved; 75: a peer was lost; 128 + n: killed by signal n: the last checkpoint stands, start again.
+# Exit codes of run.py. Final: 0 finished, 1 failed, 2 a mistake, 130 Ctrl-C. Worth a restart from the last
+# checkpoint: 143 stopped by SIGTERM and saved, 75 a peer was lost, 128 + n killed by signal n.
 SAVED, LOST, INTERRUPTED = 143, 75, 130
-STARTS_AGAIN = f"(( code == {LOST} || (code > 128 && code != {INTERRUPTED}) ))"  # the same in bash
+STARTS_AGAIN = (
+    f"(( code == {LOST} || (code > 128 && code != {INTERRUPTED}) ))"  # the condition in bash
+)
 
 
 def starts_again(code: int) -> bool:
-    """Whether a run that ended with this exit code (never negative) is worth starting again."""
+    """Whether to restart a run that ended with this exit code (not negative)."""
     return code == LOST or (code > 128 and code != INTERRUPTED)
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises ValueError(message) for a user's mistake."""
+    """Raises ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every launcher takes."""
+    """Options of every launcher."""
 
     name: str = ""
-    """Name of the job; by default that of the experiment."""
+    """Name of the job; default: that of the experiment."""
     dry_run: bool = False
-    """Print exactly what would run, and run nothing."""
+    """Print exactly what would run, without running it."""
     follow: bool = False
     """With logs: keep printing until the job ends."""
 
@@ -49,7 +51,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CloudOptions(Options):
-    """The same where a name becomes part of host names."""
+    """Options of launchers where the job's name becomes part of host names."""
 
     def job_name(self, experiment: str) -> str:
         name = self.name or re.sub(r"[^a-z0-9]+", "-", experiment.lower()).strip("-")
@@ -62,7 +64,7 @@ class CloudOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run to launch: `run.py train --experiment EXPERIMENT FIELDS`."""
+    """A run to launch: `run.py train --experiment EXPERIMENT FIELDS`."""
 
     name: str
     experiment: str  # a name of experiments/, or a path of a .py file
@@ -82,7 +84,7 @@ class Job:
 
     @property
     def dir(self) -> Path:
-        """Where the launcher keeps job ids and logs; beside the runs, never in one."""
+        """Directory for job ids and logs; beside the run directories, not in one."""
         return Path("runs/.launch").absolute() / self.name
 
 
@@ -96,12 +98,16 @@ class Launcher(Protocol):
 
 @functools.cache
 def token() -> str:
-    """Names this launch to all its starts (SPMD_RUN_TOKEN): they are not strangers in the run directory."""
+    """Random id of this launch, passed to all its starts (SPMD_RUN_TOKEN), so that a restart may take over
+    the run directory from an earlier start.
+    """
     return secrets.token_hex(8)
 
 
 def plain(option: str, value: str) -> str:
-    """The value of an option that reaches a script or a cloud; ValueError unless plain characters."""
+    """Returns an option's value that is passed to a script or a cloud; ValueError unless it is plain
+    characters.
+    """
     check(
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./:@,=+-]*", value) is not None,
         f"{option} {value!r}: use letters, digits and _ . / : @ , = + -",
@@ -110,42 +116,42 @@ def plain(option: str, value: str) -> str:
 
 
 def at_least(option: str, value: int, least: int) -> int:
-    """The value of an option; ValueError below `least`."""
+    """Returns the value of an option; ValueError if it is less than `least`."""
     check(value >= least, f"{option} {value} must be at least {least}")
     return value
 
 
-def bucket(job: Job, where: str) -> None:
-    """ValueError unless the run directory outlives the machines and is seen by all of them."""
+def check_bucket(job: Job, machines: str) -> None:
+    """ValueError unless the run directory is shared by all machines and outlives them."""
     check(
         "://" in job.run_dir,
-        f"--run.dir {job.run_dir or '(not given)'}: the disks of {where} are not shared and go with the"
-        f" machine; name a bucket, for example --run.dir gs://BUCKET/runs/{job.name}",
+        f"--run.dir {job.run_dir or '(not given)'}: the disks of {machines} are not shared, and are deleted"
+        f" with the machine; give a bucket, for example --run.dir gs://BUCKET/runs/{job.name}",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A program and its arguments; printed by a dry run, otherwise run: never both from two sources."""
+    """A program and its arguments. A dry run prints the same object that otherwise runs."""
 
     argv: tuple[str, ...]
     stdin: str = ""
     env: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def shell(self) -> str:
-        """The command as one could type it in bash."""
+        """The command as typed in bash."""
         env = [f"{k}={shlex.quote(v)}" for k, v in self.env.items()]
         line = " ".join([*env, shlex.join(self.argv)])
         return f"{line} <<'END'\n{self.stdin.rstrip()}\nEND" if self.stdin else line
 
     def run(self) -> int:
-        """Runs with the terminal's output; returns the exit code (128 + n after signal n)."""
+        """Runs the command in the terminal; returns the exit code (128 + n after signal n)."""
         self.check_installed()
         done = subprocess.run(self.argv, input=self.stdin or None, text=True, check=False)
         return exit_code(done.returncode)
 
     def read(self) -> tuple[int, str]:
-        """Runs and returns exit code and output; its errors go to the terminal."""
+        """Runs the command; returns (exit code, output). Errors go to the terminal."""
         self.check_installed()
         done = subprocess.run(
             self.argv, input=self.stdin or None, text=True, check=False, stdout=subprocess.PIPE
@@ -153,7 +159,7 @@ class Command:
         return exit_code(done.returncode), done.stdout.strip()
 
     def check_installed(self) -> None:
-        """ValueError when the program is not on PATH."""
+        """ValueError if the program is not on PATH."""
         program = self.argv[0]
         check(
             shutil.which(program) is not None,
@@ -163,11 +169,11 @@ class Command:
 
 
 def exit_code(returncode: int) -> int:
-    """The shell's exit code of subprocess's returncode."""
+    """The exit code of a shell for a returncode of subprocess."""
     return 128 - returncode if returncode < 0 else returncode
 
 
 def show(*commands: Command | str) -> int:
-    """Prints commands and comments, as a bash script; the exit code 0."""
+    """Prints commands and comments as a bash script; returns exit code 0."""
     print("\n".join(c if isinstance(c, str) else c.shell() for c in commands))
     return 0

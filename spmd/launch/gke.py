@@ -1,4 +1,4 @@
-"""Kubernetes on Google Cloud: a JobSet on a TPU or GPU node pool, queued by Kueue where a queue is named."""
+"""Kubernetes on Google Cloud: a JobSet on a TPU or GPU node pool, optionally queued by Kueue."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from spmd.launch import base
 from spmd.launch.base import Command, Job, check, plain
 
-PORT = 8476  # of the coordinator
+PORT = 8476  # the coordinator's
 LABEL = "jobset.sigs.k8s.io"
-NOT_AGAIN = [1, 2, base.INTERRUPTED]  # exit codes of run.py that no restart mends
+FINAL_CODES = [1, 2, base.INTERRUPTED]  # exit codes of run.py after which a restart is useless
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gke(base.CloudOptions):
-    """A JobSet; words after -- go to kubectl as they are, for example -- --context=NAME."""
+    """A JobSet. Words after -- are passed to kubectl, for example -- --context=NAME."""
 
     image: str = ""
     """Image built from the Dockerfile, for example us-docker.pkg.dev/PROJECT/REPOSITORY/spmd:1."""
@@ -28,29 +28,29 @@ class Gke(base.CloudOptions):
     topology: str = ""
     """TPUs: topology of a slice, for example 4x4 or 4x4x4."""
     slices: int = 1
-    """TPUs: slices of that topology; mesh.replica spans them."""
+    """TPUs: number of slices; mesh.replica spans them."""
     chips_per_node: int = 4
-    """TPUs: chips of each node."""
+    """TPUs: chips per node."""
     nodes: int = 1
-    """GPUs: nodes, a process on each."""
+    """GPUs: nodes, with a process on each."""
     gpus_per_node: int = 8
-    """GPUs: GPUs of each node."""
+    """GPUs: GPUs per node."""
     queue: str = ""
-    """Kueue's local queue; empty: Kueue is not asked."""
+    """Local queue of Kueue; empty: without Kueue."""
     namespace: str = "default"
     """Namespace."""
     service_account: str = ""
     """Kubernetes service account that may write to the bucket."""
     secret: str = ""
-    """Kubernetes secret whose keys become environment variables; tokens are never written here."""
+    """Kubernetes secret whose keys become environment variables; no token is written into the job."""
     restarts: int = 20
-    """How often the run starts again after a preemption, a crash or a lost node."""
+    """Largest number of restarts after a preemption, a crash or a lost node."""
     grace: int = 120
-    """Seconds between SIGTERM and SIGKILL: time to save."""
+    """Seconds between SIGTERM and SIGKILL, to save in."""
 
     def start(self, job: Job) -> int:
         """Applies the JobSet."""
-        base.bucket(job, "pods")
+        base.check_bucket(job, "pods")
         apply = self._kubectl(job, "apply", "--filename=-", stdin=to_yaml(self.manifest(job)))
         return base.show(apply) if self.dry_run else apply.run()
 
@@ -76,28 +76,36 @@ class Gke(base.CloudOptions):
 
     def manifest(self, job: Job) -> dict[str, Any]:
         """The JobSet (jobset.x-k8s.io/v1alpha2)."""
-        name = job.name
         check(
             not job.experiment.endswith(".py"),
-            f"--experiment {job.experiment}: the image holds experiments/; put the file there, build"
+            f"--experiment {job.experiment}: the image contains experiments/; put the file there, build"
             " the image again, and give its name",
         )
         base.at_least("--restarts", self.restarts, 0)
         base.at_least("--grace", self.grace, 0)
         tpu = self._is_tpu()
         pods = self._tpu_pods() if tpu else base.at_least("--nodes", self.nodes, 1)
-        metadata: dict[str, Any] = {"name": name}
+        metadata: dict[str, Any] = {"name": job.name}
         if self.queue:
             metadata["labels"] = {"kueue.x-k8s.io/queue-name": plain("--queue", self.queue)}
-        if tpu:  # a slice is one node pool, and no other job's
+        if tpu:  # a slice is a node pool that no other job may use
             metadata["annotations"] = {
                 f"alpha.{LABEL}/exclusive-topology": "cloud.google.com/gke-nodepool"
             }
+        return {
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
+            "metadata": metadata,
+            "spec": self._spec(job, pods, tpu),
+        }
+
+    def _spec(self, job: Job, pods: int, tpu: bool) -> dict[str, Any]:
+        """The spec of the JobSet."""
         worker = {
             "parallelism": pods,
             "completions": pods,
             "completionMode": "Indexed",
-            "backoffLimit": 0,  # one lost pod is the end of all: they start again together
+            "backoffLimit": 0,  # a lost pod ends all of them; the JobSet restarts them together
             "podFailurePolicy": {
                 "rules": [
                     {
@@ -105,38 +113,33 @@ class Gke(base.CloudOptions):
                         "onExitCodes": {
                             "containerName": "train",
                             "operator": "In",
-                            "values": NOT_AGAIN,
+                            "values": FINAL_CODES,
                         },
                     }
                 ]
             },
-            "template": {"spec": self._pod(job, name, pods, tpu)},
+            "template": {"spec": self._pod(job, pods, tpu)},
         }
         return {
-            "apiVersion": "jobset.x-k8s.io/v1alpha2",
-            "kind": "JobSet",
-            "metadata": metadata,
-            "spec": {
-                "network": {"enableDNSHostnames": True, "subdomain": name},
-                # Any other end of a pod (143: saved, 75: a peer was lost, killed, evicted) starts all again.
-                "failurePolicy": {
-                    "maxRestarts": self.restarts,
-                    "rules": [
-                        {
-                            "name": "final",
-                            "action": "FailJobSet",
-                            "onJobFailureReasons": ["PodFailurePolicy"],
-                        }
-                    ],
-                },
-                "replicatedJobs": [
+            "network": {"enableDNSHostnames": True, "subdomain": job.name},
+            # Any other end of a pod (143: saved, 75: a peer was lost, killed, evicted) restarts all pods.
+            "failurePolicy": {
+                "maxRestarts": self.restarts,
+                "rules": [
                     {
-                        "name": "workers",
-                        "replicas": self.slices if tpu else 1,
-                        "template": {"spec": worker},
+                        "name": "final",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
                     }
                 ],
             },
+            "replicatedJobs": [
+                {
+                    "name": "workers",
+                    "replicas": self.slices if tpu else 1,
+                    "template": {"spec": worker},
+                }
+            ],
         }
 
     def _is_tpu(self) -> bool:
@@ -159,21 +162,21 @@ class Gke(base.CloudOptions):
         return tpu
 
     def _tpu_pods(self) -> int:
-        """Pods of a slice: one on each node."""
+        """Pods of a slice: a pod per node."""
         check(
             re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", self.topology) is not None,
             f"--topology {self.topology!r}: write it as 4x4 or 4x4x4",
         )
         base.at_least("--slices", self.slices, 1)
-        each = base.at_least("--chips-per-node", self.chips_per_node, 1)
+        per_node = base.at_least("--chips-per-node", self.chips_per_node, 1)
         chips = math.prod(map(int, self.topology.split("x")))
         check(
-            chips % each == 0,
-            f"--topology {self.topology} has {chips} chips, not a multiple of --chips-per-node {each}",
+            chips % per_node == 0,
+            f"--topology {self.topology} has {chips} chips, not a multiple of --chips-per-node {per_node}",
         )
-        return chips // each
+        return chips // per_node
 
-    def _pod(self, job: Job, name: str, pods: int, tpu: bool) -> dict[str, Any]:
+    def _pod(self, job: Job, pods: int, tpu: bool) -> dict[str, Any]:
         selector = {"cloud.google.com/gke-accelerator": self.accelerator}
         devices = {"nvidia.com/gpu": base.at_least("--gpus-per-node", self.gpus_per_node, 1)}
         if tpu:
@@ -185,7 +188,7 @@ class Gke(base.CloudOptions):
         container: dict[str, Any] = {
             "name": "train",
             "image": self.image,
-            "args": job.words(),  # of the image's entry point, python run.py
+            "args": job.words(),  # the image's entry point is python run.py
             "resources": {"requests": devices, "limits": devices},
         }
         container["env"] = _start()
@@ -199,14 +202,14 @@ class Gke(base.CloudOptions):
         }
         if self.service_account:
             pod["serviceAccountName"] = plain("--service-account", self.service_account)
-        if tpu:  # JAX finds its peers by itself: GKE tells the pods
+        if tpu:  # GKE gives TPU pods the addresses of their peers
             container["ports"] = [{"containerPort": 8471}, {"containerPort": 8080}]
             return pod
         container["volumeMounts"] = [{"name": "shm", "mountPath": "/dev/shm"}]  # for NCCL
         pod["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
         if pods > 1:
             container["ports"] = [{"containerPort": PORT}]
-            container["env"] += _rendezvous(name, pods)
+            container["env"] += _rendezvous(job.name, pods)
         return pod
 
 
@@ -245,7 +248,7 @@ def _block(value: Any) -> Iterator[str]:
         head = "-" if key is None else f"{_scalar(key)}:"
         if not (isinstance(item, dict | list) and item):
             yield f"{head} {_scalar(item)}"
-        elif key is None:  # the first line of an item stands beside its dash
+        elif key is None:  # the first line of an item follows its dash
             first, *rest = _block(item)
             yield f"- {first}"
             yield from (f"  {line}" for line in rest)

@@ -1,4 +1,4 @@
-"""Several processes on this machine: prefixed logs, one death ends the rest, restarts."""
+"""Several processes on this machine: logs with prefixes, restarts; when a process dies, the others end."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from typing import IO
 from spmd.launch import base
 from spmd.launch.base import Command, Job, check
 
-POLL = 0.05  # seconds between looks at the processes
-FORWARDED = {  # what the launcher gets -> what each process gets; a closed terminal means: save and stop
+POLL = 0.05  # seconds between polls of the processes
+# Signal to the launcher -> signal to each process. After a closed terminal (SIGHUP) the run saves and stops.
+FORWARDED = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
@@ -34,16 +35,16 @@ class Local(base.Options):
     """Processes on this machine."""
 
     processes: int = 1
-    """How many processes."""
+    """Number of processes."""
     devices_per_process: int = 0
-    """GPUs for each process where there are GPUs, else simulated CPU devices; 0: the real devices."""
+    """GPUs per process if there are GPUs, else simulated CPU devices; 0: the real devices."""
     restarts: int = 0
-    """How often a run that was killed, lost a peer or was told to save starts again."""
+    """Largest number of restarts after the run was killed, lost a peer or saved on SIGTERM."""
     grace: float = 10.0
-    """Seconds between SIGTERM and SIGKILL for the rest, once one process has died."""
+    """Seconds between SIGTERM and SIGKILL for the other processes when a process dies."""
 
     def start(self, job: Job) -> int:
-        """Runs in the foreground; the exit code is that of the process that ended the run."""
+        """Runs in the foreground; returns the exit code of the process that ended the run."""
         base.at_least("--processes", self.processes, 1)
         base.at_least("--devices-per-process", self.devices_per_process, 0)
         base.at_least("--restarts", self.restarts, 0)
@@ -70,20 +71,20 @@ class Local(base.Options):
             )
 
     def stop(self, job: Job) -> int:
-        """Sends SIGTERM to the launcher, which passes it on: the run saves and ends."""
+        """Sends SIGTERM to the launcher, which forwards it: the run saves and ends."""
         pid = running(job.dir)
         check(pid is not None, f"no job {job.name!r} is running here (in {job.dir})")
         assert pid is not None
         if self.dry_run:
             return base.show(Command(("kill", "-TERM", str(pid))))
         os.kill(pid, signal.SIGTERM)
-        print(f"launch: told {job.name} (process {pid}) to save and stop")
+        print(f"launch: asked {job.name} (process {pid}) to save and stop")
         while running(job.dir) == pid:
             time.sleep(POLL)
         return 0
 
     def logs(self, job: Job) -> int:
-        """Prints the output of all starts of this job."""
+        """Prints the output of the job, with all its starts."""
         file = job.dir / "log"
         check(file.exists(), f"no job {job.name!r} was launched here (no {file})")
         follow = (
@@ -93,34 +94,34 @@ class Local(base.Options):
         return base.show(command) if self.dry_run else command.run()
 
     def _gpus(self, job: Job) -> list[list[str]]:
-        """The GPUs of each process; empty when they are left alone or there are none."""
+        """The GPUs of each process; empty without GPUs, or if they are not divided."""
         simulates = any(word.split("=")[0] == "--simulate" for word in job.fields)
         check(
             not (simulates and self.devices_per_process),
-            "--simulate and --devices-per-process say the same; give one of them",
+            "--simulate and --devices-per-process both set the number of devices; give one of them",
         )
-        seen = [] if simulates else visible_gpus()
-        if not seen:
+        gpus = [] if simulates else visible_gpus()
+        if not gpus:
             return []
         count, each = self.processes, self.devices_per_process
         check(
             bool(each) or count == 1,
-            f"--processes {count} would each take all {len(seen)} GPUs; give --devices-per-process"
-            f" {max(len(seen) // count, 1)}, or --simulate N for simulated CPU devices",
+            f"--processes {count} would each take all {len(gpus)} GPUs; give --devices-per-process"
+            f" {max(len(gpus) // count, 1)}, or --simulate N for simulated CPU devices",
         )
         check(
-            count * each <= len(seen),
+            count * each <= len(gpus),
             f"--processes {count} x --devices-per-process {each} need {count * each} GPUs; there are"
-            f" {len(seen)}",
+            f" {len(gpus)}",
         )
-        return [seen[i * each : (i + 1) * each] for i in range(count)] if each else []
+        return [gpus[i * each : (i + 1) * each] for i in range(count)] if each else []
 
 
-# ---- what a process is told
+# ---- the environment of a process
 
 
 def visible_gpus() -> list[str]:
-    """Indices or ids for CUDA_VISIBLE_DEVICES; none when JAX_PLATFORMS asks for the CPU."""
+    """Indices or ids for CUDA_VISIBLE_DEVICES; none if JAX_PLATFORMS selects the CPU."""
     if os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
         return []
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -131,7 +132,7 @@ def visible_gpus() -> list[str]:
 def environments(
     processes: int, port: int, gpus: Sequence[Sequence[str]] = ()
 ) -> list[dict[str, str]]:
-    """How each process finds its peers, and which GPUs it sees.
+    """Environment variables of each process: the address of its peers, and the GPUs that it sees.
 
     The coordinator is not authenticated: it listens on the loopback interface only.
     """
@@ -142,31 +143,31 @@ def environments(
         "SPMD_NUM_PROCESSES": str(processes),
     }
     envs = [peers | {"SPMD_PROCESS_ID": str(i)} if processes > 1 else {} for i in range(processes)]
-    shown = [{"CUDA_VISIBLE_DEVICES": ",".join(each)} for each in gpus] or [{}] * processes
-    return [env | gpu for env, gpu in zip(envs, shown, strict=True)]
+    visible = [{"CUDA_VISIBLE_DEVICES": ",".join(each)} for each in gpus] or [{}] * processes
+    return [env | gpu for env, gpu in zip(envs, visible, strict=True)]
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """A free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-# ---- one job of a name at a time
+# ---- at most one job of a name
 
 
 @contextlib.contextmanager
 def claimed(directory: Path, name: str) -> Iterator[None]:
-    """Holds the job's pid file locked: the lock, unlike a number in a file, ends with the process."""
+    """Holds a lock on the job's pid file: unlike a number in a file, a lock ends with its process."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "pid").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"job {name!r} is running already (process {running(directory)}); give this one another"
-                f" --name, or stop that one: run.py launch local stop --experiment {name}"
+                f"job {name!r} is running already (process {running(directory)}); give another"
+                f" --name, or stop it: run.py launch local stop --experiment {name}"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -175,7 +176,7 @@ def claimed(directory: Path, name: str) -> Iterator[None]:
 
 
 def running(directory: Path) -> int | None:
-    """The process that holds the job's pid file, or None."""
+    """Id of the process that holds the lock on the job's pid file, or None."""
     try:
         with (directory / "pid").open() as file:
             try:
@@ -199,25 +200,27 @@ def supervise(
     gpus: Sequence[Sequence[str]] = (),
     log: IO[bytes] | None = None,
 ) -> int:
-    """Runs `processes` copies of argv to their end; starts them again where that may help.
+    """Runs `processes` copies of argv until they end; restarts them if that may help.
 
-    Signals to this process are passed on, each once. Call it from the main thread.
-    Returns the exit code of the process that ended the run, as a shell would see it.
+    Signals to this process are forwarded, each once. To be called from the main thread.
+
+    Returns:
+        The exit code of the process that ended the run, as in a shell.
     """
     output = Output(log)
     for start in range(restarts + 1):
-        port = free_port()  # anew: the last one may be taken by now
+        port = free_port()  # that of the last start may be taken by now
         job = {"SPMD_RUN_TOKEN": base.token(), "SPMD_RUN_ATTEMPT": str(start)}
         envs = [env | job for env in environments(processes, port, gpus)]
-        code, asked = Group(argv, output, envs).run(grace)
-        if asked or not base.starts_again(code) or start == restarts:
+        code, signalled = Group(argv, output, envs).run(grace)
+        if signalled or not base.starts_again(code) or start == restarts:
             return code
         output.say(f"exit code {code}; start {start + 2} of at most {restarts + 1}")
     raise AssertionError("restarts is negative")
 
 
 class Output:
-    """Lines of all processes to standard output and the log, whole and one at a time."""
+    """Writes the lines of all processes to standard output and the log, without mixing them."""
 
     def __init__(self, log: IO[bytes] | None):
         self._log, self._lock, self._shown = log, threading.Lock(), True
@@ -230,7 +233,7 @@ class Output:
                 try:
                     sys.stdout.buffer.write(line)
                     sys.stdout.buffer.flush()
-                except OSError:  # the reader of a pipe has gone; the run and its log go on
+                except OSError:  # the reader of a pipe is gone; the run and its log continue
                     self._shown = False
 
     def say(self, text: str) -> None:
@@ -244,29 +247,31 @@ class Output:
 
 
 class Group:
-    """The processes of one start, each in its own session so that it gets only our signals."""
+    """The processes of a start, each in its own session so that it gets only the launcher's signals."""
 
     def __init__(self, argv: Sequence[str], output: Output, envs: Sequence[Mapping[str, str]]):
-        peers = environments(2, 0)[0]  # of a launcher around this one: not for its processes
+        peers = environments(2, 0)[0]  # variables of an outer launcher are not passed on
         ambient = {k: v for k, v in os.environ.items() if k not in peers}
         self._argv, self._envs = argv, [ambient | dict(env) for env in envs]
-        self._output, self._asked, self._told = output, 0, False
+        self._output, self._signal, self._forwarded = output, 0, False
         self._started = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
 
     def run(self, grace: float) -> tuple[int, int]:
-        """Until all have ended; (exit code, the signal that we were sent or 0)."""
+        """Runs until all have ended; returns (exit code, the signal that this process received or 0)."""
         before = {s: signal.signal(s, self._forward) for s in FORWARDED}
         try:
             for index, env in enumerate(self._envs):
                 self._spawn(index, env)
             self._started = True
-            if self._asked and not self._told:  # while we were starting them
-                self._kill(self._asked)
-            return self._wait(grace), self._asked
+            if (
+                self._signal and not self._forwarded
+            ):  # it came while the processes were being started
+                self._kill(self._signal)
+            return self._wait(grace), self._signal
         finally:
-            self._kill(signal.SIGKILL, whole_session=True)  # also what they left behind
+            self._kill(signal.SIGKILL, whole_session=True)  # also their remaining children
             for process in self._processes:
                 process.wait()
             for reader in self._readers:
@@ -276,7 +281,7 @@ class Group:
 
     def _spawn(self, index: int, env: Mapping[str, str]) -> None:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", TIED, str(os.getpid()), *self._argv],
+            [sys.executable, "-I", "-S", "-c", EXEC_WITH_PARENT, str(os.getpid()), *self._argv],
             env=dict(env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -292,7 +297,9 @@ class Group:
         self._readers.append(reader)
 
     def _wait(self, grace: float) -> int:
-        """The code of the process that ended the run. After the first death the rest have `grace` seconds."""
+        """Exit code of the process that ended the run. After the first death, the others have `grace`
+        seconds.
+        """
         while True:
             codes = {i: p.poll() for i, p in enumerate(self._processes)}
             dead = {i: base.exit_code(c) for i, c in codes.items() if c}
@@ -301,10 +308,10 @@ class Group:
             time.sleep(POLL)
         if not dead:
             return 0
-        # Of several that died at once, the one that says why: a lost peer is a consequence.
+        # If several died at once, report the cause: the loss of a peer is a consequence.
         index, code = min(dead.items(), key=lambda item: base.starts_again(item[1]))
         if any(c is None for c in codes.values()):
-            if not self._asked:
+            if not self._signal:
                 self._output.say(f"process {index} ended with exit code {code}; ending the others")
                 self._kill(signal.SIGTERM)
             deadline = time.monotonic() + grace
@@ -313,10 +320,10 @@ class Group:
         return code
 
     def _forward(self, signum: int, frame: object) -> None:
-        self._asked = FORWARDED[signal.Signals(signum)]
+        self._signal = FORWARDED[signal.Signals(signum)]
         if self._started:
-            self._told = True
-            self._kill(self._asked)
+            self._forwarded = True
+            self._kill(self._signal)
 
     def _kill(self, signum: int, *, whole_session: bool = False) -> None:
         for process in self._processes:
@@ -324,15 +331,15 @@ class Group:
                 if whole_session:
                     os.killpg(process.pid, signum)
                 else:
-                    process.send_signal(signum)  # does nothing once it was reaped
+                    process.send_signal(signum)  # does nothing after the process was reaped
 
 
-# Becomes argv, after asking Linux to be killed with its parent. Elsewhere it only becomes argv.
-TIED = """
+# Executes argv; on Linux the kernel kills it together with its parent.
+EXEC_WITH_PARENT = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(sys.argv[1]):  # it died before we asked
+    if os.getppid() != int(sys.argv[1]):  # the parent died before the request
         os._exit(137)
 os.execvp(sys.argv[2], sys.argv[2:])
 """

@@ -1,4 +1,4 @@
-"""A Slurm job that requeues itself: the script rendered, submitted, stopped, its output shown."""
+"""A Slurm job that requeues itself: render, submit and stop its script, show its output."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from spmd.launch import base
 from spmd.launch.base import Command, Job, check, plain
 
-# SIGTERM goes to the steps (no `B:`), `grace` seconds or up to a minute more before the time limit: they save
-# and exit with 143. srun's own exit code does not tell what happened (it ends the other tasks when one has
-# ended, then reports those), so a task whose end is final says so in a file; a shell that outlives SIGTERM
-# writes it.
+# SIGTERM is sent to the steps (no `B:`), `grace` seconds or up to a minute more before the time limit: they
+# save and exit with 143. The exit code of srun is not enough: when a task ends, it kills the others and
+# reports those. A task with a final exit code therefore writes it to a file, from a shell that survives
+# SIGTERM.
 SCRIPT = """\
 #!/bin/bash
 {directives}
@@ -44,26 +44,26 @@ exit "$code"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slurm(base.Options):
-    """A job on a Slurm cluster; words after -- go to sbatch as they are."""
+    """A job on a Slurm cluster. Words after -- are passed to sbatch."""
 
     nodes: int = 1
-    """Nodes."""
+    """Number of nodes."""
     processes_per_node: int = 1
-    """Processes on each node."""
+    """Processes per node."""
     gpus_per_node: int = 0
-    """GPUs of each node; 0 asks for none."""
+    """GPUs per node; 0 requests none."""
     cpus_per_process: int = 0
-    """CPU cores of each process; 0 leaves it to the cluster."""
+    """CPU cores per process; 0: the cluster's default."""
     time: str = ""
-    """Time limit as Slurm writes it, for example 4:00:00; empty: the partition's."""
+    """Time limit in Slurm's format, for example 4:00:00; empty: that of the partition."""
     partition: str = ""
     """Partition; empty: the cluster's default."""
     account: str = ""
-    """Account; empty: yours."""
+    """Account; empty: the user's default."""
     restarts: int = 20
-    """How often the job requeues itself after it saved at the time limit, was killed or lost a peer."""
+    """Largest number of restarts after the job saved at the time limit, was killed or lost a peer."""
     grace: int = 120
-    """Seconds before the time limit at which the run is told to save and stop."""
+    """Seconds before the time limit at which the run saves and stops."""
     python: str = sys.executable
     """Python on the nodes."""
 
@@ -85,14 +85,14 @@ class Slurm(base.Options):
         return 0
 
     def stop(self, job: Job) -> int:
-        """scancel: the steps get SIGTERM, and the cluster's KillWait (30 s by default) to save."""
+        """Cancels the job: the steps get SIGTERM, and the cluster's KillWait (30 s by default) to save."""
         command = Command(("scancel", self._number(job)))
         return base.show(command) if self.dry_run else command.run()
 
     def logs(self, job: Job) -> int:
-        """The output of the last submitted job, all its starts."""
+        """Prints the output of the last submitted job, with all its starts."""
         file = self._output(job, self._number(job))
-        check(self.dry_run or file.exists(), f"{file} is not there yet: the job has not started")
+        check(self.dry_run or file.exists(), f"{file} does not exist yet: the job has not started")
         command = Command(("tail", "--lines=+1", *(["--follow"] * self.follow), str(file)))
         return base.show(command) if self.dry_run else command.run()
 
@@ -103,7 +103,7 @@ class Slurm(base.Options):
         return SCRIPT.format(
             directives="\n".join(f"#SBATCH {word}" for word in self._directives(job)),
             state=shlex.quote(str(job.dir)),
-            srun=cpus,  # srun does not take it over from sbatch since Slurm 22.05
+            srun=cpus,  # since Slurm 22.05, srun does not inherit it from sbatch
             command=shlex.join(words),
             restarts=base.at_least("--restarts", self.restarts, 0),
             starts_again=base.STARTS_AGAIN,
@@ -123,7 +123,7 @@ class Slurm(base.Options):
             re.fullmatch(r"(\d+(-\d+)?(:\d+){0,2})?", self.time) is not None,
             f"--time {self.time!r}: write minutes, hours:minutes:seconds or days-hours",
         )
-        given = {
+        options = {
             "job-name": job.name,
             "nodes": nodes,
             "ntasks-per-node": tasks,
@@ -137,21 +137,24 @@ class Slurm(base.Options):
             "open-mode": "append",
             "signal": f"TERM@{self.grace}",
         }
-        return ["--requeue", *[f"--{key}={value}" for key, value in given.items() if value]]
+        return ["--requeue", *[f"--{key}={value}" for key, value in options.items() if value]]
 
     def _output(self, job: Job, number: str) -> Path:
         return job.dir / f"slurm-{number}.log"
 
     def _number(self, job: Job) -> str:
-        """The job's number as start() kept it."""
+        """The number of the job, as recorded by start()."""
         file = job.dir / "job"
         check(file.exists(), f"no job {job.name!r} was submitted from here (no {file})")
         return plain("job number", file.read_text().strip())
 
 
 def directive_path(path: Path) -> str:
-    """A path for an #SBATCH line: quoted for sbatch, which is no shell and replaces %x."""
+    """A path for an #SBATCH line, quoted for sbatch, which is not a shell and replaces %x."""
     text = str(path)
     bad = sorted(set(re.findall(r"[\"'\\\n]|%(?!j\.log$)", text)))
-    check(not bad, f"the directory {text!r} has {' '.join(bad)} in its name, which sbatch misreads")
+    check(
+        not bad,
+        f"the directory {text!r} has {' '.join(bad)} in its name, which sbatch misreads",
+    )
     return f'"{text}"' if " " in text else text

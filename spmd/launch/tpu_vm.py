@@ -1,4 +1,4 @@
-"""Cloud TPU VMs: a resource; the code copied to every worker, started, followed, restarted, stopped."""
+"""Cloud TPU VMs: create a resource, copy the code to all workers, start, follow, restart and stop the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from spmd.launch import base
 from spmd.launch.base import Command, Job, check, plain
 
-RUNTIMES = {  # accelerator-type prefix -> image of its VMs
+RUNTIMES = {  # prefix of the accelerator type -> image of its VMs
     "v2-": "tpu-ubuntu2204-base",
     "v3-": "tpu-ubuntu2204-base",
     "v4-": "tpu-ubuntu2204-base",
@@ -26,8 +26,13 @@ CODE = (
     "requirements.txt",
     "requirements",
 )  # nothing else is copied
-GONE = {"SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED"}  # for good: to be created again
-TRIES = 6  # of ssh and scp: the machines answer some time after they are ACTIVE
+GONE = {
+    "SUSPENDED",
+    "FAILED",
+    "PREEMPTED",
+    "TERMINATED",
+}  # final states: the resource must be recreated
+TRIES = 6  # attempts of ssh and scp: machines answer only some time after they are ACTIVE
 
 SETUP = """set -e; mkdir -p {name}; tar -xzf {name}.tar.gz -C {name}; cd {name} || exit
 export PATH="$HOME/.local/bin:$PATH"
@@ -35,7 +40,7 @@ command -v uv > /dev/null || python3 -m pip install --quiet --user uv
 [ -x .venv/bin/python ] || uv venv --quiet --python 3.11 .venv
 uv pip install --quiet --python .venv/bin/python -r requirements/tpu.txt"""
 
-# The run outlives the connection; its exit code and process id lie beside its log.
+# The run outlives the connection; its exit code and process id are in files beside its log.
 BEGIN = """set -e; cd {name} || exit; rm -f exit stopped pid
 [ ! -e log ] || mv log "log.$(date +%s)"; touch log
 SPMD_RUN_ATTEMPT=$(date +%s)
@@ -45,7 +50,7 @@ nohup setsid bash -c '"$@" >> log 2>&1 & echo $! > pid; wait $!; echo $? > exit'
   .venv/bin/python {command} < /dev/null > /dev/null 2>&1 &
 for _ in $(seq 100); do [ -s pid ] && break; sleep 0.1; done"""
 
-# After a reboot the number in `pid` may be another process: it counts only while it is a run.py.
+# After a reboot the id in `pid` may belong to another process: check that it is a run.py.
 STATUS = """cd {name} 2> /dev/null || exit 0
 if grep -qs run.py "/proc/$(cat pid 2> /dev/null)/cmdline"; then echo spmd-status=running
 elif [ -e stopped ]; then echo spmd-status=stopped
@@ -56,7 +61,7 @@ FOLLOW = """cd {name} || exit; tail --lines={lines} --follow --pid="$(cat pid)" 
 
 LOG = """cd {name} && cat log"""
 
-# The other workers notice the loss of one by themselves; one that hangs is killed.
+# The other workers notice the loss of a worker themselves; one that hangs is killed.
 FINISH = """(cd {name} || exit; timeout 120 tail --pid="$(cat pid)" -f /dev/null || kill -KILL "$(cat pid)")
 sleep 1
 """
@@ -68,7 +73,7 @@ if grep -qs run.py "/proc/$(cat pid)/cmdline"; then kill -TERM "$(cat pid)"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuVm(base.CloudOptions):
-    """A TPU slice as a queued resource; words after -- go to `queued-resources create` as they are."""
+    """A TPU slice as a queued resource. Words after -- are passed to `queued-resources create`."""
 
     zone: str = ""
     """Zone, for example us-east5-a."""
@@ -81,28 +86,28 @@ class TpuVm(base.CloudOptions):
     spot: bool = False
     """Spot capacity: cheaper, and may be preempted at any time."""
     restarts: int = 20
-    """How often the run starts again after a preemption, a crash or a lost worker."""
+    """Largest number of restarts after a preemption, a crash or a lost worker."""
     poll: float = 30.0
-    """Seconds between looks at the state of the resource."""
+    """Seconds between polls of the state of the resource."""
     delete: bool = False
-    """With stop: delete the resource too. Otherwise it stays, and costs."""
+    """With stop: delete the resource too. Otherwise it is kept, and costs."""
 
     def start(self, job: Job) -> int:
-        """Follows the run to its end; Ctrl-C only stops following."""
+        """Follows the run until it ends; Ctrl-C only stops following."""
         base.at_least("--restarts", self.restarts, 0)
         check(not self.delete, "--delete belongs to: run.py launch tpu-vm stop")
         check(self.poll >= 0, f"--poll {self.poll} must not be negative")
-        base.bucket(job, "TPU VMs")
+        base.check_bucket(job, "TPU VMs")
         vm = Machines(self, job)
-        self.image()  # before anything is asked of the cloud
+        self.image()  # reports mistakes before the first request to the cloud
         if self.dry_run:
             return vm.show_start()
         try:
             return self._run(vm)
         except KeyboardInterrupt:
             _say(
-                "no longer following. The run goes on where it has begun; end it with `stop`, and the"
-                " cost of the resource with `stop --delete`"
+                "no longer following. The run continues on the machines; end it with `stop`, and the cost"
+                " of the resource with `stop --delete`"
             )
             return base.INTERRUPTED
 
@@ -112,14 +117,16 @@ class TpuVm(base.CloudOptions):
             bool(self.accelerator),
             "launch tpu-vm needs --accelerator, for example --accelerator v5litepod-16",
         )
-        known = [image for prefix, image in RUNTIMES.items() if self.accelerator.startswith(prefix)]
+        images = [
+            image for prefix, image in RUNTIMES.items() if self.accelerator.startswith(prefix)
+        ]
         check(
-            bool(self.runtime or known),
+            bool(self.runtime or images),
             f"--accelerator {self.accelerator}: known are {', '.join(f'{p}N' for p in RUNTIMES)}; for"
-            " another one give the image of its VMs with --runtime",
+            " another type give the image of its VMs with --runtime",
         )
         plain("--accelerator", self.accelerator)
-        return plain("--runtime", self.runtime or known[0])
+        return plain("--runtime", self.runtime or images[0])
 
     def _run(self, vm: Machines) -> int:
         code = base.LOST
@@ -127,7 +134,7 @@ class TpuVm(base.CloudOptions):
             if not self._acquire(vm):
                 return 1
             if "running" in vm.status():
-                _say("the run is going already; following it")
+                _say("the run is running already; following it")
             elif not self._deploy(vm):
                 return 1
             code = self._watch(vm)
@@ -140,15 +147,15 @@ class TpuVm(base.CloudOptions):
         return code
 
     def _acquire(self, vm: Machines) -> bool:
-        """Creates or reuses the resource and waits until it is ACTIVE; False when it cannot be had."""
+        """Creates or reuses the resource and waits until it is ACTIVE; False if the request failed."""
         seen, created = None, False
         while (state := vm.state(patient=seen is not None)) != "ACTIVE":
             if state != seen:
-                _say(f"{vm.name} is {state or 'not there yet'}")
+                _say(f"{vm.name} is {state or 'not created yet'}")
             if state in GONE and created:
                 _say(f"the request failed; see: {vm.describe.shell()}")
                 return False
-            if state in GONE:  # only the record is left: the machines and their disks went before
+            if state in GONE:  # the machines and their disks are gone; only the record is left
                 vm.delete.run()
             elif not state and not created:
                 created = vm.create.run() == 0
@@ -161,7 +168,9 @@ class TpuVm(base.CloudOptions):
         return True
 
     def _deploy(self, vm: Machines) -> bool:
-        """Copies, installs and starts on all workers; machines that go meanwhile are for _watch to see."""
+        """Copies, installs and starts on all workers. Returns True also if the machines disappear meanwhile,
+        which _watch notices.
+        """
         vm.archive.parent.mkdir(parents=True, exist_ok=True)
         if vm.pack.run():
             return False
@@ -178,7 +187,9 @@ class TpuVm(base.CloudOptions):
         return True
 
     def _watch(self, vm: Machines) -> int:
-        """Follows the log to the run's end: its exit code, 75 when the machines went, -1 when stopped."""
+        """Follows the log until the run ends; returns its exit code, 75 if the machines are gone, -1 if
+        stopped.
+        """
         lines = "+1"
         while True:
             vm.follow(lines).run()
@@ -186,23 +197,23 @@ class TpuVm(base.CloudOptions):
             if first and first != ["running"]:
                 break
             state = vm.state(patient=True)
-            if state in ("", "DELETING"):  # by somebody's hand: a preempted one is SUSPENDED
+            if state in ("", "DELETING"):  # by a user: a preempted resource is SUSPENDED
                 _say(f"{vm.name} was deleted; it is not created again")
                 return -1
             if state not in ("ACTIVE", UNKNOWN):
                 _say(f"the machines are gone: {vm.name} is {state}")
                 return base.LOST
-            lines = "20"  # the connection broke: again from about there
+            lines = "20"  # the connection broke: repeat some lines and continue
             time.sleep(self.poll)
-        found = vm.status(finish=True) or first
-        if "stopped" in found:
+        statuses = vm.status(finish=True) or first
+        if "stopped" in statuses:
             return -1
-        codes = [int(status) for status in found if status != "running"]
+        codes = [int(status) for status in statuses if status != "running"]
         final = [code for code in codes if code and not base.starts_again(code)]
         return (final or [code for code in codes if code] or [0])[0]
 
     def stop(self, job: Job) -> int:
-        """Tells the run on all workers to save and stop; the resource stays unless --delete."""
+        """Makes the run on all workers save and stop; keeps the resource unless --delete is given."""
         vm = Machines(self, job)
         commands = [vm.stop, *([vm.delete] if self.delete else [])]
         if self.dry_run:
@@ -213,7 +224,7 @@ class TpuVm(base.CloudOptions):
         return codes[-1]
 
     def logs(self, job: Job) -> int:
-        """The output of worker 0."""
+        """Prints the output of worker 0."""
         vm = Machines(self, job)
         command = vm.follow("+1") if self.follow else vm.log
         return base.show(command) if self.dry_run else command.run()
@@ -223,19 +234,19 @@ UNKNOWN = "UNKNOWN"
 
 
 class Machines:
-    """The gcloud commands of one job, and what they report."""
+    """The gcloud commands of a job, and the states that they report."""
 
     def __init__(self, options: TpuVm, job: Job):
         self.name = job.name
         check(bool(options.zone), "launch tpu-vm needs --zone, for example --zone us-east5-a")
-        self._where = ["--zone", plain("--zone", options.zone)]
+        self._location = ["--zone", plain("--zone", options.zone)]
         if options.project:
-            self._where += ["--project", plain("--project", options.project)]
+            self._location += ["--project", plain("--project", options.project)]
         self._options, self._job = options, job
         self.archive = job.dir / f"{self.name}.tar.gz"
         self.delete = self._queued("delete", self.name, "--force", "--quiet")
         self.describe = self._queued("describe", self.name)
-        pattern = f"name~(^|/){self.name}$"  # an empty answer, unlike an error, means: not there
+        pattern = f"name~(^|/){self.name}$"  # an empty answer, unlike an error, means that it does not exist
         self._state = self._queued("list", f"--filter={pattern}", "--format=value(state.state)")
         self._node = self._vm("describe", self.name, "--format=value(state)")
         self.setup, self.log = self.ssh(SETUP), self.ssh(LOG, worker="0")
@@ -245,7 +256,7 @@ class Machines:
         )
 
     def _gcloud(self, *words: str) -> Command:
-        return Command(("gcloud", "compute", "tpus", *words, *self._where))
+        return Command(("gcloud", "compute", "tpus", *words, *self._location))
 
     def _queued(self, *words: str) -> Command:
         return self._gcloud("queued-resources", *words)
@@ -254,24 +265,24 @@ class Machines:
         return self._gcloud("tpu-vm", *words)
 
     def ssh(self, script: str, worker: str = "all", **values: str) -> Command:
-        """A script on one worker or all."""
+        """The command that runs a script on a worker, or on all."""
         command = script.format(name=self.name, **values)
         return self._vm("ssh", self.name, f"--worker={worker}", "--quiet", f"--command={command}")
 
     @property
     def create(self) -> Command:
-        """The request for the resource."""
-        o = self._options
+        """The command that requests the resource."""
+        options = self._options
         return self._queued(
             *("create", self.name, "--node-id", self.name),
-            *("--accelerator-type", o.accelerator, "--runtime-version", o.image()),
-            *(["--spot"] if o.spot else []),
+            *("--accelerator-type", options.accelerator, "--runtime-version", options.image()),
+            *(["--spot"] if options.spot else []),
             *self._job.extra,
         )
 
     @property
     def pack(self) -> Command:
-        """The archive of the code; an experiment file from elsewhere lies at its top."""
+        """The command that packs the code; an experiment file from elsewhere is added at the top level."""
         experiment = Path(self._job.experiment)
         outside = ["-C", str(experiment.parent.absolute()), experiment.name] if self._file() else []
         tar = ("tar", "-czf", str(self.archive), "--exclude=__pycache__", "-C", str(base.ROOT))
@@ -279,7 +290,7 @@ class Machines:
 
     @property
     def begin(self) -> Command:
-        """Starts the run on all workers."""
+        """The command that starts the run on all workers."""
         return self.ssh(
             BEGIN,
             token=base.token(),
@@ -287,18 +298,19 @@ class Machines:
         )
 
     def _file(self) -> str:
-        """The name of an experiment file there; empty for a name of experiments/."""
+        """File name of the experiment on the workers; empty for a name of experiments/."""
         experiment = self._job.experiment
         return Path(experiment).name if experiment.endswith(".py") else ""
 
     def follow(self, lines: str) -> Command:
-        """The log of worker 0 until the run ends."""
+        """The command that follows the log of worker 0 until the run ends."""
         return self.ssh(FOLLOW, worker="0", lines=lines)
 
     def state(self, *, patient: bool = False) -> str:
-        """State of the resource, or of its node where that is worse; "" when there is none.
+        """State of the resource, or of its node if that is gone; "" if there is no resource.
 
-        patient: an error of gcloud is UNKNOWN (the network, for a while); otherwise ValueError.
+        patient: return UNKNOWN for an error of gcloud, which may be a network outage, instead of raising
+        ValueError.
         """
         code, state = self._state.read()
         check(
@@ -313,19 +325,19 @@ class Machines:
         return state
 
     def status(self, *, worker: str = "all", finish: bool = False) -> list[str]:
-        """How the run stands on each worker that answers: running, stopped or its exit code."""
+        """State of the run on each worker that answers: running, stopped or its exit code."""
         script = FINISH + STATUS if finish else STATUS
         _, printed = self.ssh(script, worker=worker).read()
         return re.findall(r"spmd-status=(\w+)", printed)
 
     def show_start(self) -> int:
-        """Prints the commands of a start that goes well, in order."""
+        """Prints the commands of a start without failures, in order."""
         return base.show(
             "# The state: an empty line means create it; then wait for ACTIVE.",
             self._state,
             self.create,
             self._node,
-            "# Is the run going already?",
+            "# Is the run running already?",
             self.ssh(STATUS),
             "# Copy the code, install, start on all workers.",
             Command(("mkdir", "-p", str(self.archive.parent))),

@@ -1,4 +1,4 @@
-"""A contract of an experiment: what its compiled step may communicate."""
+"""Communication budget of an experiment: a limit on what its compiled step may send."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ UNITS = {"": 1, "B": 1} | {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommsBudget:
-    """What the step may send, checked by `run.py plan --check`: a contract that a test can hold."""
+    """Limits on the communication of a step, checked by `run.py plan --check`."""
 
     forbid: tuple[str, ...] = ()
-    """Kinds of collectives that may not occur, as all-to-all."""
+    """Kinds of collectives that must not occur, for example all-to-all."""
     max_bytes: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Mesh axis -> the most that a device may send over it in a step: {"replica": "50 MB"}."""
+    """Mesh axis -> the most bytes that a device may send over it in a step: {"replica": "50 MB"}."""
 
     def __post_init__(self) -> None:
         for kind in self.forbid:
-            from spmd.hlo import KINDS  # with numpy, which a command line without it need not load
+            from spmd.hlo import KINDS  # imported here, since it loads numpy
 
             check(
                 kind in KINDS,
@@ -43,54 +43,54 @@ class CommsBudget:
                 f"budget.max_bytes: unknown mesh axis {axis!r}.{closest(axis, AXES)} Known:"
                 f" {', '.join(AXES)}",
             )
-            parsed(text)
+            parse_bytes(text)
 
     @property
-    def asks(self) -> bool:
-        """Whether there is anything to hold."""
+    def limits(self) -> bool:
+        """Whether the budget sets any limit."""
         return bool(self.forbid or self.max_bytes)
 
 
-def parsed(text: str) -> int:
-    """Bytes of `50 MB` (1000s) or `50 MiB` (1024s)."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(\w*)", text.strip())
+def parse_bytes(text: str) -> int:
+    """Number of bytes of `50 MB` (powers of 1000) or `50 MiB` (powers of 1024)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(\w*)", text.strip())
     check(
-        found is not None and found[2] in UNITS,
-        f"budget.max_bytes: {text!r} must be a number of bytes, as '50 MB' or '1.5 GiB'",
+        match is not None and match[2] in UNITS,
+        f"budget.max_bytes: {text!r} must be a number of bytes, for example '50 MB' or '1.5 GiB'",
     )
-    assert found
-    return int(float(found[1]) * UNITS[found[2]])
+    assert match
+    return int(float(match[1]) * UNITS[match[2]])
 
 
-def broken(budget: CommsBudget, program: Program) -> list[str]:
-    """A line for each term that the compiled program breaks, with the collectives that break it."""
+def violations(budget: CommsBudget, program: Program) -> list[str]:
+    """A line for each limit that the compiled program exceeds, with the collectives that do so."""
     lines = []
     for kind in budget.forbid:
-        found = [c for c in program.collectives if c.kind == kind]
-        if found:
-            lines.append(
-                f"{kind} is forbidden, the step has {sum(c.count for c in found):g}: {_named(found)}"
-            )
+        forbidden = [c for c in program.collectives if c.kind == kind]
+        if forbidden:
+            count = sum(c.count for c in forbidden)
+            lines.append(f"{kind} is forbidden, the step has {count:g}: {_largest(forbidden)}")
     for axis, text in budget.max_bytes.items():
-        found = [c for c in program.collectives if axis in c.axes]
-        sent, most = math.ceil(sum(c.count * c.wire_bytes for c in found)), parsed(text)
-        if sent > most:
+        crossing = [c for c in program.collectives if axis in c.axes]
+        sent = math.ceil(sum(c.count * c.wire_bytes for c in crossing))
+        limit = parse_bytes(text)
+        if sent > limit:
             lines.append(
-                f"over {axis} a device may send {most:,} bytes in a step ({text}), it sends {sent:,}:"
-                f" {_named(found)}"
+                f"over {axis} a device may send {limit:,} bytes in a step ({text}), it sends {sent:,}:"
+                f" {_largest(crossing)}"
             )
     return lines
 
 
-def _named(found: list[Collective]) -> str:
-    """The largest of them, each with its line."""
+def _largest(collectives: list[Collective]) -> str:
+    """The three largest collectives, each with its source line."""
     from spmd.hlo import alike
 
-    joined = alike(found)
-    said = [
+    joined = alike(collectives)
+    lines = [
         f"{c.kind} of {c.bytes:,} bytes over {' x '.join(c.axes) or '?'}"
         f"{f', {c.count:g} times' if c.count != 1 else ''} ({c.source or c.op_name})"
         for c in joined[:3]
     ]
     more = f" and {len(joined) - 3} more" if len(joined) > 3 else ""
-    return "; ".join(said) + more
+    return "; ".join(lines) + more

@@ -1,6 +1,6 @@
-"""What the planner knows of an experiment before it is cut: its arrays, its FLOPs, its activations.
+"""Facts about an experiment that do not depend on how it is sharded: arrays, FLOPs, activations.
 
-Shapes only: nothing is compiled, and no data are read.
+They come from shapes only: nothing is compiled, and no data are read.
 """
 
 # B batch, T time, D embed, H query heads, G key and value heads, K head_dim, F mlp, V vocab
@@ -20,15 +20,15 @@ from spmd import flops, narrow, sharding, tree
 from spmd.mesh import AXES
 from spmd.models.transformer import Transformer
 from spmd.plan.shardings import GROUPS, OTHER, owner
-from spmd.train.program import Program
+from spmd.train.loop import Program
 
-FLOAT32 = 4  # bytes
+FLOAT32_BYTES = 4
 Sizes = Mapping[str, int]  # mesh axis -> size; all of AXES
 
 
 class Leaf(NamedTuple):
-    """An array of the state. dims, like: logical dims and shape of the parameter whose cut it takes (None:
-    it lies whole on every device); drop: the dim of that parameter which a factored moment lacks, or -1.
+    """An array of the state. dims, like: logical dims and shape of the parameter that it is sharded like
+    (None: replicated on every device). drop: the dim of that parameter which a factored moment lacks, or -1.
     """
 
     name: str
@@ -41,35 +41,35 @@ class Leaf(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def stacked(self) -> int:
-        """Layers that it holds, stacked; 0 for an array of one."""
+        """Number of layers stacked in it; 0 for an array that is not stacked."""
         return self.shape[0] if self.dims and self.dims[0] == "layers" else 0
 
     def axes(self, mesh: AbstractMesh, fsdp: bool) -> tuple[str, ...]:
-        """The mesh axes that cut it, by the rules; ValueError when one does not divide."""
+        """Mesh axes that shard it by the rules; ValueError if one does not divide."""
         return _axes(self, mesh, fsdp)
 
     def bytes(self, mesh: AbstractMesh, fsdp: bool) -> int:
-        """On each device."""
+        """Bytes on each device."""
         return _bytes(self, mesh, fsdp)
 
     @property
     def widening(self) -> int:
-        """Bytes of its gradient for each byte of it: gradients are float32 at least (spmd.narrow)."""
-        return max(self.itemsize, FLOAT32) // self.itemsize
+        """Bytes of its gradient per byte of the array: gradients are at least float32 (spmd.narrow)."""
+        return max(self.itemsize, FLOAT32_BYTES) // self.itemsize
 
 
 @functools.lru_cache(maxsize=2**16)
 def _bytes(leaf: Leaf, mesh: AbstractMesh, fsdp: bool) -> int:
-    ways = math.prod(mesh.shape[axis] for axis in leaf.axes(mesh, fsdp))
-    return leaf.size * leaf.itemsize // ways
+    num_shards = math.prod(mesh.shape[axis] for axis in leaf.axes(mesh, fsdp))
+    return leaf.size * leaf.itemsize // num_shards
 
 
-@functools.lru_cache(maxsize=2**16)  # a search asks for the same cuts thousands of times
+@functools.lru_cache(maxsize=2**16)  # a search asks for the same shardings thousands of times
 def _axes(leaf: Leaf, mesh: AbstractMesh, fsdp: bool) -> tuple[str, ...]:
     if leaf.like is None:
         return ()
@@ -79,10 +79,12 @@ def _axes(leaf: Leaf, mesh: AbstractMesh, fsdp: bool) -> tuple[str, ...]:
 
 
 class Facts(NamedTuple):
-    """An experiment. tokens: of a global batch (examples, where there is no sequence). length: tokens of a
-    sequence, 1 without. flops: of one step's model, by dtype of the operands. saved: bytes that the backward
-    pass of an unknown model keeps of the whole batch. compute: bytes of an activation. chunks: of the loss.
-    model: the config where the planner knows it by heart, else None.
+    """An experiment as the planner sees it.
+
+    tokens: tokens of a global batch (examples, where there is no sequence). length: tokens of a sequence, 1
+    without one. flops: model FLOPs of a step by dtype of the operands. saved: bytes that the backward pass
+    keeps of a global batch, for a model without closed forms. compute: bytes of an element of an activation.
+    chunks: chunks of the loss. model: the config of a model with closed forms, else None.
     """
 
     name: str
@@ -99,23 +101,23 @@ class Facts(NamedTuple):
 
     @property
     def params(self) -> list[Leaf]:
-        """The parameters that are trained."""
+        """Trained parameters."""
         return [leaf for leaf in self.leaves if leaf.group == GROUPS["params"]]
 
     @property
     def weights(self) -> list[Leaf]:
-        """The parameters, and those that are frozen: they are cut and gathered alike."""
+        """Trained and frozen parameters, which are sharded and gathered alike."""
         frozen = GROUPS["model_state"]
         return self.params + [x for x in self.leaves if x.group == frozen and x.like is not None]
 
     @property
     def num_params(self) -> int:
-        """Elements of all parameters, frozen ones too."""
+        """Number of elements of all parameters, frozen ones included."""
         return sum(leaf.size for leaf in self.weights)
 
 
 def abstract_mesh(sizes: Sizes) -> AbstractMesh:
-    """A mesh without devices; an axis that is not given has size 1."""
+    """A mesh without devices; an axis that is not in `sizes` has size 1."""
     return _mesh(tuple(sizes.get(axis, 1) for axis in AXES))
 
 
@@ -124,17 +126,19 @@ def _mesh(sizes: tuple[int, ...]) -> AbstractMesh:
     return AbstractMesh(sizes, AXES)
 
 
-def of(program: Program, model: Any, *, chunks: int = 1) -> Facts:
-    """Facts of a program, built on any devices: their cut does not matter. model: the experiment's config;
-    chunks: of its loss.
-    """
+def from_program(program: Program, model: Any, *, chunks: int = 1) -> Facts:
+    """Facts of a built experiment; its mesh does not matter. model: its config; chunks: of its loss."""
     batch = program.abstract_batch()
     params = jax.tree.leaves(program.abstract_state().params)
     param = max((leaf.dtype for leaf in params), key=lambda dtype: dtype.itemsize)
     model = narrow.with_compute_type(model, str(param))
-    known = model if isinstance(model, Transformer) else None
+    transformer = model if isinstance(model, Transformer) else None
     shape = batch["tokens"].shape if "tokens" in batch else (program.data.batch_size, 1)
-    counted = transformer_flops(known, *shape) if known else flops.of_step(program.task, batch)
+    counted = (
+        transformer_flops(transformer, *shape)
+        if transformer
+        else flops.of_step(program.task, batch)
+    )
     dtype = getattr(model, "dtype", "float32" if narrow.is_narrow(param) else "")
     return Facts(
         name=program.name,
@@ -144,41 +148,41 @@ def of(program: Program, model: Any, *, chunks: int = 1) -> Facts:
         length=shape[1],
         batch_bytes=tree.num_bytes(batch),
         flops=dict(counted),
-        saved=0 if known else _saved(program, batch),
+        saved=0 if transformer else _saved(program, batch),
         compute=jnp.dtype(dtype or param).itemsize,
         chunks=chunks,
-        model=known,
+        model=transformer,
     )
 
 
 def _leaves(program: Program) -> tuple[Leaf, ...]:
-    whole, dims = program.abstract_state(), program.task.dims
-    params = tree.named_leaves(whole.params)
-    found = []
-    for name, leaf in tree.named_leaves(whole).items():
+    state, dims = program.abstract_state(), program.task.dims
+    params = tree.named_leaves(state.params)
+    leaves = []
+    for name, leaf in tree.named_leaves(state).items():
         field, _, rest = name.partition("/")
         group = GROUPS.get(field, OTHER)
-        state = group == GROUPS["model_state"]
-        if state and rest in program.task.state_dims:  # frozen
-            dims_of = program.task.state_dims[rest] or (None,) * len(leaf.shape)
+        in_model_state = group == GROUPS["model_state"]
+        if in_model_state and rest in program.task.state_dims:  # frozen
+            frozen_dims = program.task.state_dims[rest] or (None,) * len(leaf.shape)
             size = leaf.dtype.itemsize
-            found.append(Leaf(rest, group, leaf.shape, size, dims_of, leaf.shape))
+            leaves.append(Leaf(rest, group, leaf.shape, size, frozen_dims, leaf.shape))
             continue
-        owned = owner(rest, params) if group != OTHER and not state else ""
-        like = params[owned].shape if owned else None
+        param = owner(rest, params) if group != OTHER and not in_model_state else ""
+        like = params[param].shape if param else None
         drop = -1
         if like is not None and leaf.shape != like:
             reduced = sharding.reduced_dim(name, leaf.shape, like)
             like, drop = (None, -1) if reduced is None else (like, reduced)
-        known = dims.get(owned) if like is not None else None
-        known = known or ((None,) * len(like) if like is not None else None)
+        leaf_dims = dims.get(param) if like is not None else None
+        leaf_dims = leaf_dims or ((None,) * len(like) if like is not None else None)
         itemsize = leaf.dtype.itemsize
-        found.append(Leaf(rest or name, group, leaf.shape, itemsize, known, like, drop))
-    return tuple(found)
+        leaves.append(Leaf(rest or name, group, leaf.shape, itemsize, leaf_dims, like, drop))
+    return tuple(leaves)
 
 
 def _saved(program: Program, batch: Any) -> int:
-    """Bytes of what the backward pass keeps and has a row for each example, without any remat."""
+    """Bytes of the residuals of the backward pass that have a row per example, without remat."""
     task = program.task
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     scale = jax.eval_shape(lambda b: task.scale(task.weigh(b)), batch)
@@ -187,43 +191,45 @@ def _saved(program: Program, batch: Any) -> int:
     def backward(params: Any, *rest: Any) -> Any:
         return jax.vjp(lambda p: task.loss(p, *rest)[0], params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(backward, params, model_state, batch, key, scale))
+    residuals = jax.tree.leaves(jax.eval_shape(backward, params, model_state, batch, key, scale))
     rows = program.data.batch_size
-    return sum(tree.num_bytes(leaf) for leaf in kept if leaf.shape[:1] == (rows,))
+    return sum(tree.num_bytes(leaf) for leaf in residuals if leaf.shape[:1] == (rows,))
 
 
 # ---- the transformer
 
 
 def widths(model: Transformer) -> dict[str, int]:
-    """Elements for each token of what a block makes, by the names of model.saved, and of its residual."""
+    """Elements per token of the activations of a block, by the names of model.saved, and of its residual."""
     query, key = model.heads * model.width, model.num_kv_heads * model.width
-    wide = model.mlp or 4 * model.embed
-    if model.experts.num:  # those that a token goes to; the router's own product is left out
-        wide *= model.experts.top_k + model.experts.shared
-    gate = {"gate": wide} if model.activation == "swiglu" else {}
-    made = {"query": query, "key": key, "value": key, "attended": query, "up": wide}
-    return {"residual": model.embed, **made, **gate}
+    hidden = model.mlp or 4 * model.embed
+    if (
+        model.experts.num
+    ):  # the experts that a token is routed to; the router's matmul is not counted
+        hidden *= model.experts.top_k + model.experts.shared
+    gate = {"gate": hidden} if model.activation == "swiglu" else {}
+    activations = {"query": query, "key": key, "value": key, "attended": query, "up": hidden}
+    return {"residual": model.embed, **activations, **gate}
 
 
-def products(model: Transformer, length: int) -> dict[str, float]:
-    """FLOPs for each token, forward, of one block's products by what they make, and of the logits.
+def matmul_flops(model: Transformer, length: int) -> dict[str, float]:
+    """Forward FLOPs per token of the matmuls of a block, by the name of their output, and of the logits.
 
-    attended: scores and their weighted sum, counted whole though half is masked (PaLM's convention).
+    attended: scores and their weighted sum, with the masked half included (the convention of PaLM).
     """
-    wide = widths(model)
-    made = {name: 2.0 * model.embed * wide[name] for name in wide if name != "residual"}
-    made["attended"] = 4.0 * wide["query"] * length
-    made["out"] = 2.0 * wide["query"] * model.embed
-    made["down"] = 2.0 * wide["up"] * model.embed
-    return made | {"logits": 2.0 * model.embed * model.rows}
+    width = widths(model)
+    matmuls = {name: 2.0 * model.embed * width[name] for name in width if name != "residual"}
+    matmuls["attended"] = 4.0 * width["query"] * length
+    matmuls["out"] = 2.0 * width["query"] * model.embed
+    matmuls["down"] = 2.0 * width["up"] * model.embed
+    return matmuls | {"logits": 2.0 * model.embed * model.rows}
 
 
 def transformer_flops(model: Transformer, batch_size: int, length: int) -> dict[str, int]:
-    """Model FLOPs of a step, as flops.of_step counts them (frozen weights as if they were trained); attention
-    too where a fused kernel hides it.
+    """Model FLOPs of a step, counted as by flops.of_step (frozen weights as if they were trained), but with
+    attention included where a fused kernel hides it from the jaxpr.
     """
-    made = products(model, length)
-    block = sum(count for name, count in made.items() if name != "logits")
-    total = 3 * batch_size * length * (model.layers * block + made["logits"])
+    matmuls = matmul_flops(model, length)
+    block = sum(count for name, count in matmuls.items() if name != "logits")
+    total = 3 * batch_size * length * (model.layers * block + matmuls["logits"])
     return {model.dtype or "float32": int(total)}

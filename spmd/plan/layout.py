@@ -1,4 +1,4 @@
-"""How a step is cut and arranged: what the search varies."""
+"""Layout: how a step is sharded and scheduled; the search varies it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ CONTEXTS = ("ring", "ulysses")
 
 
 class Layout(NamedTuple):
-    """mesh: sizes of the axes that are not 1. zero: what mesh.fsdp cuts, 3 parameters and optimizer, 1 the
-    optimizer only. remat: of REMATS, "" for a model that has no such field. saved: what remat=named keeps.
-    slices: over which the devices are spread. pipeline: the schedule where mesh.stage cuts the layers, of
-    whose chunks each stage has `virtual`. context: how mesh.context cuts sequences, of CONTEXTS.
+    """How a step is sharded and scheduled.
+
+    mesh: sizes of the axes that are not 1. zero: what mesh.fsdp shards: 3 parameters and optimizer state, 1
+    the optimizer state only. remat: of REMATS, "" for a model without that field. saved: activations that
+    remat=named saves. slices: TPU slices that the devices are spread over. pipeline: schedule if mesh.stage
+    shards the layers; each stage has `virtual` chunks of them. context: how mesh.context shards attention, of
+    CONTEXTS.
     """
 
     mesh: Sizes
@@ -44,21 +47,21 @@ class Layout(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """All of them."""
+        """Devices of the mesh."""
         return self.size(*AXES)
 
     @property
     def stages(self) -> int:
-        """Of the pipeline; 1 is none."""
+        """Stages of the pipeline; 1 without a pipeline."""
         return self.size("stage")
 
     @property
     def ticks(self) -> int:
-        """Of the pipeline's schedule."""
+        """Ticks of the pipeline's schedule."""
         return schedules.ticks(self.pipeline, self.stages, self.accumulate, self.virtual)
 
     def words(self) -> list[str]:
-        """The command line that asks for it."""
+        """Command-line flags that select the layout."""
         sizes = {"data": 1} | {axis: size for axis, size in self.mesh.items() if size > 1}
         words = [word for axis, size in sizes.items() for word in (f"--mesh.{axis}", str(size))]
         words += ["--strategy.zero", "1"] if self.zero == 1 and self.size("fsdp") > 1 else []
@@ -71,7 +74,7 @@ class Layout(NamedTuple):
         return [*words, *(["--model.remat", self.remat] if self.remat else [])]
 
     def json(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         return {**self._asdict(), "mesh": dict(self.mesh), "saved": list(self.saved)}
 
     def __str__(self) -> str:
@@ -86,12 +89,12 @@ class Layout(NamedTuple):
 
 
 def tokens(facts: Facts, layout: Layout) -> float:
-    """Of one microbatch, on one device, before the heads or the vocabulary are cut."""
+    """Tokens of a microbatch on a device, not divided by the tensor axis."""
     return facts.tokens / layout.size(*BATCH_AXES, "context") / layout.accumulate
 
 
 def check_fits(facts: Facts, layout: Layout) -> None:
-    """ValueError with the reason why the experiment cannot be cut so, memory aside."""
+    """ValueError with the reason if the experiment cannot have this layout, memory aside."""
     check_mesh(facts, layout)
     rows = layout.size(*BATCH_AXES) * layout.accumulate
     check(
@@ -113,12 +116,12 @@ def check_fits(facts: Facts, layout: Layout) -> None:
 
 
 def check_mesh(facts: Facts, layout: Layout) -> None:
-    """What no other choice than that of the mesh, or of the kind of context, can mend."""
+    """ValueError if the mesh and the kind of context rule out every layout of the experiment."""
     model, tensor = facts.model, layout.size("tensor")
     if model is None:
         for axis in ("stage", "context", "tensor"):
             size = layout.size(axis)
-            check(size == 1, f"mesh.{axis}={size}: what it costs is known of Transformer only")
+            check(size == 1, f"mesh.{axis}={size}: the planner knows its cost for Transformer only")
         return
     check(
         model.heads % tensor == 0 and model.num_kv_heads % tensor == 0,
@@ -142,13 +145,13 @@ def check_mesh(facts: Facts, layout: Layout) -> None:
 
 
 def _check_context(facts: Facts, layout: Layout) -> None:
-    """As models.ring and models.attention check it while the step is traced."""
+    """The checks of models.ring and models.attention, which run while a step is traced."""
     model, context, tensor = facts.model, layout.size("context"), layout.size("tensor")
     assert model
     if layout.context == "ring":
         check(
             model.attention == "xla",
-            f"model.attention={model.attention} takes whole sequences, and model.context=ring cuts them",
+            f"model.attention={model.attention} needs complete sequences, and model.context=ring shards them",
         )
         check(
             facts.length % (2 * context) == 0,
@@ -165,7 +168,7 @@ def _check_context(facts: Facts, layout: Layout) -> None:
 
 
 def _check_stages(facts: Facts, layout: Layout) -> None:
-    """As strategies.base and pipeline.schedules check it when the step is built."""
+    """The checks of strategies.base and pipeline.schedules, which run when a step is built."""
     assert facts.model
     stages, micro = layout.stages, layout.accumulate
     check(

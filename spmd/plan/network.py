@@ -1,4 +1,4 @@
-"""Which links a mesh axis crosses, and how long a collective takes on them."""
+"""Networks that a mesh axis crosses, and the time of collectives on them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from spmd.hardware import Links
 from spmd.mesh import AXES
 from spmd.plan.targets import Target
 
-# Of a nominal bandwidth, what a large collective gets on a switch or the slower network: nccl-tests on eight
-# H100 reach 360 to 370 of 450 GB/s. The table has TPU links as a program gets them.
+# Fraction of the nominal bandwidth that a large collective reaches on a switch or a scale-out network:
+# nccl-tests on eight H100 reach 360 to 370 of 450 GB/s. The bandwidth of TPU links is the measured one.
 SHARE = 0.8
-# Seconds of one hop. ICI: scaling-book, chapter 3. The others: of the order of what nccl-tests shows for
+# Seconds of a hop. ICI: scaling-book, chapter 3. The others: the order of magnitude that nccl-tests shows for
 # small messages; they matter for small arrays only.
 HOP = {"ICI": 1e-6, "NVLink": 2e-6, "DCN": 20e-6, "scale-out": 10e-6}
 
 
 class Network(NamedTuple):
-    """What may join devices, by name. bandwidth: bytes/s that one sends, as a program gets them; hop: seconds
-    of a small message to another.
+    """A network between devices. bandwidth: bytes/s that a device sends, as a program can use them. hop:
+    seconds of a small message to another device.
     """
 
     name: str
@@ -36,7 +36,7 @@ NETWORKS: dict[str, Network] = {
         "NVLink",
         SHARE * 450e9,
         HOP["NVLink"],
-        "NVIDIA H100 data sheet: 900 GB/s, both ways together",
+        "NVIDIA H100 data sheet: 900 GB/s, both directions together",
     ),
     "ici": Network(
         "ICI", 2 * 90e9, HOP["ICI"], "scaling-book, chapter 2: the two links of a v5p ring"
@@ -78,7 +78,7 @@ PASSES = {
 
 
 class Dim(NamedTuple):
-    """Of a torus: its size, what a device sends along it, and over one of its links, in bytes/s."""
+    """A dim of a torus: its size, and the bytes/s that a device sends along it and over one of its links."""
 
     size: int
     bandwidth: float
@@ -86,12 +86,12 @@ class Dim(NamedTuple):
 
 
 class Level(NamedTuple):
-    """One network that an axis crosses: `ways` groups of devices, each device sending bandwidth bytes/s.
-    dims: of a torus, those that it lies on.
+    """A network that an axis crosses. size: groups of devices that it joins. bandwidth: bytes/s that each
+    device sends. dims: dims of a torus that the axis spans.
     """
 
     network: str
-    ways: int
+    size: int
     bandwidth: float
     dims: tuple[Dim, ...] = ()
 
@@ -101,12 +101,12 @@ class Level(NamedTuple):
         return min((dim.link for dim in self.dims), default=self.bandwidth)
 
 
-Levels = Mapping[str, tuple[Level, ...]]  # mesh axis -> what it crosses, the fastest first
+Levels = Mapping[str, tuple[Level, ...]]  # mesh axis -> networks that it crosses, the fastest first
 
 
 def levels(target: Target, sizes: Mapping[str, int], slices: int = 1) -> Levels:
-    """What each axis larger than 1 crosses. ValueError when the mesh does not fit the slice, or when the
-    chip's links are not known.
+    """Networks that each axis larger than 1 crosses. ValueError if the mesh does not fit the slice, or the
+    links of the chip are not known.
     """
     links = target.chip.links if target.chip else None
     if links is None:
@@ -119,93 +119,96 @@ def levels(target: Target, sizes: Mapping[str, int], slices: int = 1) -> Levels:
     return _torus(target, links, sizes, slices) if links.axes else _switch(links, sizes)
 
 
-def named(text: str, sizes: Mapping[str, int]) -> Levels:
-    """What each axis larger than 1 crosses, by the names of NETWORKS: `10gbe` for all of them, or
-    `replica=wan,data=nvlink`. ValueError says which are known, and which axis has none.
+def by_name(text: str, sizes: Mapping[str, int]) -> Levels:
+    """The network of each axis larger than 1, from names of NETWORKS: `10gbe` for all of them, or
+    `replica=wan,data=nvlink`. ValueError for an unknown name, or an axis without a network.
     """
-    known = ", ".join(NETWORKS)
-    wide = [axis for axis in AXES if sizes.get(axis, 1) > 1]
+    names = ", ".join(NETWORKS)
+    used = [axis for axis in AXES if sizes.get(axis, 1) > 1]
     chosen: dict[str, Network] = {}
-    for part in sorted(text.split(","), key=lambda part: "=" in part):  # one for all axes first
+    for part in sorted(
+        text.split(","), key=lambda part: "=" in part
+    ):  # a default for all axes first
         axis, _, name = part.strip().rpartition("=")
         check(
             name in NETWORKS,
-            f"unknown network {name!r}.{closest(name, NETWORKS)} Known: {known}; one for all axes,"
-            " or one for each: replica=wan,data=nvlink",
+            f"unknown network {name!r}.{closest(name, NETWORKS)} Known: {names}; give one for all axes,"
+            " or one per axis: replica=wan,data=nvlink",
         )
         check(
             not axis or axis in AXES,
             f"network {text!r}: {axis!r} is no mesh axis.{closest(axis, AXES)} Axes: {', '.join(AXES)}",
         )
-        chosen |= dict.fromkeys([axis] if axis else wide, NETWORKS[name])
-    missing = [axis for axis in wide if axis not in chosen]
+        chosen |= dict.fromkeys([axis] if axis else used, NETWORKS[name])
+    missing = [axis for axis in used if axis not in chosen]
     check(
         not missing,
-        f"network {text!r} says nothing of {', '.join(f'mesh.{axis}={sizes[axis]}' for axis in missing)};"
-        f" add {missing[0] if missing else ''}=NAME, a name of {known}",
+        f"network {text!r} has no entry for {', '.join(f'mesh.{axis}={sizes[axis]}' for axis in missing)};"
+        f" add {missing[0] if missing else ''}=NAME, a name of {names}",
     )
-    return {axis: (Level(chosen[axis].name, sizes[axis], chosen[axis].bandwidth),) for axis in wide}
+    return {axis: (Level(chosen[axis].name, sizes[axis], chosen[axis].bandwidth),) for axis in used}
 
 
 def seconds(crossed: Sequence[Level], kind: str, bytes: float) -> float:
-    """Time of one collective over axes that cross `crossed` (see `join`).
+    """Seconds of a collective over axes that cross the networks `crossed` (see `join`).
 
-    bytes: of the whole array, as hlo.Collective counts them: gathered, or before the reduction. By rings,
-    level after level: the slower network carries what one device of the faster one holds, its 1 / ways.
+    bytes: of the complete array, as in hlo.Collective: gathered, or before the reduction. The model is ring
+    algorithms, one network after the other: the slower network carries the share of one device of the faster
+    one, 1 / size of the array.
     """
-    if kind == "collective-permute":  # to one other device: who has the slowest way decides
+    if kind == "collective-permute":  # to another device: the slowest link decides
         return max((bytes / level.link + HOP[level.network] for level in crossed), default=0.0)
     if kind == "all-to-all":
         return _all_to_all(crossed, bytes)
     total = 0.0
     for level in crossed:
-        wire = (level.ways - 1) / level.ways * bytes / level.bandwidth
-        hops = level.ways / 2 if level.network == "ICI" else math.log2(level.ways)
+        wire = (level.size - 1) / level.size * bytes / level.bandwidth
+        hops = level.size / 2 if level.network == "ICI" else math.log2(level.size)
         total += PASSES[kind] * (wire + hops * HOP[level.network])
-        bytes /= level.ways
+        bytes /= level.size
     return total
 
 
 def _all_to_all(crossed: Sequence[Level], bytes: float) -> float:
-    """A part of `bytes` to each device. In a ring of n a part takes n / 4 steps on the average, and a device
-    passes on what is not for it; the busiest link of a line carries as much. All dims of a torus work at
-    once. To a switch each device sends what is not for itself, to a slower network what is not for its own
-    switch.
+    """Seconds in which each device sends a part of `bytes` to every other. In a ring of n devices a part
+    takes n / 4 hops on average, and devices forward what is not for them; the busiest link of a line carries
+    as much. All dims of a torus work at once. A device sends to a switch all that is not for itself, and to a
+    slower network all that is not for its own switch.
     """
     total = 0.0
     for level in crossed:
-        wire = (level.ways - 1) / level.ways * bytes / level.bandwidth
+        wire = (level.size - 1) / level.size * bytes / level.bandwidth
         if level.dims:
             wire = max(dim.size / 4 * bytes / dim.bandwidth for dim in level.dims)
-        total += wire + (level.ways - 1) * HOP[level.network]
+        total += wire + (level.size - 1) * HOP[level.network]
     return total
 
 
-def join(found: Levels, axes: Sequence[str]) -> list[Level]:
-    """What a collective over all of `axes` crosses, the fastest first. The dims of a torus work side by side;
-    a switch gives each device the same bandwidth, however many it talks to.
+def join(levels: Levels, axes: Sequence[str]) -> list[Level]:
+    """Networks that a collective over all of `axes` crosses, the fastest first. The dims of a torus add their
+    bandwidths; a switch gives each device the same bandwidth, however many others it talks to.
     """
-    together: dict[str, Level] = {}
-    for level in (level for axis in axes for level in found.get(axis, ())):
-        before = together.get(level.network)
+    joined: dict[str, Level] = {}
+    for level in (level for axis in axes for level in levels.get(axis, ())):
+        before = joined.get(level.network)
         if before is None:
-            together[level.network] = level
+            joined[level.network] = level
             continue
         adds = level.bandwidth if level.network == "ICI" else 0.0
-        together[level.network] = Level(
+        joined[level.network] = Level(
             level.network,
-            before.ways * level.ways,
+            before.size * level.size,
             before.bandwidth + adds,
             before.dims + level.dims,
         )
-    return sorted(together.values(), key=lambda level: -level.bandwidth)
+    return sorted(joined.values(), key=lambda level: -level.bandwidth)
 
 
 # ---- TPU slices
 
 
 def _torus(target: Target, links: Links, sizes: Mapping[str, int], slices: int) -> Levels:
-    inside, found = dict(sizes), {}
+    within_slice, levels = dict(sizes), {}
     if slices > 1:
         crossing = next((axis for axis in AXES if sizes.get(axis, 1) % slices == 0), None)
         check(
@@ -213,22 +216,22 @@ def _torus(target: Target, links: Links, sizes: Mapping[str, int], slices: int) 
             f"no mesh axis is a multiple of the {slices} slices; set --mesh.replica {slices}",
         )
         assert crossing
-        inside[crossing] //= slices
-        found[crossing] = (Level("DCN", slices, links.scale_out * SHARE),)
-    for axis, dims in assign(target, inside).items():
-        lies = tuple(_of_dim(target, links, dim) for dim in dims)
-        ici = Level("ICI", inside[axis], sum(dim.bandwidth for dim in lies), lies)
-        found[axis] = (ici, *found.get(axis, ()))
-    return found
+        within_slice[crossing] //= slices
+        levels[crossing] = (Level("DCN", slices, links.scale_out * SHARE),)
+    for axis, indices in assign(target, within_slice).items():
+        dims = tuple(_dim(target, links, index) for index in indices)
+        ici = Level("ICI", within_slice[axis], sum(dim.bandwidth for dim in dims), dims)
+        levels[axis] = (ici, *levels.get(axis, ()))
+    return levels
 
 
 def assign(target: Target, sizes: Mapping[str, int]) -> dict[str, list[int]]:
-    """Mesh axis -> dims of the slice whose product it is, as jax.make_mesh chooses them: innermost axis
-    first, over as many dims as possible. ValueError where there are none.
+    """Mesh axis -> dims of the slice whose sizes multiply to its size, as jax.make_mesh assigns them:
+    innermost axis first, to as many dims as possible. ValueError if there are none.
     """
     shape = _shape(target)
     free = list(range(len(shape)))
-    found: dict[str, list[int]] = {}
+    assigned: dict[str, list[int]] = {}
     for axis in reversed([axis for axis in AXES if sizes.get(axis, 1) > 1]):
         choices = (dims for num in range(len(free), 0, -1) for dims in combinations(free, num))
         fits = (dims for dims in choices if math.prod(shape[d] for d in dims) == sizes[axis])
@@ -240,13 +243,13 @@ def assign(target: Target, sizes: Mapping[str, int]) -> dict[str, list[int]]:
             f" {', '.join(map(str, _products([shape[d] for d in free])))}",
         )
         assert chosen
-        found[axis] = list(chosen)
+        assigned[axis] = list(chosen)
         free = [dim for dim in free if dim not in chosen]
-    return found
+    return assigned
 
 
 def _shape(target: Target) -> list[int]:
-    """The slice in devices: its dims in chips, and the devices of a chip."""
+    """Shape of the slice in devices: its dims in chips, and the devices of a chip if several."""
     per_chip = target.num_devices // math.prod(target.topology)
     return [*target.topology, *([per_chip] if per_chip > 1 else [])]
 
@@ -257,24 +260,26 @@ def _products(sizes: Sequence[int]) -> list[int]:
     )
 
 
-def _of_dim(target: Target, links: Links, dim: int) -> Dim:
-    """A device sends along a dim of the slice over two links of a ring, one of a line, whose ends have no
-    more. The devices of one chip share all its links.
+def _dim(target: Target, links: Links, dim: int) -> Dim:
+    """A dim of the slice. Along a ring a device sends over two links, along a line over one, since the ends
+    of a line have no other. The devices of a chip share all its links.
     """
     if dim == len(target.topology):
         within = links.link * 2 * links.axes
         return Dim(target.num_devices // math.prod(target.topology), within, within)
-    closed = target.topology if links.axes > 2 else target.topology[dim : dim + 1]
-    ways = 2 if all(size % links.ring == 0 for size in closed) else 1
-    return Dim(target.topology[dim], links.link * ways, links.link)
+    sizes = target.topology if links.axes > 2 else target.topology[dim : dim + 1]
+    directions = 2 if all(size % links.ring == 0 for size in sizes) else 1
+    return Dim(target.topology[dim], links.link * directions, links.link)
 
 
 # ---- GPUs
 
 
 def _switch(links: Links, sizes: Mapping[str, int]) -> Levels:
-    """Devices are numbered row by row over the mesh: inner axes stay on one switch as long as they fit."""
-    found: dict[str, tuple[Level, ...]] = {}
+    """Networks of a GPU mesh. Devices are numbered in row-major order: inner axes stay on one switch as long
+    as they fit.
+    """
+    levels: dict[str, tuple[Level, ...]] = {}
     stride = 1
     for axis in reversed([axis for axis in AXES if sizes.get(axis, 1) > 1]):
         size = sizes[axis]
@@ -284,6 +289,6 @@ def _switch(links: Links, sizes: Mapping[str, int]) -> Levels:
             parts.append(Level("NVLink", near, links.link * SHARE))
         if size > near:
             parts.append(Level("scale-out", size // near, links.scale_out * SHARE))
-        found[axis] = tuple(parts)
+        levels[axis] = tuple(parts)
         stride *= size
-    return found
+    return levels

@@ -1,4 +1,4 @@
-"""What a plan says: memory, collectives, step time, and the layouts of a search, as text and as JSON."""
+"""A plan as text and JSON: memory, collectives, step time, and the layouts of a search."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rich.table import Table
 
 from spmd import hlo, tree
 from spmd.mesh import AXES
-from spmd.plan import comms, cost, memory
+from spmd.plan import cost, memory
+from spmd.plan.collective import Collective, ledger
 from spmd.plan.compile import Compiled
 from spmd.plan.facts import Facts
 from spmd.plan.layout import Layout
@@ -30,8 +31,10 @@ CALLS = 20  # collectives of a compiled program
 
 
 class Plan(NamedTuple):
-    """An experiment on a target. estimate: None where nothing is known of the target's speed. compiled: None
-    where nothing was compiled; failed: why not, when it was tried.
+    """An experiment on a target.
+
+    estimate: None if the speed of the target is not known. compiled: None if nothing was compiled. failed:
+    the reason if the compilation failed, else "".
     """
 
     facts: Facts
@@ -39,25 +42,25 @@ class Plan(NamedTuple):
     layout: Layout
     strategy: str
     memory: memory.Memory
-    collectives: list[comms.Collective]
+    collectives: list[Collective]
     estimate: cost.Estimate | None
     compiled: Compiled | None = None
     failed: str = ""
 
     @property
     def fits(self) -> bool:
-        """Whether the memory of a device is enough, by the compiler where it says so, else by estimate."""
-        chip, made = self.target.chip, self.compiled
+        """Whether the memory of a device suffices, by the compiler if it was asked, else by the estimate."""
+        chip, compiled = self.target.chip, self.compiled
         if self.failed:
             return False
         if chip is None:
             return True
-        if made is not None and made.how == "compiled":
-            return made.memory.peak <= chip.memory
+        if compiled is not None and compiled.how == "compiled":
+            return compiled.memory.peak <= chip.memory
         return self.memory.peak <= memory.usable(chip.memory)
 
     def json(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         chip = self.target.chip
         return {
             "experiment": self.facts.name,
@@ -76,23 +79,22 @@ class Plan(NamedTuple):
 
 
 def sent(plan: Plan) -> dict[hlo.Key, hlo.Total]:
-    """(axes, kind) -> its sum over a step, of the compiled program where there is one."""
-    made = plan.compiled
-    return hlo.ledger(made.program) if made else comms.ledger(plan.collectives)
+    """(axes, kind) -> sum over a step, of the compiled program if there is one, else estimated."""
+    return hlo.ledger(plan.compiled.program) if plan.compiled else ledger(plan.collectives)
 
 
 # ---- text
 
 
 def summary(plan: Plan) -> str:
-    """Everything at a glance."""
+    """All parts in short."""
     parts = [_head(plan), "", _memory(plan), "", _ledger(plan)]
     if plan.estimate is not None:
         parts += ["", _time(plan.estimate), "", plan.estimate.bottleneck]
     elif plan.target.chip is None:
-        parts += ["", f"step time: nothing is known of the speed of {plan.target.name}"]
+        parts += ["", f"step time: no speed is known for {plan.target.name}"]
     else:
-        parts += ["", f"step time: only a compiled program tells it of strategy {plan.strategy}"]
+        parts += ["", f"step time: no closed form covers strategy {plan.strategy}; compile it"]
     return "\n".join(parts)
 
 
@@ -102,53 +104,53 @@ def memory_view(plan: Plan) -> str:
 
 
 def comms_view(plan: Plan) -> str:
-    """Every collective: of the compiled program with its line where there is one, and by the estimate."""
+    """Every collective: of the compiled program with its source line if there is one, else estimated."""
     parts = [_head(plan), "", _ledger(plan)]
     if plan.compiled is not None:
         parts += ["", _calls(plan.compiled.program)]
     return "\n".join(parts)
 
 
-def search_view(found: Sequence[Candidate], target: Target) -> str:
-    """The fastest that fit, the fastest of each axis that is not among them, and why others were rejected."""
-    fit = [c for c in found if c.fits and c.estimate]
+def search_view(candidates: Sequence[Candidate], target: Target) -> str:
+    """The fastest layouts that fit, the fastest one over each further axis, and the reasons of rejections."""
+    fit = [c for c in candidates if c.fits and c.estimate]
     table = new_table("", "layout", ">step", ">MFU", ">memory", "bound by")
     places = range(min(SHOWN, len(fit)))
     for i in [*places, *sorted({best_of(fit, axis) for axis in AXES} - {*places, -1})]:
-        each, made = fit[i], fit[i].estimate
-        assert made
+        each, estimate = fit[i], fit[i].estimate
+        assert estimate
         table.add_row(
             str(i + 1),
             escape(str(each.layout)),
-            seconds(made.step_seconds),
-            f"{made.mfu:.1%}",
+            seconds(estimate.step_seconds),
+            f"{estimate.mfu:.1%}",
             tree.human_bytes(each.peak) + ("*" if each.compiled else ""),
-            escape(made.bottleneck.split(" take ")[0]),
+            escape(estimate.bottleneck.split(" take ")[0]),
         )
     lines = [
-        f"{len(found)} layouts on {target.name}: {len(fit)} fit; estimated, the fastest first",
+        f"{len(candidates)} layouts on {target.name}: {len(fit)} fit; estimated, the fastest first",
         "",
         rendered(table),
     ]
     if any(each.compiled for each in fit[:SHOWN]):
-        lines.append("* compiled: the compiler's own memory and collectives")
-    if said := pipelines(found):
-        lines += ["", said]
-    lines += ["", *_reasons([c.reason for c in found if not c.fits])]
+        lines.append("* memory and collectives by the target's compiler")
+    if verdict := pipelines(candidates):
+        lines += ["", verdict]
+    lines += ["", *_reasons([c.reason for c in candidates if not c.fits])]
     if fit:
-        lines += ["", "the first: " + " ".join(fit[0].layout.words())]
+        lines += ["", "select the first with: " + " ".join(fit[0].layout.words())]
     return "\n".join(lines)
 
 
 def best_of(fit: Sequence[Candidate], axis: str) -> int:
-    """The place of the first layout that cuts over `axis`, -1 where there is none."""
+    """Index of the first layout that shards over `axis`; -1 if there is none."""
     return next((i for i, each in enumerate(fit) if each.layout.size(axis) > 1), -1)
 
 
-def pipelines(found: Sequence[Candidate]) -> str:
-    """What the best pipeline of a search gains or loses; "" where none was to be tried."""
-    tried = [c for c in found if c.layout.stages > 1]
-    fit = [c for c in found if c.fits and c.estimate]
+def pipelines(candidates: Sequence[Candidate]) -> str:
+    """A sentence that compares the best pipeline with the best layout without one; "" if none was tried."""
+    tried = [c for c in candidates if c.layout.stages > 1]
+    fit = [c for c in candidates if c.fits and c.estimate]
     with_stages, without = (
         next((c for c in fit if (c.layout.stages > 1) is piped), None) for piped in (True, False)
     )
@@ -163,30 +165,30 @@ def pipelines(found: Sequence[Candidate]) -> str:
     more = piped.step_seconds / plain.step_seconds - 1
     waits = piped.seconds["bubble"] / piped.step_seconds
     fsdp = "FSDP" if without.layout.size("fsdp") > 1 else "the best layout without stages"
-    says = "loses to" if more > 0 else "wins over"
-    best, other = (f"{seconds(made.step_seconds)}" for made in (piped, plain))
+    compares = "loses to" if more > 0 else "wins over"
+    best, other = seconds(piped.step_seconds), seconds(plain.step_seconds)
     return (
-        f"A pipeline {says} {fsdp}: the best one ({with_stages.layout}) takes {best} a step, {abs(more):.0%}"
-        f" {'more' if more > 0 else 'less'} than {other} ({without.layout}); its stages wait {waits:.0%} of"
-        " the time."
+        f"A pipeline {compares} {fsdp}: the best one ({with_stages.layout}) takes {best} per step,"
+        f" {abs(more):.0%} {'more' if more > 0 else 'less'} than {other} ({without.layout});"
+        f" its stages wait {waits:.0%} of the time."
     )
 
 
 def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
-    """Weak and strong scaling, and where the axes of the first target become bound by communication."""
+    """Weak and strong scaling, and the limits at which axes of the first target are communication-bound."""
     table = new_table(
         "scaling", "target", ">devices", ">batch", "layout", ">step", ">tokens/s", ">efficiency"
     )
     for point in points:
-        made = point.estimate
+        estimate = point.estimate
         table.add_row(
             point.mode,
             point.target,
             str(point.num_devices),
             str(point.batch_size),
-            escape(str(made.layout)),
-            seconds(made.step_seconds),
-            f"{made.tokens_per_second:,.0f}",
+            escape(str(estimate.layout)),
+            seconds(estimate.step_seconds),
+            f"{estimate.tokens_per_second:,.0f}",
             f"{point.efficiency:.0%}",
         )
     return "\n".join([rendered(table), "", *map(str, bounds)])
@@ -195,14 +197,13 @@ def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
 def _head(plan: Plan) -> str:
     how = "estimated"
     if plan.compiled is not None:
-        made = plan.compiled
-        how = f"{made.how} in {made.seconds:.0f} s"
+        how = f"{plan.compiled.how} in {plan.compiled.seconds:.0f} s"
     failed = f"\nnot compiled: {plan.failed}" if plan.failed else ""
     strategy = f", strategy {plan.strategy}" if plan.strategy != "auto" else ""
     return (
         f"{plan.facts.name} on {plan.target.name}: {plan.facts.num_params:,} parameters,"
         f" {plan.target.num_devices} devices, {plan.layout}{strategy}, {plan.facts.tokens:,}"
-        f" {'tokens' if plan.facts.length > 1 else 'examples'} a step; {how}{failed}"
+        f" {'tokens' if plan.facts.length > 1 else 'examples'} per step; {how}{failed}"
     )
 
 
@@ -213,23 +214,22 @@ def _memory(plan: Plan) -> str:
             table.add_row(name.replace("_", " "), tree.human_bytes(size))
     table.add_row("peak", tree.human_bytes(plan.memory.peak))
     lines = [rendered(table)]
-    chip, made = plan.target.chip, plan.compiled
-    if made is not None and made.how == "compiled":
-        held = made.memory
+    chip, compiled = plan.target.chip, plan.compiled
+    if compiled is not None and compiled.how == "compiled":
+        sizes = compiled.memory
         lines.append(
-            f"compiled: peak {tree.human_bytes(held.peak)}, of it arguments"
-            f" {tree.human_bytes(held.arguments)} and temporaries {tree.human_bytes(held.temporaries)}"
+            f"compiled: peak {tree.human_bytes(sizes.peak)}, with arguments"
+            f" {tree.human_bytes(sizes.arguments)} and temporaries {tree.human_bytes(sizes.temporaries)}"
         )
     if chip is not None and not plan.failed:
-        said = "it fits" if plan.fits else "it does NOT fit"
-        lines.append(f"{said}: a device has {tree.human_bytes(chip.memory)}")
+        verdict = "it fits" if plan.fits else "it does NOT fit"
+        lines.append(f"{verdict}: a device has {tree.human_bytes(chip.memory)}")
     return "\n".join(lines)
 
 
 def _ledger(plan: Plan) -> str:
-    """By axis and kind; of the compiled program where there is one."""
-    made = plan.compiled
-    title = f"collectives a step ({made.how if made else 'estimated'})"
+    """Collectives by axis and kind; of the compiled program if there is one."""
+    title = f"collectives per step ({plan.compiled.how if plan.compiled else 'estimated'})"
     table = new_table(title, "axis", ">count", ">bytes", ">sent by a device")
     for (axes, kind), each in sent(plan).items():
         sizes = tree.human_bytes(each.bytes), tree.human_bytes(each.wire_bytes)
@@ -238,9 +238,9 @@ def _ledger(plan: Plan) -> str:
 
 
 def _calls(program: hlo.Program) -> str:
-    table = new_table("collective", "axis", ">count", ">bytes", "dtype", "hidden", "line")
-    found = hlo.alike(program.collectives)
-    for c in found[:CALLS]:
+    table = new_table("collective", "axis", ">count", ">bytes", "dtype", "overlapped", "line")
+    collectives = hlo.alike(program.collectives)
+    for c in collectives[:CALLS]:
         table.add_row(
             c.kind,
             " x ".join(c.axes) or "?",
@@ -250,25 +250,29 @@ def _calls(program: hlo.Program) -> str:
             "yes" if c.overlapped else "no",
             escape(c.source or c.op_name),
         )
-    more = len(found) - CALLS
+    more = len(collectives) - CALLS
     return rendered(table) + (f"\nand {more} smaller ones" if more > 0 else "")
 
 
-def _time(made: cost.Estimate) -> str:
-    table = new_table("time of a step (estimated)", ">seconds", ">hidden", ">share")
-    step = made.step_seconds
-    for name, spent in made.seconds.items():
+def _time(estimate: cost.Estimate) -> str:
+    table = new_table("time of a step (estimated)", ">seconds", ">overlapped", ">share")
+    step = estimate.step_seconds
+    for name, spent in estimate.seconds.items():
         if name != "collectives":
             table.add_row(name, seconds(spent), "", f"{spent / step:.0%}")
-    for name, (whole, shown) in made.networks.items():
-        table.add_row(escape(name), seconds(shown), seconds(whole - shown), f"{shown / step:.0%}")
-    speed = f"{seconds(step)} a step, {made.tokens_per_second:,.0f} tokens/s, MFU {made.mfu:.1%}"
-    flops = f"{made.model_flops:.3g} model FLOPs a step, {made.executed_flops:.3g} executed"
+    for name, (spent, exposed) in estimate.networks.items():
+        hidden = seconds(spent - exposed)
+        table.add_row(escape(name), seconds(exposed), hidden, f"{exposed / step:.0%}")
+    throughput = f"{estimate.tokens_per_second:,.0f} tokens/s, MFU {estimate.mfu:.1%}"
+    speed = f"{seconds(step)} per step, {throughput}"
+    flops = (
+        f"{estimate.model_flops:.3g} model FLOPs per step, {estimate.executed_flops:.3g} executed"
+    )
     return f"{rendered(table)}\n{speed}; {flops}"
 
 
 def seconds(value: float) -> str:
-    """`12.3 ms`."""
+    """A duration as text: `12.3 ms`."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -276,20 +280,20 @@ def seconds(value: float) -> str:
 
 
 def _reasons(reasons: Sequence[str]) -> list[str]:
-    """The most frequent kinds, each with the first of its reasons."""
+    """The most frequent kinds of rejections, each with an example."""
     kinds = collections.defaultdict[str, list[str]](list)
     for reason in reasons:
         kinds[_kind(reason)].append(reason)
     most = sorted(kinds.items(), key=lambda item: -len(item[1]))[:REASONS]
     return [
-        f"{len(alike)} rejected: {kind if kind == TOO_LARGE else alike[0]}"
-        + (" (and others like it)" if kind != TOO_LARGE and len(set(alike)) > 1 else "")
-        for kind, alike in most
+        f"{len(equal)} rejected: {kind if kind == TOO_LARGE else equal[0]}"
+        + (" (and similar ones)" if kind != TOO_LARGE and len(set(equal)) > 1 else "")
+        for kind, equal in most
     ]
 
 
 def _kind(reason: str) -> str:
-    """A reason without its numbers, and without the axis."""
+    """The reason without its numbers and without the axis."""
     if reason.startswith("needs "):
         return TOO_LARGE
     return re.sub(r"mesh\.\w+=\d+|\(.*?\)|\d+", "", reason.split(";")[0])
@@ -298,7 +302,7 @@ def _kind(reason: str) -> str:
 def rendered(table: Table) -> str:
     """A table as plain lines."""
     out = io.StringIO()
-    # A notebook would take the table as HTML, past the file, or with colours.
+    # In a notebook, rich would otherwise print HTML instead of writing to the file, or use colours.
     console = Console(
         file=out, width=240, highlight=False, force_jupyter=False, force_terminal=False
     )

@@ -18,7 +18,9 @@ Choose = Callable[[Facts, Target], Layout]
 
 
 class Point(NamedTuple):
-    """One target of a curve. batch_size: global. efficiency: tokens/s of a device over the first target's."""
+    """A target on a scaling curve. batch_size: global. efficiency: tokens/s of a device, relative to the
+    first target.
+    """
 
     mode: Mode
     target: str
@@ -28,72 +30,78 @@ class Point(NamedTuple):
     efficiency: float
 
     def json(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         return {**self._asdict(), "estimate": self.estimate.json()}
 
 
 class Bound(NamedTuple):
-    """Of the collectives of an axis, seconds in a step against those of the products. limit: what they are
-    equal at, all else as it is: the fewest tokens on a device for an axis that cuts the batch, the largest
-    size of any other.
+    """Seconds in a step of the collectives over an axis and of the matmuls. limit: where the two are equal,
+    all else being fixed: the fewest tokens on a device for an axis that shards the batch, the largest size of
+    any other axis.
     """
 
     axis: str
     seconds: float
-    products: float
+    matmuls: float
     limit: float
 
     @property
     def bound(self) -> bool:
         """Whether communication takes longer."""
-        return self.seconds > self.products
+        return self.seconds > self.matmuls
 
     def __str__(self) -> str:
         if self.axis in BATCH_AXES:
-            what, unit = "fewer tokens on a device", f"{self.limit:,.0f} tokens"
+            change, limit = "fewer tokens on a device", f"{self.limit:,.0f} tokens"
         else:
-            what, unit = "a larger size", f"mesh.{self.axis}={self.limit:.1f}"
-        return f"{self.axis}: bound by communication with {what} than {unit}"
+            change, limit = "a larger size", f"mesh.{self.axis}={self.limit:.1f}"
+        return f"{self.axis}: bound by communication with {change} than {limit}"
 
     def json(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         return {**self._asdict(), "bound": self.bound}
 
 
 def curve(
     facts: Facts, targets: Sequence[Target], mode: Mode, choose: Choose | None = None
 ) -> list[Point]:
-    """One point for each target. weak: the batch grows with the devices; strong: it stays. choose: the layout
-    for a target, by default the fastest that fits.
+    """The points of a scaling curve, one per target.
 
-    ValueError when nothing fits a target, or when its batch would not be whole.
+    Args:
+        facts: the experiment, with the batch of the first target.
+        targets: the targets, the smallest first.
+        mode: weak: the batch grows with the devices; strong: it is fixed.
+        choose: chooses the layout for a target; by default the fastest that fits.
+
+    Raises:
+        ValueError: nothing fits a target, or its batch would be a fraction.
     """
     first = targets[0].num_devices
-    found: list[Point] = []
+    points: list[Point] = []
     for target in targets:
         grown = scaled(facts, target.num_devices, first) if mode == "weak" else facts
         layout = (choose or fastest)(grown, target)
-        made = cost.estimate(grown, target, layout)
-        rate = made.tokens_per_second / target.num_devices
-        base = found[0].estimate.tokens_per_second / first if found else rate
-        found.append(
-            Point(mode, target.name, target.num_devices, grown.batch_size, made, rate / base)
+        estimate = cost.estimate(grown, target, layout)
+        rate = estimate.tokens_per_second / target.num_devices
+        base = points[0].estimate.tokens_per_second / first if points else rate
+        points.append(
+            Point(mode, target.name, target.num_devices, grown.batch_size, estimate, rate / base)
         )
-    return found
+    return points
 
 
 def fastest(facts: Facts, target: Target) -> Layout:
-    """The fastest layout that fits; ValueError with the nearest reason when none does."""
+    """The fastest layout that fits; ValueError with a reason if none does."""
     best = search(facts, target)[0]
     check(best.fits, f"nothing fits {target.name}; the fastest layout {best.reason}")
     return best.layout
 
 
 def scaled(facts: Facts, numerator: int, denominator: int = 1) -> Facts:
-    """The facts of a batch numerator / denominator times as large."""
+    """The facts with a batch that is numerator / denominator times as large."""
     check(
         facts.batch_size * numerator % denominator == 0,
-        f"data.batch_size={facts.batch_size} x {numerator} / {denominator} is not whole",
+        f"data.batch_size={facts.batch_size} x {numerator} / {denominator} is not an integer",
     )
     grown = lambda count: count * numerator // denominator
     return facts._replace(
@@ -106,25 +114,25 @@ def scaled(facts: Facts, numerator: int, denominator: int = 1) -> Facts:
 
 
 def bounds(facts: Facts, target: Target, layout: Layout) -> list[Bound]:
-    """For each axis that carries collectives, where it becomes bound by them. A collective over several axes
-    counts for each of them.
+    """For each axis with collectives, the limit at which it becomes bound by communication. A collective over
+    several axes counts for each of them.
     """
     levels = network.levels(target, layout.mesh, layout.slices)
-    products = cost.estimate(facts, target, layout).seconds["products"]
+    matmuls = cost.estimate(facts, target, layout).seconds["matmuls"]
     spent: dict[str, float] = {}
-    for each in comms.of(facts, layout):
+    for each in comms.step_collectives(facts, layout):
         took = each.count * network.seconds(network.join(levels, each.axes), each.kind, each.bytes)
         for axis in each.axes:
             spent[axis] = spent.get(axis, 0.0) + took
-    here = tokens(facts, layout) * layout.accumulate
+    local_tokens = tokens(facts, layout) * layout.accumulate
     return [
         Bound(
             axis,
             seconds,
-            products,
-            here * seconds / products
+            matmuls,
+            local_tokens * seconds / matmuls
             if axis in BATCH_AXES
-            else layout.size(axis) * products / seconds,
+            else layout.size(axis) * matmuls / seconds,
         )
         for axis, seconds in spent.items()
         if seconds > 0

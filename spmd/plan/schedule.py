@@ -1,4 +1,4 @@
-"""The schedule of a pipeline, shown: the table, its length, how long each stage waits."""
+"""The schedule of a pipeline as text and JSON: its table, its length, how long each stage waits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from spmd.pipeline import schedules
 
 
 class Schedule(NamedTuple):
-    """table: of the run; layers: of the model; warning: "" unless it mostly waits."""
+    """A pipeline schedule. layers: those of the model. warning: "" unless the stages mostly wait."""
 
     table: schedules.Table
     layers: int
     warning: str
 
     def json(self) -> dict[str, Any]:
-        """As JSON types; forward, backward: [ticks][stages] of (microbatch, chunk), -1 where it waits."""
+        """JSON types; forward, backward: [ticks][stages] of (microbatch, chunk), -1 where a stage waits."""
         table = self.table
         return {
             "schedule": table.kind,
@@ -31,16 +31,16 @@ class Schedule(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Inputs of microbatches that a stage holds at most."""
+        """Largest number of microbatch inputs that a stage holds."""
         return schedules.program(self.table)[1]
 
     def __str__(self) -> str:
         table = self.table
-        of = f", {table.virtual} virtual stages on each" if table.virtual > 1 else ""
+        virtual = f", {table.virtual} virtual stages on each" if table.virtual > 1 else ""
         lines = [
-            f"{table.kind}: {self.layers} layers on {table.stages} stages{of}, {table.microbatches}"
+            f"{table.kind}: {self.layers} layers on {table.stages} stages{virtual}, {table.microbatches}"
             f" microbatches, {table.ticks} ticks; a stage waits {schedules.idle(table):.1%} of the time and"
-            f" keeps the inputs of {self.kept} at most",
+            f" keeps the inputs of at most {self.kept}",
             "",
             schedules.draw(table),
         ]

@@ -1,4 +1,4 @@
-"""How every array of the state lies on a mesh: bytes per device, and what a rule could have cut."""
+"""The sharding of every array of the state: bytes per device, and arrays that a rule could have sharded."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ GROUPS = {  # field of the state -> its name in the table
     "model_state": "model state",
 }
 OTHER = "other"  # step, key, what only a strategy has
-LARGE = 2**20  # bytes: what is smaller may well be whole
+LARGE = 2**20  # bytes: smaller arrays may well be replicated
 Dims = tuple[str | None, ...]
 
 
 class Array(NamedTuple):
-    """One array of the state. dims: None where the model names none. whole: why it was left whole, though a
-    rule could cut it; "" otherwise.
+    """An array of the state. dims: None if the model names none. replicated: the reason why it is replicated
+    although a rule could shard it; "" otherwise.
     """
 
     name: str
@@ -43,17 +43,19 @@ class Array(NamedTuple):
     sharding: NamedSharding
     bytes: int
     bytes_per_device: int
-    whole: str
+    replicated: str
 
     @property
     def spec(self) -> str:
-        """`P(None, 'fsdp')`."""
+        """The partition spec: `P(None, 'fsdp')`."""
         return str(self.sharding.spec).replace("PartitionSpec", "P")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The state of `experiment` on `target`; print it, or take `arrays`, `totals` and `json()`."""
+    """The shardings of the state of `experiment` on `target`; print it, or use `arrays`, `totals`,
+    `json()`.
+    """
 
     experiment: str
     target: Target
@@ -64,15 +66,15 @@ class Report:
     @property
     def totals(self) -> dict[str, tuple[int, int]]:
         """Group -> (bytes, bytes per device)."""
-        found: dict[str, tuple[int, int]] = {}
+        totals: dict[str, tuple[int, int]] = {}
         for array in self.arrays:
-            whole, each = found.get(array.group, (0, 0))
-            found[array.group] = (whole + array.bytes, each + array.bytes_per_device)
-        return found
+            size, per_device = totals.get(array.group, (0, 0))
+            totals[array.group] = (size + array.bytes, per_device + array.bytes_per_device)
+        return totals
 
     @property
     def bytes_per_device(self) -> int:
-        """Of the whole state."""
+        """Bytes of the state on a device."""
         return sum(array.bytes_per_device for array in self.arrays)
 
     def json(self) -> dict[str, Any]:
@@ -87,8 +89,8 @@ class Report:
             "memory_per_device": int(chip.memory) if chip else None,
             "bytes_per_device": self.bytes_per_device,
             "groups": {
-                group: {"bytes": whole, "bytes_per_device": each}
-                for group, (whole, each) in self.totals.items()
+                group: {"bytes": size, "bytes_per_device": per_device}
+                for group, (size, per_device) in self.totals.items()
             },
             "arrays": [_plain(array) for array in self.arrays],
         }
@@ -103,8 +105,8 @@ class Report:
         reasons = collections.defaultdict[str, list[Array]](list)
         table = new_table("array", "logical dims", "shape", "dtype", "spec", ">per device", "")
         for array in self.arrays:
-            if array.whole:
-                reasons[array.whole].append(array)
+            if array.replicated:
+                reasons[array.replicated].append(array)
             table.add_row(
                 escape(array.name),
                 "" if array.dims is None else ", ".join(dim or "-" for dim in array.dims),
@@ -112,7 +114,9 @@ class Report:
                 array.dtype,
                 array.spec,
                 tree.human_bytes(array.bytes_per_device),
-                f"whole ({list(reasons).index(array.whole) + 1})" if array.whole else "",
+                f"replicated ({list(reasons).index(array.replicated) + 1})"
+                if array.replicated
+                else "",
             )
         console.print(table)
         for i, (reason, arrays) in enumerate(reasons.items(), 1):
@@ -120,24 +124,23 @@ class Report:
             console.print(f"({i}) {len(arrays)} arrays, {size} per device: {escape(reason)}")
         totals = new_table("total", ">arrays", ">bytes", ">per device")
         counts = collections.Counter(array.group for array in self.arrays)
-        for group, (whole, each) in self.totals.items():
-            sizes = (tree.human_bytes(n) for n in (whole, each))
-            totals.add_row(group, str(counts[group]), *sizes)
+        for group, sizes in self.totals.items():
+            totals.add_row(group, str(counts[group]), *map(tree.human_bytes, sizes))
         console.print(totals)
         console.print(self._sum())
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
     def _sum(self) -> str:
-        each, chip = self.bytes_per_device, self.target.chip
-        text = f"state: {tree.human_bytes(each)} per device"
+        size, chip = self.bytes_per_device, self.target.chip
+        text = f"state: {tree.human_bytes(size)} per device"
         if chip is None:
             return text
         text += f" of {tree.human_bytes(chip.memory)}"
-        return text if each <= chip.memory else f"{text}: it does not fit"
+        return text if size <= chip.memory else f"{text}: it does not fit"
 
 
 def new_table(*columns: str) -> Table:
-    """Without lines; a column named `>bytes` stands right."""
+    """A table without lines; a column named `>bytes` is aligned to the right."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
@@ -155,13 +158,13 @@ def _plain(array: Array) -> dict[str, Any]:
     }
 
 
-# ---- made
+# ---- build the report
 
 
 def report(program: Program, target: Target, strategy: StrategyConfig) -> Report:
-    """Every array of the program's state on its mesh; nothing is computed, and no data are read."""
+    """The shardings of the program's state on its mesh; nothing is computed, and no data are read."""
     state = program.abstract_state()
-    placed = tree.named_leaves(program.strategy.state_shardings)
+    shardings = tree.named_leaves(program.strategy.state_shardings)
     dims_of = _dims(program.task.dims, state.params)
     arrays = []
     for name, leaf in tree.named_leaves(state).items():
@@ -172,73 +175,74 @@ def report(program: Program, target: Target, strategy: StrategyConfig) -> Report
             dims=dims,
             shape=leaf.shape,
             dtype=str(leaf.dtype),
-            sharding=placed[name],
+            sharding=shardings[name],
             bytes=tree.num_bytes(leaf),
-            bytes_per_device=tree.bytes_per_device(leaf, placed[name]),
-            whole="",
+            bytes_per_device=tree.bytes_per_device(leaf, shardings[name]),
+            replicated="",
         )
-        arrays.append(array._replace(whole=_whole(array, strategy)))
+        arrays.append(array._replace(replicated=_replicated(array, strategy)))
     order = [*GROUPS.values(), OTHER]
     arrays.sort(key=lambda array: order.index(array.group))
-    cut = mesh.describe(program.mesh)
-    return Report(program.name, target, cut, _describe(strategy), arrays)
+    return Report(program.name, target, mesh.describe(program.mesh), _describe(strategy), arrays)
 
 
 def _describe(strategy: StrategyConfig) -> str:
-    """`auto zero=1`: the name, and what is not as by default."""
-    usual = fields.plain(type(strategy)())
-    own = {k: v for k, v in fields.plain(strategy).items() if v != usual[k]}
-    return " ".join([strategy.name, *(f"{k}={v}" for k, v in own.items())])
+    """`auto zero=1`: the name, and the fields that differ from their defaults."""
+    defaults = fields.plain(type(strategy)())
+    changed = {k: v for k, v in fields.plain(strategy).items() if v != defaults[k]}
+    return " ".join([strategy.name, *(f"{k}={v}" for k, v in changed.items())])
 
 
-def _dims(dims: Mapping[str, Dims | None], of_params: Any) -> Callable[..., Dims | None]:
+def _dims(dims: Mapping[str, Dims | None], state_params: Any) -> Callable[..., Dims | None]:
     """(name, shape) of a leaf of the state -> the logical dims of the parameter that it belongs to."""
-    params = tree.named_leaves(of_params)
+    params = tree.named_leaves(state_params)
 
-    def of(name: str, shape: Sequence[int]) -> Dims | None:
+    def leaf_dims(name: str, shape: Sequence[int]) -> Dims | None:
         top, *rest = name.split("/")
         if GROUPS.get(top) in (None, "model state"):
             return None
-        owned_by = owner("/".join(rest), params)
-        found = dims.get(owned_by)
-        if found is None or params[owned_by].shape == shape:
-            return found
-        drop = sharding.reduced_dim(name, shape, params[owned_by].shape)
-        return None if drop is None else (*found[:drop], *found[drop + 1 :])
+        param = owner("/".join(rest), params)
+        param_dims = dims.get(param)
+        if param_dims is None or params[param].shape == shape:
+            return param_dims
+        drop = sharding.reduced_dim(name, shape, params[param].shape)
+        return None if drop is None else (*param_dims[:drop], *param_dims[drop + 1 :])
 
-    return of
+    return leaf_dims
 
 
 def owner(name: str, params: Mapping[str, Any]) -> str:
-    """The parameter that a leaf of the optimizer state belongs to, by the end of its name; "" for none."""
+    """Name of the parameter that a leaf of the optimizer state belongs to, by the end of its name; "" for
+    none.
+    """
     parts = name.split("/")
     tails = ("/".join(parts[i:]) for i in range(len(parts)))
     return next((tail for tail in tails if tail in params), "")
 
 
-def _whole(array: Array, strategy: StrategyConfig) -> str:
-    """Why a large array lies whole on every device although a rule could have cut it; "" otherwise."""
-    placed, cut = array.sharding, array.sharding.mesh
+def _replicated(array: Array, strategy: StrategyConfig) -> str:
+    """The reason why a large array is replicated although a rule could have sharded it; "" otherwise."""
+    mesh = array.sharding.mesh
     if (
-        array.group in (GROUPS["model_state"], OTHER)  # no rule is for them
+        array.group in (GROUPS["model_state"], OTHER)  # the rules do not apply to them
         or array.bytes <= LARGE
-        or cut.size == 1
-        or not placed.is_fully_replicated
+        or mesh.size == 1
+        or not array.sharding.is_fully_replicated
     ):
         return ""
 
-    def by_rule(sizes: dict[str, int]) -> Any:
-        made = AbstractMesh(tuple(sizes.values()), AXES)
-        return sharding.spec_of(array.name, array.shape, array.dims, made, fsdp=True)
+    def rule_spec(sizes: dict[str, int]) -> Any:
+        other_mesh = AbstractMesh(tuple(sizes.values()), AXES)
+        return sharding.spec_of(array.name, array.shape, array.dims, other_mesh, fsdp=True)
 
-    if any(by_rule(dict(cut.shape))):
-        return f"strategy {_describe(strategy)} keeps it whole; the rules of auto cut it"
-    alone = dict.fromkeys(AXES, 1)
-    ways = [n for n in range(cut.size, 1, -1) if cut.size % n == 0]
-    best = next((n for n in ways if any(by_rule(alone | {"fsdp": n}))), 0)
+    if any(rule_spec(dict(mesh.shape))):
+        return f"strategy {_describe(strategy)} replicates it; the rules of auto shard it"
+    ones = dict.fromkeys(AXES, 1)
+    divisors = [n for n in range(mesh.size, 1, -1) if mesh.size % n == 0]
+    best = next((n for n in divisors if any(rule_spec(ones | {"fsdp": n}))), 0)
     if not best:
         return ""
-    fsdp = cut.shape["fsdp"]
-    why = f"mesh.fsdp={fsdp} divides none of its dims" if fsdp > 1 else "no axis cuts it"
+    fsdp = mesh.shape["fsdp"]
+    why = f"mesh.fsdp={fsdp} divides none of its dims" if fsdp > 1 else "no mesh axis shards it"
     under = "" if isinstance(strategy, Auto) else " and strategy auto"
     return f"{why}; mesh.fsdp={best}{under} would"

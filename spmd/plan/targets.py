@@ -1,4 +1,4 @@
-"""What is planned for: `cpu:8`, `h100:64`, `v5p:4x4x4`."""
+"""Targets of a plan: `cpu:8`, `h100:64`, `v5p:4x4x4`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from spmd.fields import check, closest
 from spmd.hardware import CHIPS, Chip
 
-# Dims of a TPU slice, and the devices that JAX sees of each chip.
+# (dims of a TPU slice, devices per chip in JAX).
 TPUS = {"v4": (3, 1), "v5e": (2, 1), "v5p": (3, 1), "v6e": (2, 1), "7x": (3, 2)}
 SLICES = {
     2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -21,7 +21,9 @@ MAX_DEVICES = 4096  # simulated ones take 3 s for 2048, 11 s for 4096, a minute 
 
 
 class Target(NamedTuple):
-    """Devices that need not be there. chip: None for `cpu`. topology: of a TPU slice, in chips; else ()."""
+    """Devices to plan for, which need not be present. chip: None for `cpu`. topology: that of a TPU slice in
+    chips; () for others.
+    """
 
     name: str
     num_devices: int
@@ -30,12 +32,12 @@ class Target(NamedTuple):
 
 
 def parse(text: str) -> Target:
-    """`NAME:N`, or `NAME:AxBxC` for a TPU slice; ValueError says what would work."""
+    """Parses `NAME:N`, or `NAME:AxBxC` for a TPU slice; ValueError for a target that does not exist."""
     name, _, size = text.strip().lower().partition(":")
-    known = ["cpu", *SHORT, *NAMES]
+    names = ["cpu", *SHORT, *NAMES]
     check(
-        name in known,
-        f"unknown target {text!r}.{closest(name, known)} Known: {', '.join(known)};"
+        name in names,
+        f"unknown target {text!r}.{closest(name, names)} Known: {', '.join(names)};"
         " for example cpu:8, h100:64 or v5p:4x4x4",
     )
     dims, per_chip = TPUS.get(name, (1, 1))

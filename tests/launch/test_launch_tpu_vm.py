@@ -69,7 +69,7 @@ def test_creates_waits_copies_starts_and_follows(cloud, calls, run_cli, tmp_path
     words = "run.py train --experiment digits --run.dir gs://bucket/digits --model.hidden 8 8"
     assert f"worker-0: {words}\n" in done.stdout
     assert f"worker-1: {words}\n" in (tmp_path / "cloud/worker-1/digits/log").read_text()
-    for state in ("not there yet", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"):
+    for state in ("not created yet", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"):
         assert done.stdout.count(f"digits is {state}") == 1
     made = [call for call in calls() if call in ("create", "scp", "delete")]
     assert made == ["create", "scp"]
@@ -158,7 +158,7 @@ def test_a_broken_connection_is_taken_up_again_and_ctrl_c_leaves_the_run(cloud, 
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does
         output, _ = running.communicate(timeout=150)
         assert running.returncode == 130, output
-        assert "The run goes on" in output
+        assert "The run continues" in output
         before = followed()
         # Typed again, it follows the same run, and ends with it.
         again = _start(tmp_path, env, *VM, *RUN, *WHERE)
@@ -170,7 +170,7 @@ def test_a_broken_connection_is_taken_up_again_and_ctrl_c_leaves_the_run(cloud, 
         running.kill()
         running.communicate()
     assert again.returncode == 0, output
-    assert "going already" in output and output.count("started") == 1
+    assert "running already" in output and output.count("started") == 1
 
 
 def test_stop_saves_keeps_the_resource_and_deletes_when_told(cloud, calls, run_cli, tmp_path):

@@ -12,7 +12,7 @@ from spmd.hardware import Chip, Links
 from spmd.mesh import MeshConfig
 from spmd.models.transformer import Transformer
 from spmd.optim import AdamW
-from spmd.plan import comms, cost, facts, network
+from spmd.plan import comms, cost, facts, network, work
 from spmd.plan.facts import Facts, Leaf
 from spmd.plan.layout import Layout
 from spmd.plan.targets import Target
@@ -52,7 +52,7 @@ _52B = _model(
     heads=32,
     head_dim=256,
     mlp=49152,
-    activation="gelu",  # it is relu: two products either way
+    activation="gelu",  # it is relu: two matmuls either way
     tied=True,
     attention="xla",
 )
@@ -65,7 +65,7 @@ _LLAMA3_70B = _model(**_LLAMA3, layers=80, embed=8192, heads=64, mlp=28672)
 
 
 def _seconds(model: Transformer, length: int, rows: int, tera: float) -> float:
-    """Of a step, from the published TFLOP/s of a device, attention counted whole."""
+    """Seconds of a step, from the published TFLOP/s of a device, masked attention included."""
     return sum(facts.transformer_flops(model, rows, length).values()) / (tera * 1e12)
 
 
@@ -134,7 +134,7 @@ MAXTEXT = [
 
 
 def program(model: Transformer, length: int, batch_size: int) -> Program:
-    """Of an experiment with that model and AdamW in float32, on one device."""
+    """An experiment with that model and AdamW in float32, built on one device."""
     experiment = Experiment(
         name="published",
         model=model,
@@ -148,12 +148,12 @@ def program(model: Transformer, length: int, batch_size: int) -> Program:
 
 
 def known(model: Transformer, length: int, batch_size: int) -> Facts:
-    """Its facts."""
-    return facts.of(program(model, length, batch_size), model)
+    """The facts of that program."""
+    return facts.from_program(program(model, length, batch_size), model)
 
 
 def residuals(program: Program) -> list[jax.ShapeDtypeStruct]:
-    """What jax keeps of a forward pass for the backward pass."""
+    """Residuals that jax saves in the forward pass for the backward pass."""
     task, batch = program.task, program.abstract_batch()
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     scale = jax.eval_shape(lambda b: task.scale(task.weigh(b)), batch)
@@ -229,14 +229,14 @@ SCALING = [
 
 
 def share(row: Scaling, num_devices: int) -> float:
-    """Of the time of a step with `num_devices`, what is computed."""
+    """Fraction of a step's time with `num_devices` that is computation."""
     chip = Chip("P100", {"float32": 10.6e12}, 16 * 2**30, 732e9, "", row.links)
     levels = network.levels(Target("p100", num_devices, chip), {"data": num_devices})
     whole = Leaf("weights", "parameters", (int(row.params),), 4, (None,), (int(row.params),))
     batch_size = row.rows * num_devices
     facts = Facts(row.name, (whole,), batch_size, batch_size, 1, 0, {}, 0, 4, 1, None)
     compute = row.rows / row.rate
-    found = comms.of(facts, Layout({"data": num_devices}))
-    work = cost.Work(compute, compute * cost.BACKWARD, elementwise=0, flops=0)
-    shown = cost.crossed(found, levels, work)[0].values()
-    return compute / (compute + sum(seconds for _, seconds in shown))
+    collectives = comms.step_collectives(facts, Layout({"data": num_devices}))
+    computed = work.Work(compute, compute * work.BACKWARD, elementwise=0, flops=0)
+    networks = cost.network_seconds(collectives, levels, computed)[0].values()
+    return compute / (compute + sum(exposed for _, exposed in networks))

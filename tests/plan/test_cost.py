@@ -15,7 +15,7 @@ from spmd import flops, tree
 from spmd.mesh import AXES
 from spmd.models.transformer import Transformer
 from spmd.pipeline import schedules
-from spmd.plan import comms, cost, facts, memory, network, scaling, targets
+from spmd.plan import activations, collective, comms, cost, facts, memory, network, scaling, targets
 from spmd.plan.layout import REMATS, Layout
 from spmd.plan.shardings import GROUPS
 from tests.plan import published
@@ -28,7 +28,9 @@ EMA = ["--optimizer.ema", "0.99"]
 
 def known(name: str, *words: str) -> facts.Facts:
     exp = spmd.load(name, ["--simulate", "1", "--train.steps", "9000", *words]).experiment
-    return facts.of(exp.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
+    return facts.from_program(
+        exp.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1)
+    )
 
 
 def mesh_words(layout: Layout) -> list[str]:
@@ -60,7 +62,7 @@ CUTS = {
 @pytest.mark.parametrize("case", CUTS)
 def test_state_is_that_of_the_real_cut(case):
     name, words, layout = CUTS[case]
-    held = memory.of(known(name, *words), layout)
+    held = memory.step_memory(known(name, *words), layout)
     report = spmd.load(name, [*words, "--train.steps", "10", *mesh_words(layout)]).plan()
     real = {group: each for group, (_, each) in report.totals.items()}
     assert held.parameters == real[GROUPS["params"]]
@@ -87,7 +89,9 @@ def test_saved_activations_are_what_the_backward_pass_keeps(kind, remat):
         for leaf in published.residuals(program)
         if leaf.ndim > 2 and leaf.shape[:1] == (layers,) and rows in leaf.shape[1:]
     ]
-    saved = memory.of(facts.of(program, model), Layout({}, remat=remat)).activations
+    saved = memory.step_memory(
+        facts.from_program(program, model), Layout({}, remat=remat)
+    ).activations
     real = sum(tree.num_bytes(leaf) for leaf in kept)
     # Newer jax keeps one step less of GELU.
     step = layers * rows * length * 96 * 2 if (kind, remat) == ("gpt", "none") else 0
@@ -96,14 +100,14 @@ def test_saved_activations_are_what_the_backward_pass_keeps(kind, remat):
 
 def test_activations_are_cut_as_the_batch_the_heads_and_the_time_are():
     fact = known("lm_stdlib", "--model.remat", "full")
-    one = memory.of(fact, Layout({}, remat="full")).activations
-    assert memory.of(fact, Layout({"fsdp": 4}, remat="full")).activations == one / 4
-    assert memory.of(fact, Layout({"tensor": 4}, remat="full")).activations == one
+    one = memory.step_memory(fact, Layout({}, remat="full")).activations
+    assert memory.step_memory(fact, Layout({"fsdp": 4}, remat="full")).activations == one / 4
+    assert memory.step_memory(fact, Layout({"tensor": 4}, remat="full")).activations == one
     parallel = Layout({"tensor": 4}, sequence_parallel=True, remat="full")
-    assert memory.of(fact, parallel).activations == one / 4
-    assert memory.of(fact, Layout({}, accumulate=2, remat="full")).activations == one / 2
-    named = memory.of(fact, Layout({}, remat="named", saved=("up",))).activations
-    cut = memory.of(fact, Layout({"tensor": 2}, remat="named", saved=("up",))).activations
+    assert memory.step_memory(fact, parallel).activations == one / 4
+    assert memory.step_memory(fact, Layout({}, accumulate=2, remat="full")).activations == one / 2
+    named = memory.step_memory(fact, Layout({}, remat="named", saved=("up",))).activations
+    cut = memory.step_memory(fact, Layout({"tensor": 2}, remat="named", saved=("up",))).activations
     assert (named - one) / 2 == cut - one > 0
 
 
@@ -132,7 +136,7 @@ COMPILED = {
 def test_peak_is_near_the_compiled_one(case):
     layout, rows, peak = COMPILED[case]
     fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", str(rows))
-    assert memory.of(fact, layout).peak == pytest.approx(peak * 1e9, rel=0.1)
+    assert memory.step_memory(fact, layout).peak == pytest.approx(peak * 1e9, rel=0.1)
 
 
 # ---- FLOPs
@@ -159,11 +163,13 @@ def test_remat_executes_more_and_a_fused_kernel_less():
     fact = known("llama3_8b", "--data.batch-size", "8")
     model = sum(fact.flops.values())
     assert fact.model
-    head = fact.tokens * facts.products(fact.model, fact.length)["logits"]  # the chunks' second one
+    head = (
+        fact.tokens * facts.matmul_flops(fact.model, fact.length)["logits"]
+    )  # the chunks' second one
     assert executed("xla", "none") == pytest.approx(model + head)
     order = [executed("splash", remat) for remat in ("none", "dots", "named", "full")]
     assert order == sorted(order) and order[0] < model
-    down = facts.products(fact.model, fact.length)["down"] * fact.tokens * fact.model.layers
+    down = facts.matmul_flops(fact.model, fact.length)["down"] * fact.tokens * fact.model.layers
     assert executed("xla", "full") == pytest.approx(4 / 3 * model - down)
 
 
@@ -177,7 +183,7 @@ BF16 = [*LM, "--model.dtype", "bfloat16", "--model.kv-heads", "4"]
 
 
 def summed(layout: Layout, *words: str) -> dict[tuple[str, str], float]:
-    found = comms.ledger(comms.of(known("lm_stdlib", *BF16, *words), layout))
+    found = collective.ledger(comms.step_collectives(known("lm_stdlib", *BF16, *words), layout))
     return {(" x ".join(axes), kind): total.bytes for (axes, kind), total in found.items()}
 
 
@@ -251,7 +257,7 @@ def test_traffic_of_zero_is_that_of_its_paper():
     )
 
     def sent(layout: Layout) -> float:
-        wire = sum(each.wire_bytes for each in comms.of(fact, layout))
+        wire = sum(each.wire_bytes for each in comms.step_collectives(fact, layout))
         return wire / 4 / fact.num_params / ((64 - 1) / 64)
 
     assert sent(Layout({"data": 64})) == pytest.approx(2)
@@ -381,7 +387,7 @@ def test_an_estimate_adds_up_and_is_json():
     assert all(0 <= shown <= spent for spent, shown in made.networks.values())
     activations = made.networks["activations over tensor (ICI)"]
     assert activations[0] == activations[1]  # nothing hides them
-    assert made.bottleneck.startswith("products take")
+    assert made.bottleneck.startswith("matmuls take")
     assert made.bottleneck.endswith(".")
 
 
@@ -394,7 +400,7 @@ def test_the_bottleneck_follows_the_layout():
         return cost.estimate(published.known(model, length, 64), target, layout).bottleneck
 
     sharded = Layout({"fsdp": 64}, remat="full")
-    assert says(sharded, 4096).startswith("products take")
+    assert says(sharded, 4096).startswith("matmuls take")
     assert says(sharded, 256).startswith("gradients over fsdp (NVLink + scale-out) take")
     assert says(Layout({"fsdp": 2, "tensor": 32}, remat="full"), 4096).startswith(
         "activations over tensor"
@@ -430,7 +436,9 @@ def test_what_cannot_be_is_one_message():
         with pytest.raises(ValueError, match=message):
             cost.estimate(fact, cube, layout)
     splash = known("llama3_8b", "--model.attention", "splash")
-    with pytest.raises(ValueError, match=r"splash takes whole sequences, and model\.context=ring"):
+    with pytest.raises(
+        ValueError, match=r"splash needs complete sequences, and model\.context=ring"
+    ):
         cost.estimate(splash, cube, Layout({"fsdp": 16, "context": 4}))
     lora = known("llama3_8b", "--init.lora", "4")
     with pytest.raises(ValueError, match="a pipeline takes no frozen parameters or adapters"):
@@ -438,11 +446,11 @@ def test_what_cannot_be_is_one_message():
     mixture = known("lm_stdlib", "--model.experts.num", "6")
     with pytest.raises(ValueError, match=r"mesh\.expert=4 does not divide the 6 experts"):
         cost.estimate(mixture, targets.parse("h100:8"), Layout({"data": 2, "expert": 4}))
-    with pytest.raises(ValueError, match="nothing is known of the speed of cpu:8"):
+    with pytest.raises(ValueError, match="no speed is known for cpu:8"):
         cost.estimate(fact, targets.parse("cpu:8"), Layout({"fsdp": 8}))
     with pytest.raises(ValueError, match="links between devices of l4:8 are not known"):
         cost.estimate(fact, targets.parse("l4:8"), Layout({"fsdp": 8}))
-    with pytest.raises(ValueError, match="known of Transformer only"):
+    with pytest.raises(ValueError, match="knows its cost for Transformer only"):
         cost.estimate(known("digits"), targets.parse("h100:8"), Layout({"data": 4, "tensor": 2}))
 
 
@@ -455,7 +463,7 @@ def test_a_pipeline_waits_as_its_schedule_says(virtual):
     kind = "interleaved" if virtual > 1 else "1f1b"
     layout = Layout({"stage": 8}, accumulate=16, remat="full", pipeline=kind, virtual=virtual)
     seconds = cost.estimate(fact, targets.parse("h100:8"), layout).seconds
-    work = seconds["products"] + seconds["elementwise"]
+    work = seconds["matmuls"] + seconds["elementwise"]
     waits = schedules.bubble(8, 16, virtual)
     assert seconds["bubble"] / (seconds["bubble"] + work) == pytest.approx(waits)
 
@@ -463,7 +471,9 @@ def test_a_pipeline_waits_as_its_schedule_says(virtual):
 def test_what_a_pipeline_does_once_a_step_is_no_part_of_its_bubble():
     fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
     layout = Layout({"data": 2, "fsdp": 2, "stage": 2}, accumulate=4, remat="full")
-    found = {(each.what, each.axes): each.ticking for each in comms.of(fact, layout)}
+    found = {
+        (each.payload, each.axes): each.ticking for each in comms.step_collectives(fact, layout)
+    }
     assert found == {
         ("parameters", ("fsdp",)): True,
         ("gradients", ("fsdp",)): True,
@@ -478,7 +488,7 @@ def test_a_pipeline_computes_its_layers_once_more_but_for_the_last_stage():
     fact = known("llama3_8b", "--data.batch-size", "64")
     target, layout = targets.parse("h100:8"), Layout({"stage": 8}, accumulate=16)
     assert fact.model
-    made = facts.products(fact.model, fact.length)
+    made = facts.matmul_flops(fact.model, fact.length)
     head = fact.tokens * made.pop("logits")
     forward = fact.tokens * fact.model.layers * sum(made.values())
     executed = cost.estimate(fact, target, layout).executed_flops
@@ -496,11 +506,13 @@ def test_kept_inputs_are_those_of_the_schedule(kind):
 def test_stages_share_layers_and_1f1b_keeps_less_than_gpipe():
     fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
     layout = Layout({"data": 2, "stage": 4}, accumulate=16, remat="full")
-    held = memory.of(fact, layout)
+    held = memory.step_memory(fact, layout)
     stack = sum(leaf.size for leaf in fact.params if leaf.stacked)
     assert held.parameters == 4 * (stack / 4 + fact.num_params - stack)
     row = 2 * 8192 * 4096 * 2  # bytes of a microbatch between stages
-    more = memory.of(fact, layout._replace(pipeline="gpipe")).activations - held.activations
+    more = (
+        memory.step_memory(fact, layout._replace(pipeline="gpipe")).activations - held.activations
+    )
     slots = [memory.slots(kind, 4, 16, 1) for kind in ("gpipe", "1f1b")]
     assert more == row * (slots[0] - slots[1]) > 0
 
@@ -522,17 +534,19 @@ def test_a_ring_hides_its_keys_and_values_behind_attention():
 
 def test_a_cut_sequence_is_held_in_parts():
     fact = known("lm_stdlib", "--model.remat", "full")
-    one = memory.of(fact, Layout({}, remat="full")).activations
-    assert memory.of(fact, Layout({"context": 4}, remat="full")).activations == one / 4
+    one = memory.step_memory(fact, Layout({}, remat="full")).activations
+    assert memory.step_memory(fact, Layout({"context": 4}, remat="full")).activations == one / 4
 
 
 def test_rows_of_experts_travel_in_rounds():
     words = ("--model.experts.num", "8", "--model.remat", "full")
     fact, layout = known("lm_stdlib", *BF16, *words), Layout({"data": 2, "expert": 4})
-    rows = [each for each in comms.of(fact, layout) if each.what == "rows"]
+    rows = [each for each in comms.step_collectives(fact, layout) if each.payload == "rows"]
     here = 16 * 128 / 8 * 2 * 64 * 2  # bytes: tokens of a device, each to two experts
-    assert [(each.bytes, each.count) for each in rows] == [(here, 2 * 6 * comms.ROUNDS)]
-    gradients = {each.axes for each in comms.of(fact, layout) if each.what == "gradients"}
+    assert [(each.bytes, each.count) for each in rows] == [(here, 2 * 6 * activations.ROUNDS)]
+    gradients = {
+        each.axes for each in comms.step_collectives(fact, layout) if each.payload == "gradients"
+    }
     assert gradients == {("data", "expert"), ("data",)}  # the experts' own: where they are
 
 
@@ -561,8 +575,8 @@ def test_weak_scaling_keeps_and_strong_scaling_shrinks_the_work_of_a_device():
     strong = scaling.curve(fact, sizes, "strong", choose)
     assert [point.batch_size for point in weak] == [64, 128, 512]
     assert [point.batch_size for point in strong] == [64] * 3
-    products = [point.estimate.seconds["products"] for point in weak]
-    assert products == pytest.approx([products[0]] * 3)
+    matmuls = [point.estimate.seconds["matmuls"] for point in weak]
+    assert matmuls == pytest.approx([matmuls[0]] * 3)
     for curve in (weak, strong):
         rates = [point.efficiency for point in curve]
         assert rates[0] == 1 and rates == sorted(rates, reverse=True)

@@ -14,7 +14,7 @@ import pytest
 
 import spmd
 from spmd import ahead, hlo, planner, sharding, tree
-from spmd.plan import comms, compile, targets
+from spmd.plan import collective, comms, compile, targets
 from spmd.plan.compile import Compiled
 from tests.marks import slow_but
 
@@ -221,7 +221,7 @@ def test_the_plan_counts_narrow_parameters():
         assert getattr(narrow.memory, part) == getattr(wide.memory, part), part
     assert narrow.facts.flops == wide.facts.flops
     gradients = lambda plan: sum(
-        c.bytes * c.count for c in plan.collectives if c.what == "gradients"
+        c.bytes * c.count for c in plan.collectives if c.payload == "gradients"
     )
     assert gradients(narrow) == gradients(wide)
 
@@ -259,8 +259,8 @@ def test_what_is_planned_is_what_the_program_sends(case):
     num = math.prod(exp.mesh.sizes().values())
     made = compile.compiled(exp.unread(num).build(source=()), targets.parse(f"cpu:{num}"))
     cut = planner.layout(exp, num)
-    found = comms.ledger(comms.compiled(made.program, cut))
-    wanted = comms.ledger(comms.of(planner.facts(exp), cut))
+    found = collective.ledger(comms.from_program(made.program, cut))
+    wanted = collective.ledger(comms.step_collectives(planner.facts(exp), cut))
     largest = max(total.bytes for total in wanted.values())
     for key in found | wanted:
         has, wants = (each[key].bytes if key in each else 0 for each in (found, wanted))
@@ -359,7 +359,7 @@ def test_mistakes_reach_the_caller_as_one_message():
     exp = spmd.load("lm_stdlib", [*WORDS, "1", "--mesh.tensor", "3"]).experiment
     with pytest.raises(ValueError, match=r"mesh sizes .* multiply to 3, but there are 8 devices"):
         ahead.compiled(exp, "cpu:8")
-    with pytest.raises(ValueError, match="comes from no file"):
+    with pytest.raises(ValueError, match="was not loaded from a file"):
         ahead.compiled(dataclasses.replace(exp, name="inline"), "cpu:8")
 
 

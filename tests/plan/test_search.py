@@ -75,7 +75,7 @@ def test_planted_meshes_that_do_not_fit_are_rejected_and_no_other():
         has = level * (1 + MARGIN)
         small = h100._replace(chip=h100.chip._replace(memory=has + memory.RESERVED))
         for plain, bytes in needs.items():
-            candidate = search.judge(fact, small, plain._replace(mesh=dict(plain.mesh)))
+            candidate = search.evaluate(fact, small, plain._replace(mesh=dict(plain.mesh)))
             if bytes <= level:
                 fitting += 1
                 assert candidate.fits, candidate.reason
@@ -156,7 +156,7 @@ def test_more_microbatches_than_memory_asks_for_are_left_out():
     fact, target = known("llama3_8b", *SPLASH), targets.parse("v5p:4x4x4")
     for mesh in ({"fsdp": 64}, {"fsdp": 16, "tensor": 4}, {"fsdp": 16, "context": 4}):
         layouts = [Layout(mesh, accumulate=2**i, remat="full", context="ulysses") for i in range(4)]
-        made = [search.judge(fact, target, layout) for layout in layouts]
+        made = [search.evaluate(fact, target, layout) for layout in layouts]
         seconds = [c.estimate.step_seconds for c in made if c.estimate]
         assert seconds == sorted(seconds) and len(seconds) > 1
 
@@ -169,5 +169,5 @@ def test_a_model_that_is_not_known_is_searched_without_tensor():
     )
     assert all(c.layout.size("tensor") == 1 for c in found if c.fits)
     assert {c.reason for c in found if c.layout.size("tensor") == 2} == {
-        "mesh.tensor=2: what it costs is known of Transformer only"
+        "mesh.tensor=2: the planner knows its cost for Transformer only"
     }

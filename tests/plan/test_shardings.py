@@ -1,4 +1,4 @@
-"""plan: bytes per device are those of real arrays, what lies whole is explained, mistakes are one message."""
+"""plan: bytes per device equal those of real arrays, replication is explained, mistakes are one message."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def test_a_factored_moment_lacks_the_reduced_dim():
 @pytest.mark.parametrize(
     "words,num,reason",
     [
-        ("", 2, "no axis cuts it; mesh.fsdp=8 would"),
-        ("--strategy allreduce", 2, "no axis cuts it; mesh.fsdp=8 and strategy auto would"),
+        ("", 2, "no mesh axis shards it; mesh.fsdp=8 would"),
+        ("--strategy allreduce", 2, "no mesh axis shards it; mesh.fsdp=8 and strategy auto would"),
         (
             "--mesh.fsdp 8 --mesh.data 1 --strategy.zero 1",
             1,
-            "strategy auto zero=1 keeps it whole; the rules of auto cut it",
+            "strategy auto zero=1 replicates it; the rules of auto shard it",
         ),
         (
             "--mesh.fsdp 8 --mesh.data 1 --model.hidden 1030 1034",
@@ -97,13 +97,13 @@ def test_a_factored_moment_lacks_the_reduced_dim():
         ("--mesh.tensor 2", 0, ""),
     ],
 )
-def test_what_lies_whole_says_why(words, num, reason):
+def test_a_replicated_array_has_a_reason(words, num, reason):
     report = spmd.load("digits", ["--model.hidden", "1024", "1030", *words.split()]).plan()
     kernels = {"params/layers/1/kernel", "opt_state/0/trace/layers/1/kernel"}
-    whole = {array.name: array.whole for array in report.arrays if array.whole}
-    assert set(whole) <= kernels and list(whole.values()) == [reason] * num
+    reasons = {array.name: array.replicated for array in report.arrays if array.replicated}
+    assert set(reasons) <= kernels and list(reasons.values()) == [reason] * num
     shown = str(report)
-    assert shown.count("whole (1)") == num
+    assert shown.count("replicated (1)") == num
     assert (f"per device: {reason}" in shown) == bool(num)
 
 
@@ -190,17 +190,20 @@ MISTAKES = {
     "both_print": ("--json - --plot terminal", "both print"),
     "show": ("--show chart", "not 'chart'"),
     "scaling": ("--show scaling", "--show scaling and --targets v5p:2x2x2 v5p:4x4x4 go together"),
-    "one_target": ("--show scaling --targets h100:8", "needs two targets at least"),
-    "plot_of": ("--show comms --plot cut.html", "plot draws how arrays are cut"),
+    "one_target": ("--show scaling --targets h100:8", "needs at least two targets"),
+    "plot_of": ("--show comms --plot cut.html", "plot draws the shards of arrays"),
     "html": ("--show memory --html plan.pdf", "must be a file that ends in .html"),
-    "html_of": ("--html plan.html", "html is of a plan or a search, not of --show shardings"),
+    "html_of": ("--html plan.html", "html shows a plan or a search, not --show shardings"),
     "no_budget": ("--show comms --check", "the experiment has no budget"),
     "check": ("--show comms --check --no-compile", "--check reads the compiled program"),
     "budget_kind": ("--budget.forbid all-reduc", "Did you mean 'all-reduce'?"),
     "budget_axis": ("--budget.max-bytes dat 5", "Did you mean 'data'?"),
-    "budget_size": ("--budget.max-bytes data 5XB", "must be a number of bytes, as '50 MB'"),
-    "best": ("--best 3", "best says how many of --search are compiled"),
-    "speed": ("--show summary --search", "nothing is known of the speed of cpu:8"),
+    "budget_size": (
+        "--budget.max-bytes data 5XB",
+        "must be a number of bytes, for example '50 MB'",
+    ),
+    "best": ("--best 3", "best is the number of layouts of --search to compile"),
+    "speed": ("--show summary --search", "no speed is known for cpu:8"),
     "batch": ("--show memory --target h100:48", "does not divide"),
 }
 
