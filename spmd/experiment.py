@@ -371,10 +371,9 @@ class Experiment:
         return schedules.short(stages, self.train.accumulate, chunks) if stages > 1 else ""
 
     def verify(self, steps: int = 20, *, all_meshes: bool = False) -> Report:
-        """The step on this experiment's mesh, or on every mesh of its devices, against one device's.
+        """Compares the step on this experiment's mesh, or on every mesh of its devices, with one device.
 
-        ValueError in a run of several processes, for a mesh that cannot be cut, or when one device is all
-        there is.
+        ValueError in a run of several processes, for a mesh that does not fit, or with a single device.
         """
         import jax
 
@@ -423,16 +422,16 @@ class Experiment:
         )
 
     def plan(self, target: str = "") -> shardings.Report:
-        """How the state lies on `target` (`h100:64`, `v5p:4x4x4`; default: `cpu:8`, or what `simulate` says).
+        """Shardings of the state on `target` (`h100:64`, `v5p:4x4x4`; default: `cpu:` with `simulate` or 8).
 
-        The program is that of a run, on simulated devices of that number, with its data left closed.
-        ValueError for a target that is not known, and for a state that cannot be cut so.
+        The program is that of a run, built on as many simulated devices without opening its data. ValueError
+        for an unknown target, and for a state that cannot be sharded over the mesh.
         """
         from spmd.plan import shardings, targets
 
-        planned_for = targets.parse(self.target(target))
-        program = self.unread(planned_for.num_devices).build(source=())
-        return shardings.report(program, planned_for, self.strategy)
+        parsed = targets.parse(self.target(target))
+        program = self.unread(parsed.num_devices).build(source=())
+        return shardings.report(program, parsed, self.strategy)
 
     def target(self, given: str) -> str:
         """Target of a plan: `given`, else `cpu:8` or `simulate`; ValueError when both are given."""
