@@ -53,7 +53,7 @@ TABLE = {
     "gke_bucket": (f"gke {D}--image a/b:1 --accelerator nvidia-l4", "gs://BUCKET"),
     "gke_file": (
         "gke --experiment mine.py --run.dir gs://b/x --image a/b:1 --accelerator nvidia-l4",
-        "the image holds experiments/",
+        "the image contains experiments/",
     ),
     "kubectl": (f"{GKE}nvidia-l4", "there is no kubectl on PATH"),
 }
