@@ -19,7 +19,7 @@ import pytest
 NEEDS = [m for m in ("gcsfs", "gcp_storage_emulator") if importlib.util.find_spec(m) is None]
 
 # The emulator ignores ifGenerationMatch; the store compares it and writes as one operation.
-# The emulator's downloads lack the generation, by which TensorStore reads a file again only when it has changed.
+# Its downloads lack the generation, by which TensorStore reads a file again only when it has changed.
 SERVE = """
 import sys, threading
 from http import HTTPStatus

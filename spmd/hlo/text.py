@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # Stack frames of helpers: a source line is that of their caller.
-_HELPERS = ("spmd/models/layers.py", "spmd/scope.py", "spmd/sharding.py", "spmd/tree.py")
+_HELPERS = ("spmd/models/layers/", "spmd/scope.py", "spmd/sharding.py", "spmd/tree.py")
 _LIBRARIES = ("site-packages/", "dist-packages/", "/lib/python", "<frozen")
 _MAX_FRAMES = 200
 

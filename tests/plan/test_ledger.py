@@ -351,8 +351,8 @@ def test_a_process_of_its_own_finds_the_same_and_remembers_it():
     again = ahead.compiled(exp, "cpu:8")
     assert again == apart  # to the second that it took
     sources = {c.source.split(":")[0] for c in apart.program.collectives if c.bytes > 10_000}
-    assert sources <= {"spmd/models/transformer.py", "spmd/models/layers.py"}
     assert "spmd/models/transformer.py" in sources
+    assert all(source.startswith("spmd/models/") for source in sources), sources
 
 
 def test_mistakes_reach_the_caller_as_one_message():
