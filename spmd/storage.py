@@ -86,6 +86,13 @@ def without_nonfinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def children(path: Any) -> list[Any]:
+    """What lies in a directory, by name; etils alone leaves out names that end in `~`."""
+    if is_remote(path):
+        return sorted(path.iterdir())
+    return [path / name for name in sorted(os.listdir(path))]
+
+
 def write_whole(path: Any, text: str) -> None:
     """Written beside and renamed, so that a killed process leaves the old file or the new one.
 

@@ -15,7 +15,7 @@ from etils import epath
 
 from spmd.fields import check, closest
 from spmd.runtime import EXIT_FAILED
-from spmd.storage import is_remote, json_text, stamp
+from spmd.storage import children, is_remote, json_text, stamp
 from spmd.train import rundir, steps
 
 ACTIONS = ("list", "status", "check")
@@ -55,7 +55,7 @@ def _runs(directory: epath.Path) -> list[epath.Path]:
         f"there is no directory {directory}; give that of a run, or of several runs",
     )
     try:
-        entries = sorted(directory.iterdir())
+        entries = children(directory)
         if _is_run(directory):
             return [directory]
     except OSError as error:

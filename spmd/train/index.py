@@ -17,6 +17,7 @@ from spmd.storage import is_remote
 from spmd.train import reading
 
 _ARRAYS = "state"  # Orbax's directory of them in a step
+_DESCRIPTION = "_METADATA"  # its description of them
 
 
 def reopened(path: epath.Path, leaves: Mapping[str, Any]) -> str:
@@ -27,8 +28,10 @@ def reopened(path: epath.Path, leaves: Mapping[str, Any]) -> str:
       leaves: `{name: array or ShapeDtypeStruct}`, what was saved.
     """
     try:
-        described = reading.stored(path).keys()
-        return lacks(path, leaves) if described == {*leaves} else "Orbax describes other arrays"
+        described = json.loads((path / _ARRAYS / _DESCRIPTION).read_bytes())["tree_metadata"]
+        if len(described) != len(leaves):
+            return f"Orbax describes {len(described)} arrays instead of {len(leaves)}"
+        return lacks(path, leaves)
     except Exception as error:
         if reading.passes(error):
             raise

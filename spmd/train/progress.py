@@ -27,6 +27,8 @@ def _console() -> Console:
     """Colours on a terminal only: a notebook claims to be one, and would get HTML between its lines."""
     return Console(
         highlight=False,
+        markup=False,  # a path is no markup: `runs [1]`, `:bug:`
+        emoji=False,
         soft_wrap=not sys.stdout.isatty(),
         quiet=not agree.is_first(),
         force_terminal=sys.stdout.isatty(),

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from spmd import paths
-from spmd.storage import is_remote, json_text, ready, write_whole
+from spmd.storage import children, is_remote, json_text, ready, write_whole
 from spmd.train import lock
 
 
@@ -72,7 +72,7 @@ def inspect(
     with _reaching(path):
         if path.exists() and not path.is_dir():
             raise Refused(f"run directory {path} is a file; choose another with --run.dir")
-        names = sorted(p.name for p in path.iterdir()) if path.exists() else []
+        names = [p.name for p in children(path)] if path.exists() else []
     entries = [n for n in names if not _passing(n)]
     if entries and "config.json" not in names:
         raise Refused(
