@@ -25,7 +25,8 @@ def measure(num_devices: int, mib: int) -> None:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from spmd import digest, mesh
+    from spmd.core import digest
+    from spmd.parallel import mesh
 
     mesh.simulate(num_devices)
     placed = NamedSharding(

@@ -8,7 +8,8 @@ see _turns.py. --quick runs a tiny size on the CPU, with XLA's attention and wit
 
 Work of a token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B), N without the table of positions and
 without padding, as nanoGPT counts; attention whole, although half of it is masked; nothing that is computed
-twice. MFU is that over the vendor's dense bfloat16 peak (spmd/hardware.py). Memory is the allocator's peak.
+twice. MFU is that over the vendor's dense bfloat16 peak (spmd/hardware/chips.py). Memory is the allocator's
+peak.
 """
 
 from __future__ import annotations
@@ -109,9 +110,9 @@ def _contestant(title: str, run: Run) -> Contestant:
 
 def show(speeds: Speeds, facts: dict[str, dict[str, float]], kind: str) -> dict[str, Any]:
     """Prints TFLOP/s, MFU and memory; returns them."""
-    from spmd import hardware
+    from spmd.hardware import chips
 
-    chip = hardware.chip(kind)
+    chip = chips.chip(kind)
     found: dict[str, Any] = {}
     print(f"\n{kind + ', medians':<52}{'TFLOP/s':>10}{'MFU':>10}{'GiB':>10}")
     for name, each in speeds.items():

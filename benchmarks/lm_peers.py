@@ -27,7 +27,7 @@ from _turns import ENDLESS, Contestant, Gate, Match, Run, endless, train
 
 if TYPE_CHECKING:
     from spmd.data.text import Text
-    from spmd.experiment import Experiment
+    from spmd.experiment.base import Experiment
     from spmd.optim import AdamW
 
 CHARACTERS = 1_115_394  # of tiny_shakespeare

@@ -23,9 +23,10 @@ def gradient(kind: str, stages: int, microbatches: int, width: int, rows: int) -
     import jax
     import jax.numpy as jnp
 
-    from spmd import mesh, scope, sharding, tasks
+    from spmd import tasks
     from spmd.models.transformer import Transformer
-    from spmd.pipeline import execute, schedules
+    from spmd.parallel import mesh, scope, sharding
+    from spmd.strategies.grads.pipeline import execute, schedules
 
     model = Transformer(
         vocab=256, length=64, layers=2 * stages, heads=4, embed=width, dtype="float32"
@@ -91,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     quick = parser.parse_args().quick
-    from spmd import mesh
+    from spmd.parallel import mesh
 
     mesh.simulate(2 if quick else max(stages for stages, _ in SIZES))
     compile_seconds(quick)

@@ -27,7 +27,7 @@ def saved(directory: str, mib: int, num_leaves: int) -> tuple[dict[str, Any], fl
     from etils import epath
 
     from spmd.train import CheckpointConfig
-    from spmd.train.checkpoint import Checkpoints
+    from spmd.train.checkpoint.store import Checkpoints
 
     size = mib * 2**20 // 4 // num_leaves // 64
     draw = jax.jit(lambda key: jax.random.normal(key, (64, size), jnp.float32))
@@ -66,7 +66,8 @@ def measure(mib: int, num_leaves: int) -> None:
     import numpy as np
     from etils import epath
 
-    from spmd.train import index, reading
+    from spmd.train import index
+    from spmd.train.checkpoint import reading
 
     with tempfile.TemporaryDirectory() as folder:
         state, call, done = saved(folder, mib, num_leaves)

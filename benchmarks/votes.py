@@ -29,7 +29,7 @@ def measure(rounds: int, quick: bool) -> None:
     import jax
     import numpy as np
 
-    from spmd import mesh
+    from spmd.parallel import mesh
     from spmd.runtime import RuntimeConfig, agree
     from spmd.runtime.join import join
     from spmd.runtime.stop import Votes

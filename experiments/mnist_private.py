@@ -14,7 +14,7 @@ from spmd import Experiment
 from spmd.data import TFDS
 from spmd.models.layers import Dense
 from spmd.optim import SGD
-from spmd.privacy import Privacy
+from spmd.strategies.privacy import Privacy
 from spmd.tasks import Classification
 from spmd.train import TrainConfig
 

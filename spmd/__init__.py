@@ -6,17 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spmd.experiment import Experiment, Run
-    from spmd.handle import load
-    from spmd.plan.budget import CommsBudget
+    from spmd.api import load
+    from spmd.experiment.base import Experiment
+    from spmd.experiment.budget import CommsBudget
+    from spmd.experiment.run import Run
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CommsBudget": "plan.budget",
-    "Experiment": "experiment",
-    "Run": "experiment",
-    "load": "handle",
+    "CommsBudget": "experiment.budget",
+    "Experiment": "experiment.base",
+    "Run": "experiment.run",
+    "load": "api",
 }
 __all__ = ["CommsBudget", "Experiment", "Run", "load"]
 

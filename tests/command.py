@@ -70,9 +70,9 @@ def final_state(
     from etils import epath
 
     import spmd
-    from spmd import tree
+    from spmd.core import tree
     from spmd.train import CheckpointConfig
-    from spmd.train.checkpoint import Checkpoints
+    from spmd.train.checkpoint.store import Checkpoints
 
     program = spmd.load(experiment, words).build(jax.devices()[:num_devices])
     checkpoints = Checkpoints(epath.Path(directory) / "checkpoints", CheckpointConfig())

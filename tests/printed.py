@@ -154,7 +154,7 @@ def prepare(page: str, directory: Path) -> None:
     """Writes what the names in a page's commands stand for: gpt2.py and DIR."""
     if page == "docs/finetune.md":
         import spmd
-        from spmd.convert import write
+        from spmd.weights.huggingface import write
 
         (directory / "gpt2.py").write_text(GPT2)
         tiny = spmd.load(str(directory / "gpt2.py"))

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spmd import batches, tasks
-from spmd.batches import Expected, Ids
-from spmd.commands import main
+from spmd import tasks
+from spmd.cli import main
+from spmd.core import batches
+from spmd.core.batches import Expected, Ids
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer

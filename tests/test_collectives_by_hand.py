@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from spmd import collectives
-from spmd import mesh as meshes
-from spmd.mesh import MeshConfig
+from spmd.parallel import collectives
+from spmd.parallel import mesh as meshes
+from spmd.parallel.mesh import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("devices")
 AXES = ("replica", "data")

@@ -11,9 +11,10 @@ import signal
 import pytest
 
 import spmd
-from spmd import compare, hlo
-from spmd.commands import main
-from spmd.plan import compile, network, targets
+from spmd.analysis import compare
+from spmd.analysis.plan import compile, network
+from spmd.cli import main
+from spmd.hardware import hlo, targets
 from tests.command import until
 
 WORDS = ["--model.hidden", "16", "--train.steps", "6", "--log.every", "2", "--log.no-tensorboard"]

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import digest, mesh
-from spmd.mesh import MeshConfig
+from spmd.core import digest
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 
 DTYPES = ["float32", "int32", "uint32", "bfloat16", "float16", "int8", "uint8", "int16", "bool"]
 DTYPES += ["float8_e4m3fn", "float64", "int64", "uint64", "complex64", "int4"]

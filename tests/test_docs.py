@@ -45,7 +45,7 @@ def test_the_page_of_strategies_names_code_for_every_section():
 
 
 def test_the_page_of_strategies_has_every_strategy_and_network():
-    from spmd.plan.network import NETWORKS
+    from spmd.analysis.plan.network import NETWORKS
     from spmd.strategies import STRATEGIES
 
     text = (REPOSITORY / "docs" / "strategies.md").read_text()

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spmd.commands import main
-from spmd.registry import find, from_file
+from spmd.cli import main
+from spmd.experiment.registry import find, from_file
 from tests import mistakes
 
 
@@ -99,9 +99,10 @@ def files(root):
 @pytest.fixture(scope="module")
 def started():
     """The modules that a first row would import."""
-    from spmd.train import checkpoint, lease, loop
+    from spmd.train import lease, loop
+    from spmd.train.checkpoint import store
 
-    return checkpoint, lease, loop
+    return store, lease, loop
 
 
 @pytest.mark.parametrize("case", mistakes.TABLE)

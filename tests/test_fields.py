@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from etils import epath
 
-from spmd import fields
-from spmd.fields import free
-from spmd.registry import find, from_file
+from spmd.core import fields
+from spmd.core.fields import free
+from spmd.experiment.registry import find, from_file
 from spmd.train import rundir
 
 

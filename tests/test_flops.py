@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import spmd
-from spmd import flops
+from spmd.hardware import flops
 from spmd.models.transformer import Transformer
 from spmd.tasks import Classification, LanguageModel
 

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from spmd import overrides, registry, tree
+from spmd.core import tree
 from spmd.data.sources import ArraySource
+from spmd.experiment import files, overrides, registry
 from spmd.strategies import Auto
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -21,7 +22,7 @@ EXAMPLES = 10_000  # the data is not read: a golden file must not depend on what
 
 
 def described(name: str) -> dict:
-    exp = registry.from_file(registry.find(name))
+    exp = registry.from_file(files.find(name))
     data = 2 if exp.data.batch_size % 8 == 0 else 1
     second, size = ("fsdp", 4) if isinstance(exp.strategy, Auto) else ("replica", 2)
     exp, _ = overrides.override(exp, ["--mesh.data", str(data), f"--mesh.{second}", str(size)])
@@ -40,7 +41,7 @@ def described(name: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", registry.available())
+@pytest.mark.parametrize("name", files.available())
 def test_golden(name, request):
     text = json.dumps(described(name), indent=1) + "\n"
     file = GOLDEN / f"{name}.json"

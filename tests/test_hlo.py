@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import hlo
-from spmd.hlo import groups
+from spmd.hardware import hlo
+from spmd.hardware.hlo import groups
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -466,7 +466,7 @@ def test_the_source_is_the_innermost_line_of_our_own():
 FileNames
 1 "/home/a/experiments/mine.py"
 2 "/usr/lib/python3.11/site-packages/flax/nnx/module.py"
-3 "/home/a/spmd/models/layers.py"
+3 "/home/a/spmd/models/layers/__init__.py"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=26 end_line=26 column=1 end_column=2}
@@ -488,7 +488,7 @@ StackFrames
     assert [c.source for c in found] == [
         "experiments/mine.py:26",  # through a library and through plumbing
         "",
-        "spmd/models/layers.py:48",  # nothing else to be named
+        "spmd/models/layers/__init__.py:48",  # nothing else to be named
         "",
     ]
 
@@ -500,7 +500,7 @@ StackFrames
     "stride, pad, dilate, spread", list(itertools.product((1, 2), (0, 1), (1, 2), (1, 2)))
 )
 def test_products_of_a_convolution_are_counted_one_by_one(stride, pad, dilate, spread):
-    from spmd.hlo import work
+    from spmd.hardware.hlo import work
 
     size, kernel = 7, 3
     out = ((size - 1) * dilate + 1 + 2 * pad - (kernel - 1) * spread - 1) // stride + 1

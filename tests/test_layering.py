@@ -11,36 +11,42 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# From the bottom up. A module or package imports from the rows below its own, and from itself;
-# names of one row may import each other. A new module of spmd/ gets its place here.
-LAYERS = (
-    ("fields", "storage", "paths", "hardware", "values", "explain"),
-    ("tree", "digest", "mesh", "flops", "batches", "parsing"),
-    ("sharding", "scope", "narrow"),
-    ("collectives", "hlo"),
-    ("optim", "losses", "data", "privacy"),
-    ("models", "network"),
+# From the bottom up. A room imports from the rows below its own, and from itself; rooms of one row do not
+# import each other. A new module of spmd/ goes into one of these rooms.
+ROOMS = (
+    ("core",),
+    ("hardware", "parallel"),
+    ("data", "optim", "runtime", "models"),
     ("tasks",),
-    ("grad",),
-    ("pipeline",),
     ("strategies",),
     ("train",),
-    ("plan", "verify", "convert", "init", "sample"),
-    ("overrides",),
+    ("weights",),
     ("experiment",),
-    ("registry",),
-    ("ahead",),
-    ("planner", "compare"),
-    ("handle", "commands"),
+    ("analysis",),
+    ("api", "cli"),
 )
-RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+RANK = {name: rank for rank, row in enumerate(ROOMS) for name in row}
+MAX_ENTRIES = 18  # of spmd/
+MAX_ARROWS = 70  # between two rooms, lazy imports counted
 
-# Beside the rows: these import no more than is said here, and every row may import them.
-ASIDE = {"runtime": {"fields", "storage", "tree", "mesh"}, "launch": set()}
+ASIDE = {"launch": set()}  # beside the rows: imports nothing of spmd, and every room may import it
 NEVER = {"strategies": {"models", "data"}}  # though they lie below
-STANDARD_LIBRARY_ONLY = {"fields", "storage", "paths", "hardware", "values", "explain", "launch"}
+STANDARD_LIBRARY_ONLY = (
+    "spmd/core/fields.py",
+    "spmd/core/storage.py",
+    "spmd/core/values.py",
+    "spmd/core/explain.py",
+    "spmd/hardware/chips.py",
+    "spmd/launch/",
+)
 # models/ name logical dims: nothing that says where an array lies
-NO_PLACEMENT = {"PartitionSpec", "NamedSharding", "jax.P", "spmd.mesh", "spmd.sharding"}
+NO_PLACEMENT = {
+    "PartitionSpec",
+    "NamedSharding",
+    "jax.P",
+    "spmd.parallel.mesh",
+    "spmd.parallel.sharding",
+}
 FOR_EXPERIMENTS = {
     "models",
     "data",
@@ -48,11 +54,9 @@ FOR_EXPERIMENTS = {
     "tasks",
     "strategies",
     "train",
-    "mesh",
+    "parallel",
     "experiment",
-    "registry",
-    "init",
-    "privacy",
+    "weights",
 }
 
 
@@ -93,14 +97,14 @@ def arrow(owner: str, target: str) -> str:
     if target not in RANK and target not in ASIDE:
         if not target or target[0].isupper():
             return "import the module that defines it, not the package's root"
-        return f"spmd.{target} is not registered: give it a row in LAYERS of tests/test_layering.py"
+        return f"spmd.{target} is not registered: put it into a room, see ROOMS of tests/test_layering.py"
     if owner in ASIDE:
         allowed = ASIDE[owner]
         return "" if target in allowed else f"{owner} may import only {sorted(allowed) or 'itself'}"
     if target in NEVER.get(owner, ()):
         return f"{owner} never imports {target}"
-    if target not in ASIDE and RANK[target] > RANK[owner]:
-        return f"{target} is above {owner}"
+    if target not in ASIDE and RANK[target] >= RANK[owner]:
+        return f"{target} is not below {owner}"
     return ""
 
 
@@ -110,7 +114,7 @@ def inside(path: str, source: str) -> Iterator[tuple[int, str]]:
     if owner not in RANK and owner not in ASIDE:
         yield (
             1,
-            f"spmd.{owner} is not registered: give it a row in LAYERS of tests/test_layering.py",
+            f"spmd.{owner} is not registered: put it into a room, see ROOMS of tests/test_layering.py",
         )
         return
     for line, module, name in imported(path, source):
@@ -120,8 +124,8 @@ def inside(path: str, source: str) -> Iterator[tuple[int, str]]:
                 yield line, why
         elif top in ("run", "experiments"):
             yield line, f"{top} is above spmd"
-        elif owner in STANDARD_LIBRARY_ONLY and top not in sys.stdlib_module_names:
-            yield line, f"{owner} imports the standard library only, not {top}"
+        elif path.startswith(STANDARD_LIBRARY_ONLY) and top not in sys.stdlib_module_names:
+            yield line, f"{path} imports the standard library only, not {top}"
         if owner == "models" and {f"{module}.{name}", module, name} & NO_PLACEMENT:
             yield line, f"models name logical dims only, not {name or module}"
     if owner == "models":
@@ -152,6 +156,28 @@ def violations(sources: Mapping[str, str], public: Set[str] = frozenset()) -> li
     return found
 
 
+def arrows(sources: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(room, room that it imports from) of {path: source} of spmd/, lazy imports counted."""
+    found = set()
+    for path, source in sources.items():
+        owner = path.split("/")[1].removesuffix(".py")
+        for _, module, name in imported(path, source):
+            target = unit(module, name)
+            if module.split(".")[0] == "spmd" and owner != "__init__" and target not in ("", owner):
+                found.add((owner, target))
+    return found
+
+
+def public_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
+    """Name of each public top-level class -> the files that define one."""
+    found: dict[str, list[str]] = {}
+    for path, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(path)
+    return found
+
+
 def read(folder: str) -> dict[str, str]:
     files = sorted((REPOSITORY / folder).rglob("*.py"))
     return {str(f.relative_to(REPOSITORY).as_posix()): f.read_text("utf-8") for f in files}
@@ -163,6 +189,18 @@ def test_imports_of_the_package_point_down():
     assert violations(sources) == []
 
 
+def test_rooms_are_few_and_know_few_others():
+    entries = {path.split("/")[1] for path in read("spmd")}
+    assert len(entries) <= MAX_ENTRIES, sorted(entries)
+    found = arrows(read("spmd"))
+    assert len(found) <= MAX_ARROWS, sorted(found)
+
+
+def test_no_public_class_name_is_defined_twice():
+    twice = {name: files for name, files in public_classes(read("spmd")).items() if len(files) > 1}
+    assert twice == {}
+
+
 def test_experiments_import_public_names_only():
     import spmd
 
@@ -172,30 +210,31 @@ def test_experiments_import_public_names_only():
 
 
 CAUGHT = {
-    "upward": ("spmd/tree.py", "from spmd.train import loop"),
-    "upward, module by name": ("spmd/mesh.py", "import spmd.experiment"),
-    "upward, from the root": ("spmd/grad.py", "from spmd import strategies"),
+    "upward": ("spmd/core/tree.py", "from spmd.train import loop"),
+    "upward, module by name": ("spmd/parallel/mesh.py", "import spmd.experiment"),
+    "upward, from the root": ("spmd/tasks/base.py", "from spmd import strategies"),
     "upward, relative": ("spmd/models/mlp.py", "from ..tasks import Task"),
-    "lazy": ("spmd/optim.py", "def build():\n    from spmd import train"),
+    "sideways": ("spmd/data/loader.py", "from spmd.models import mlp"),
+    "lazy": ("spmd/optim/base.py", "def build():\n    from spmd import train"),
     "lazy, by string": ("spmd/data/__init__.py", "importlib.import_module('spmd.models.mlp')"),
-    "for types": ("spmd/tasks.py", "if TYPE_CHECKING:\n    from spmd.grad import Grads"),
-    "above the package": ("spmd/commands/train.py", "import run"),
-    "through the root": ("spmd/grad.py", "from spmd import Experiment"),
-    "root alone": ("spmd/grad.py", "import spmd"),
-    "runtime above mesh": ("spmd/runtime/start.py", "from spmd import sharding"),
-    "launch beyond itself": ("spmd/launch/slurm.py", "from spmd import fields"),
+    "for types": ("spmd/tasks/base.py", "if TYPE_CHECKING:\n    from spmd.strategies import Auto"),
+    "above the package": ("spmd/cli/train.py", "import run"),
+    "through the root": ("spmd/weights/init.py", "from spmd import Experiment"),
+    "root alone": ("spmd/weights/init.py", "import spmd"),
+    "runtime above core": ("spmd/runtime/start.py", "from spmd.train import loop"),
+    "launch beyond itself": ("spmd/launch/slurm.py", "from spmd.core import fields"),
     "launch beyond the library": ("spmd/launch/slurm.py", "import numpy as np"),
-    "fields beyond the library": ("spmd/fields.py", "import jax"),
+    "fields beyond the library": ("spmd/core/fields.py", "import jax"),
     "strategies and models": ("spmd/strategies/auto.py", "from spmd.models import mlp"),
     "strategies and data": ("spmd/strategies/base.py", "def f():\n    import spmd.data.loader"),
     "spec in a model": ("spmd/models/mlp.py", "from jax.sharding import PartitionSpec as P"),
     "spec by attribute": ("spmd/models/mlp.py", "x = jax.sharding.NamedSharding"),
     "jax.P": ("spmd/models/mlp.py", "import jax\nspec = jax.P('data')"),
-    "mesh axes in a model": ("spmd/models/mlp.py", "from spmd.mesh import BATCH_AXES"),
+    "mesh axes in a model": ("spmd/models/mlp.py", "from spmd.parallel.mesh import BATCH_AXES"),
     "unregistered file": ("spmd/gizmo.py", "import jax"),
-    "unregistered target": ("spmd/commands/train.py", "from spmd import gizmo"),
-    "inner name": ("experiments/digits.py", "from spmd.tree import digest"),
-    "inner module": ("experiments/digits.py", "import spmd.grad"),
+    "unregistered target": ("spmd/cli/train.py", "from spmd import gizmo"),
+    "inner name": ("experiments/digits.py", "from spmd.core.tree import digest"),
+    "inner module": ("experiments/digits.py", "import spmd.analysis"),
     "private module": ("experiments/digits.py", "from spmd.models import _mlp"),
     "name not exported": ("experiments/digits.py", "from spmd import Hidden"),
 }
@@ -208,17 +247,19 @@ def test_the_checker_catches(case: str):
 
 
 ALLOWED = {
-    "downward": ("spmd/train/loop.py", "from spmd import grad, tree\nfrom spmd.mesh import make"),
-    "lazy downward": ("spmd/experiment.py", "def f():\n    from spmd.train import loop"),
-    "sideways": ("spmd/losses.py", "from spmd import optim"),
-    "own package": ("spmd/train/loop.py", "from spmd.train import metrics\nfrom . import evaluate"),
-    "runtime on mesh": ("spmd/runtime/start.py", "from spmd import mesh\nimport jax"),
+    "downward": (
+        "spmd/train/loop.py",
+        "from spmd.core import tree\nfrom spmd.parallel.mesh import make",
+    ),
+    "lazy downward": ("spmd/experiment/base.py", "def f():\n    from spmd.train import loop"),
+    "own room": ("spmd/train/loop.py", "from spmd.train import metrics\nfrom . import evaluate"),
+    "runtime on core": ("spmd/runtime/start.py", "from spmd.core import fields\nimport jax"),
     "launch on itself": ("spmd/launch/slurm.py", "import shlex\nfrom spmd.launch import base"),
     "specs in a strategy": (
         "spmd/strategies/auto.py",
         "from jax.sharding import PartitionSpec as P",
     ),
-    "lazy root": ("spmd/__init__.py", "from spmd.commands import train"),
+    "lazy root": ("spmd/__init__.py", "from spmd.cli import train"),
     "public names": ("experiments/digits.py", "import spmd\nfrom spmd import Experiment, models"),
     "config classes": ("experiments/digits.py", "from spmd.train import TrainConfig"),
     "public modules": ("experiments/digits.py", "import optax\nfrom spmd.models.mlp import MLP"),
@@ -233,4 +274,4 @@ def test_the_checker_allows(case: str):
 
 def test_an_unregistered_module_is_told_where_to_go():
     (message,) = violations({"spmd/gizmo.py": ""})
-    assert "LAYERS of tests/test_layering.py" in message
+    assert "ROOMS of tests/test_layering.py" in message

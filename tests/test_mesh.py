@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from spmd import mesh
-from spmd.mesh import MeshConfig
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 
 
 def slices(num, each):

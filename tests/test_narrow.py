@@ -13,10 +13,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import spmd
-from spmd import mesh, narrow, tasks
-from spmd.mesh import MeshConfig
+from spmd import tasks
+from spmd.core import narrow
 from spmd.models.cnn import CNN
 from spmd.models.layers import Conv, Dense
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from tests.command import final_state
 
 pytestmark = pytest.mark.usefixtures("devices")

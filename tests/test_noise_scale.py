@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import spmd
-from spmd import mesh, optim, tasks
-from spmd.mesh import MeshConfig
+from spmd import optim, tasks
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, base
 
 BATCH, DIM = 64, 16

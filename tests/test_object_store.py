@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from spmd import storage
-from spmd.commands import main
+from spmd.cli import main
+from spmd.core import storage
 from tests.bucket import NEEDS, reached, serving
 
 emulated = pytest.mark.skipif(bool(NEEDS), reason=f"needs: pip install {' '.join(NEEDS)}")

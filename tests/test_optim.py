@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from spmd import optim, tree
+from spmd import optim
+from spmd.core import tree
 
 
 def rates(config, steps, at):

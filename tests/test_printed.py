@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spmd.commands import main
+from spmd.cli import main
 from tests import printed
 
 

@@ -16,12 +16,15 @@ import pytest
 from scipy import optimize, stats
 
 import spmd
-from spmd import grad, mesh, optim, privacy, tree
-from spmd.mesh import MeshConfig
+from spmd import optim
+from spmd.core import tree
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
-from spmd.privacy import Mechanism, Poisson, Privacy
-from spmd.strategies import AllReduce, Compression, Federated, Local, StrategyConfig
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
+from spmd.strategies import AllReduce, Compression, Federated, Local, StrategyConfig, privacy
+from spmd.strategies.grads import direct
+from spmd.strategies.privacy import Mechanism, Poisson, Privacy
 from tests.marks import slow_but
 from tests.strategies.test_parity import LAYOUTS, MODELS, TASKS, batch_at, data_of, parts_for
 
@@ -56,7 +59,7 @@ def test_gradient_is_that_of_a_loop_over_examples(name, dtype, accumulate):
         clip = float(np.median(norms[norms > 0]) * 1.001)  # half are clipped; 9 weigh nothing
         factors = np.minimum(1, clip / np.maximum(norms, 1e-30)) / 24
         total = jax.tree.map(lambda *g: sum(f * x for f, x in zip(factors, g, strict=True)), *each)
-        grads_of = grad.accumulated(grad.per_example(task, clip, 24), accumulate)
+        grads_of = direct.accumulated(direct.per_example(task, clip, 24), accumulate)
         got, sums, _ = jax.jit(grads_of)(params, state, batch, key, None)
     assert [float(x) for x in sums["clipped"]] == [11, 23]
     rtol = 1e-5 if dtype == "float32" else 1e-10
@@ -182,7 +185,7 @@ def test_private_replicas_are_a_loop_over_examples(where, accumulate):
                     norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
                     factor = min(1, 0.5 / norm) / 5 if norm else 0
                     total = jax.tree.map(lambda t, g, f=factor: t + f * g, total, grads)
-                mine = jax.random.fold_in(jax.random.fold_in(key, jnp.int32(grad.NOISE)), r)
+                mine = jax.random.fold_in(jax.random.fold_in(key, jnp.int32(direct.NOISE)), r)
                 leaves, structure = jax.tree.flatten(total)
                 keys = jax.random.split(mine, len(leaves))
                 leaves = [

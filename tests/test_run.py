@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 import spmd
-from spmd.commands import main
+from spmd.cli import main
 from spmd.data import TFDS
 from tests.command import REPOSITORY, final_state
 from tests.marks import slow_but
@@ -223,7 +223,7 @@ def test_every_optimizer_learns(name, rate, tmp_path):
 
 def test_list_and_help_import_no_jax():
     code = (
-        "import sys; from spmd.commands import main; main(['--help']); main(['--list']);"
+        "import sys; from spmd.cli import main; main(['--help']); main(['--list']);"
         " assert not {'jax', 'flax', 'numpy'} & set(sys.modules), sys.modules.keys()"
     )
     root = epath.Path(__file__).parent.parent

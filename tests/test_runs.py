@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import spmd
-from spmd.commands import main
-from spmd.train import steps
+from spmd.cli import main
+from spmd.train.checkpoint import steps
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -180,7 +180,7 @@ def test_odd_entries_are_passed_over_or_named(place, capsys, case):
 
 UNREADABLE = """
 import grp, os, pwd, sys
-from spmd.commands import main, runs
+from spmd.cli import main, runs
 if not os.geteuid():  # root may read everything
     for folder in (sys.argv[1], *sys.argv[2:]):
         os.chmod(folder, os.stat(folder).st_mode | 0o055)
@@ -241,7 +241,7 @@ def test_mistakes(place, capsys, words, message):
 
 def test_list_and_status_import_no_jax(place):
     code = (
-        "import sys; from spmd.commands import main; main(['runs', 'list']); main(['runs', 'status']);"
+        "import sys; from spmd.cli import main; main(['runs', 'list']); main(['runs', 'status']);"
         " assert not {'jax', 'flax', 'orbax'} & set(sys.modules), sys.modules.keys()"
     )
     done = subprocess.run(

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spmd
-from spmd import sample
-from spmd.commands import main
-from spmd.commands.sample import stream
-from spmd.data.tokenizer import Bytes
+from spmd.cli import main
+from spmd.cli.sample import stream
+from spmd.data.text.tokenizer import Bytes
+from spmd.train import sample
 
 EXPERIMENT = """
 from spmd import Experiment

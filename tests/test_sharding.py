@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from spmd import mesh, optim, sharding, tasks, tree
-from spmd.mesh import MeshConfig
+from spmd import optim, tasks
+from spmd.core import tree
 from spmd.models.mlp import MLP
+from spmd.parallel import mesh, sharding
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import Auto, base
 
 

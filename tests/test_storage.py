@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from spmd.storage import private
+from spmd.core.storage import private
 
 
 def test_a_private_directory_is_made_for_its_owner_alone(tmp_path):

@@ -94,17 +94,17 @@ def test_layers_that_would_depend_on_the_mesh_are_refused(
 
 def test_two_files_of_one_name(tmp_path, monkeypatch):
     """A name in the folder and a file of it here; two files of one name in two folders."""
-    from spmd import registry
+    from spmd.experiment import files, registry
 
     monkeypatch.chdir(tmp_path)
-    shipped = registry.find("digits")
+    shipped = files.find("digits")
     (tmp_path / "digits.py").write_text(shipped.read_text())
     with pytest.raises(ValueError, match=r"digits\.py and a file digits\.py in this directory"):
-        registry.find("digits")
-    assert registry.find("digits.py").samefile(tmp_path / "digits.py")
+        files.find("digits")
+    assert files.find("digits.py").samefile(tmp_path / "digits.py")
     (tmp_path / "wide.py").write_text(shipped.read_text())
     with pytest.raises(ValueError, match=r"Did you mean 'wide\.py'"):
-        registry.find("wide")
+        files.find("wide")
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other/wide.py").write_text(shipped.read_text().replace("256, 128", "32,"))

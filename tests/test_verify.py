@@ -13,13 +13,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import spmd
-from spmd import optim, scope, tasks
-from spmd import verify as verify_module
-from spmd.handle import Handle
-from spmd.mesh import AXES
+from spmd import optim, tasks
+from spmd.analysis import verify as verify_module
+from spmd.analysis.verify import compare
+from spmd.api import Handle
 from spmd.models.cnn import CNN
+from spmd.parallel import scope
+from spmd.parallel.mesh import AXES
 from spmd.strategies import AllReduce, Auto, base
-from spmd.verify import compare
 from tests.test_user_experiment import write
 
 pytestmark = pytest.mark.usefixtures("devices")  # all eight, before --simulate 4
@@ -94,14 +95,14 @@ def test_a_dropout_key_by_row(monkeypatch):
 def meshes_alone(monkeypatch):
     """True once a strategy is being built for more than one device."""
     several = []
-    built = spmd.experiment.mesh.make
+    built = spmd.experiment.base.mesh.make
 
     def make(config, devices=None):
         cut = built(config, devices)
         several[:] = [cut.size > 1]
         return cut
 
-    monkeypatch.setattr(spmd.experiment.mesh, "make", make)
+    monkeypatch.setattr(spmd.experiment.base.mesh, "make", make)
     return lambda: several[-1]
 
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import tyro
 
-from spmd.fields import check, free
-from spmd.storage import cache_root as cache_root
-from spmd.storage import data_root as data_root
+from spmd.core.fields import check, free
+from spmd.core.storage import cache_root as cache_root
+from spmd.core.storage import data_root as data_root
 
 if TYPE_CHECKING:
     import numpy as np
 
     from spmd.data.content import Content
     from spmd.data.skips import Skips
-    from spmd.data.tokenizer import Tokenizer
+    from spmd.data.text.tokenizer import Tokenizer
 
 Split = Literal["train", "eval"]
 Features = Mapping[str, tuple[tuple[int, ...], str]]

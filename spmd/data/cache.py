@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spmd.fields import check
-from spmd.storage import json_text
+from spmd.core.fields import check
+from spmd.core.storage import json_text
 
 FIELDS = "--data.cache-dir or SPMD_CACHE_DIR"  # what moves the cache elsewhere
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spmd.fields import check
-from spmd.storage import cache_root, is_remote, json_text, ready, write_whole
+from spmd.core.fields import check
+from spmd.core.storage import cache_root, is_remote, json_text, ready, write_whole
 
 EDGE = 2**20  # bytes read from either end of a file
 ARRAY = 64 * EDGE  # arrays up to this size are hashed completely

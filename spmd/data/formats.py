@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from spmd.fields import check, closest
+from spmd.core.fields import check, closest
 
 FORMATS = ("auto", "text", "jsonl")
 LINES = (".jsonl", ".ndjson", ".json")

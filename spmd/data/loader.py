@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd.batches import Expected
+from spmd.core.batches import Expected
 from spmd.data import Source
 from spmd.data.augment import Transform
 from spmd.data.skips import Skips

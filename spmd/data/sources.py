@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from spmd.core.fields import check, closest
 from spmd.data import Features
-from spmd.fields import check, closest
 
 
 class ArraySource:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spmd.core.fields import check, closest
 from spmd.data import TFDS, Features, cache_root, content, data_root, records
 from spmd.data import cache as caches
 from spmd.data.builders import EMBEDDED, RUNNING, builder
 from spmd.data.sources import ArraySource
-from spmd.fields import check, closest
 
 _NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>\w[\w.\-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
 _SPLIT = re.compile(r"(?P<split>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")

@@ -34,7 +34,7 @@ def check(condition: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class LaunchOptions:
     """Options of every launcher."""
 
     name: str = ""
@@ -50,7 +50,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CloudOptions(Options):
+class CloudOptions(LaunchOptions):
     """Options of launchers where the job's name becomes part of host names."""
 
     def job_name(self, experiment: str) -> str:

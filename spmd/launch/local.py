@@ -31,7 +31,7 @@ FORWARDED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Local(base.Options):
+class LocalLaunch(base.LaunchOptions):
     """Processes on this machine."""
 
     processes: int = 1

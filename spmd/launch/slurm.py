@@ -43,7 +43,7 @@ exit "$code"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slurm(base.Options):
+class Slurm(base.LaunchOptions):
     """A job on a Slurm cluster. Words after -- are passed to sbatch."""
 
     nodes: int = 1

@@ -10,16 +10,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spmd import scope, tree
-from spmd.fields import check
+from spmd.core import tree
+from spmd.core.fields import check
 from spmd.models.layers import contract
 from spmd.models.ring import ring, ulysses
+from spmd.parallel import scope
 
 Implementation = Literal["xla", "cudnn", "splash"]
 Context = Literal["ring", "ulysses"]
 
 
-class Place(NamedTuple):
+class TokenPositions(NamedTuple):
     """Where the tokens stand. positions: [B, T]; segments: [B, T], None is one document for each row;
     rotary: (cosines, sines), each [B, T, 1, K / 2], None without rotary positions.
     """

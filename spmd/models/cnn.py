@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from spmd.fields import check
+from spmd.core.fields import check
 from spmd.models.layers import BatchNorm, Conv, Dense, Dropout
 
 

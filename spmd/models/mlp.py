@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import scope
-from spmd.fields import check
+from spmd.core.fields import check
 from spmd.models.layers import Dense, Dropout, Linear, he_normal
+from spmd.parallel import scope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

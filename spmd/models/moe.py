@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import scope, tree
-from spmd.fields import check
+from spmd.core import tree
+from spmd.core.fields import check
 from spmd.models.layers import contract
+from spmd.parallel import scope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Offset(nnx.Variable):
     """What is added to the scores of the experts where they are chosen; state, not trained."""
 
 
-class Mixture(nnx.Module):
+class MixtureOfExperts(nnx.Module):
     """Router and experts; up, gate, down: layers with kernels [E, D, F] and [E, F, D], gate None without."""
 
     def __init__(

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spmd import scope, tree
-from spmd.fields import check
+from spmd.core import tree
+from spmd.core.fields import check
+from spmd.parallel import scope
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 QUERY = ("batch", "time", "heads", "head_dim")

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from spmd import scope
-from spmd.fields import check, free
+from spmd.core.fields import check, free
 from spmd.models.attention import (
     Context,
     Implementation,
-    Place,
+    TokenPositions,
     attend,
     attend_cached,
     rotary,
@@ -27,7 +26,8 @@ from spmd.models.attention import (
 )
 from spmd.models.layers import Dropout, Embedding, Linear, Norm
 from spmd.models.layers.embedding import vocab_logits
-from spmd.models.moe import Experts, Load, Mixture
+from spmd.models.moe import Experts, Load, MixtureOfExperts
+from spmd.parallel import scope
 
 Cache = dict[str, jax.Array]  # key, value: [L, B, S, G, K]
 CACHE_DIMS = ("layers", "batch", None, "kv_heads", "head_dim")
@@ -255,13 +255,13 @@ class Decoder(nnx.Module):
 
     def _place(
         self, tokens_BT: jax.Array, positions_BT: Any, segments_BT: Any, dtype: Any
-    ) -> Place:
+    ) -> TokenPositions:
         config = self.config
         positions_BT = _positions(tokens_BT, positions_BT)
         angles = None
         if config.position == "rope":
             angles = rotary(positions_BT, config.width, config.rope_theta, dtype)
-        return Place(positions_BT, segments_BT, angles)
+        return TokenPositions(positions_BT, segments_BT, angles)
 
     def _run(
         self,
@@ -276,10 +276,10 @@ class Decoder(nnx.Module):
         return self.leave(x_BTD), cache
 
     def _blocks(
-        self, x_BTD: jax.Array, place: Place, cache: Any, first: jax.Array | int
+        self, x_BTD: jax.Array, place: TokenPositions, cache: Any, first: jax.Array | int
     ) -> tuple[jax.Array, Any]:
         x_BTD, (cache, load) = _through(self.blocks, x_BTD, place, cache, first)
-        if load is not None and isinstance(self.blocks.mlp, Mixture):
+        if load is not None and isinstance(self.blocks.mlp, MixtureOfExperts):
             self.blocks.mlp.tell(load)
         return x_BTD, cache
 
@@ -301,14 +301,14 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x_BTD: jax.Array, place: Place, cache: Any
+        self, x_BTD: jax.Array, place: TokenPositions, cache: Any
     ) -> tuple[jax.Array, tuple[Any, Load | None]]:
         time, load = _time("time", x_BTD), None
         y_BTD = scope.constrain(self.attention_norm(x_BTD), "batch", time, "embed")
         y_BTD, cache = self.attention(y_BTD, place, cache)
         x_BTD = _residual(x_BTD + self.dropout(_residual(y_BTD)))
         y_BTD = scope.constrain(self.mlp_norm(x_BTD), "batch", time, "embed")
-        if isinstance(self.mlp, Mixture):
+        if isinstance(self.mlp, MixtureOfExperts):
             y_BTD, load = self.mlp(y_BTD, place.segments_BT)
         else:
             y_BTD = self.mlp(y_BTD)
@@ -337,7 +337,9 @@ class Attention(nnx.Module):
         self.implementation: Implementation = config.attention
         self.context: Context = config.context
 
-    def __call__(self, x_BTD: jax.Array, place: Place, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_BTD: jax.Array, place: TokenPositions, cache: Any
+    ) -> tuple[jax.Array, Any]:
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
@@ -385,7 +387,7 @@ def _positions(tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Arra
     return positions_BT
 
 
-def _mixture(config: Transformer, rngs: nnx.Rngs, width: int) -> Mixture:
+def _mixture(config: Transformer, rngs: nnx.Rngs, width: int) -> MixtureOfExperts:
     num, shared = config.experts.num, config.experts.shared
 
     def kernels(
@@ -396,7 +398,7 @@ def _mixture(config: Transformer, rngs: nnx.Rngs, width: int) -> Mixture:
     def into() -> Linear:
         return kernels("btd,edf->btef", (num, config.embed, width), ("experts", "embed", "mlp"))
 
-    return Mixture(
+    return MixtureOfExperts(
         config.experts,
         config.layers,
         router=kernels("btd,de->bte", (config.embed, num), ("embed", "choice")),
@@ -413,7 +415,7 @@ def _mixture(config: Transformer, rngs: nnx.Rngs, width: int) -> Mixture:
 
 
 def _through(
-    blocks: Block, x_BTD: jax.Array, place: Place, cache: Any, first: jax.Array | int = 0
+    blocks: Block, x_BTD: jax.Array, place: TokenPositions, cache: Any, first: jax.Array | int = 0
 ) -> tuple[jax.Array, tuple[Any, Load | None]]:
     """The blocks one after the other, scanned or unrolled, from the same stacked arrays; a stage of a
     pipeline has some of them, numbered from `first` on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from spmd.fields import check, free
+from spmd.core.fields import check, free
 
 EXIT_FAILED = 1
 """The run cannot go on as it is: the loss diverged, the disk is full."""

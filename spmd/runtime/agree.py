@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
+from spmd.core.storage import json_text
 from spmd.runtime import EXIT_AGAIN, lifeline
-from spmd.storage import json_text
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spmd.fields import check
-from spmd.storage import cache_root, is_remote, private, ready
+from spmd.core.fields import check
+from spmd.core.storage import cache_root, is_remote, private, ready
 
 # JAX's own threshold of a second would leave out all programs of a small model.
 _MIN_SECONDS = 0.1

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from spmd.fields import check
+from spmd.core.fields import check
 from spmd.runtime import RuntimeConfig
 
 

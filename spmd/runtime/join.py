@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from spmd.fields import check
+from spmd.core.fields import check
 from spmd.runtime import RuntimeConfig, agree, detect, platforms, proxy
 from spmd.runtime.detect import Member
 from spmd.runtime.lifeline import Lifeline, read_line, send_line

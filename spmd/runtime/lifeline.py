@@ -15,8 +15,8 @@ import sys
 import threading
 from typing import Any
 
+from spmd.core.storage import json_text
 from spmd.runtime import EXIT_AGAIN, EXIT_MISTAKE
-from spmd.storage import json_text
 
 _LINE = 1 << 20  # bytes of the longest line
 _MINE: list[Lifeline] = []

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spmd.fields import check, closest
+from spmd.core.fields import check, closest
 
 # Set on the machines of a TPU pod, in GKE, or by hand where the devices cannot be seen.
 TPU_VARIABLES = (

@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from spmd.core.storage import json_text
 from spmd.runtime import EXIT_AGAIN, agree
-from spmd.storage import json_text
 
 _TOLD = 10.0  # seconds between what a process tells the others of itself
 

@@ -4,15 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import ClassVar, Literal
 
 import jax
 
-from spmd import collectives, scope
+from spmd.core.fields import check, free
+from spmd.parallel import collectives, scope
 from spmd.strategies import base, compress, reduce
+from spmd.strategies.compress import Compression
+from spmd.strategies.config import StrategyConfig
 
-if TYPE_CHECKING:
-    from spmd.strategies import AllReduce
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllReduce(StrategyConfig):
+    """shard_map: each device takes its gradient, an explicit reduction sums them (synchronous SGD)."""
+
+    name: ClassVar[str] = "allreduce"
+    by_device: ClassVar[bool] = True
+    merges_over: ClassVar[tuple[str, ...]] = ("replica", "data")
+    reduction: Literal["psum", "ring", "reduce_scatter", "hierarchical"] = free("psum")
+    """psum: the compiler's all-reduce; ring: our own, of neighbours; reduce_scatter: with an all-gather;
+    hierarchical: the same within mesh.data, and only the shards are summed across mesh.replica."""
+    bidirectional: bool = free(False)
+    """ring: half of each message goes round the other way."""
+    bucket_mb: float = free(4.0)
+    """MiB of gradients that travel together (psum: left to the compiler)."""
+    compress: Compression = Compression()
+    """What is sent instead of the gradients."""
+
+    def __post_init__(self) -> None:
+        check(self.bucket_mb > 0, f"strategy.bucket_mb={self.bucket_mb} must be more than 0")
+        check(
+            not self.bidirectional or self.reduction == "ring",
+            f"strategy.bidirectional is for strategy.reduction=ring, not {self.reduction}",
+        )
+        kind = self.compress.kind
+        check(
+            kind in ("none", "powersgd") or self.reduction == "psum",
+            f"strategy.compress.kind={kind} has collectives of its own and takes no"
+            f" strategy.reduction={self.reduction}: leave it at psum, or use kind powersgd or none",
+        )
+
+    def build(self, parts: base.Parts) -> base.Strategy:
+        return build(parts, self)
+
+    def not_private(self) -> str:
+        return self.compress.not_private()
 
 
 def build(parts: base.Parts, config: AllReduce) -> base.Strategy:

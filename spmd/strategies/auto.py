@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar, Literal
+
 import jax
 
-from spmd import scope, sharding
+from spmd.core.fields import free
+from spmd.parallel import scope, sharding
 from spmd.strategies import base
+from spmd.strategies.config import StrategyConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Auto(StrategyConfig):
+    """jit over the mesh: rules place the arrays, the compiler inserts the collectives."""
+
+    name: ClassVar[str] = "auto"
+    zero: Literal[1, 3] = free(3)
+    """What mesh.fsdp cuts: 1 the optimizer state only (ZeRO-1), 3 the parameters too (FSDP)."""
+    sequence_parallel: bool = free(False)
+    """Cuts norms and residuals over mesh.tensor too, along time: less memory, the same traffic."""
+
+    def build(self, parts: base.Parts) -> base.Strategy:
+        return build(parts, zero=self.zero, sequence_parallel=self.sequence_parallel)
+
+    def not_private(self) -> str:
+        return ""
 
 
 def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Strategy:

@@ -12,10 +12,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import grad, narrow, scope, sharding, tree
-from spmd.fields import check
-from spmd.pipeline import execute, schedules
-from spmd.privacy import Mechanism
+from spmd.core import narrow, tree
+from spmd.core.fields import check
+from spmd.parallel import scope, sharding
+from spmd.strategies.grads import direct as grad
+from spmd.strategies.grads.pipeline import execute, schedules
+from spmd.strategies.privacy import Mechanism
 from spmd.tasks import FROZEN
 
 PyTree = Any

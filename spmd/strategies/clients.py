@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spmd.fields import check
+from spmd.core.fields import check
 
 _CHUNK = 8192
 _DEAL, _ROUND, _SHUFFLE = range(3)  # what is drawn, so that no two draws share a stream
@@ -64,7 +64,7 @@ def deal(label_N: np.ndarray, num_clients: int, alpha: float, seed: int) -> list
     return [np.flatnonzero(owner_N == client) for client in range(num_clients)]
 
 
-class Rounds:
+class ClientOrder:
     """Stream position -> example index, -1 for an empty row: the order of a federated run.
 
     In round t each of the S slots stands for one client, which passes over its own examples `epochs` times,

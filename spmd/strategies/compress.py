@@ -8,20 +8,46 @@ gradient plus what it has left out so far, so that over the steps everything arr
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import collectives, sharding, tree
+from spmd.core import tree
+from spmd.core.fields import check
+from spmd.parallel import collectives, sharding
 from spmd.strategies import base, reduce
 from spmd.strategies.reduce import Leaves
 
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How gradients are made smaller to be sent; with error feedback: what is left out is sent later."""
+
+    kind: Literal["none", "int8", "top-k", "powersgd"] = "none"
+    """int8: blocks of small integers; top-k: the largest entries; powersgd: products of thin matrices."""
+    block: int = 256
+    """int8: elements that share a scale (4 bytes)."""
+    keep: float = 0.01
+    """top-k: the fraction of each array's entries that is sent, with their places (8 bytes each)."""
+    rank: int = 4
+    """powersgd: columns of the thin matrices; arrays of one dim are sent whole."""
+
+    def __post_init__(self) -> None:
+        check(self.block >= 1, f"strategy.compress.block={self.block} must be at least 1")
+        check(0 < self.keep <= 1, f"strategy.compress.keep={self.keep} must be in (0, 1]")
+        check(self.rank >= 1, f"strategy.compress.rank={self.rank} must be at least 1")
+
+    def not_private(self) -> str:
+        """As StrategyConfig's: noise is measured for clipped gradients, and what is left out comes later."""
+        return "" if self.kind == "none" else f"strategy.compress.kind={self.kind} changes the sum"
 
 
 class Way(NamedTuple):

@@ -22,9 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +31,13 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import grad, scope, sharding, tree
-from spmd.fields import check, multiples
-from spmd.strategies import base
-from spmd.strategies.merge import AXIS, INSIDE, REPLICAS, Merge, stateless, weighted, weighted_mean
+from spmd.core import tree
+from spmd.core.fields import check
+from spmd.parallel import scope, sharding
+from spmd.strategies import base, merge
+from spmd.strategies.grads import direct
+from spmd.strategies.merge import AXIS, INSIDE, REPLICAS, weighted
+from spmd.strategies.rounds import Outer, RoundsConfig, check_fits
 from spmd.tasks import FROZEN
 
 PyTree = Any
@@ -43,28 +45,32 @@ PyTree = Any
 RULES = {**sharding.RULES, "batch": INSIDE}
 
 
-class Outer(NamedTuple):
-    """How the replicas agree. period: local steps between two outer ones.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local(RoundsConfig):
+    """Replicas take `period` steps by themselves, then an outer one together (local SGD, DiLoCo)."""
 
-    merge: what crosses `replica`. proximal: pull of each local step towards the consensus, of FedProx.
-    forget: replicas begin each period with a new optimizer state.
-    """
+    name: ClassVar[str] = "local"
+    replicas: int = 8
+    """Replicas, whatever the mesh; mesh.replica, over which they are spread, must divide them."""
 
-    period: int
-    tx: optax.GradientTransformation
-    merge: Merge = stateless(weighted_mean)
-    proximal: float = 0.0
-    forget: bool = False
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.replicas >= 1, f"strategy.replicas={self.replicas} must be at least 1")
 
+    def build(self, parts: base.Parts) -> base.Strategy:
+        sent = merge.of(self.compress, parts, self.replicas)
+        return build(parts, self.replicas, Outer(self.period, self._outer_tx(), sent))
 
-def outer_tx(
-    kind: Literal["average", "nesterov", "adam"], learning_rate: float, momentum: float
-) -> optax.GradientTransformation:
-    """The outer optimizer; of Adam, epsilon and the second decay are those of Reddi et al. (tau, beta 2)."""
-    if kind == "adam":
-        adam = optax.scale_by_adam(b1=momentum, b2=0.99, eps=1e-3)
-        return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
-    return optax.sgd(learning_rate, momentum if kind == "nesterov" else None, nesterov=True)
+    @property
+    def copies(self) -> int:
+        return self.replicas
+
+    def not_private(self) -> str:
+        return ""  # each replica's gradient has its noise before anything is made of it, or sent
+
+    @property
+    def private_parts(self) -> int:
+        return self.replicas
 
 
 def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
@@ -159,25 +165,6 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
     return built._replace(with_params=with_params)
 
 
-def check_fits(parts: base.Parts, num_replicas: int) -> None:
-    """ValueError where the replicas do not divide over the mesh, or the batch not over the replicas."""
-    over = parts.mesh.shape[AXIS]
-    check(
-        num_replicas % over == 0,
-        f"the {num_replicas} replicas of the strategy do not divide over mesh.replica={over}; mesh.replica"
-        f" may be {', '.join(str(n) for n in range(1, num_replicas + 1) if num_replicas % n == 0)}",
-    )
-    batch_size = jax.tree.leaves(parts.batch)[0].shape[0]
-    ways = math.prod(parts.mesh.shape[axis] for axis in INSIDE)
-    least = num_replicas * ways * parts.accumulate
-    check(
-        batch_size % least == 0,
-        f"data.batch_size={batch_size} does not divide over {num_replicas} replicas of the strategy x {ways}"
-        f" batch shards inside each x train.accumulate={parts.accumulate}; use"
-        f" {multiples(batch_size, least)}",
-    )
-
-
 def _varying(model_state: PyTree) -> PyTree:
     """What of the model state a step changes: all but the frozen parameters, which no replica needs twice."""
     return {name: part for name, part in model_state.items() if name != FROZEN}
@@ -236,7 +223,7 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
             )
         grads = jax.tree.map(sharding.laid, grads, cut)
         if parts.privacy is not None:
-            grads = grad.noised(grads, shared.key, parts.privacy.deviation, number)
+            grads = direct.noised(grads, shared.key, parts.privacy.deviation, number)
         norm = tree.global_norm(grads)
         finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
         watched = grads if scope.current().watched else {}

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from spmd.mesh import BATCH_AXES
+from spmd.parallel.mesh import BATCH_AXES
 from spmd.strategies import base, compress, reduce
-
-if TYPE_CHECKING:
-    from spmd.strategies import Compression
+from spmd.strategies.compress import Compression
 
 PyTree = Any
 AXIS = "replica"

@@ -9,8 +9,9 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import scope, sharding, tree
-from spmd.fields import check
+from spmd.core import tree
+from spmd.core.fields import check
+from spmd.parallel import scope, sharding
 from spmd.strategies import base
 
 PyTree = Any

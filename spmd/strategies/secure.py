@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spmd import tree
+from spmd.core import tree
 
 PyTree = Any
 

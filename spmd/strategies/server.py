@@ -7,20 +7,43 @@ parts are gathered (Li et al. 2014, OSDI; at staleness 0 this is ZeRO-1's traffi
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import collectives, scope, sharding, tree
+from spmd.core import tree
+from spmd.core.fields import check
+from spmd.parallel import collectives, scope, sharding
 from spmd.strategies import base, compress, reduce
-
-if TYPE_CHECKING:
-    from spmd.strategies import Server
+from spmd.strategies.compress import Compression
+from spmd.strategies.config import StrategyConfig
 
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Server(StrategyConfig):
+    """Parameter server on all devices: gradients are pushed to owners, parameters pulled from them."""
+
+    name: ClassVar[str] = "server"
+    by_device: ClassVar[bool] = True
+    merges_over: ClassVar[tuple[str, ...]] = ("replica", "data")
+    staleness: int = 0
+    """Workers compute on parameters so many updates old; 0 is synchronous SGD."""
+    compress: Compression = Compression()
+    """What is pushed instead of the gradients."""
+
+    def __post_init__(self) -> None:
+        check(self.staleness >= 0, f"strategy.staleness={self.staleness} must not be negative")
+
+    def build(self, parts: base.Parts) -> base.Strategy:
+        return build(parts, self)
+
+    def not_private(self) -> str:
+        return self.compress.not_private()
 
 
 def build(parts: base.Parts, config: Server) -> base.Strategy:

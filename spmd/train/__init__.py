@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from spmd.fields import check, free
-from spmd.values import MOST
+from spmd.core.fields import check, free
+from spmd.core.values import MOST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

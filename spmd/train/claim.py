@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from spmd.fields import check
-from spmd.storage import is_remote
+from spmd.core.fields import check
+from spmd.core.storage import is_remote
 from spmd.train import rundir
 from spmd.train.lock import Lock
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from etils import epath
 
+from spmd.core.fields import check
+from spmd.core.storage import json_text, write_whole
 from spmd.data import DataConfig, content
 from spmd.data.content import Parts
 from spmd.data.skips import Skips, known_bad
-from spmd.fields import check
 from spmd.runtime import agree
-from spmd.storage import json_text, write_whole
 from spmd.train import rundir
 
 FILE = "data.json"  # the entries behind the digests in config.json, by which files are named

@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import mesh as meshes
-from spmd import scope, sharding
-from spmd.batches import Expected
+from spmd.core.batches import Expected
 from spmd.data import loader
 from spmd.data.skips import Skips
+from spmd.parallel import mesh as meshes
+from spmd.parallel import scope, sharding
 
 PREFIX = "eval/"
 Measured = dict[str, float | None]  # {"eval/loss": 0.3}; None where no example had a weight

@@ -12,9 +12,9 @@ from typing import Any
 
 from etils import epath
 
-from spmd import paths
-from spmd.storage import is_remote
-from spmd.train import reading
+from spmd.core import paths
+from spmd.core.storage import is_remote
+from spmd.train.checkpoint import reading
 
 _ARRAYS = "state"  # Orbax's directory of them in a step
 _DESCRIPTION = "_METADATA"  # its description of them

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 from etils import epath
 
+from spmd.core.storage import is_remote, json_text
 from spmd.runtime import EXIT_AGAIN, EXIT_FAILED
-from spmd.storage import is_remote, json_text
 from spmd.train import owner
 
 SECONDS = 60.0
@@ -39,7 +39,7 @@ class Gone(Exception):
     """The lease is no longer this owner's."""
 
 
-class Place(Protocol):
+class LeaseStore(Protocol):
     """Where a lease lies. The store decides each of these at once, or they are safe against each other."""
 
     def look(self) -> Seen | None:
@@ -85,7 +85,7 @@ class Lease:
     ):
         self._where, self._name, self._seconds = file.parent, name, seconds
         self._lost = lost or _leave
-        self._place: Place = _Object(file) if is_remote(file) else _File(file)
+        self._place: LeaseStore = _Object(file) if is_remote(file) else _File(file)
         self._ended = threading.Event()
         self._moving = threading.Lock()
         self._renewed = _now()

@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from spmd.storage import is_remote, json_text
+from spmd.core.storage import is_remote, json_text
 from spmd.train import owner
 from spmd.train.lease import Lease
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from spmd import flops
 from spmd.data import loader
 from spmd.data.skips import Skips
+from spmd.hardware import flops
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.stop import Stop, Votes, catching
 from spmd.runtime.watchdog import Watchdog
@@ -28,7 +28,7 @@ from spmd.train import (
     progress,
     rundir,
 )
-from spmd.train.checkpoint import Checkpoints, disk_full
+from spmd.train.checkpoint.store import Checkpoints, disk_full
 from spmd.train.evaluate import Measured, evaluator
 from spmd.train.log import Clock, Log, check_finite
 from spmd.train.metrics import Writer

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from spmd.core.storage import is_remote, json_text
 from spmd.runtime import agree
-from spmd.storage import is_remote, json_text
 from spmd.train import LogConfig
 from spmd.train.tracker import Tracker
 

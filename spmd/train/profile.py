@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 from etils import epath
 
+from spmd.core.storage import is_remote
 from spmd.runtime import agree
-from spmd.storage import is_remote
 
 
 class Profile:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spmd.batches import Expected, Ranges
+from spmd.core.batches import Expected, Ranges
 from spmd.data import DataConfig, augment, loader
 from spmd.data.skips import Skips
-from spmd.privacy import Mechanism
 from spmd.strategies import base
+from spmd.strategies.privacy import Mechanism
 
 
 class Program(NamedTuple):

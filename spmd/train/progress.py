@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from spmd import hardware, tree
-from spmd import mesh as meshes
+from spmd.core import tree
+from spmd.core.storage import is_remote
+from spmd.hardware import chips
+from spmd.parallel import mesh as meshes
 from spmd.runtime import agree
-from spmd.storage import is_remote
 from spmd.tasks import FROZEN
 from spmd.train import rundir
 
@@ -83,7 +84,7 @@ def usage(work: Mapping[str, int], seconds: float, devices: Sequence[Any]) -> di
     num = len(devices)
     if work:
         found["train/tflops_per_device"] = sum(work.values()) / num / seconds / 1e12
-        chip = hardware.chip(devices[0].device_kind)
+        chip = chips.chip(devices[0].device_kind)
         if chip is not None and all(dtype in chip.flops for dtype in work):
             least = sum(flops / chip.flops[dtype] for dtype, flops in work.items()) / num
             found["train/mfu"] = least / seconds
@@ -111,7 +112,7 @@ class Bar:
     ):
         self._num_steps, self._batch_size = num_steps, batch_size
         self._devices = list(mesh.devices.flat)
-        self.chip = hardware.chip(self._devices[0].device_kind)
+        self.chip = chips.chip(self._devices[0].device_kind)
         self.work: Mapping[str, int] = {}
         self._at, self._time = step + first, time.perf_counter()
         self._eval = ""

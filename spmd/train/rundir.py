@@ -11,8 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from spmd import paths
-from spmd.storage import children, is_remote, json_text, ready, write_whole
+from spmd.core import paths
+from spmd.core.storage import children, is_remote, json_text, ready, write_whole
 from spmd.train import lock
 
 

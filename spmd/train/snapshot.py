@@ -10,14 +10,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from spmd import mesh as meshes
-from spmd import tree
-from spmd.batches import Expected
+from spmd.core import tree
+from spmd.core.batches import Expected
+from spmd.core.fields import check
 from spmd.data.sources import ArraySource
-from spmd.fields import check
+from spmd.parallel import mesh as meshes
 from spmd.strategies import base
 from spmd.train import CheckpointConfig
-from spmd.train.checkpoint import Checkpoints
+from spmd.train.checkpoint.store import Checkpoints
 from spmd.train.evaluate import evaluator, predictor
 from spmd.train.program import Program
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from spmd.fields import check
-from spmd.storage import is_remote, json_text, write_whole
+from spmd.core.fields import check
+from spmd.core.storage import is_remote, json_text, write_whole
 
 
 def ready(project: str) -> None:

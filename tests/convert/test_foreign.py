@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from spmd.convert import config, files, names
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
+from spmd.weights.huggingface import config, files, names
 
 SIZES = {"vocab": 60, "length": 16, "layers": 1, "embed": 32, "heads": 4}
 MODELS = {

@@ -18,9 +18,9 @@ import json, pathlib, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
-from spmd import mesh, sharding, tree
-from spmd.network import network
-from spmd.convert import read
+from spmd.parallel import mesh, sharding; from spmd.core import tree
+from spmd.models.functional import network
+from spmd.weights.huggingface import read
 from spmd.models.transformer import Transformer
 
 model = Transformer(**json.loads(sys.argv[2]))
@@ -71,8 +71,8 @@ def synthetic(place):
     """Three files with the tensors of a Llama in float32; (bytes of the largest, of all)."""
     from safetensors.numpy import save_file
 
-    from spmd.convert import names
     from spmd.models.transformer import Transformer
+    from spmd.weights.huggingface import names
 
     model = Transformer(**SIZES)
     shapes = layer_shapes(model)
@@ -98,8 +98,8 @@ def layer_shapes(model):
     """Shapes of one layer's arrays, by name."""
     import jax
 
-    from spmd import tree
-    from spmd.network import network
+    from spmd.core import tree
+    from spmd.models.functional import network
 
     params, _ = jax.eval_shape(network(model).init, jax.random.key(0))
     return {

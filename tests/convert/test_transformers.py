@@ -163,7 +163,7 @@ def test_from_theirs(kind, words, tiny, tmp_path):
 def test_to_theirs(kind, tiny, tmp_path):
     import transformers
 
-    from spmd.convert import write
+    from spmd.weights.huggingface import write
 
     start = tiny(MODELS[kind], *MESH).init()
     params, _ = start.program.task.plain(*start.variables)
@@ -283,7 +283,7 @@ def test_a_model_of_no_family_is_refused(tiny, saved):
 
 def test_every_field_of_their_classes_is_known(tiny):
     """A later version's new field would be refused, rather than another function computed."""
-    from spmd.convert import config
+    from spmd.weights.huggingface import config
 
     for kind, family in (("gpt2", "gpt2"), ("llama", "llama"), ("mixtral", "mixtral")):
         model = tiny(MODELS[kind]).experiment.model

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from spmd import mesh, sharding
 from spmd.data import loader
 from spmd.data.sources import ArraySource
-from spmd.mesh import MeshConfig
+from spmd.parallel import mesh, sharding
+from spmd.parallel.mesh import MeshConfig
 
 N = 103
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spmd
-from spmd.data import corpus, formats, loader
-from spmd.data.text import Mixture, Text
-from spmd.data.tokenizer import Bytes, Chars, FromFile
-from spmd.data.windows import Turns, Windows, part
+from spmd.data import formats, loader
+from spmd.data.text import Mixture, Text, corpus
+from spmd.data.text.tokenizer import Bytes, Chars, FromFile
+from spmd.data.text.windows import Turns, Windows, part
 
 ROOT = Path(__file__).parent.parent.parent
 FEATURES = ["tokens", "targets", "segments", "positions"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spmd.commands import main
+from spmd.cli import main
 from spmd.data import TFDS, Arrays, tfds
 from spmd.data.sources import ArraySource
 

@@ -8,12 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from spmd import mesh, optim, tasks, tree
-from spmd.init import InitConfig, adapt
-from spmd.mesh import MeshConfig
+from spmd import optim, tasks
+from spmd.core import tree
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, base
+from spmd.weights import adapters as adapt
+from spmd.weights.config import InitConfig
 
 BATCH, TIME, VOCAB, STEPS = 8, 16, 64, 4
 MODEL = Transformer(

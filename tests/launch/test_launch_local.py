@@ -233,15 +233,15 @@ def job(*fields: str) -> Job:
 def test_gpus_are_split_over_the_processes(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5")
-    options = local.Local(processes=2, devices_per_process=2)
+    options = local.LocalLaunch(processes=2, devices_per_process=2)
     envs = local.environments(2, 1, options._gpus(job()))
     assert [env["CUDA_VISIBLE_DEVICES"] for env in envs] == ["0,1", "4,5"]
-    assert local.Local()._gpus(job()) == []  # one process takes what it sees
-    assert local.Local(processes=2)._gpus(job("--simulate", "4")) == []
+    assert local.LocalLaunch()._gpus(job()) == []  # one process takes what it sees
+    assert local.LocalLaunch(processes=2)._gpus(job("--simulate", "4")) == []
     with pytest.raises(ValueError, match="need 6 GPUs; there are 4"):
-        local.Local(processes=3, devices_per_process=2)._gpus(job())
+        local.LocalLaunch(processes=3, devices_per_process=2)._gpus(job())
     with pytest.raises(ValueError, match="--devices-per-process 2"):
-        local.Local(processes=2)._gpus(job())
+        local.LocalLaunch(processes=2)._gpus(job())
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert options._gpus(job()) == []
 

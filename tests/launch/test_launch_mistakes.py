@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from spmd.commands import main
+from spmd.cli import main
 
 D = "--experiment digits "
 BUCKET = D + "--run.dir gs://bucket/digits "

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spmd import scope
 from spmd.models.attention import attend
+from spmd.parallel import scope
 
 
 def inputs(dtype=jnp.float32, head_dim=8):

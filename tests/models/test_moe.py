@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from spmd import mesh, scope, sharding
-from spmd.mesh import MeshConfig
 from spmd.models import moe
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
+from spmd.parallel import mesh, scope, sharding
+from spmd.parallel.mesh import MeshConfig
 from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spmd import hlo, mesh, scope, sharding
-from spmd.mesh import MeshConfig
+from spmd.hardware import hlo
 from spmd.models.attention import attend
+from spmd.parallel import mesh, scope, sharding
+from spmd.parallel.mesh import MeshConfig
 from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")

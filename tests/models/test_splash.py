@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 import spmd
-from spmd import ahead
+from spmd.analysis.plan import ahead
 from tests.marks import slow_but
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from spmd import mesh, optim, tasks
+from spmd.parallel import mesh; from spmd import optim, tasks
 from spmd.models.transformer import Transformer
 from spmd.strategies import Auto, base
 

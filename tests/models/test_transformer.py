@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spmd import tasks, tree
+from spmd import tasks
+from spmd.core import tree
 from spmd.models.moe import Experts
 from spmd.models.transformer import CACHE_DIMS, Transformer
 from tests.marks import slow_but

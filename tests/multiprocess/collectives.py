@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import mesh, tree
+from spmd.core import tree
 from spmd.data import loader
-from spmd.mesh import MeshConfig
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.join import join
 

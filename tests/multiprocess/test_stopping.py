@@ -19,7 +19,7 @@ import dataclasses
 import time
 
 from spmd.data import TFDS
-from spmd.registry import find, from_file
+from spmd.experiment.registry import find, from_file
 
 
 class Slow:

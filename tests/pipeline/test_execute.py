@@ -11,13 +11,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from spmd import mesh, scope, sharding, tree
-from spmd.mesh import MeshConfig
+from spmd.core import tree
 from spmd.models.cnn import CNN
 from spmd.models.layers import BatchNorm
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
+from spmd.parallel import mesh, scope, sharding
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import base
 from tests.marks import slow_but
 from tests.strategies.test_parity import TASKS, data_of

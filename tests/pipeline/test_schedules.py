@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spmd.pipeline import schedules
+from spmd.strategies.grads.pipeline import schedules
 
 SIZES = [(2, 1), (2, 2), (2, 7), (3, 12), (4, 4), (4, 16), (8, 3), (8, 64), (16, 64)]
 GROUPED = [(2, 2), (2, 8), (3, 12), (4, 4), (4, 16), (8, 64)]
@@ -135,7 +135,7 @@ def test_the_picture_of_a_table():
 
 
 def test_plan_shows_the_schedule(capsys):
-    from spmd.commands import main
+    from spmd.cli import main
 
     words = "--simulate 4 --mesh.data 1 --mesh.stage 4 --show schedule"
     assert (

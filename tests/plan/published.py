@@ -7,15 +7,15 @@ from typing import NamedTuple
 import jax
 
 from spmd import Experiment
+from spmd.analysis.plan import comms, cost, facts, network, work
+from spmd.analysis.plan.facts import Facts, StateArray
+from spmd.analysis.plan.layout import Layout
 from spmd.data.text import Text
-from spmd.hardware import Chip, Links
-from spmd.mesh import MeshConfig
+from spmd.hardware.chips import Chip, Links
+from spmd.hardware.targets import Target
 from spmd.models.transformer import Transformer
 from spmd.optim import AdamW
-from spmd.plan import comms, cost, facts, network, work
-from spmd.plan.facts import Facts, Leaf
-from spmd.plan.layout import Layout
-from spmd.plan.targets import Target
+from spmd.parallel.mesh import MeshConfig
 from spmd.tasks import LanguageModel
 from spmd.train import TrainConfig
 from spmd.train.program import Program
@@ -232,7 +232,7 @@ def share(row: Scaling, num_devices: int) -> float:
     """Fraction of a step's time with `num_devices` that is computation."""
     chip = Chip("P100", {"float32": 10.6e12}, 16 * 2**30, 732e9, "", row.links)
     levels = network.levels(Target("p100", num_devices, chip), {"data": num_devices})
-    whole = Leaf("weights", "parameters", (int(row.params),), 4, (None,), (int(row.params),))
+    whole = StateArray("weights", "parameters", (int(row.params),), 4, (None,), (int(row.params),))
     batch_size = row.rows * num_devices
     facts = Facts(row.name, (whole,), batch_size, batch_size, 1, 0, {}, 0, 4, 1, None)
     compute = row.rows / row.rate

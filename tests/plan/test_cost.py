@@ -11,13 +11,14 @@ import pytest
 from jax._src import mesh_utils  # the assignment of axes that jax.make_mesh makes: an oracle
 
 import spmd
-from spmd import flops, tree
-from spmd.mesh import AXES
+from spmd.analysis.plan import activations, collective, comms, cost, facts, memory, network, scaling
+from spmd.analysis.plan.layout import REMATS, Layout
+from spmd.analysis.plan.shardings import GROUPS
+from spmd.core import tree
+from spmd.hardware import flops, targets
 from spmd.models.transformer import Transformer
-from spmd.pipeline import schedules
-from spmd.plan import activations, collective, comms, cost, facts, memory, network, scaling, targets
-from spmd.plan.layout import REMATS, Layout
-from spmd.plan.shardings import GROUPS
+from spmd.parallel.mesh import AXES
+from spmd.strategies.grads.pipeline import schedules
 from tests.plan import published
 
 pytestmark = pytest.mark.usefixtures("devices")

@@ -13,9 +13,11 @@ import jax
 import pytest
 
 import spmd
-from spmd import ahead, hlo, planner, sharding, tree
-from spmd.plan import collective, comms, compile, targets
-from spmd.plan.compile import Compiled
+from spmd.analysis.plan import ahead, collective, comms, compile, planner
+from spmd.analysis.plan.compile import Compiled
+from spmd.core import tree
+from spmd.hardware import hlo, targets
+from spmd.parallel import sharding
 from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")

@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 import spmd
-from spmd import planner
+from spmd.analysis.plan import planner
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,11 +10,12 @@ from html.parser import HTMLParser
 import pytest
 
 import spmd
-from spmd import hlo, planner
-from spmd.commands import main
-from spmd.plan import budget, report, targets
-from spmd.plan.layout import Layout
-from spmd.plan.search import Candidate
+from spmd.analysis.plan import planner, report
+from spmd.analysis.plan.layout import Layout
+from spmd.analysis.plan.search import Candidate
+from spmd.cli import main
+from spmd.experiment import budget
+from spmd.hardware import hlo, targets
 from tests.marks import slow_but
 
 LLAMA = ("--experiment", "llama3_8b", "--model.attention", "splash")
@@ -215,7 +216,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_no_network(compiled, tmp_path):
-    from spmd.plan import html
+    from spmd.analysis.plan import html
 
     file = tmp_path / "plan.html"
     html.write(compiled, str(file))

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import spmd
-from spmd import planner, tree
-from spmd.mesh import AXES
-from spmd.plan import memory, report, search, targets
-from spmd.plan.layout import Layout
-from spmd.plan.shardings import GROUPS
+from spmd.analysis.plan import memory, planner, report, search
+from spmd.analysis.plan.layout import Layout
+from spmd.analysis.plan.shardings import GROUPS
+from spmd.core import tree
+from spmd.hardware import targets
+from spmd.parallel.mesh import AXES
 from tests.plan.test_cost import known, mesh_words
 
 pytestmark = pytest.mark.usefixtures("devices")

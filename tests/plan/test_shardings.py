@@ -9,9 +9,10 @@ import jax
 import pytest
 
 import spmd
-from spmd import tree
-from spmd.commands import main
-from spmd.plan import draw, targets
+from spmd.analysis.plan import draw
+from spmd.cli import main
+from spmd.core import tree
+from spmd.hardware import targets
 from tests.test_user_experiment import write
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -227,7 +228,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd.registry import find, from_file
+from spmd.experiment.registry import find, from_file
 
 
 class Net(nnx.Module):

@@ -7,8 +7,9 @@ import math
 import pytest
 
 import spmd
-from spmd import hlo, tree
-from spmd.plan import compile, targets
+from spmd.analysis.plan import compile
+from spmd.core import tree
+from spmd.hardware import hlo, targets
 from spmd.strategies.compress import num_kept
 from tests.marks import slow_but
 
@@ -129,7 +130,7 @@ def test_bytes_on_the_wire(case):
     assert 0.02 * exact(shapes) > SCALARS  # else it would say nothing
 
 
-def by_type(found: hlo.Program) -> dict[str, float]:
+def by_type(found: hlo.CompiledProgram) -> dict[str, float]:
     sent: dict[str, float] = {}
     for c in found.collectives:
         sent[c.dtype] = sent.get(c.dtype, 0) + c.count * c.wire_bytes

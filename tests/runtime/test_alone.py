@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from spmd import mesh
+from spmd.parallel import mesh
 from spmd.runtime import agree, stop
 from spmd.runtime.stop import Votes
 from tests.command import REPOSITORY

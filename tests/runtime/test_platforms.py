@@ -123,7 +123,7 @@ def test_a_device_that_does_not_start_is_one_line(monkeypatch):
 # Runs a command and says whether libtpu was opened in its process.
 WATCHED = """
 import sys
-from spmd.commands import main
+from spmd.cli import main
 code = main(sys.argv[1:])
 assert "libtpu" not in open("/proc/self/maps").read(), "libtpu was opened"
 sys.exit(code)

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import mesh, tree
-from spmd.mesh import MeshConfig
+from spmd.core import tree
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import (
     AllReduce,
     Compression,

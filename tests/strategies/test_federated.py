@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import spmd
-from spmd import tree
+from spmd.core import tree
 from spmd.strategies import Federated, clients, secure
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -49,7 +49,7 @@ def test_every_example_has_one_client_and_alpha_says_how_alike_they_are():
 def rounds(**changes):
     how = {"seed": 5, "batch_size": 32, "period": 6, "epochs": 2, "drop_outs": 0.3} | changes
     owned = clients.deal(LABELS, 100, 0.3, seed=5)
-    return owned, clients.Rounds(owned, 8, **how)
+    return owned, clients.ClientOrder(owned, 8, **how)
 
 
 def test_a_round_is_epochs_over_the_examples_of_its_clients():

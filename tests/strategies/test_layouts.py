@@ -11,9 +11,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import mesh, optim, tasks, tree
-from spmd.mesh import MeshConfig
+from spmd import optim, tasks
+from spmd.core import tree
 from spmd.models.transformer import Transformer
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import Auto, base
 from tests.marks import slow_but
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import spmd
-from spmd import mesh, optim, tree
-from spmd.mesh import MeshConfig
+from spmd import optim
+from spmd.core import tree
 from spmd.models.cnn import CNN
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import Auto, Federated, Local
 from tests.command import final_state
 from tests.marks import slow_but

@@ -13,14 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from spmd import mesh, optim, tasks, tree
-from spmd.mesh import MeshConfig
+from spmd import optim, tasks
+from spmd.core import tree
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
-from spmd.privacy import Mechanism
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
+from spmd.strategies.privacy import Mechanism
 from tests.marks import slow_but
 
 STEPS = 50

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spmd import mesh, optim, tasks, tree
-from spmd.mesh import MeshConfig
+from spmd import optim, tasks
+from spmd.core import tree
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import Server, base
 from tests.marks import slow_but
 from tests.strategies.test_parity import MODELS, parts_for

@@ -12,10 +12,10 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import mesh
-from spmd.mesh import MeshConfig
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
 from spmd.train import CheckpointConfig
-from spmd.train.checkpoint import Checkpoints
+from spmd.train.checkpoint.store import Checkpoints
 
 
 def state_on(config: MeshConfig, num_devices: int, value: float = 1.0):

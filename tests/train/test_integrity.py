@@ -13,10 +13,11 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd import mesh
-from spmd.mesh import MeshConfig
-from spmd.train import CheckpointConfig, steps
-from spmd.train.checkpoint import Checkpoints
+from spmd.parallel import mesh
+from spmd.parallel.mesh import MeshConfig
+from spmd.train import CheckpointConfig
+from spmd.train.checkpoint import steps
+from spmd.train.checkpoint.store import Checkpoints
 
 OLD, NEW = 10, 20
 

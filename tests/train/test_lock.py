@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 
 import spmd
-from spmd.commands import main
+from spmd.cli import main
 from spmd.train import loop
 from spmd.train.lock import Lock
 from spmd.train.log import NonFinite

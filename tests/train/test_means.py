@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from spmd import storage
-from spmd.commands import main
+from spmd.cli import main
+from spmd.core import storage
 from spmd.train import log, progress
 from tests.command import REPOSITORY
 from tests.spoiled import write
@@ -192,7 +192,7 @@ def test_strict_json():
 
 def test_nothing_else_writes_json():
     """gke quotes one string for YAML; launch imports nothing of the package."""
-    allowed = {Path("spmd/storage.py"), Path("spmd/launch/gke.py")}
+    allowed = {Path("spmd/core/storage.py"), Path("spmd/launch/gke.py")}
     found = {
         file.relative_to(REPOSITORY)
         for file in (REPOSITORY / "spmd").rglob("*.py")

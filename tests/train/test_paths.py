@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from spmd import paths
-from spmd.train import CheckpointConfig, index, rundir, steps
-from spmd.train.checkpoint import Checkpoints, SaveFailed
+from spmd.core import paths
+from spmd.train import CheckpointConfig, index, rundir
+from spmd.train.checkpoint import steps
+from spmd.train.checkpoint.store import Checkpoints, SaveFailed
 
 # What a directory may be called, and what some library takes for a pattern, an address or an option.
 NAMES = {

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 import spmd
-from spmd import hardware
+from spmd.hardware import chips
 from spmd.train import metrics
 from spmd.train.progress import usage
 
@@ -28,7 +28,7 @@ def test_a_chip_of_the_table():
 
 
 def test_each_dtype_has_its_own_peak():
-    h100 = hardware.CHIPS["NVIDIA H100 80GB HBM3"].flops
+    h100 = chips.CHIPS["NVIDIA H100 80GB HBM3"].flops
     work = {"bfloat16": h100["bfloat16"], "float32": h100["float32"]}
     assert usage(work, 4.0, [device("NVIDIA H100 80GB HBM3")])["train/mfu"] == pytest.approx(0.5)
 
@@ -48,8 +48,8 @@ def test_memory_of_other_hosts_is_not_asked_for():
 @pytest.mark.parametrize("known", [True, False])
 def test_a_run_logs_mfu_where_the_chip_is_known(tmp_path, monkeypatch, capsys, known):
     if known:
-        row = hardware.Chip("cpu", {"float32": 1e15}, 2**34, 1e11, "none: the row that a CPU lacks")
-        monkeypatch.setitem(hardware.CHIPS, "cpu", row)
+        row = chips.Chip("cpu", {"float32": 1e15}, 2**34, 1e11, "none: the row that a CPU lacks")
+        monkeypatch.setitem(chips.CHIPS, "cpu", row)
     words = ["--simulate", "2", "--train.steps", "4", "--log.every", "2"]
     words += ["--optimizer.warmup-steps", "0"]
     spmd.load("digits", [*words, "--run.dir", str(tmp_path)]).train()
@@ -67,10 +67,10 @@ def test_a_cpu_has_tflops_only():
     assert set(usage({"float32": 10**9}, 0.1, jax.devices("cpu"))) == {"train/tflops_per_device"}
 
 
-@pytest.mark.parametrize("kind", hardware.CHIPS)
+@pytest.mark.parametrize("kind", chips.CHIPS)
 def test_the_table_is_of_one_piece(kind):
-    chip = hardware.CHIPS[kind]
-    assert hardware.chip(kind) is chip and chip.source
+    chip = chips.CHIPS[kind]
+    assert chips.chip(kind) is chip and chip.source
     assert 1e14 / 2 < chip.flops["bfloat16"] < 1e16
     assert chip.flops["float32"] <= chip.flops["bfloat16"]
     assert 16 * 2**30 <= chip.memory < 1e12 and 1e11 < chip.bandwidth < 2e13

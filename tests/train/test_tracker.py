@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from spmd.commands import main
+from spmd.cli import main
 
 RUN = ["--experiment", "digits", "--log.wandb", "trials", "--run.dir", "out"]
 

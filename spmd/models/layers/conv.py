@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import narrow
+from spmd.core import narrow
 from spmd.models.layers.initial import he_normal, param
 
 

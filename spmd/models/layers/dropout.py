@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import scope
+from spmd.parallel import scope
 
 
 class Dropout(nnx.Module):

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import scope, tree
+from spmd.core import tree
 from spmd.models.layers.initial import Init, param
 from spmd.models.layers.matmul import contract
+from spmd.parallel import scope
 
 
 class Embedding(nnx.Module):

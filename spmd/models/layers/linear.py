@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import narrow, tree
+from spmd.core import narrow, tree
 from spmd.models.layers.initial import Init, lecun_normal, param, stacked_param, zeros
 from spmd.models.layers.matmul import contract
 

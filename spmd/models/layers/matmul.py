@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spmd import scope
+from spmd.parallel import scope
 
 
 def contract(spec: str, dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd import scope, tree
+from spmd.core import tree
 from spmd.models.layers.initial import ones, stacked_param, zeros
+from spmd.parallel import scope
 
 
 class Norm(nnx.Module):

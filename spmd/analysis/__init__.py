@@ -1,0 +1,1 @@
+"""Functions of an experiment: plan, verify, compare."""

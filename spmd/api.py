@@ -1,0 +1,93 @@
+"""Experiments from Python and notebooks: loaded, trained, looked at, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from spmd.core.storage import json_text
+from spmd.experiment import files, overrides, registry
+from spmd.experiment.base import Experiment
+from spmd.experiment.run import Run
+
+if TYPE_CHECKING:
+    from spmd.analysis.compare.report import Comparison
+    from spmd.analysis.plan import shardings
+    from spmd.analysis.verify import VerifyReport
+    from spmd.train.program import Program
+    from spmd.train.snapshot import Snapshot
+
+
+def load(name: str, args: Sequence[str] = ()) -> Handle:
+    """The experiment `name` (or a path) with command-line words applied.
+
+    `load("digits", ["--train.steps", "50"])`; its fields are those of `.experiment`. ValueError when a word
+    is not understood.
+    """
+    base = registry.from_file(files.find(name))
+    return Handle(overrides.override(base, args)[0])
+
+
+class Handle:
+    """An experiment to work with; each call may be repeated, as cells of a notebook are."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+
+    def build(self, devices: Sequence[Any] | None = None) -> Program:
+        """Mesh, task, strategy and data, without training."""
+        return self.experiment.build(devices)
+
+    def init(self) -> Snapshot:
+        """The untrained state on the mesh; writes nothing."""
+        from spmd.train.snapshot import Snapshot
+
+        program = self.build()
+        return Snapshot(program, program.init())
+
+    def train(self) -> Run:
+        """Trains, resumes, or returns the finished run, by what is in the run directory.
+
+        Interrupted (Ctrl-C, a notebook's stop button), it saves and raises spmd.train.loop.Stopped; the next
+        call goes on from there.
+        """
+        return self.experiment.train_run()
+
+    def verify(self, steps: int = 20, *, all_meshes: bool = False) -> VerifyReport:
+        """Whether the step on the mesh (or on all meshes of the devices) is that of one device:
+        `report.verified`, `print(report)`, `report.results[0].fault`.
+        """
+        from spmd.analysis.verify.experiment import verify
+
+        return verify(self.experiment, steps, all_meshes=all_meshes)
+
+    def compare(
+        self, strategies: Sequence[str], *, network: str = "10gbe", compute: float = 0.0
+    ) -> Comparison:
+        """Trains each strategy (`["allreduce", "local:period=50"]`) with this experiment's budget, or takes
+        the finished runs; print the result, or let a notebook draw it.
+
+        network, compute: as in `run.py compare`. Interrupted, it raises Stopped; the next call goes on.
+        """
+        from spmd.analysis import compare
+
+        return compare.run(self.experiment, strategies, network=network, compute=compute)
+
+    def plan(self, target: str = "") -> shardings.ShardingReport:
+        """How the state lies on devices that need not be there (`h100:64`, `v5p:4x4x4`): print it, or take
+        `.arrays`, `.totals`.
+        """
+        from spmd.analysis.plan.placed import placed
+
+        return placed(self.experiment, target)
+
+    def restore(self, step: int | None = None) -> Snapshot:
+        """A checkpoint of the run directory, the newest unless `step` names one."""
+        return self.experiment.restore(step)
+
+    def evaluate(self, step: int | None = None) -> dict[str, float]:
+        """Metrics of a checkpoint on the evaluation split: `{"eval/accuracy": ...}`."""
+        return self.experiment.evaluate(step)
+
+    def __repr__(self) -> str:
+        return json_text(self.experiment.config(), indent=1)

@@ -1,0 +1,35 @@
+"""run.py export --experiment NAME --to DIR: a checkpoint as Hugging Face safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from spmd.core.fields import check
+from spmd.experiment import registry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Which checkpoint, and where to."""
+
+    to: str = ""
+    """New directory for config.json and *.safetensors."""
+    step: int = -1
+    """Step of the checkpoint; -1 is the newest."""
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """What is evaluated is written: the moving average where there is one, adapters merged."""
+    exp, options = registry.load(name, words, ExportOptions)
+    check(bool(options.to), "give the new directory: run.py export --experiment NAME --to DIR")
+    from spmd.runtime import agree
+    from spmd.weights.huggingface import names, write
+
+    names.family_of(exp.model)
+    snapshot = exp.restore(None if options.step < 0 else options.step, same=())
+    check(not agree.joined(), "run.py export runs in one process")
+    params, _ = snapshot.program.task.plain(*snapshot.variables)
+    files = write.write(options.to, exp.model, params)
+    print(f"step {snapshot.step} is in {options.to}: config.json, {', '.join(files)}")
+    return 0

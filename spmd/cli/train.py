@@ -1,0 +1,40 @@
+"""run.py [train]: trains or resumes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from spmd.experiment import registry
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Exit code 0 when finished, 128 + signal when stopped, 1 when the loss diverged or the disk is full; see
+    also spmd.runtime for what a launcher starts again.
+    """
+    exp, _ = registry.load(name, words)
+    from spmd.runtime import EXIT_AGAIN, EXIT_FAILED, EXIT_MISTAKE, agree
+    from spmd.runtime.join import Absent
+    from spmd.train.checkpoint.store import SaveFailed
+    from spmd.train.log import NonFinite
+    from spmd.train.loop import Stopped
+
+    try:
+        exp.train_run()
+    except Stopped as stop:
+        agree.say(str(stop), sys.stderr)
+        return 128 + stop.signum
+    except NonFinite as error:
+        agree.say(f"error: {error}", sys.stderr)
+        return EXIT_FAILED
+    except SaveFailed as error:
+        text = f"error: {error}"
+        agree.from_first(lambda: agree.say(text, sys.stderr), "the end")  # before anybody leaves
+        # at once: savers may still wait for other processes, and log writers would fail again on the way out
+        agree.leave(EXIT_FAILED, agreed=True)
+    except agree.SaidByFirst:
+        return EXIT_MISTAKE
+    except (Absent, agree.Lost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        agree.leave(EXIT_AGAIN)
+    return 0

@@ -1,0 +1,197 @@
+"""Checks of batches: shapes while a program is traced, features and index ranges as they are read."""
+
+# N examples as read, B batch, T time, C classes, V vocab
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spmd.core.fields import check, closest
+
+
+class Ids(NamedTuple):
+    """The range of a feature that holds indices: 0 to high - 1, and low to -1 where low is negative.
+
+    high: number of things that are indexed. things: what they are, for messages.
+    low: -1 where the task declares that -1 stands for "unlabelled".
+    target: read by the loss only; a prediction ignores it.
+    """
+
+    high: int
+    things: str
+    low: int = 0
+    target: bool = False
+
+
+Ranges = Mapping[str, Ids]
+
+
+def feature(batch: Mapping[str, Any], name: str) -> Any:
+    """A feature of a batch; ValueError that names those there are."""
+    check(
+        name in batch,
+        f"the batch has no feature {name!r}.{closest(name, batch)} It has: {', '.join(batch)}",
+    )
+    return batch[name]
+
+
+def shown(x: Any) -> str:
+    """`int32[16, 8, 8]`."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def check_indices(batch: Mapping[str, Any], name: str, dims: str, what: str) -> None:
+    """ValueError unless a feature holds integers of these dims.
+
+    Args:
+      batch: arrays, or their shapes; `weight` [B] gives the number of rows.
+      dims: the dims that the task takes, a letter each: "B" or "BT".
+      what: the meaning of one index.
+    """
+    x = feature(batch, name)
+    check_weight(batch)
+    rows = batch["weight"].shape[0]
+    if len(x.shape) == len(dims) and x.shape[0] == rows and jnp.issubdtype(x.dtype, jnp.integer):
+        return
+    takes = f"int[{', '.join(dims)}]"
+    raise ValueError(
+        f"feature {name!r} is {shown(x)} and the task takes {takes}, {what}"
+        f" (B = {rows} rows, as the weights have)"
+    )
+
+
+def check_weight(batch: Mapping[str, Any]) -> None:
+    """ValueError unless there is one weight for each row."""
+    weight = feature(batch, "weight")
+    check(
+        len(weight.shape) == 1 and jnp.issubdtype(weight.dtype, jnp.floating),
+        f"the weights are {shown(weight)} and the task takes float[B], one for each example",
+    )
+
+
+def check_logits(logits: Any, target: Any, name: str, last: str) -> None:
+    """ValueError unless logits have the dims of the targets, and one more.
+
+    Args:
+      logits, target: arrays, or their shapes.
+      name: the feature of the targets.
+      last: the name of the last dim.
+    """
+    ok = tuple(logits.shape[:-1]) == tuple(target.shape) and len(logits.shape) > 0
+    wanted = ", ".join(map(str, (*target.shape, last)))
+    check(
+        ok and jnp.issubdtype(logits.dtype, jnp.floating),
+        f"the model's output is {shown(logits)}, and feature {name!r} is {shown(target)}: the task takes"
+        f" logits float[{wanted}]",
+    )
+
+
+def wide_indices(x: Any) -> Any:
+    """Indices in a type that can number all logits: those of 8 or 16 bits as int32."""
+    return x.astype(np.int32) if x.dtype.itemsize < 4 else x
+
+
+def ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]) -> Ranges:
+    """The ranges of a task's index features; traces a prediction, compiles nothing.
+
+    Args:
+      task: spmd.tasks.Task.
+      variables: shapes of (params, model_state).
+      batch: shapes of the global batch.
+
+    Raises:
+      ValueError: the model or the task does not take these shapes.
+    """
+    try:
+        logits = jax.eval_shape(task.predict, *variables, batch)
+    except (TypeError, ValueError) as error:
+        if _ours(error):
+            raise
+        features = ", ".join(f"{k} {shown(x)}" for k, x in batch.items() if k not in _LOADERS)
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"the model does not take the batch ({features}): {said}") from error
+    return task.ranges(batch, logits)
+
+
+_LOADERS = ("example_id", "weight")  # features that the loader adds
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether a check of this package raised an error, which then says what is wrong."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    path = frame.tb_frame.f_code.co_filename if frame is not None else ""
+    return path.startswith(os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep)
+
+
+class Expected(NamedTuple):
+    """What every batch of one split must be, checked on the host by each process for its own rows.
+
+    split: `training`, `evaluation`, for messages. features: {name: (shape, dtype)} as declared; none: any.
+    """
+
+    split: str
+    features: Mapping[str, tuple[tuple[int, ...], str]] = MappingProxyType({})
+    ranges: Ranges = MappingProxyType({})
+
+    def read(self, batch: dict[str, Any], example_N: np.ndarray) -> dict[str, Any]:
+        """The declared features of what a source gave for the examples `example_N`.
+
+        Raises:
+          ValueError: a feature is missing, or of another shape or type than declared.
+        """
+        if not self.features:
+            return batch
+        for name, (shape, dtype) in self.features.items():
+            check(
+                name in batch,
+                f"the {self.split} data has no feature {name!r}.{closest(name, batch)} It has:"
+                f" {', '.join(batch)}",
+            )
+            x, num = np.asarray(batch[name]), len(example_N)
+            each = f"{x.dtype}{list(x.shape[1:])}"
+            if x.shape[:1] != (num,):
+                each = f"{shown(x)} for {num} examples"
+            check(
+                x.shape == (num, *shape) and x.dtype == dtype,
+                f"feature {name!r} of the {self.split} data is {each}, the experiment declares"
+                f" {dtype}{list(shape)}",
+            )
+        return {name: batch[name] for name in self.features}
+
+    def check_ranges(self, batch: Mapping[str, Any]) -> None:
+        """ValueError with feature, value, example and range for the first index that is out of its range.
+
+        batch: features [N, ...] and example_id [N].
+        """
+        for name, ids in self.ranges.items():
+            x = batch.get(name)
+            if x is None or not x.size:
+                continue
+            if int(x.min()) < ids.low or int(x.max()) >= ids.high:
+                self._refuse(name, ids, x, batch["example_id"])
+
+    def _refuse(self, name: str, ids: Ids, x: np.ndarray, example_N: np.ndarray) -> None:
+        outside = ((x < ids.low) | (x >= ids.high)).reshape(len(x), -1)
+        row, at = (int(i) for i in np.argwhere(outside)[0])
+        value = int(x.reshape(len(x), -1)[row, at])
+        place = f", element {at}" if math.prod(x.shape[1:]) > 1 else ""
+        minus = ", or -1 for none" if ids.low < 0 else ""
+        advice = ""
+        if value < 0 and ids.low == 0:
+            advice = "; no value stands for 'unlabelled' here, so leave such examples out"
+        elif value < 0:
+            advice = "; only -1 stands for no target"
+        raise ValueError(
+            f"feature {name!r} is {value} in example {int(example_N[row])} of the {self.split} data"
+            f"{place}: it must be in 0..{ids.high - 1} ({ids.high} {ids.things}){minus}{advice}"
+        )

@@ -1,0 +1,258 @@
+"""Documents of text files, JSONL files or a TFDS text set -> one array of tokens, cached on disk."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spmd.core.fields import check
+from spmd.core.storage import is_remote, json_text
+from spmd.data import TFDS, cache_root, content, formats, tfds
+from spmd.data import cache as caches
+from spmd.data.builders import EMBEDDED
+from spmd.data.content import Content
+from spmd.data.formats import Piece
+from spmd.data.text.tokenizer import Chars, Tokenizer
+
+FORMAT = 2  # raised when the same documents would give other tokens
+_LARGE = 2**26  # bytes of input, from which progress is shown
+
+
+class Documents(NamedTuple):
+    """name: for people. key: what the cache knows the content by. size: bytes of input.
+
+    content: what a run knows the content by. empty: names of the files without a byte.
+    """
+
+    name: str
+    key: str
+    size: int
+    pieces: Callable[[], Iterator[Piece]]
+    content: Content
+    empty: tuple[str, ...] = ()
+
+
+class Tokens(NamedTuple):
+    """tokens [N] uint16 or uint32; starts int64 [D]: where each document begins. bad: why each bad one is."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    bad: tuple[str, ...] = ()
+
+
+# ---- documents
+
+
+def of_files(
+    globs: Sequence[str], field: str, option: str, form: str = "auto", cache_dir: str = ""
+) -> Documents:
+    """Files that match `globs`, or are called so: a line of a JSONL file is a document, a text file is one.
+
+    form: data.format. ValueError where a pattern matches none, and for a file in a format that is not read.
+    """
+    found: dict[str, str] = {}  # path without links -> as it was named
+    for pattern in globs:
+        check(
+            not is_remote(pattern),
+            f"{option}={pattern!r}: text is read from a local disk; copy it there first (gcloud storage cp)",
+        )
+        path = os.path.expanduser(pattern)
+        # A file of just this name comes first: brackets need not be a pattern.
+        matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        matches = [m for m in matches if os.path.isfile(m)]
+        check(
+            bool(matches),
+            f"no file matches {option}={pattern!r} (looked from {os.getcwd()}); give text or JSONL"
+            " files or globs, in quotes",
+        )
+        for match in matches:
+            found.setdefault(os.path.realpath(match), match)
+    files = list(found.values())
+    twice = next((f for f in files if f"{f}.gz" in files), None)
+    check(
+        twice is None,
+        f"{option} matches {twice} and {twice}.gz, one the other compressed by its name: its text would be"
+        " read twice. Leave one, or narrow the pattern",
+    )
+    forms = [formats.recognise(f, form) for f in files]
+    known = content.of_files(files, cache_dir)
+    # A file that was changed in its middle alone has another time.
+    times = [os.stat(f).st_mtime_ns for f in files]
+    key = [(*e, t) for e, t in zip(known, times, strict=True)]
+
+    def pieces() -> Iterator[Piece]:
+        before = 0
+        for file, each, entry in zip(files, forms, known, strict=True):
+            yield from formats.read(file, each, field, before)
+            before += entry.size
+
+    return Documents(
+        Path(files[0]).name.split(".")[0],
+        repr((key, field, forms)),
+        sum(e.size for e in known),
+        pieces,
+        known,
+        tuple(f for f, e in zip(files, known, strict=True) if not e.size),
+    )
+
+
+def of_tfds(config: TFDS, splits: str, field: str) -> Documents:
+    """The texts of a prepared TFDS set, an example is a document; splits: `train[:90%]+test`."""
+    parts = [tfds.locate(config, split) for split in splits.split("+")]
+    key = [(tfds.fingerprint(p.directory, p.name), *p[1:]) for p in parts]
+    files = [f for p in parts for f in p.directory.glob(f"*-{p.name}.*")]
+
+    def pieces() -> Iterator[Piece]:
+        done = 0
+        for part in parts:
+            reader = tfds.reader(config, part.directory, part.name, [field])
+            for at in range(part.start, part.stop, 256):
+                with tfds.quiet():
+                    examples = reader.__getitems__(list(range(at, min(at + 256, part.stop))))
+                for number, example in enumerate(examples, at):
+                    value = example[field]
+                    check(
+                        isinstance(value, bytes | str),
+                        f"feature {field!r} of {config.name!r} is no text (data.field)",
+                    )
+                    done += len(value)
+                    try:
+                        text = value if isinstance(value, str) else value.decode("utf-8")
+                    except UnicodeDecodeError as error:
+                        why = f"{config.name}, {part.name} example {number}: not UTF-8 ({error.reason})"
+                        yield Piece("", True, True, done, why)
+                    else:
+                        yield Piece(text, True, True, done)
+
+    name, _, _ = tfds.parse_name(config.name)
+    embedded = name in EMBEDDED
+    known = [e for p in parts for e in tfds.content_of(p, embedded=embedded)]
+    size = sum(f.stat().st_size for f in files)
+    return Documents(name, repr((key, field)), size, pieces, known)
+
+
+# ---- what is kept of them
+
+
+def characters(documents: Sequence[Documents], cache_dir: str, skip_bad: int = 0) -> Chars:
+    """The character tokenizer over all of `documents`; its vocabulary is kept in the cache."""
+    cache = _cache(documents[0].name, [d.key for d in documents], "characters", cache_dir)
+    file = "characters.json"
+
+    def write(part: Path) -> dict[str, Any]:
+        found: set[str] = set()
+        for one in documents:
+            bad, held = caches.Bad(skip_bad), set[str]()
+            for piece in one.pieces():
+                if piece.bad:
+                    bad.add(piece.bad)
+                    held = set()
+                held.update(piece.text)
+                if piece.last:
+                    found, held = found | held if held - found else found, set()
+        empty = [name for one in documents for name in one.empty]
+        check(bool(found), f"the text {documents[0].name} is empty: {few(empty)}")
+        (part / file).write_text(json_text("".join(sorted(found))))
+        return {"characters": len(found)}
+
+    if not caches.facts(cache):
+        caches.build(cache, write)
+    return Chars(json.loads((cache / file).read_text()))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def tokens(documents: Documents, tokenizer: Tokenizer, cache_dir: str, skip_bad: int = 0) -> Tokens:
+    """The tokens of all documents, one after the other, mapped from the cache; made when not there.
+
+    skip_bad: so many bad documents may pass, without tokens. ValueError that names the first beyond them.
+    """
+    cache = _cache(documents.name, [documents.key], tokenizer.key, cache_dir)
+    if not caches.facts(cache):
+        caches.build(cache, lambda part: _write(part, documents, tokenizer, skip_bad))
+    bad = caches.Bad(skip_bad)
+    for why in caches.facts(cache)["bad"]:  # another run may have let more pass
+        bad.add(why)
+    # A mapping of no bytes is refused.
+    load = lambda name, mode: np.load(cache / name, mmap_mode=mode, allow_pickle=False)
+    return Tokens(
+        load("tokens.npy", "r" if caches.facts(cache)["tokens"] else None),
+        load("starts.npy", None),
+        tuple(bad.reasons),
+    )
+
+
+def _cache(name: str, keys: Sequence[str], tokenizer: str, cache_dir: str) -> Path:
+    digest = hashlib.sha256(repr((FORMAT, list(keys), tokenizer)).encode("utf-8", "surrogatepass"))
+    return Path(cache_root(cache_dir)) / "tokens" / f"{name}-{digest.hexdigest()[:16]}"
+
+
+def _write(part: Path, documents: Documents, tokenizer: Tokenizer, skip_bad: int) -> dict[str, Any]:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    show = caches.progress(f"tokenizing {documents.name}", documents.size, large=_LARGE)
+    begin, end = (
+        np.array([] if i is None else [i], dtype) for i in (tokenizer.begin, tokenizer.end)
+    )
+    bad = caches.Bad(skip_bad)
+    lengths = [0]  # of the documents; the last is not at its end
+    with (part / "tokens.npy").open("wb") as out:
+        head = _header(out, dtype, 0)
+        for chunk in _chunks(documents.pieces()):
+            encoded = tokenizer.encode([piece.text for piece in chunk])
+            for piece, ids in zip(chunk, encoded, strict=True):
+                if piece.bad:
+                    bad.add(piece.bad)
+                    out.seek(-lengths[-1] * dtype.itemsize, os.SEEK_CUR)  # what was read of it
+                    out.truncate()
+                    lengths[-1] = 0
+                    continue
+                whole = np.concatenate(
+                    [*[begin] * piece.first, ids.astype(dtype), *[end] * piece.last]
+                )
+                out.write(whole.tobytes())
+                lengths[-1] += len(whole)
+                if piece.last:
+                    lengths.append(0)
+            show(chunk[-1].done)
+        out.seek(0)
+        assert _header(out, dtype, sum(lengths)) == head  # the length has room in the header
+    ends = np.cumsum([n for n in lengths if n], dtype=np.int64)
+    np.save(part / "starts.npy", np.concatenate([[0], ends[:-1]]) if len(ends) else ends)
+    return {
+        "tokens": sum(lengths),
+        "documents": len(ends),
+        "vocabulary": tokenizer.vocab_size,
+        "bad": bad.reasons,
+    }
+
+
+def _header(out: Any, dtype: np.dtype, num: int) -> int:
+    shape = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num,)}
+    np.lib.format.write_array_header_1_0(out, shape)
+    return out.tell()
+
+
+def _chunks(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces gathered to about formats.CHUNK characters; documents without text are left out."""
+    chunk: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if piece.first and piece.last and not piece.text and not piece.bad:
+            continue
+        chunk.append(piece)
+        size += len(piece.text)
+        if size >= formats.CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

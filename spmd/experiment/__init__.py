@@ -1,0 +1,1 @@
+"""The Experiment, its budget, its overrides, and the registry of experiment files."""

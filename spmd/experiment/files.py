@@ -1,0 +1,50 @@
+"""The experiment files by name, found without running them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spmd.core.fields import check, closest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def available() -> dict[str, Path]:
+    """The experiments of the folder by name."""
+    return {p.stem: p for p in sorted(EXPERIMENTS.glob("*.py")) if not p.stem.startswith("_")}
+
+
+def summary_line(path: Path) -> str:
+    """The first line of an experiment file's docstring, without running it."""
+    import ast
+
+    try:
+        doc = ast.get_docstring(ast.parse(path.read_bytes()))
+    except (SyntaxError, ValueError, OSError) as error:
+        return f"(cannot be read: {error})"
+    return doc.splitlines()[0] if doc else ""
+
+
+def find(name: str) -> Path:
+    """The file of an experiment: a name in experiments/, or a path to a .py file."""
+    if name.endswith(".py"):
+        path = Path(name)
+        check(
+            path.is_file(),
+            f"no experiment file {name!r}; give a .py file with config(), or a name of:"
+            f" {', '.join(available())}",
+        )
+        return path
+    known, beside = available(), Path(f"{name}.py")
+    near = f" Did you mean {str(beside)!r}?" if beside.is_file() else closest(name, known)
+    check(
+        name in known,
+        f"unknown experiment {name!r}.{near} Known: {', '.join(known)}; or give the path of a .py file with"
+        " config()",
+    )
+    check(
+        not beside.is_file() or beside.samefile(known[name]),
+        f"{name!r} is {known[name]} and a file {beside} in this directory: give the path of the one that is"
+        " meant, with .py",
+    )
+    return known[name]

@@ -1,0 +1,138 @@
+"""The command line on top of an experiment: any field by its name, and two classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from spmd import optim, strategies
+from spmd.core.fields import check
+from spmd.core.parsing import parse
+from spmd.core.values import check as check_values
+from spmd.core.values import number
+
+if TYPE_CHECKING:
+    import tyro
+
+E = TypeVar("E", bound=Any)
+
+
+def _swap_classes(experiment: E, args: list[str]) -> tuple[E, list[str]]:
+    """Applies `--strategy NAME` and `--optimizer NAME`: the class changes, shared fields stay default."""
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--strategy", "--optimizer"):
+            value = value or next(words, "")
+            field = flag[2:]
+            module = strategies if field == "strategy" else optim
+            names = strategies.STRATEGIES if field == "strategy" else optim.OPTIMIZERS
+            check(
+                bool(value) and not value.startswith("--"),
+                f"{flag} needs a value, one of {', '.join(names)}",
+            )
+            cls = module.named(value)
+            if type(getattr(experiment, field)) is not cls:
+                experiment = dataclasses.replace(experiment, **{field: cls()})
+        else:
+            rest.append(word)
+    return experiment, rest
+
+
+def override(
+    experiment: E, args: Sequence[str], extra: type | None = None, prog: str = "run.py"
+) -> tuple[E, Any]:
+    """Applies command-line words to an spmd.Experiment; `extra` is a dataclass of a command's own options.
+
+    ValueError, in one line, for a word that is not understood.
+    """
+    import tyro
+
+    experiment, words = _swap_classes(experiment, list(args))
+    shown: list[tuple[str, Any, Any]] = []
+    for f in dataclasses.fields(experiment):
+        value = getattr(experiment, f.name)
+        if f.name == "name" or (
+            not dataclasses.is_dataclass(value) and f.name in ("model", "task")
+        ):
+            continue
+        kind = type(value) if dataclasses.is_dataclass(value) else _TYPES[f.name]
+        shown.append(
+            (
+                f.name,
+                Annotated[kind, tyro.conf.arg(help=_HELP[f.name])],
+                dataclasses.field(default=value),
+            )
+        )
+    if extra is not None:
+        shown.append(
+            (
+                "options",
+                Annotated[extra, tyro.conf.arg(name="")],
+                dataclasses.field(default_factory=extra),
+            )
+        )
+    made = dataclasses.make_dataclass("Fields", shown, frozen=True, kw_only=True)
+    description = f"Experiment {experiment.name}. Fields and their values:"
+    parsed = parse(made, words, prog, description=description, registry=_finite_numbers())
+    values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            # tyro keeps the default's fields that __post_init__ derives: derived anew
+            values[name] = dataclasses.replace(value)
+    options = getattr(parsed, "options", None)
+    if options is not None:
+        check_values(options)
+    return dataclasses.replace(experiment, **values), options
+
+
+def _finite_numbers() -> tyro.constructors.ConstructorRegistry:
+    """The rule of tyro for a float, that takes neither `inf` nor `nan` nor `1e400`."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: Any) -> Any:
+        if info.type is not float:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="FLOAT",
+            instance_from_str=lambda words: number(words[0]),
+            is_instance=lambda x: isinstance(x, int | float),
+            str_from_instance=lambda x: [str(x)],
+        )
+
+    return registry
+
+
+_TYPES: dict[str, Any] = {
+    "seed": int,
+    "simulate": int,
+    "param_dtype": Literal["float32", "float64", "bfloat16"],
+}
+_HELP = {
+    "model": "What is trained.",
+    "task": "Loss and metrics.",
+    "data": "Input data.",
+    "budget": "What the compiled step may communicate (plan --check).",
+    "init": "Where the weights come from, and which are trained.",
+    "optimizer": "Optimizer, schedule, clipping, decay; --optimizer NAME changes the class"
+    f" ({', '.join(optim.OPTIMIZERS)}).",
+    "strategy": "How the devices agree; --strategy NAME changes the class"
+    f" ({', '.join(strategies.STRATEGIES)}).",
+    "privacy": "Differentially private training (DP-SGD): on with an epsilon or a noise multiplier.",
+    "mesh": "How the devices are cut; sizes multiply to the device count.",
+    "train": "How long, and how steps are dispatched.",
+    "eval": "When it is evaluated.",
+    "checkpoint": "When the state is saved.",
+    "log": "What is written.",
+    "run": "Where the run lives.",
+    "runtime": "Processes of the run, and how they stop.",
+    "seed": "Seed of parameters, data order and dropout.",
+    "param_dtype": "Type of parameters; those of bfloat16 have float32 gradients and optimizer state.",
+    "simulate": "Simulated CPU devices of each process; 0 uses the real ones.",
+}

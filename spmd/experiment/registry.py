@@ -1,0 +1,89 @@
+"""Experiment files by name: found, read, overridden from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.abc
+import importlib.util
+import os
+import re
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from spmd.core import explain, values
+from spmd.core.fields import check, closest
+from spmd.experiment import overrides
+from spmd.experiment.base import Experiment
+from spmd.experiment.files import find
+
+LOADED: dict[
+    str, list[Path]
+] = {}  # name -> the files of that name that were read, the last one last
+
+
+def load(
+    name: str, words: Sequence[str], options: type | None = None, prog: str = "run.py"
+) -> tuple[Experiment, Any]:
+    """(the experiment `name` or of a .py file, a command's own options), with command-line words applied.
+
+    options: a dataclass; None: there are none. A word that is not understood ends the process with 2.
+    """
+    return overrides.override(from_file(find(name)), words, options, prog=prog)
+
+
+def file_of(name: str) -> Path:
+    """The file that the experiment `name` was read from; ValueError without one, or when two differ."""
+    files = LOADED.get(name, [])
+    check(
+        bool(files),
+        f"experiment {name!r} comes from no file: it is compiled in a process of its own, which reads"
+        " it from one; load it with spmd.load(NAME or PATH)",
+    )
+    present = [file for file in files if file.is_file()]
+    check(
+        len({file.read_bytes() for file in present}) <= 1,
+        f"two experiment files are called {name}: {' and '.join(map(str, present))}; rename one",
+    )
+    return files[-1]
+
+
+def from_file(path: Path) -> Experiment:
+    """Runs config() of an experiment file."""
+    check(
+        re.fullmatch(r"[\w.\-]+", path.stem) is not None,
+        f"{path.name!r}: use letters, digits, _ and -",
+    )
+    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[
+        :8
+    ]  # names may repeat in other folders
+    spec = importlib.util.spec_from_file_location(f"spmd_experiment_{path.stem}_{key}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    experiment = _result(path, module, spec.loader)
+    check(
+        isinstance(experiment, Experiment),
+        f"config() of {path} returned {values.shown(experiment)}, not an spmd.Experiment",
+    )
+    read = LOADED.setdefault(path.stem, [])
+    read[:] = [file for file in read if file != path.resolve()] + [path.resolve()]
+    return dataclasses.replace(experiment, name=path.stem)
+
+
+def _result(path: Path, module: types.ModuleType, loader: importlib.abc.Loader) -> Any:
+    """What config() of a file returns; ValueError about any mistake in the file's code."""
+    with explain.explained(path):
+        loader.exec_module(module)
+    config = getattr(module, "config", None)
+    own = [k for k, v in vars(module).items() if callable(v) and v.__module__ == module.__name__]
+    check(
+        callable(config),
+        f"experiment file {path} has no config() function, which returns the spmd.Experiment."
+        f"{closest('config', own)}",
+    )
+    with explain.explained(path):
+        return cast(Any, config)()

@@ -1,0 +1,1 @@
+"""Chips, links and targets; FLOPs; the reader of compiled programs (hlo)."""

@@ -1,0 +1,150 @@
+"""An NNX model split into static graphs and pure functions over plain dicts, each submodule watchable."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spmd.core import narrow, tree
+from spmd.core.fields import check
+from spmd.parallel import scope
+
+PyTree = Any
+
+
+class FunctionalModel(NamedTuple):
+    """An NNX model split once into static graphs and plain dicts (NNX itself is slow in the loop)."""
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[jax.Array, PyTree]]
+    call: Callable[..., tuple[Any, PyTree]]
+    dims: dict[str, tuple[str, ...] | None]
+    state_dims: dict[str, tuple[str, ...] | None]  # of what is no parameter
+    whole_batch: tuple[str, ...]
+    kind: type  # of the module
+
+    def evaluated(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
+        """fn(module), without dropout, with the statistics of training."""
+        return self.call(params, model_state, fn, train=False)[0]
+
+
+def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
+    """model: a config with `build(rngs)`, or an NNX module class that takes `rngs`.
+
+    call(params, model_state, fn, train=...) -> (fn(module), new model_state); apply calls the module itself,
+    apply(params, model_state, x, train=...). ValueError for modules that hold random state: their masks
+    would depend on the mesh.
+
+    Narrow parameters: a model with a field `dtype` computes in their type unless it says another; what has no
+    such field computes in float32. State that is not trained (batch statistics) is float32 at least.
+    """
+    widens = narrow.is_narrow(param_dtype) and not hasattr(model, "dtype")
+    model = narrow.with_compute_type(model, param_dtype)
+    build = model.build if hasattr(model, "build") else lambda rngs: model(rngs=rngs)
+    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    stateful = nnx.to_flat_state(nnx.state(abstract, nnx.RngState))
+    check(
+        not len(stateful),
+        "the model holds random state (nnx.Dropout with rngs?), whose masks would"
+        " depend on the mesh; use spmd.models.layers.Dropout, which draws per example",
+    )
+    whole_batch = tuple(
+        "/".join(map(str, path))
+        for path, module in nnx.iter_modules(abstract)
+        if isinstance(module, nnx.BatchNorm | nnx.SpectralNorm)
+    )
+    graphs = {}
+    for train in (True, False):
+        abstract.train() if train else abstract.eval()
+        graphs[train] = nnx.split(abstract, nnx.Param, ...)[0]
+
+    def dims_of(kind: Any) -> dict[str, tuple[str, ...] | None]:
+        return {
+            "/".join(map(str, path)): variable.get_metadata().get("dims")
+            for path, variable in nnx.to_flat_state(nnx.state(abstract, kind))
+        }
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        _, params, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
+
+        def cast(part: nnx.State, dtype: Any) -> PyTree:
+            to = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            return jax.tree.map(to, _dicts(part))
+
+        return cast(params, param_dtype), cast(rest, tree.wide(jnp.dtype(param_dtype)))
+
+    def call(
+        params: PyTree, model_state: PyTree, fn: Callable[[Any], Any], *, train: bool
+    ) -> tuple[Any, PyTree]:
+        params = narrow.at_least_float32(params) if widens else params
+        module = nnx.merge(graphs[train], params, model_state)
+        with watching(module):
+            out = fn(module)
+        return out, _dicts(nnx.state(module, nnx.Not(nnx.Param)))
+
+    def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
+        return call(params, model_state, lambda module: module(*args), train=train)
+
+    dims, state_dims = dims_of(nnx.Param), dims_of(nnx.Not(nnx.Param))
+    return FunctionalModel(init, apply, call, dims, state_dims, whole_batch, type(abstract))
+
+
+def _dicts(state: nnx.State) -> PyTree:
+    """An nnx.State as nested dicts of arrays: jit takes those apart faster."""
+    nested = lambda x: {k: nested(v) for k, v in x.items()} if isinstance(x, Mapping) else x
+    return nested(nnx.as_pure(state))
+
+
+@contextlib.contextmanager
+def watching(model: nnx.Module) -> Iterator[None]:
+    """Under scope.bind(watched=True) each submodule names its output by its path: `layers/0`, and
+    `dropout#2` when it is called a second time. So a model needs no taps of its own.
+    """
+    if not scope.current().watched:
+        yield
+        return
+    modules = dict(nnx.iter_modules(model))
+    paths = {id(module): "/".join(map(str, path)) for path, module in modules.items()}
+    copies: list[nnx.Module] = []  # held, so that no id is used twice
+    calls: Counter[str] = Counter()
+
+    def path_of(module: nnx.Module) -> str:
+        """Also of a copy that a scan over layers made, when the model has one module of its class."""
+        if id(module) not in paths:
+            copies.append(module)
+            same = [id(m) for m in modules.values() if type(m) is type(module)]
+            root = paths[same[0]] if len(same) == 1 else type(module).__name__
+            for path, inner in nnx.iter_modules(module):
+                paths[id(inner)] = "/".join(map(str, (root, *path)))
+        return paths[id(module)]
+
+    def named(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def __call__(self, *args, **kwargs):
+            path = path_of(self)
+            out = call(self, *args, **kwargs)
+            if not path:  # the model itself, whose output the loss shows
+                return out
+            calls[path] += 1
+            name = path if calls[path] == 1 else f"{path}#{calls[path]}"
+            return jax.tree.map(
+                lambda x: scope.tap(name, x) if isinstance(x, jax.Array) else x, out
+            )
+
+        return __call__
+
+    with contextlib.ExitStack() as undo:
+        bases = [cls for module in modules.values() for cls in type(module).__mro__]
+        # The class that defines it: an inherited one would be named twice.
+        for cls in {cls for cls in bases if "__call__" in vars(cls)}:
+            call = vars(cls)["__call__"]
+            undo.callback(setattr, cls, "__call__", call)
+            cls.__call__ = named(call)
+        yield

@@ -1,0 +1,126 @@
+"""The fields that every optimizer has: schedule, clipping, decay, average."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from spmd.core.fields import check
+
+if TYPE_CHECKING:
+    import optax
+
+
+# Logical dims by parameter name, None where a parameter has none (tasks.Task.dims).
+Dims = Mapping[str, tuple[str, ...] | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What every optimizer has: a learning-rate schedule, clipping, decoupled weight decay."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    """After the warm-up: constant, cosine to the end, or warm-up-stable-decay (linear)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0; with base-batch-size, from the rate of that."""
+    base_batch_size: int = 0
+    """Batch size that learning-rate is for: a larger batch takes a rate as much larger (Goyal et al. 2017);
+    0 is off."""
+    final_fraction: float = 0.0
+    """Learning rate at the end, as a fraction of the peak (cosine, wsd)."""
+    decay_fraction: float = 0.2
+    """The last part of the run over which wsd decays."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, for arrays of two or more dims (no biases, no norms)."""
+    clip_norm: float = 0.0
+    """Clips the global gradient norm to this; 0 is off."""
+    ema: float = 0.0
+    """Decay of the moving average of the parameters that is evaluated; 0 is off."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "clip_norm",
+            "warmup_steps",
+            "base_batch_size",
+            "final_fraction",
+        ):
+            value = getattr(self, name)
+            check(value >= 0, f"optimizer.{name}={value} must not be negative")
+        check(
+            0 < self.decay_fraction <= 1,
+            f"optimizer.decay_fraction={self.decay_fraction} must be in (0, 1]",
+        )
+        self._fractions("ema")
+
+    def _fractions(self, *names: str) -> None:
+        """Checks that the fields `names` are in [0, 1)."""
+        for name in names:
+            value = getattr(self, name)
+            check(0 <= value < 1, f"optimizer.{name}={value} must be in [0, 1)")
+
+    def rate(self, num_steps: int, batch_size: int = 0) -> optax.Schedule:
+        """Learning rate at each step of a run of `num_steps`; ValueError when it ends in the warm-up.
+
+        batch_size: examples of a step, by which base_batch_size scales the rate.
+        """
+        import jax.numpy as jnp
+        import optax
+
+        check(
+            self.warmup_steps <= num_steps,
+            f"optimizer.warmup_steps={self.warmup_steps} is more than the {num_steps} steps of the run"
+            " (train.steps or train.epochs): warm up for less, or train for longer",
+        )
+        scaled = self.base_batch_size and batch_size
+        peak = self.learning_rate * (batch_size / self.base_batch_size if scaled else 1)
+        final = peak * self.final_fraction
+        rest = max(num_steps - self.warmup_steps, 1)
+        if self.schedule == "constant":
+            main = optax.constant_schedule(peak)
+        elif self.schedule == "cosine":
+            main = optax.cosine_decay_schedule(peak, rest, alpha=self.final_fraction)
+        else:
+            decay = max(round(rest * self.decay_fraction), 1)
+            main = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+        if self.warmup_steps:
+            first = min(self.learning_rate, peak) if scaled else 0.0
+            warmup = optax.linear_schedule(first, peak, self.warmup_steps)
+            main = optax.join_schedules([warmup, main], [self.warmup_steps])
+        # A float count: optax would mix an integer one with floats, which strict promotion refuses.
+        # float64 where that is on: the last bit of a float32 cosine depends on the program around it.
+        return lambda count: jnp.asarray(main(jnp.asarray(count, float)), float)
+
+    def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
+        """The transformation before learning rate and weight decay; each optimizer's own.
+
+        matrices, dims: decay_mask and dims as `build` takes them.
+        """
+        raise NotImplementedError
+
+    def after_decay(self, matrices: Any, dims: Dims) -> list[optax.GradientTransformation]:
+        """What follows weight decay, before the learning rate; arguments as those of `direction`."""
+        return []
+
+    def build(
+        self, num_steps: int, decay_mask: Any, dims: Dims | None = None, batch_size: int = 0
+    ) -> optax.GradientTransformation:
+        """optax transformation; decay_mask: tree of bools like the parameters, dims: logical dims by
+        parameter name (Task.dims), for the optimizers that tell hidden layers from others, batch_size: as
+        `rate` takes it.
+        """
+        import optax
+
+        from spmd.core import narrow
+
+        parts = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
+        parts.append(self.direction(decay_mask, dims or {}))
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(self.weight_decay, mask=decay_mask))
+        parts += self.after_decay(decay_mask, dims or {})
+        rate = self.rate(num_steps, batch_size)
+        return narrow.in_float32(optax.chain(*parts, optax.scale_by_learning_rate(rate)))

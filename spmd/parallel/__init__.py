@@ -1,0 +1,1 @@
+"""Mesh, shardings, scope and collectives: how arrays lie on devices, and how they are exchanged."""

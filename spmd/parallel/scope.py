@@ -1,0 +1,194 @@
+"""The step's context as layers see it: mesh axes, example keys, weights, sharding constraints.
+
+The strategy opens a scope around the forward pass while it is traced; layers only read it. So one module
+runs under jit, shard_map, vmap or on its own, and no model ever names a mesh axis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from spmd.core import tree
+
+Dims = tuple[str | None, ...]
+
+
+@dataclasses.dataclass
+class Scope:
+    """Context of one trace of the forward pass.
+
+    axes: manual mesh axes that shard the batch. keys, weight: [B] of this trace's examples. platform: of the
+    devices that will run it ("" is the default backend's). mapped: vmap axis of several replicas on one
+    device. partial: inside a shard_map that leaves some axes to the compiler. notes: values that layers
+    record for each example, by name: (values [B], their weights [B]). watched: verify is tracing: modules
+    name their outputs, and the update returns the gradients.
+    """
+
+    axes: tuple[str, ...] = ()
+    keys: jax.Array | None = None
+    weight: jax.Array | None = None
+    constrain: Callable[[jax.Array, Dims], jax.Array] | None = None
+    blockwise: Callable[[Callable[..., Any], tuple[Dims, ...], Any], Callable[..., Any]] | None = (
+        None
+    )
+    cut: Callable[[str], dict[str, int]] | None = None
+    mapped: str = ""
+    partial: bool = False
+    platform: str = ""
+    watched: bool = False
+    notes: dict[str, tuple[jax.Array, jax.Array]] | None = None
+    calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
+
+
+_SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("spmd_scope")
+
+
+def current() -> Scope:
+    """The innermost scope, or an empty one."""
+    return _SCOPE.get(None) or Scope()
+
+
+@contextlib.contextmanager
+def bind(**changes: Any) -> Iterator[Scope]:
+    """Opens a scope: the current one with `changes` (fields of Scope)."""
+    scope = dataclasses.replace(current(), **changes)
+    token = _SCOPE.set(scope)
+    try:
+        yield scope
+    finally:
+        _SCOPE.reset(token)
+
+
+def example_keys(step_key: jax.Array, example_id_B: jax.Array) -> jax.Array:
+    """[B] keys from the step's key and the global example ids: never from the device."""
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(example_id_B)
+
+
+@contextlib.contextmanager
+def layer(index: jax.Array | int) -> Iterator[Scope]:
+    """Folds a layer's index into the example keys, so that scanned equals unrolled."""
+    keys = current().keys
+    if keys is not None:
+        keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+    with bind(keys=keys, calls=0) as scope:
+        yield scope
+
+
+def next_keys() -> jax.Array:
+    """[B] fresh keys for one random layer; ValueError outside a training scope."""
+    scope = current()
+    if scope.keys is None:
+        raise ValueError(
+            "a random layer (dropout) ran outside a training step: no example keys bound"
+        )
+    scope.calls += 1
+    call = scope.calls
+    return jax.vmap(lambda k: jax.random.fold_in(k, call))(scope.keys)
+
+
+def batch_sum(x: jax.Array) -> jax.Array:
+    """Sum over the devices that share the batch; `x` is this trace's partial sum. {U_batch} -> A."""
+    axes = current().axes
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
+    """Mean over `reduce_dims` (dim 0, the batch, among them) of the global batch, by example weight; summed
+    in float32 at least, as x's type.
+    """
+    dtype = x_BD.dtype
+    x_BD = x_BD.astype(tree.wide(dtype))
+    weight_B = current().weight
+    if weight_B is None:
+        weight_B = jnp.ones(x_BD.shape[:1], x_BD.dtype)
+    weight = weight_B.astype(x_BD.dtype).reshape((-1,) + (1,) * (x_BD.ndim - 1))
+    inner = 1
+    for dim in reduce_dims:
+        inner *= 1 if dim == 0 else x_BD.shape[dim]
+    total = batch_sum(jnp.sum(x_BD * weight, axis=reduce_dims))
+    count = batch_sum(jnp.sum(weight_B.astype(x_BD.dtype))) * inner
+    return (total / jnp.maximum(count, jnp.ones((), x_BD.dtype))).astype(dtype)
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """Constrain the sharding of x by logical dims; the identity without a scope and on one device."""
+    rule = current().constrain
+    return x if rule is None else rule(x, dims)
+
+
+def blockwise(
+    fn: Callable[..., Any], in_dims: tuple[Dims, ...], out_dims: Any
+) -> Callable[..., Any]:
+    """Run `fn` on each device's block of its arrays, sharded by logical dims: for kernels that the compiler
+    cannot partition, and for explicit collectives (over the axes of `cut`). Without a scope, `fn` itself.
+
+    out_dims: dims of the result, or a tuple of them for several results.
+    """
+    rule = current().blockwise
+    if rule is None:
+        return fn
+
+    def block(*args: Any) -> Any:
+        with bind(constrain=None, blockwise=None):  # within a block nothing is left to be placed
+            return fn(*args)
+
+    return rule(block, in_dims, out_dims)
+
+
+def cut(dim: str) -> dict[str, int]:
+    """`{mesh axis: size}` of the axes larger than 1 that shard a logical dim."""
+    rule = current().cut
+    return {} if rule is None else rule(dim)
+
+
+def ways(dim: str) -> int:
+    """Number of shards of a logical dim."""
+    return math.prod(cut(dim).values())
+
+
+def highest(x: jax.Array) -> jax.Array:
+    """Maximum over the replicas that vmap runs on one device, so that a lax.cond on it stays one branch."""
+    axis = current().mapped
+    return jax.lax.pmax(x, axis) if axis else x
+
+
+def mapped(x: jax.Array) -> jax.Array:
+    """x, batched over the replicas that vmap runs on one device, as the results of other branches are."""
+    axis = current().mapped
+    return x + (jax.lax.axis_index(axis) * 0).astype(x.dtype) if axis else x
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: of the devices that will run what is traced."""
+    return current().platform or jax.default_backend()
+
+
+def note(name: str, value_B: jax.Array, weight_B: jax.Array) -> None:
+    """Record a value for each example: a loss term that the task asked for, else a metric. Not in a scan."""
+    notes = current().notes
+    if notes is not None:
+        notes[name] = (value_B, weight_B)
+
+
+def varying(tree: Any) -> Any:
+    """Types a replicated value as different per device, so that a gradient stays local until reduced.
+
+    Under shard_map's check_vma the gradient with respect to an unvarying parameter would already hold the
+    psum, and an explicit one would count it N times.
+    """
+    axes = current().axes
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
+
+
+def tap(name: str, x: jax.Array) -> jax.Array:
+    """Name a tensor, for remat policies and for verify to locate a difference; free at run time."""
+    return checkpoint_name(x, name)

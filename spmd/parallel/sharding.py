@@ -1,0 +1,270 @@
+"""Logical dims -> mesh axes -> NamedShardings, for any abstract pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd.core import tree
+from spmd.core.fields import check, closest
+from spmd.parallel.mesh import BATCH_AXES
+
+PyTree = Any
+Dims = tuple[str | None, ...]
+
+# Mesh axes that shard each logical dim. `fsdp` is absent on purpose: it shards the largest free dim that it
+# divides, since for a parameter that is gathered before use any dim will do.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "time": ("context",),
+    "residual_time": ("context",),  # between the blocks: see sequence_parallel
+    "position": (),
+    "layers": ("stage",),
+    "embed": (),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+    "choice": (),  # the router's outputs: each device chooses among all experts
+    "conv": (),
+    "input": (),
+    "channels": (),
+    "classes": (),
+}
+
+
+def sequence_parallel(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
+    """Rules that also shard norms and residuals over `tensor`, along time (Korthikanti et al. 2022,
+    arXiv 2205.05198).
+    """
+    return {**rules, "residual_time": (*rules["residual_time"], "tensor")}
+
+
+def whole_sequences(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, tuple[str, ...]]:
+    """Rules without sequence sharding, for decoding: a prompt may have any length."""
+    return {**rules, "time": (), "residual_time": ()}
+
+
+# Below this, one all-gather costs more than the memory it saves.
+MIN_FSDP_ELEMENTS = 1024
+
+
+def spec_of(
+    name: str,
+    shape: Sequence[int],
+    dims: Dims | None,
+    mesh: Mesh | AbstractMesh,
+    *,
+    fsdp: bool,
+    rules: Mapping[str, tuple[str, ...]] = RULES,
+) -> P:
+    """The PartitionSpec of one array; ValueError when rules fight or a dim does not divide."""
+    if dims is None:
+        dims = (None,) * len(shape)
+    check(
+        len(dims) == len(shape), f"{name}: {len(dims)} logical dims {dims} for shape {tuple(shape)}"
+    )
+    taken: dict[str, str] = {}
+    spec: list[Any] = []
+    for dim, size in zip(dims, shape, strict=True):
+        if dim is not None and dim not in rules:  # to look for the nearest takes a search's time
+            known = ", ".join(rules)
+            raise ValueError(
+                f"{name}: unknown logical dim {dim!r}.{closest(dim, rules)} Known: {known}"
+            )
+        axes = tuple(a for a in (rules[dim] if dim else ()) if mesh.shape[a] > 1)
+        for axis in axes:
+            check(
+                axis not in taken,
+                f"{name}: dims {taken.get(axis)!r} and {dim!r} both want mesh axis {axis!r}",
+            )
+            taken[axis] = str(dim)
+        ways = int(np.prod([mesh.shape[a] for a in axes]))
+        check(
+            size % ways == 0,
+            f"{name}: dim {dim!r} of size {size} does not divide by"
+            f" {' * '.join(f'mesh.{a}={mesh.shape[a]}' for a in axes)}; it divides by"
+            f" {', '.join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)}",
+        )
+        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    if fsdp:
+        _cut_largest(spec, shape, dims, ("fsdp",), mesh)
+    return P(*spec)
+
+
+def _cut_largest(
+    spec: list[Any],
+    shape: Sequence[int],
+    dims: Dims,
+    axes: tuple[str, ...],
+    mesh: Mesh | AbstractMesh,
+) -> None:
+    """Puts `axes` on the largest free dim that they divide, the scanned `layers` dim last."""
+    ways = int(np.prod([mesh.shape[a] for a in axes]))
+    if ways == 1 or np.prod(shape) < MIN_FSDP_ELEMENTS:
+        return
+    order = sorted(range(len(shape)), key=lambda i: (dims[i] == "layers", -shape[i]))
+    for i in order:
+        if spec[i] is None and shape[i] % ways == 0:
+            spec[i] = axes[0] if len(axes) == 1 else axes
+            return
+
+
+def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> PyTree:
+    """NamedShardings of a parameter tree; `dims` has a tuple or None in the place of each array."""
+    dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
+    return tree.map_named(
+        lambda name, x: NamedSharding(
+            mesh, spec_of(name, x.shape, dims_of.get(name), mesh, fsdp=fsdp)
+        ),
+        params,
+    )
+
+
+def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
+    """NamedShardings that shard each parameter over `axes` too, as fsdp does: for a strategy whose devices
+    each own a part of it.
+    """
+    dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
+
+    def place(name: str, x: Any) -> NamedSharding:
+        of = dims_of.get(name)
+        spec = list(spec_of(name, x.shape, of, mesh, fsdp=True))
+        _cut_largest(spec, x.shape, of or (None,) * len(x.shape), axes, mesh)
+        return NamedSharding(mesh, P(*spec))
+
+    return tree.map_named(place, params)
+
+
+def opt_shardings(
+    tx: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    shardings: PyTree,
+    mesh: Mesh,
+) -> PyTree:
+    """Shardings of an optimizer state: a leaf shaped as its parameter takes the parameter's spec, a
+    factored one drops the reduced dim, everything else is replicated.
+
+    jit's default would silently replicate the moments.
+    """
+    whole = NamedSharding(mesh, P())
+
+    class Of(NamedTuple):
+        """The parameter that a leaf belongs to."""
+
+        shape: tuple[int, ...]
+        sharding: NamedSharding
+
+    def place(name: str, leaf: Any, of: Of | None) -> NamedSharding:
+        if of is None or leaf.shape == of.shape:
+            return of.sharding if of else whole
+        drop = reduced_dim(name, leaf.shape, of.shape)
+        if drop is None:
+            return whole
+        spec = [*of.sharding.spec, *[None] * (len(of.shape) - len(of.sharding.spec))]
+        return NamedSharding(mesh, P(*spec[:drop], *spec[drop + 1 :]))
+
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # another optimizer's parameter
+    owners = optax.tree.map_params(
+        tx,
+        lambda leaf, p, s: leaf if masked(leaf) else [Of(p.shape, s)],
+        opt_state,
+        params,
+        shardings,
+        transform_non_params=lambda _: [None],
+        is_leaf=masked,
+    )
+    return tree.map_named(lambda name, leaf, of: place(name, leaf, of[0]), opt_state, owners)
+
+
+def reduced_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> int | None:
+    """Which dim of its parameter a factored leaf lacks; None for a placeholder.
+
+    Adafactor's rows lack the largest dim and its columns the second largest. In a square matrix only the
+    name tells them apart, and optax's own sort tells which of two equal dims is which.
+    """
+    drops = [
+        i for i in range(len(param_shape)) if (*param_shape[:i], *param_shape[i + 1 :]) == shape
+    ]
+    if len(drops) > 1:
+        order = [int(i) for i in np.argsort(param_shape)]
+        fields = {"v_row": order[-1], "v_col": order[-2]}
+        drops = [drop for part, drop in fields.items() if part in name.split("/")]
+    return drops[0] if drops else None
+
+
+def batch_spec(leading: int = 0) -> P:
+    """The batch dim over every axis that splits it, after `leading` unsplit dims."""
+    return P(*(None,) * leading, BATCH_AXES)
+
+
+def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
+    """A copy on every device, for each leaf."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
+
+
+def inside() -> Collection[str]:
+    """The axes of the shard_maps that are being traced."""
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def manual(mesh: Mesh, axes: Collection[str] | None = None) -> dict[str, Any]:
+    """Arguments for a jax.shard_map manual over `axes` (None: all that remain), nested ones included."""
+    names = set(mesh.axis_names) - set(inside()) if axes is None else set(axes)
+    return {"axis_names": names} | ({} if inside() else {"mesh": mesh})
+
+
+def laid(x: jax.Array, place: NamedSharding) -> jax.Array:
+    """with_sharding_constraint that also works inside a shard_map over other axes."""
+    placed: Any = place.spec if inside() else place
+    return jax.lax.with_sharding_constraint(x, placed)
+
+
+def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
+    """Scope fields for a jitted program on `mesh`: the sharding of activations by logical dim.
+
+    Inside a shard_map over some axes (a pipeline's stages), arrays are local blocks and only the remaining
+    axes shard them.
+    """
+
+    def left() -> dict[str, tuple[str, ...]]:
+        gone = inside()
+        return {dim: tuple(a for a in axes if a not in gone) for dim, axes in rules.items()}
+
+    def spec(shape: Sequence[int], dims: Dims) -> P:
+        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left())
+
+    def constrain(x: jax.Array, dims: Dims) -> jax.Array:
+        return laid(x, NamedSharding(mesh, spec(x.shape, dims)))
+
+    def cut(dim: str) -> dict[str, int]:
+        return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
+
+    def result_spec(dims: Dims) -> P:  # its size is not known here, so nothing is checked
+        axes = left()
+        used = lambda dim: tuple(a for a in axes[dim] if mesh.shape[a] > 1)
+        return P(*(used(dim) if dim else None for dim in dims))
+
+    def blockwise(fn: Callable[..., Any], in_dims: Sequence[Dims], out_dims: Any) -> Any:
+        several = any(isinstance(dims, tuple) for dims in out_dims)
+
+        def run(*args: jax.Array) -> Any:
+            outs = tuple(map(result_spec, out_dims)) if several else result_spec(out_dims)
+            ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
+            # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
+            how = {"check_vma": False, **manual(mesh)}
+            return jax.shard_map(fn, in_specs=ins, out_specs=outs, **how)(*args)
+
+        return run
+
+    platform = mesh.devices.flat[0].platform
+    return {"constrain": constrain, "blockwise": blockwise, "cut": cut, "platform": platform}

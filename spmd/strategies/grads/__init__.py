@@ -1,0 +1,1 @@
+"""How gradients are computed: directly, accumulated, per example, or through a pipeline."""

@@ -1,0 +1,160 @@
+"""Gradient functions: the first of a step's three parts (grads_of -> reduce -> update)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spmd.core import tree
+from spmd.parallel import scope
+
+PyTree = Any
+# (params, model_state, batch, step_key, scale) -> (gradient sum, metric sums, model_state)
+GradsOf = Callable[..., tuple[PyTree, PyTree, PyTree]]
+
+
+def plain(loss: Callable[..., Any]) -> GradsOf:
+    """A gradient function: a single backward pass over the batch. `loss` as in tasks.Task."""
+
+    def grads_of(params, model_state, batch, step_key, scale):
+        grad = jax.grad(loss, has_aux=True)
+        grads, (metrics, model_state) = grad(
+            scope.varying(params), model_state, batch, step_key, scale
+        )
+        return grads, metrics, model_state
+
+    return grads_of
+
+
+def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
+    """Each example's gradient, scaled down to at most `clip_norm`, summed and divided by `expected`, the
+    number of examples in a batch on average (Abadi et al. 2016, arXiv 1607.00133).
+
+    The loss of an example has its own weight below it, never that of the batch. Holds one gradient for each
+    row that a device sees at once: accumulate to have fewer.
+    """
+
+    def grads_of(params, model_state, batch, step_key, scale):
+        del scale  # of the whole batch
+        params = scope.varying(params)
+
+        def one(example):
+            row = jax.tree.map(lambda x: x[None], example)
+            grads, (metrics, _) = jax.grad(task.loss, has_aux=True)(
+                params, model_state, row, step_key, task.scale(task.weigh(row))
+            )
+            norm = tree.global_norm(grads)
+            factor = jnp.minimum(1, clip_norm / jnp.where(norm > 0, norm, 1)) / expected
+            weight = row["weight"].sum().astype(norm.dtype)
+            metrics["clipped"] = ((norm > clip_norm).astype(norm.dtype) * weight, weight)
+            return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), metrics
+
+        # The batch is the dim that vmap adds: a placement inside speaks of the others only.
+        bound = scope.current()
+        axes = bound.cut("batch") if bound.cut is not None else ()
+        axes = tuple(axis for axis in axes if axis not in bound.axes)
+        with scope.bind(constrain=_inside(bound.constrain), blockwise=None, cut=None):
+            grads, metrics = jax.vmap(one, spmd_axis_name=axes or None)(batch)
+        return *jax.tree.map(lambda x: x.sum(0), (grads, metrics)), model_state
+
+    return grads_of
+
+
+PARTS = "parts"  # the sums in which with_parts keeps account; no metric
+
+
+def with_parts(grads_of: GradsOf) -> GradsOf:
+    """Adds what the noise scale is told from: the squared norm of the gradient of each part of the batch that
+    is taken by itself (a microbatch, a device's rows), and how many examples the part has.
+    """
+
+    def measured(params, model_state, batch, step_key, scale):
+        grads, metrics, model_state = grads_of(params, model_state, batch, step_key, scale)
+        square = jnp.square(tree.global_norm(grads))
+        num = batch["weight"].sum().astype(square.dtype)
+        parts = {PARTS: (square, num**2), f"{PARTS}/examples": (num, num**0)}
+        return grads, metrics | parts, model_state
+
+    return measured
+
+
+def signal_and_noise(sums: PyTree, norm: jax.Array) -> dict[str, jax.Array]:
+    """gradient_signal, the squared norm of the true gradient, and gradient_variance, the trace of the
+    covariance of one example's, without bias, from the norm of the whole gradient (McCandlish et al. 2018,
+    arXiv 1812.06162, appendix A.1). Their ratio, once both are averaged, is the noise scale, in examples.
+
+    For a sum over b of W examples the square expected is b^2 signal + b variance, over W^2: two equations,
+    for the parts together and for the whole, however unevenly the examples lie.
+    """
+    (squares, nums), (whole, _) = sums[PARTS], sums[f"{PARTS}/examples"]
+    whole = jnp.maximum(whole, 1)
+    share = nums / whole**2
+    several = share < 1
+    signal = jnp.where(several, (jnp.square(norm) - squares) / jnp.where(several, 1 - share, 1), 0)
+    return {
+        "gradient_signal": signal,
+        "gradient_variance": whole * (squares - share * signal),
+    }
+
+
+def _inside(constrain: Callable[..., jax.Array] | None) -> Callable[..., jax.Array] | None:
+    """A placement rule for one example, whose batch dim of 1 cannot be cut."""
+    if constrain is None:
+        return None
+    return lambda x, dims: constrain(x, tuple(None if dim == "batch" else dim for dim in dims))
+
+
+# Folded into the step's key; no example has this id, so that no dropout mask shares the noise's bits.
+NOISE = -2
+
+
+def noised(
+    grads: PyTree, step_key: jax.Array, deviation: float, part: jax.Array | None = None
+) -> PyTree:
+    """Adds a normal deviate to each element; once a step, to whole arrays, so that no cut of them shows.
+
+    part: number of the one of a step's several sums that this is.
+    """
+    leaves, structure = jax.tree.flatten(grads)
+    key = jax.random.fold_in(step_key, jnp.int32(NOISE))
+    key = key if part is None else jax.random.fold_in(key, part)
+    keys = jax.random.split(key, len(leaves))
+    noise = [
+        deviation * jax.random.normal(k, g.shape, g.dtype)
+        for k, g in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, [g + n for g, n in zip(leaves, noise, strict=True)])
+
+
+def microbatches(batch: PyTree, num: int) -> PyTree:
+    """[B, ...] -> [M, B/M, ...] for each leaf.
+
+    Microbatch m takes rows m, m + M, m + 2M, ... so that each device keeps its own rows (no resharding)
+    and the microbatches are the same sets of examples on every mesh.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num, *x.shape[1:]), 1, 0), batch)
+
+
+def accumulated(grads_of: GradsOf, num_microbatches: int) -> GradsOf:
+    """Sums gradients over microbatches in a scan: the memory of one, the gradient of all."""
+    if num_microbatches == 1:
+        return grads_of
+
+    def summed(params, model_state, batch, step_key, scale):
+        batches = microbatches(batch, num_microbatches)
+        first = jax.tree.map(lambda x: x[0], batches)
+        shapes = jax.eval_shape(grads_of, params, model_state, first, step_key, scale)
+        zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2]))
+
+        def body(carry, microbatch):
+            sums, model_state = carry
+            *new, model_state = grads_of(params, model_state, microbatch, step_key, scale)
+            return (jax.tree.map(jnp.add, sums, tuple(new)), model_state), None
+
+        ((grads, metrics), model_state), _ = jax.lax.scan(body, (zeros, model_state), batches)
+        return grads, metrics, model_state
+
+    return summed

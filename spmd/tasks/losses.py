@@ -1,0 +1,49 @@
+"""Losses as (sum, weight): a mean is taken once, over the global batch, never on a device."""
+
+# B batch, T time, C classes, V vocab
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spmd.core import tree
+
+
+def cross_entropy(logits_BC: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """[B] cross-entropy in at least float32; labels are class indices.
+
+    smoothing: mass spread evenly over all classes (Szegedy et al. 2016, section 7).
+    """
+    logits_BC = logits_BC.astype(tree.wide(logits_BC.dtype))
+    loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)
+    if smoothing:
+        uniform_B = -jnp.mean(jax.nn.log_softmax(logits_BC), axis=-1)
+        loss_B = (1 - smoothing) * loss_B + smoothing * uniform_B
+    return loss_B
+
+
+class TokenLosses(NamedTuple):
+    """loss: cross-entropy; partition: log of the sum of exponentials; right: 1 where the target leads."""
+
+    loss_BT: jax.Array
+    partition_BT: jax.Array
+    right_BT: jax.Array
+
+
+def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> TokenLosses:
+    """By token, in at least float32; what stands at a target that is no token means nothing.
+
+    Reductions over the vocabulary only, so that a vocabulary cut over devices stays cut (Narayanan et al.
+    2021, arXiv 2104.04473): a gather or an argmax would bring all logits together.
+    """
+    logits_BTV = logits_BTV.astype(tree.wide(logits_BTV.dtype))
+    partition_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    token = jax.lax.broadcasted_iota(target_BT.dtype, logits_BTV.shape, 2)
+    of_target = jnp.where(token == target_BT[..., None], logits_BTV, 0)
+    target_logit_BT = of_target.sum(-1)
+    right_BT = (target_logit_BT >= logits_BTV.max(-1)).astype(logits_BTV.dtype)
+    return TokenLosses(partition_BT - target_logit_BT, partition_BT, right_BT)

@@ -1,0 +1,1 @@
+"""Checkpoints: steps of a run directory, writing, reading."""

@@ -1,0 +1,1 @@
+"""Initial weights, adapters, and the formats of other libraries."""

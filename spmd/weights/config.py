@@ -1,0 +1,69 @@
+"""Where a run starts, and what of it is trained: weights of another run, frozen arrays, low-rank adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable
+from typing import Annotated
+
+import tyro
+
+from spmd.core.fields import check, closest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where the weights come from, and which are trained.
+
+    Patterns are those of a shell, on names like `layers/1/kernel`; `*` stands for `/` too.
+    """
+
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """Directory to take the weights from: a run, a step of it (RUN/checkpoints/300), or Hugging Face
+    safetensors; empty draws them at random."""
+    skip: tuple[str, ...] = ()
+    """Patterns of arrays that are drawn at random all the same, as 'head/*' for other classes."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained: no gradient, no optimizer state, no decay."""
+    lora: int = 0
+    """Rank of adapters that are trained in place of all else (LoRA, Hu et al. 2021, arXiv 2106.09685);
+    0 is off."""
+    lora_alpha: float = 0.0
+    """Adapters are scaled by alpha / rank; 0 is alpha = rank."""
+    lora_match: tuple[str, ...] = ()
+    """Patterns of the matrices that get adapters; empty: all but embeddings, heads and first layers."""
+
+    def __post_init__(self) -> None:
+        check(self.lora >= 0, f"init.lora={self.lora} must not be negative")
+        check(self.lora_alpha >= 0, f"init.lora_alpha={self.lora_alpha} must not be negative")
+        check(
+            not (self.lora and self.freeze),
+            f"init.lora={self.lora} trains nothing but adapters, so init.freeze has nothing left to freeze:"
+            " give one of them",
+        )
+        check(
+            bool(self.lora) or not (self.lora_match or self.lora_alpha),
+            "init.lora_match and init.lora_alpha say how adapters are made: give init.lora, their rank",
+        )
+        check(
+            bool(self.from_) or not self.skip,
+            "init.skip leaves out arrays of init.from, which is not given",
+        )
+
+
+def matching(names: Iterable[str], patterns: Iterable[str], field: str) -> set[str]:
+    """The names that a pattern matches, with or without `params/` before them; ValueError for a pattern that
+    matches none. field: whose patterns they are.
+    """
+    names, found = list(names), set[str]()
+    for pattern in patterns:
+        bare = pattern.removeprefix("params/")
+        hits = {name for name in names if fnmatch.fnmatchcase(name, bare)}
+        check(
+            bool(hits),
+            f"{field}: no array matches {pattern!r}.{closest(bare, names)} There are:"
+            f" {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}",
+        )
+        found |= hits
+    return found

@@ -1,0 +1,299 @@
+"""config.json of Hugging Face: what is written there, and what a foreign one may say.
+
+Every field is compared with the model, or has one supported value, or is known to change no output. Any other
+is refused by name: a model of another function has other fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from spmd.core.fields import closest
+from spmd.models.transformer import Transformer
+
+# Fields that change no output of the model.
+HARMLESS = frozenset(
+    {
+        # Names, versions, types of storage, how it is executed.
+        "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "torch_dtype",
+        "dtype", "torchscript", "use_bfloat16", "use_cache", "_attn_implementation",
+        "_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled",
+        "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "chunk_size_feed_forward",
+        "pretraining_tp", "reorder_and_upcast_attn", "is_decoder", "tf_legacy_loss",
+        # Tokens and labels.
+        "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
+        "decoder_start_token_id", "prefix", "tokenizer_class", "tokenizer_type", "id2label",
+        "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task",
+        "task_specific_params",
+        # What a forward pass returns beside the logits.
+        "output_attentions", "output_hidden_states", "output_past", "output_router_logits",
+        "output_scores", "return_dict", "return_dict_in_generate", "remove_invalid_values",
+        "keys_to_ignore_at_inference",
+        # Training: dropout, initialisation, losses.
+        "initializer_range", "hidden_dropout", "hidden_dropout_prob", "attention_dropout",
+        "attn_pdrop", "embd_pdrop", "resid_pdrop", "classifier_dropout", "summary_activation",
+        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+        "router_aux_loss_coef", "router_jitter_noise",
+        # The longest sequence: rotary angles do not depend on it, a learned table has its length.
+        "max_position_embeddings", "n_ctx",
+        # Generation.
+        "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids",
+        "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+        "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff",
+        "eta_cutoff", "exponential_decay_length_penalty", "forced_bos_token_id",
+        "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length",
+        "no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+        "num_beam_groups", "num_beams", "num_return_sequences", "repetition_penalty",
+        "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p", "typical_p",
+    }
+)  # fmt: skip
+
+# Fields with the values that the model computes; any other value is another function.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "is_encoder_decoder": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "per_layer_config": ({},),
+    "pruned_heads": ({},),
+    "quantization_config": ({},),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "use_sliding_window": (False,),
+}
+
+# Other names that transformers reads as the first.
+ALIASES = {
+    "gpt2": {
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+    },
+    "llama": {},
+    "mixtral": {"num_local_experts": "num_experts"},
+}
+
+# What the class at Hugging Face takes for a field that config.json does not have.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "tie_word_embeddings": True,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+    },
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "mixtral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "hidden_act": "silu",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+}
+SAME = {  # "gelu" is the exact one, by erf
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+ROPE = ("rope_parameters", "rope_scaling")
+APART = {"architectures", "sliding_window", *ROPE}  # looked at in their own way
+
+
+def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
+    """The fields of config.json that say what the model computes, as transformers reads them."""
+    mlp = model.mlp or 4 * model.embed
+    common = {
+        "model_type": family,
+        "vocab_size": model.vocab,
+        "tie_word_embeddings": model.tied,
+        "dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if family == "gpt2":
+        return common | {
+            "architectures": ["GPT2LMHeadModel"],
+            "n_positions": model.length,
+            "n_embd": model.embed,
+            "n_layer": model.layers,
+            "n_head": model.heads,
+            "n_inner": mlp,
+            "layer_norm_epsilon": model.norm_epsilon,
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "embd_pdrop": model.dropout,
+            "resid_pdrop": model.dropout,
+            "attn_pdrop": 0.0,
+        }
+    common |= {
+        "max_position_embeddings": model.length,
+        "hidden_size": model.embed,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.width,
+        "intermediate_size": mlp,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,  # where older versions look for it
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+    }
+    if family == "mixtral":
+        return common | {
+            "architectures": ["MixtralForCausalLM"],
+            "num_local_experts": model.experts.num,
+            "num_experts_per_tok": model.experts.top_k,
+            "router_aux_loss_coef": model.experts.balance,
+            "sliding_window": None,
+        }
+    return common | {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": model.bias,
+        "mlp_bias": model.bias,
+    }
+
+
+def differences(model: Transformer, family: str, there: Mapping[str, Any]) -> list[str]:
+    """What a config.json says that the model does otherwise, or that nobody knows the meaning of.
+
+    Returns a line for each field. A field that is null is one that is not there, as in transformers.
+    """
+    if there.get("model_type", family) != family:
+        return [f"model_type: {there['model_type']} there, {family} here"]
+    given = {name: value for name, value in there.items() if value is not None}
+    return [
+        *_of_sizes(model, family, given),
+        *_of_rope(family, given),
+        *_others(model, family, given),
+    ]
+
+
+def _of_sizes(model: Transformer, family: str, given: Mapping[str, Any]) -> Iterator[str]:
+    """The fields that the model has too, with the defaults of the class for those that are not given."""
+    here = config_of(model, family, "")
+    values = _with_defaults(model, family, given)
+    for name in sorted(here.keys() & values.keys() - HARMLESS - APART):
+        ours, theirs = here[name], values[name]
+        if SAME.get(str(ours), ours) != SAME.get(str(theirs), theirs):
+            inside = name == "rope_theta" and any(
+                name in value for value in _rope_dicts(given).values()
+            )
+            default = "" if name in given or inside else " (the default)"
+            yield f"{name}: {theirs}{default} there, {ours} here"
+    for name, alias in ALIASES[family].items():
+        if name in given and given.get(alias, given[name]) != given[name]:
+            yield f"{name}: {given[name]} there, but {alias}: {given[alias]}, which means the same"
+
+
+def _with_defaults(model: Transformer, family: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    aliases = {name: given[alias] for name, alias in ALIASES[family].items() if alias in given}
+    values = {**DEFAULTS[family], **aliases, **given}
+    if family == "gpt2":
+        return {"n_inner": 4 * values["n_embd"], **values}
+    heads = values["num_attention_heads"]
+    wide = values["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else model.width
+    values = {"num_key_value_heads": heads, "head_dim": wide, **values}
+    inside = [value["rope_theta"] for value in _rope_dicts(given).values() if "rope_theta" in value]
+    return values | {"rope_theta": inside[0] if inside else values["rope_theta"]}
+
+
+def _rope_dicts(given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: given[name] for name in ROPE if isinstance(given.get(name), Mapping)}
+
+
+def _of_rope(family: str, given: Mapping[str, Any]) -> Iterator[str]:
+    """Rotary angles other than the plain ones, and places that name two bases."""
+    names = [name for name in (*ROPE, "rope_theta") if name in given]
+    if family == "gpt2":
+        yield from (f"{name}: {given[name]} there, which gpt2 does not have" for name in names)
+        return
+    bases = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
+    for name, value in _rope_dicts(given).items():
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind != "default":
+            yield f"rope_type: {kind} there, which the model does not have"
+            continue
+        bases |= {f"{name}.rope_theta": value["rope_theta"]} if "rope_theta" in value else {}
+        known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
+        for inner in sorted(value.keys() - known):
+            if value[inner] is not None and (inner, value[inner]) != ("partial_rotary_factor", 1.0):
+                yield f"{name}.{inner}: {value[inner]} there, which the model does not have"
+    for name in ROPE:
+        if name in given and not isinstance(given[name], Mapping):
+            yield f"{name}: {given[name]} there, which is no object"
+    if len(set(bases.values())) > 1:
+        yield (
+            "; ".join(f"{name}: {base}" for name, base in bases.items()) + " there, which disagree"
+        )
+
+
+def _others(model: Transformer, family: str, given: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that the model has no word for: one supported value, or refused."""
+    here = config_of(model, family, "").keys()
+    aliases = set(ALIASES[family].values())
+    for name, value in sorted(given.items()):
+        if name in HARMLESS or name in aliases or name in ROPE or name == "rope_theta":
+            continue
+        if name == "architectures":
+            yield from _of_architectures(family, value)
+        elif name == "auto_map":
+            custom = [k for k in value if "Tokenizer" not in k and "Processor" not in k]
+            if custom:
+                yield f"auto_map: {', '.join(custom)} there: a model of its own code, which is not known"
+        elif name == "sliding_window":
+            if not (isinstance(value, int) and value >= model.length):
+                yield (
+                    f"sliding_window: {value} there, but the model attends to all of"
+                    f" model.length={model.length}"
+                )
+        elif name == "layer_types":
+            if set(value) != {"full_attention"}:
+                yield f"layer_types: {value} there, but every layer of the model is full_attention"
+        elif name in here:
+            continue  # compared with the model
+        elif name in SUPPORTED:
+            if value not in SUPPORTED[name]:
+                ours = " or ".join(map(str, SUPPORTED[name]))
+                yield f"{name}: {value} there, but the model computes that of {ours}"
+        else:
+            known = {*HARMLESS, *here, *SUPPORTED}
+            yield (
+                f"{name}: {value} there, a field that is not known here.{closest(name, known)} Take it out"
+                " if the model computes the same without it"
+            )
+
+
+def _of_architectures(family: str, value: Any) -> Iterator[str]:
+    names = value if isinstance(value, list) else [value]
+    strange = [name for name in names if not str(name).lower().startswith(family)]
+    if strange:
+        yield f"architectures: {', '.join(map(str, strange))} there, which is not of {family}"

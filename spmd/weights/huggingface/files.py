@@ -1,0 +1,184 @@
+"""Which safetensors of a directory hold a model: one source for each tensor, or an error that names both."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spmd.core.fields import check
+from spmd.weights.huggingface import names
+
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
+ADAPTER = "adapter_config.json"
+PART = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+UNREAD = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, under the name that it has there."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def present(path: Path) -> bool:
+    """Whether there are safetensors in a directory."""
+    return path.is_dir() and (any(path.glob("*.safetensors")) or (path / INDEX).exists())
+
+
+def unread(path: Path) -> list[str]:
+    """Files of weights in formats that are not read; those of PyTorch are pickles, which run code."""
+    found = {p.name for pattern in UNREAD for p in path.glob(pattern)} if path.is_dir() else set()
+    return sorted(found)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file, {} without one; ValueError for anything else, a key twice included."""
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(), object_pairs_hook=_unique)
+        return {**found}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"init.from: {file} is no JSON object: {error}") from None
+
+
+def tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]:
+    """The tensors of a directory by their full name, from the headers of its files, and what is left aside.
+
+    `model.safetensors` wins over an index and its parts, as in transformers. ValueError when a file is
+    missing or truncated, when two files hold a tensor, or when the index says that it is in another.
+    """
+    files, listed, aside = _chosen(path)
+    found: dict[str, StoredTensor] = {}
+    seen: dict[str, str] = {}  # full name -> where, for a message
+    for file in files:
+        for name, entry in _header(path / file):
+            if name.endswith(names.BUFFERS):
+                continue
+            check(
+                listed.get(name, file) == file,
+                f"init.from: {path / INDEX} says that {name} is in {listed.get(name)}, but {file} holds it:"
+                " remove the file that is wrong, or write the index anew",
+            )
+            check(
+                not listed or name in listed,
+                f"init.from: {path / file} holds {name}, which {path / INDEX} does not name: remove the"
+                " file that is wrong, or write the index anew",
+            )
+            full = full_name(name, family)
+            check(
+                full not in seen,
+                f"init.from: {path} holds {full} twice: {seen.get(full)} and {name} in {file}; remove one",
+            )
+            seen[full] = f"{name} in {file}"
+            found[full] = entry
+    absent = sorted(listed.keys() - {s.rpartition(" in ")[0] for s in seen.values()})
+    absent = [name for name in absent if not name.endswith(names.BUFFERS)]
+    check(
+        not absent,
+        f"init.from: {path / INDEX} says that {', '.join(absent[:3])} is in"
+        f" {', '.join(sorted({listed[name] for name in absent[:3]}))}, which does not hold it",
+    )
+    return found, aside
+
+
+def full_name(name: str, family: str) -> str:
+    """With the prefix, which base models are stored without."""
+    prefix = names.PREFIX[family]
+    return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+
+def _chosen(path: Path) -> tuple[list[str], dict[str, str], str]:
+    """(files to read, the file of each tensor by the index, what is left aside)."""
+    check(
+        not (path / ADAPTER).exists(),
+        f"init.from: {path} holds an adapter ({ADAPTER}), which is not read: merge it into its model first"
+        " (merge_and_unload of peft), or remove it",
+    )
+    check(
+        not (path / "checkpoints").is_dir(),
+        f"init.from: {path} holds safetensors and a run's checkpoints: give {path / 'checkpoints'}/STEP, or"
+        " move one of them",
+    )
+    present = sorted(p.name for p in path.glob("*.safetensors"))
+    if (path / SINGLE).is_file():
+        others = [*[INDEX] * (path / INDEX).exists(), *(f for f in present if f != SINGLE)]
+        return [SINGLE], {}, f"{_some(others)} beside it left aside" if others else ""
+    index = read_json(path / INDEX)
+    if not index:
+        _check_parts(path, present)
+        return present, {}, ""
+    listed = index.get("weight_map") or {}
+    check(
+        isinstance(listed, dict) and bool(listed) and all(map(_is_name, listed.values())),
+        f"init.from: {path / INDEX} has no weight_map from tensors to files in its directory",
+    )
+    files = sorted(set(listed.values()))
+    for file in files:
+        check(
+            (path / file).is_file(),
+            f"init.from: {path / file}, which the index names, is missing",
+        )
+    others = [f for f in present if f not in files]
+    return (
+        files,
+        listed,
+        f"{_some(others)}, which the index does not name, left aside" if others else "",
+    )
+
+
+def _check_parts(path: Path, files: list[str]) -> None:
+    """ValueError unless the files, without an index, are one, or the parts 1 to n of one model."""
+    parts = [PART.fullmatch(file) for file in files]
+    whole = {(m[1], m[3]) for m in parts if m}
+    if len(files) == 1 and not whole:
+        return
+    check(
+        len(whole) == 1 and all(parts),
+        f"init.from: {path} holds {_some(files)} and no {INDEX}: which of them is the model? Leave one, or"
+        f" name it {SINGLE}",
+    )
+    (base, count), digits = next(iter(whole)), len(files[0].split("-")[-3])
+    wanted = [f"{base}-{i:0{digits}}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
+    missing = [file for file in wanted if file not in files]
+    check(not missing, f"init.from: {path} lacks {_some(missing)} of its {int(count)} parts")
+
+
+def _header(file: Path) -> list[tuple[str, StoredTensor]]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, "np") as opened:
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            return [
+                (name, StoredTensor(file.name, tuple(view.get_shape()), view.get_dtype()))
+                for name, view in views.items()
+            ]
+    except Exception as error:
+        raise ValueError(
+            f"init.from: {file} is truncated, or no safetensors file: {error}"
+        ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"it has the key {twice!r} twice")
+    return found
+
+
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and Path(file).name == file
+
+
+def _some(files: Iterable[str]) -> str:
+    files = list(files)
+    return ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
