@@ -7,11 +7,11 @@ import math
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from spmd.core.fields import check
 from spmd.models.layers import Dense, Dropout, Linear, he_normal
+from spmd.models.stack import Stack
 from spmd.parallel import scope
 
 
@@ -30,7 +30,7 @@ class MLP:
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Compute type; empty is the parameters' own."""
     stacked: bool = False
-    """The hidden layers behind the first, all of one width, as one array [layers, ...]: scanned, and cut by
+    """Hidden layers after the first, all of one width, as one array [layers, ...]: scanned, and sharded by
     mesh.stage."""
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class _Net(nnx.Module):
     def __init__(self, config: MLP, rngs: nnx.Rngs):
         self.inputs = config.inputs
         widths = (config.inputs, *config.hidden)
-        # Alternate the cut dim, so that under tensor parallelism a pair needs one all-reduce (Megatron).
+        # The sharded dim alternates, so that under tensor parallelism a pair needs one all-reduce (Megatron).
         names = ["input"] + ["mlp" if i % 2 else "embed" for i in range(1, len(widths))]
         self.layers = nnx.List(
             [
@@ -91,7 +91,7 @@ class _Net(nnx.Module):
 
 
 class _Stack(nnx.Module):
-    """The same with hidden layers of one width, stacked; enter, through, leave and logits are its parts."""
+    """Hidden layers of one width, stacked; a pipeline runs enter, through, leave and logits."""
 
     stream = ("batch", "embed")  # what flows from part to part
 
@@ -119,29 +119,21 @@ class _Stack(nnx.Module):
         return self.logits(self.leave(self.through(self.enter(x), x)))
 
     def enter(self, x: jax.Array) -> jax.Array:
-        """What the first of the stacked layers reads."""
-        with scope.layer(self.num_layers):  # the number that none of them has
+        """Input of the stacked layers [B, D]."""
+        with scope.layer(self.num_layers):  # a number that no stacked layer has
             return self._activated(self.first(_flat(x, self.inputs)))
 
     def through(self, x: jax.Array, inputs: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:
-        """x behind the layers whose parameters there are; first: the number of the first one."""
-        graph, weights = nnx.split(self.layers)
-        num = self.layers.kernel[...].shape[0]
-
-        def step(x: jax.Array, layer: tuple[jax.Array, nnx.State]) -> tuple[jax.Array, None]:
-            index, weights = layer
-            with scope.layer(index):
-                return self._activated(nnx.merge(graph, weights)(x)), None
-
-        stack = (first + jnp.arange(num, dtype=jnp.int32), nnx.as_pure(weights))
-        return jax.lax.scan(step, x, stack)[0]
+        """Output [B, D] of the layers that a stage holds; first: number of the first of them."""
+        apply = lambda layer, x, _: (self._activated(layer(x)), None)
+        return Stack()(self.layers, x, apply, first=first)[0]
 
     def leave(self, x: jax.Array) -> jax.Array:
-        """What the head reads."""
+        """Input of the head [B, D]."""
         return x
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """[B, classes]."""
+        """Logits [B, classes]."""
         return self.head(x)
 
     def _activated(self, x: jax.Array) -> jax.Array:

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from spmd.models import moe
 from spmd.models.moe import Experts
+from spmd.models.moe.dispatch import apply_experts
+from spmd.models.moe.grouped import grouped_matmul
+from spmd.models.moe.router import choose_experts, sequence_balance
 from spmd.models.transformer import Transformer
 from spmd.parallel import mesh, scope, sharding
 from spmd.parallel.mesh import MeshConfig
@@ -56,12 +58,9 @@ def compiled(sizes):
         number = int(np.prod([size for _, size in sizes]))
         cut = mesh.make(MeshConfig(**{"data": 1} | dict(sizes)), jax.devices()[:number])
         placement = sharding.placement(cut)
-    row, into = ("batch", "time", "embed"), ("experts", "embed", "mlp")
-    dims = (row, ("batch", "time", None), ("batch", "time", None))
-    dims += (into, ("experts", "mlp", "embed"), into)
 
     def loss(x, share, kernels, choice, w):
-        y = scope.blockwise(moe._block, dims, row)(x, choice, share, *kernels)
+        y = apply_experts(x, choice, share, *kernels)
         return (y * w).sum(), y
 
     @jax.jit
@@ -100,11 +99,11 @@ def test_no_token_is_lost(name, kind, seed):
 
 
 def test_gradients_are_those_of_finite_differences():
-    """Of grouped, whose backward pass is written by hand."""
+    """Of grouped_matmul, whose backward pass is written by hand."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         x, kernel = jnp.asarray(rng.normal(size=(7, 3))), jnp.asarray(rng.normal(size=(3, 3, 2)))
-        run = lambda x, kernel: moe.grouped(x, kernel, jnp.array([2, 0, 4], jnp.int32))
+        run = lambda x, kernel: grouped_matmul(x, kernel, jnp.array([2, 0, 4], jnp.int32))
         check_grads(run, (x, kernel), order=1, modes=["rev"])
         np.testing.assert_array_equal(run(x, kernel)[6], 0)
         np.testing.assert_allclose(run(x, kernel)[2], x[2] @ kernel[2])
@@ -112,11 +111,11 @@ def test_gradients_are_those_of_finite_differences():
 
 def test_the_router():
     scores = jnp.array([[[0.1, 0.4, 0.3, 0.2]]])
-    choice, share = moe.route(scores, 2)
+    choice, share = choose_experts(scores, 2)
     assert choice.tolist() == [[[1, 2]]]
     np.testing.assert_allclose(share, [[[4 / 7, 3 / 7]]], rtol=1e-6)
     # An offset moves the choice, and the shares of what is chosen stay those of the scores.
-    choice, share = moe.route(scores, 2, jnp.array([0.0, 0.0, 0.0, 0.3]))
+    choice, share = choose_experts(scores, 2, jnp.array([0.0, 0.0, 0.0, 0.3]))
     assert choice.tolist() == [[[3, 1]]]
     np.testing.assert_allclose(share, [[[1 / 3, 2 / 3]]], rtol=1e-6)
 
@@ -124,14 +123,15 @@ def test_the_router():
 def test_the_balance_loss_is_of_each_sequence_and_knows_no_padding():
     rng = np.random.default_rng(0)
     scores = jax.nn.softmax(jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32))
-    choice, _ = moe.route(scores, 2)
+    choice, _ = choose_experts(scores, 2)
     segments = jnp.asarray([[1] * 4 + [0] * 2, [1] * 6], jnp.int32)
-    found = moe._load(scores, choice, segments)
-    alone = moe._load(scores[:1, :4], choice[:1, :4], None)
-    np.testing.assert_allclose(found.balance_B[0], alone.balance_B[0], rtol=1e-6)
-    assert found.counts_BE.sum(1).tolist() == [8, 12]
-    even = moe._load(jnp.full((1, 4, 4), 0.25), jnp.arange(8).reshape(1, 4, 2) % 4, None)
-    np.testing.assert_allclose(even.balance_B, 1, rtol=1e-6)
+    balance, counts = sequence_balance(scores, choice, segments)
+    unpadded, _ = sequence_balance(scores[:1, :4], choice[:1, :4], None)
+    np.testing.assert_allclose(balance[0], unpadded[0], rtol=1e-6)
+    assert counts.sum(1).tolist() == [8, 12]
+    choice = jnp.arange(8).reshape(1, 4, 2) % 4
+    even, _ = sequence_balance(jnp.full((1, 4, 4), 0.25), choice, None)
+    np.testing.assert_allclose(even, 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import pytest
 
 from spmd import tasks
 from spmd.core import tree
+from spmd.models.attention import CACHE_DIMS
 from spmd.models.moe import Experts
-from spmd.models.transformer import CACHE_DIMS, Transformer
+from spmd.models.transformer import Transformer
 from tests.marks import slow_but
 
 GPT2 = Transformer(

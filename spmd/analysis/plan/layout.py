@@ -145,7 +145,7 @@ def check_mesh(facts: Facts, layout: Layout) -> None:
 
 
 def _check_context(facts: Facts, layout: Layout) -> None:
-    """The checks of models.ring and models.attention, which run while a step is traced."""
+    """The checks of models.attention, which run while a step is traced."""
     model, context, tensor = facts.model, layout.size("context"), layout.size("tensor")
     assert model
     if layout.context == "ring":

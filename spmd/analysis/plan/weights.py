@@ -45,7 +45,7 @@ def is_table(leaf: StateArray) -> bool:
 
 def is_expert(leaf: StateArray) -> bool:
     """Whether it belongs to a mixture of experts, whose matmuls run on each device's block
-    (moe.MixtureOfExperts)."""
+    (moe.ExpertMixture)."""
     return bool(leaf.dims and "experts" in leaf.dims)
 
 

@@ -24,7 +24,7 @@ class Collective:
     kind: one of KINDS. axes: the mesh axes that its groups span; () if they are no product of axes. group:
     devices in a group. bytes: per execution, of the complete array: the result of an all-gather, the operand
     of the others. count: executions per step, 1 / n for one in every n-th step. source:
-    `spmd/models/attention.py:120`, "" if unknown. overlapped: whether computation runs at the same time.
+    `spmd/models/attention/xla.py:20`, "" if unknown. overlapped: whether computation runs at the same time.
     """
 
     kind: str

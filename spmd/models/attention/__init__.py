@@ -1,0 +1,6 @@
+"""Causal attention within packed documents, by any implementation, on sequences that may be sharded."""
+
+from spmd.models.attention.cache import CACHE_DIMS as CACHE_DIMS
+from spmd.models.attention.cache import Cache as Cache
+from spmd.models.attention.dispatch import attend as attend
+from spmd.models.attention.positions import TokenPositions as TokenPositions

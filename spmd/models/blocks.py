@@ -1,0 +1,230 @@
+"""The block of a transformer: attention and a feed-forward layer, each added to the residual stream."""
+
+# B batch, T time, D embed, H query heads, G key and value heads, K head_dim
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from spmd.core.fields import check, free
+from spmd.models.attention import Cache, TokenPositions, attend
+from spmd.models.attention.cache import update_cache
+from spmd.models.attention.dispatch import Context, Implementation
+from spmd.models.attention.positions import rotate
+from spmd.models.attention.xla import attend_cached
+from spmd.models.feed_forward import FeedForward
+from spmd.models.layers import Dropout, Linear, Norm
+from spmd.models.layers.activations import activation, matmul_input, residual
+from spmd.models.moe import ExpertLoad, ExpertMixture, Experts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What a block is made of; base of the configs of models that stack such blocks."""
+
+    embed: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 0
+    """Key and value heads, shared by groups of query heads (GQA); 0 is as many as query heads."""
+    head_dim: int = 0
+    """Width of a head; 0 is embed / heads."""
+    mlp: int = 0
+    """Width of the feed-forward layer; 0 is 4 * embed."""
+    experts: Experts = dataclasses.field(default_factory=Experts)
+    """Mixture of experts, each as wide as model.mlp, in place of a feed-forward layer."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm or LayerNorm."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """Gated SiLU (Shazeer 2020), or GELU in its tanh form (GPT-2)."""
+    bias: bool = False
+    """Biases in linear layers and in LayerNorm."""
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys (Dehghani et al. 2023)."""
+    dropout: float = 0.0
+    """Dropout rate of the embedding and of what each block adds."""
+    init_std: float = 0.02
+    """Std of the initial weights, / sqrt(2 layers) before a residual (GPT-2); 0 is 1 / sqrt(fan-in)."""
+    attention: Implementation = free("xla")
+    """XLA anywhere; cudnn on NVIDIA GPUs, splash on TPUs, which never hold all scores at once."""
+    context: Context = free("ring")
+    """Attention under mesh.context: keys and values travel round a ring, or heads are exchanged for time."""
+
+    def __post_init__(self) -> None:
+        for name in ("embed", "heads"):
+            value = getattr(self, name)
+            check(value >= 1, f"model.{name}={value} must be at least 1")
+        for name in ("kv_heads", "head_dim", "mlp", "init_std"):
+            value = getattr(self, name)
+            check(value >= 0, f"model.{name}={value} must not be negative")
+        check(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
+        check(
+            bool(self.head_dim) or self.embed % self.heads == 0,
+            f"model.embed={self.embed} does not divide by model.heads={self.heads};"
+            " change one, or give model.head_dim",
+        )
+        check(
+            self.heads % self.num_kv_heads == 0,
+            f"model.heads={self.heads} does not divide by model.kv_heads={self.kv_heads}; use one of"
+            f" {', '.join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)}",
+        )
+        check(
+            not (self.experts.num and self.bias),
+            "model.bias: experts have no biases; set model.bias to False, or model.experts.num to 0",
+        )
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.embed // self.heads
+
+    def build_norm(self, rngs: nnx.Rngs, layers: int = 0) -> Norm:
+        """A norm of the residual stream, stacked over layers; 0 is a single one."""
+        centred, epsilon = self.norm == "layer", self.norm_epsilon
+        options = {"centred": centred, "bias": self.bias and centred, "epsilon": epsilon}
+        return Norm(rngs, self.embed, "embed", layers=layers, **options)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) (Vaswani et al. 2017, arXiv 1706.03762, norms first).
+
+    Its parameters are stacked over layers; it is called with those of one (models.stack).
+
+    Args:
+        config: sizes and kinds of its layers.
+        rngs: source of the initial values.
+        layers: how many are stacked.
+    """
+
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs, layers: int):
+        embed, mlp = config.embed, config.mlp or 4 * config.embed
+        options = {"layers": layers, "std": config.init_std, "residual_gain": (2 * layers) ** -0.5}
+        self.attention_norm = config.build_norm(rngs, layers)
+        self.attention = Attention(
+            rngs,
+            embed,
+            config.heads,
+            config.num_kv_heads,
+            config.width,
+            bias=config.bias,
+            qk_norm=config.qk_norm,
+            epsilon=config.norm_epsilon,
+            implementation=config.attention,
+            context=config.context,
+            **options,
+        )
+        self.mlp_norm = config.build_norm(rngs, layers)
+        options |= {"activation": config.activation}
+        if config.experts.num:
+            self.mlp = ExpertMixture(rngs, config.experts, embed, mlp, **options)
+        else:
+            self.mlp = FeedForward(rngs, embed, mlp, bias=config.bias, **options)
+        self.dropout = Dropout(config.dropout)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions: TokenPositions, cache: Cache | None = None
+    ) -> tuple[jax.Array, tuple[Cache | None, ExpertLoad | None]]:
+        """(residual stream [B, T, D], (the layer's cache with these tokens, the load of its experts))."""
+        y_BTD = matmul_input(self.attention_norm(x_BTD))
+        y_BTD, cache = self.attention(y_BTD, positions, cache)
+        x_BTD = residual(x_BTD + self.dropout(residual(y_BTD)))
+        y_BTD, load = matmul_input(self.mlp_norm(x_BTD)), None
+        if isinstance(self.mlp, ExpertMixture):
+            y_BTD, load = self.mlp(y_BTD, positions.segments_BT)
+        else:
+            y_BTD = self.mlp(y_BTD)
+        return residual(x_BTD + self.dropout(residual(y_BTD))), (cache, load)
+
+    def record_load(self, load_L: ExpertLoad | None) -> None:
+        """Notes the loads of the experts of layers, stacked; nothing without experts."""
+        if load_L is not None and isinstance(self.mlp, ExpertMixture):
+            self.mlp.record_load(load_L)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped keys and values (Ainslie et al. 2023, arXiv 2305.13245).
+
+    Args:
+        rngs: source of the initial values.
+        embed: width D of the residual stream.
+        heads: query heads H.
+        kv_heads: key and value heads G, each serving H / G query heads.
+        head_dim: width K of a head.
+        layers: how many are stacked.
+        bias: whether the linear layers have biases.
+        std: standard deviation of the initial kernels; 0 is 1 / sqrt(fan-in).
+        residual_gain: factor on that of the projection back to the residual stream.
+        qk_norm: RMSNorm over each head of queries and keys (Dehghani et al. 2023, arXiv 2302.05442).
+        epsilon: of these norms.
+        implementation: the kernel.
+        context: how attention is computed where the sequence is sharded.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        embed: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        layers: int,
+        bias: bool = False,
+        std: float = 0.0,
+        residual_gain: float = 1.0,
+        qk_norm: bool = False,
+        epsilon: float = 1e-5,
+        implementation: Implementation = "xla",
+        context: Context = "ring",
+    ):
+        options = {"layers": layers, "bias": bias, "std": std}
+
+        def project(num: int, dim: str) -> Linear:
+            shape, dims = (embed, num, head_dim), ("embed", dim, "head_dim")
+            return Linear(rngs, "btd,dhk->bthk", shape, dims, **options)
+
+        def head_norm() -> Norm | None:
+            if not qk_norm:
+                return None
+            return Norm(rngs, head_dim, "head_dim", layers=layers, epsilon=epsilon)
+
+        self.query = project(heads, "heads")
+        self.key = project(kv_heads, "kv_heads")
+        self.value = project(kv_heads, "kv_heads")
+        self.query_norm, self.key_norm = head_norm(), head_norm()
+        shape, dims = (heads, head_dim, embed), ("heads", "head_dim", "embed")
+        self.out = Linear(rngs, "bthk,hkd->btd", shape, dims, **options, gain=residual_gain)
+        self.implementation: Implementation = implementation
+        self.context: Context = context
+
+    def __call__(
+        self, x_BTD: jax.Array, positions: TokenPositions, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """(attention's output [B, T, D], the layer's cache with the keys and values of these tokens)."""
+        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        if positions.angles is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, positions.angles), rotate(k_BTGK, positions.angles)
+        q_BTHK = activation("query", q_BTHK, "heads", "head_dim")
+        k_BTGK = activation("key", k_BTGK, "kv_heads", "head_dim")
+        v_BTGK = activation("value", v_BTGK, "kv_heads", "head_dim")
+        if cache is None:
+            kernel, segments_BT = self.implementation, positions.segments_BT
+            y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel, self.context)
+        else:
+            cache = update_cache(cache, k_BTGK, v_BTGK, positions.positions_BT)
+            y_BTHK = attend_cached(q_BTHK, cache["key"], cache["value"], positions.positions_BT)
+        return self.out(activation("attended", y_BTHK, "heads", "head_dim")), cache

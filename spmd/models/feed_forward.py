@@ -1,0 +1,56 @@
+"""The feed-forward layer of a transformer block."""
+
+# B batch, T time, D embed, F mlp
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from spmd.models.layers import Linear
+from spmd.models.layers.activations import activation as named
+
+Activation = Literal["swiglu", "gelu"]
+
+
+class FeedForward(nnx.Module):
+    """down(gelu(up(x))), or gated down(silu(gate(x)) * up(x)) (SwiGLU; Shazeer 2020, arXiv 2002.05202).
+
+    Args:
+        rngs: source of the initial values.
+        embed: width D of the residual stream.
+        width: F of the hidden layer.
+        layers: how many are stacked.
+        activation: swiglu, or gelu in its tanh form.
+        bias: whether the linear layers have biases.
+        std: standard deviation of the initial kernels; 0 is 1 / sqrt(fan-in).
+        residual_gain: factor on that of the projection back to the residual stream.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        embed: int,
+        width: int,
+        *,
+        layers: int,
+        activation: Activation,
+        bias: bool = False,
+        std: float = 0.0,
+        residual_gain: float = 1.0,
+    ):
+        options = {"layers": layers, "bias": bias, "std": std}
+        into = ("btd,df->btf", (embed, width), ("embed", "mlp"))
+        back = ("btf,fd->btd", (width, embed), ("mlp", "embed"))
+        self.up = Linear(rngs, *into, **options)
+        self.gate = Linear(rngs, *into, **options) if activation == "swiglu" else None
+        self.down = Linear(rngs, *back, **options, gain=residual_gain)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        y_BTF = named("up", self.up(x_BTD), "mlp")
+        if self.gate is None:
+            return self.down(jax.nn.gelu(y_BTF, approximate=True))
+        return self.down(jax.nn.silu(named("gate", self.gate(x_BTD), "mlp")) * y_BTF)

@@ -1,0 +1,97 @@
+"""Equal layers with stacked parameters, applied in turn: scan, unroll, remat and the slice of a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spmd.parallel import scope
+
+PyTree = Any
+Remat = Literal["none", "full", "dots", "named"]
+Apply = Callable[[Any, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """How a stack of layers is compiled.
+
+    scan: one compiled layer, scanned; else unrolled, slower to compile and faster to run.
+    remat: which activations the backward pass rematerialises (Chen et al. 2016, arXiv 1604.06174): none, all
+    ("full"), all but the results of matmuls with weights ("dots"), all but `saved` ("named").
+    saved: names of activations (layers.activations) that remat="named" keeps.
+    """
+
+    scan: bool = True
+    remat: Remat = "none"
+    saved: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        layers: nnx.Module,
+        x: jax.Array,
+        apply: Apply,
+        inputs: PyTree = None,
+        *,
+        first: jax.Array | int = 0,
+    ) -> tuple[jax.Array, PyTree]:
+        """(output of the last layer, what `apply` returned beside it, stacked [L, ...]).
+
+        Each layer runs in the scope of its number, so that its dropout does not depend on scan or stages.
+
+        Args:
+            layers: module whose variables are stacked [L, ...]; a pipeline's stage holds a slice of them.
+            x: input of the first layer.
+            apply: (module with the variables of one layer, x, its inputs) -> (x, outputs).
+            inputs: what each layer reads beside x, stacked [L, ...].
+            first: number of the first layer, which a stage counts from.
+        """
+        graph, state = nnx.split(layers)
+        variables = nnx.as_pure(state)
+        num = jax.tree.leaves(variables)[0].shape[0]
+
+        def step(x: jax.Array, layer: PyTree) -> tuple[jax.Array, PyTree]:
+            index, variables, inputs = layer
+            with scope.layer(index):
+                return apply(nnx.merge(graph, variables), x, inputs)
+
+        step = self._rematerialised(step)
+        stacked = (first + jnp.arange(num, dtype=jnp.int32), variables, inputs)
+        if self.scan:
+            return jax.lax.scan(step, x, stacked)
+        outputs = []
+        for layer in unstack(stacked, num):
+            x, output = step(x, layer)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
+    def _rematerialised(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        if self.remat == "none":
+            return step
+        policies = jax.checkpoint_policies
+        policy = {
+            "full": policies.nothing_saveable,
+            "dots": policies.dots_with_no_batch_dims_saveable,
+            "named": policies.save_only_these_names(*self.saved),
+        }[self.remat]
+        # Within a scan the forward and the backward pass are separate loops, which XLA cannot merge anyway.
+        return jax.checkpoint(step, policy=policy, prevent_cse=not self.scan)
+
+
+def unstack(stacked: PyTree, num: int) -> list[PyTree]:
+    """One tree for each of `num` layers.
+
+    By split, whose gradient is one concatenation: the gradient of indexing is, for each layer, an array of
+    all layers padded with zeros.
+    """
+    leaves, structure = jax.tree.flatten(stacked)
+    parts = [jax.lax.split(x, (1,) * num, axis=0) for x in leaves]
+    return [
+        structure.unflatten([part.squeeze(0) for part in layer])
+        for layer in zip(*parts, strict=True)
+    ]
