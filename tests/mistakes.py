@@ -94,7 +94,7 @@ TABLE = {
     ),
     "plan_strategy": (
         "plan --experiment digits --strategy server --no-compile",
-        "of strategy server as it is set, only the compiled program tells what moves: leave out --no-compile",
+        "no closed form covers strategy server with these options: drop --no-compile",
     ),
     "not_prepared": ("--experiment mnist --run.dir out", "run.py data prepare"),
     "data_dir": (D + "--data.dir nowhere", "data.dir='nowhere' is no directory"),

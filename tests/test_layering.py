@@ -201,6 +201,20 @@ def test_no_public_class_name_is_defined_twice():
     assert twice == {}
 
 
+def test_docstrings_say_what_comes_out():
+    """A first line begins with a verb or a noun, never with "Of", "What" or "One"."""
+    bad = []
+    for path, source in read("spmd").items():
+        for node in ast.walk(ast.parse(source)):
+            body = getattr(node, "body", None)
+            for statement in body if isinstance(body, list) else ():
+                value = statement.value if isinstance(statement, ast.Expr) else None
+                text = value.value if isinstance(value, ast.Constant) else ""
+                if isinstance(text, str) and text.split()[:1] in (["Of"], ["What"], ["One"]):
+                    bad.append(f"{path}:{statement.lineno}: {text.splitlines()[0]}")
+    assert not bad, "\n".join(bad)
+
+
 def test_experiments_import_public_names_only():
     import spmd
 

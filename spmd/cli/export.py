@@ -20,7 +20,7 @@ class ExportOptions:
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """What is evaluated is written: the moving average where there is one, adapters merged."""
+    """Write the weights that are evaluated: the moving average where there is one, adapters merged."""
     exp, options = registry.load(name, words, ExportOptions)
     check(bool(options.to), "give the new directory: run.py export --experiment NAME --to DIR")
     from spmd.runtime import agree

@@ -24,7 +24,7 @@ MOST_TOKENS = 200  # where --tokens says nothing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What is continued, and how."""
+    """Prompt, length and temperature of a sample."""
 
     prompt: tuple[str, ...] = ()
     """Texts to continue, all in one batch; none starts a document where the tokenizer can."""
@@ -111,7 +111,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def stream(
     tokenizer: Tokenizer, tokens: Iterable[int], prompt: Sequence[int] | np.ndarray = ()
 ) -> Iterator[str]:
-    """What `tokens` add to the text of `prompt`, as they come, up to the end of the document.
+    """Yield the text that `tokens` add to `prompt`, as they come, up to the end of the document.
 
     All of it together is the text of prompt and tokens without that of the prompt: a decoder may drop the
     blank before a first word, so tokens are never decoded without those before them. What the next token may

@@ -1,1 +1,1 @@
-"""What everything uses: configuration fields, checks, trees, digests, storage; no room is below it."""
+"""Helpers that every room uses: configuration fields, checks, trees, digests, storage. The lowest room."""

@@ -134,7 +134,7 @@ def _ours(error: BaseException) -> bool:
 
 
 class Expected(NamedTuple):
-    """What every batch of one split must be, checked on the host by each process for its own rows.
+    """Requirements on the batches of a split, checked on the host by each process for its own rows.
 
     split: `training`, `evaluation`, for messages. features: {name: (shape, dtype)} as declared; none: any.
     """

@@ -52,7 +52,7 @@ def location(error: BaseException, path: Path) -> list[Frame]:
 
 
 def explain(error: BaseException, path: Path) -> str:
-    """One message about an exception raised while the file `path` was read, or its code ran.
+    """A message about an exception raised while the file `path` was read, or its code ran.
 
     It names the file and line where the user's own code was, the functions that led there, what was wrong,
     and the closest name that would have worked.
@@ -76,7 +76,7 @@ def explain(error: BaseException, path: Path) -> str:
 
 
 def _what(error: BaseException) -> str:
-    """What was wrong, without where: a mistake in a call or a name with the closest one, else the error."""
+    """The mistake without its place: a wrong call or name with the closest one, else the error."""
     if isinstance(error, SystemExit):
         return f"it ends the process (exit code {error.code})"
     said = (

@@ -20,7 +20,7 @@ _MANY = 9  # fields of a group that a message lists
 
 
 class _Rejected(Exception):
-    """What tyro reports of a word; the argument is one of its events."""
+    """A word that tyro rejects; the argument is one of its events."""
 
 
 def parse(
@@ -57,7 +57,7 @@ def parse(
 
 
 def _message(event: Any, words: Sequence[str], cls: Any) -> str:
-    """One of tyro's events in one line; our own checks' messages stay as they are."""
+    """A tyro event as a single line; the messages of our own checks are unchanged."""
     kind, argument = type(event).__name__, getattr(event, "argument", None)
     if kind == "UnrecognizedArgs":
         return _unknown(list(event.tokens), words, ["--experiment", *options(cls)])
@@ -76,7 +76,7 @@ def _message(event: Any, words: Sequence[str], cls: Any) -> str:
 
 
 def _kind(metavar: str) -> str:
-    """What a value must be, in words: `{a,b}`, `{None}|INT` and `[INT [INT ...]]` are tyro's."""
+    """The required type of a value, in words, from tyro's `{a,b}`, `{None}|INT` and `[INT [INT ...]]`."""
     if match := re.fullmatch(r"\{None\}\|(.*)", metavar):
         return f"{_kind(match[1])} or None"
     if match := re.fullmatch(r"\{(.*)\}", metavar):
@@ -103,7 +103,7 @@ def options(cls: Any) -> list[str]:
 
 
 def _values(words: Sequence[str], flag: str) -> list[str]:
-    """What follows an option the last time that it is given."""
+    """The values after the last occurrence of an option."""
     same = lambda word: word.partition("=")[0].replace("_", "-") == flag
     at = max((i for i, word in enumerate(words) if same(word)), default=len(words))
     if at < len(words) and "=" in words[at]:
@@ -114,7 +114,7 @@ def _values(words: Sequence[str], flag: str) -> list[str]:
 
 
 def _unknown(tokens: list[str], words: Sequence[str], known: Sequence[str]) -> str:
-    """What to say of the first of the words that belong to no option."""
+    """Message about the first word that belongs to no option."""
     first = tokens[0]
     if not first.startswith("-"):
         return _stray(first, words, known)
@@ -132,7 +132,7 @@ def _unknown(tokens: list[str], words: Sequence[str], known: Sequence[str]) -> s
 
 
 def _stray(word: str, words: Sequence[str], known: Sequence[str]) -> str:
-    """What to say of a value without an option."""
+    """Message about a value without an option."""
     at = words.index(word) if word in words else 0
     flag = next((w for w in reversed(words[:at]) if w.startswith("--")), "")
     group, _, name = flag.rpartition(".")
@@ -161,5 +161,5 @@ def nearest(flag: str, known: Sequence[str]) -> str:
 
 
 def _without_frame(text: str) -> str:
-    """What tyro printed in a box, in one line."""
+    """The text of a box that tyro printed, as a single line."""
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())

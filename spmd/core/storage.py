@@ -87,7 +87,7 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def children(path: Any) -> list[Any]:
-    """What lies in a directory, by name; etils alone leaves out names that end in `~`."""
+    """Entries of a directory, sorted by name; etils alone leaves out names that end in `~`."""
     if is_remote(path):
         return sorted(path.iterdir())
     return [path / name for name in sorted(os.listdir(path))]

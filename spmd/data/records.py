@@ -16,7 +16,7 @@ _AT_ONCE = 64  # records of one read
 
 
 def entry(file: Path, name: str) -> Entry:
-    """What a file is known by: the number of its records, and those in its first and last MiB."""
+    """Fingerprint of a file: the number of its records, and those in its first and last MiB."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(file))

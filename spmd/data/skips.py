@@ -65,7 +65,7 @@ class Skips:
         return {name: np.concatenate([row[name] for row in filled]) for name in like}, good_N
 
     def _zeros(self, source: Source) -> Batch:
-        """One empty row: as declared, or as an example that can be read."""
+        """An empty row, shaped as declared or as an example that can be read."""
         if self._features:
             return {
                 name: np.zeros((1, *shape), dtype)

@@ -75,7 +75,7 @@ def from_file(path: Path) -> Experiment:
 
 
 def _result(path: Path, module: types.ModuleType, loader: importlib.abc.Loader) -> Any:
-    """What config() of a file returns; ValueError about any mistake in the file's code."""
+    """Call config() of a file; ValueError about any mistake in the file's code."""
     with explain.explained(path):
         loader.exec_module(module)
     config = getattr(module, "config", None)

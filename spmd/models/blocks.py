@@ -24,7 +24,7 @@ from spmd.models.moe import ExpertLoad, ExpertMixture, Experts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """What a block is made of; base of the configs of models that stack such blocks."""
+    """Fields of a block; base of the configs of models that stack such blocks."""
 
     embed: int = 128
     """Width of the residual stream."""

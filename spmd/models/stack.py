@@ -84,7 +84,7 @@ class Stack:
 
 
 def unstack(stacked: PyTree, num: int) -> list[PyTree]:
-    """One tree for each of `num` layers.
+    """Split a stacked tree into one for each of `num` layers.
 
     By split, whose gradient is one concatenation: the gradient of indexing is, for each layer, an array of
     all layers padded with zeros.

@@ -47,9 +47,9 @@ class Transformer(BlockConfig):
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Compute type; empty is the parameters' own. Norms, softmax and sums of gradients stay float32."""
     scan: bool = free(True)
-    """One compiled block, scanned over the layers; else unrolled: slower to compile, faster to run."""
+    """Compile a single block and scan it over the layers; unrolled layers compile slower and run faster."""
     remat: Literal["none", "full", "dots", "named"] = free("none")
-    """What the backward pass rematerialises: nothing, all, all but matmuls with weights, all but `saved`."""
+    """Which activations the backward pass rematerialises: none, all, all but matmuls, all but `saved`."""
     saved: tuple[Saved, ...] = free(("query", "key", "value", "attended"))
     """The activations that remat=named keeps."""
 

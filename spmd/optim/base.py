@@ -18,7 +18,7 @@ Dims = Mapping[str, tuple[str, ...] | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What every optimizer has: a learning-rate schedule, clipping, decoupled weight decay."""
+    """Fields of every optimizer: a learning-rate schedule, clipping, decoupled weight decay."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -103,7 +103,7 @@ class Optimizer:
         raise NotImplementedError
 
     def after_decay(self, matrices: Any, dims: Dims) -> list[optax.GradientTransformation]:
-        """What follows weight decay, before the learning rate; arguments as those of `direction`."""
+        """The transformation between weight decay and learning rate; arguments as those of `direction`."""
         return []
 
     def build(

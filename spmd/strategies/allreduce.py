@@ -30,7 +30,7 @@ class AllReduce(StrategyConfig):
     bucket_mb: float = free(4.0)
     """MiB of gradients that travel together (psum: left to the compiler)."""
     compress: Compression = Compression()
-    """What is sent instead of the gradients."""
+    """Compression of the gradients that are sent."""
 
     def __post_init__(self) -> None:
         check(self.bucket_mb > 0, f"strategy.bucket_mb={self.bucket_mb} must be more than 0")

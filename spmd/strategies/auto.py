@@ -19,7 +19,7 @@ class Auto(StrategyConfig):
 
     name: ClassVar[str] = "auto"
     zero: Literal[1, 3] = free(3)
-    """What mesh.fsdp cuts: 1 the optimizer state only (ZeRO-1), 3 the parameters too (FSDP)."""
+    """Sharded over mesh.fsdp: 1 the optimizer state only (ZeRO-1), 3 the parameters too (FSDP)."""
     sequence_parallel: bool = free(False)
     """Cuts norms and residuals over mesh.tensor too, along time: less memory, the same traffic."""
 

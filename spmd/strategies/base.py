@@ -52,7 +52,7 @@ class Strategy(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a strategy is built from; nothing in it knows of models or data.
+    """Inputs of a strategy's build; nothing here depends on models or data.
 
     task: spmd.tasks.Task. batch: abstract global batch. rate: learning rate by step.
     pipeline, virtual_stages: the schedule, where mesh.stage cuts the layers.

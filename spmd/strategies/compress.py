@@ -66,7 +66,7 @@ class Way(NamedTuple):
     by: collectives.Placing = collectives.DIRECT
 
     def keep(self, sums: Leaves) -> Leaves:
-        """What the strategy wants of whole sums."""
+        """This device's part of the sums: all of them, or its shards."""
         dims = self.dims
         if dims is None:
             return sums
@@ -109,7 +109,7 @@ def way(
 
 
 def shared(mesh: Mesh, axes: tuple[str, ...]) -> collectives.Placing:
-    """Of what is sent over `axes` by the devices of other axes, who hold the same: each sends a part.
+    """Split a message among the devices that hold identical copies, so that each sends 1/n of it over `axes`.
 
     Within a shard_map over `axes` the exchange is one over the others; under a vmap the compiler makes it, of
     what is laid so.
@@ -266,7 +266,7 @@ def top_k(way: Way, keep: float) -> Method:
 
 
 def num_kept(size: int, keep: float) -> int:
-    """Of so many entries."""
+    """Number of entries kept."""
     return min(size, max(1, math.ceil(size * keep)))
 
 

@@ -32,7 +32,7 @@ class Federated(RoundsConfig):
     fraction: float = 0.1
     """Part of the clients that takes part in each round, drawn anew."""
     alpha: float = 0.3
-    """Of the Dirichlet distribution by which each class is dealt out: 0.1 is few classes each, 100 all."""
+    """Concentration of the Dirichlet distribution of classes over clients: 0.1 few classes each, 100 all."""
     local_epochs: int = 1
     """Passes of a client over its examples in a round, as far as `period` steps allow."""
     drop_outs: float = 0.0

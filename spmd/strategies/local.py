@@ -166,12 +166,12 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
 
 
 def _varying(model_state: PyTree) -> PyTree:
-    """What of the model state a step changes: all but the frozen parameters, which no replica needs twice."""
+    """The model state that a step changes: all but the frozen parameters, which replicas share."""
     return {name: part for name, part in model_state.items() if name != FROZEN}
 
 
 class Shared(NamedTuple):
-    """What the step of every replica reads. params: the consensus, where it pulls."""
+    """Inputs that the replicas' steps share. params: the consensus, where it pulls."""
 
     key: jax.Array
     frozen: PyTree

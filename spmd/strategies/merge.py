@@ -1,4 +1,4 @@
-"""What crosses `replica` in an outer step: differences of the replicas to the consensus, to their mean.
+"""Merge of the replicas in an outer step: their differences to the consensus are averaged over `replica`.
 
 Compressed, each replica sends its share of the mean plus what it has left out so far (compress.py). The
 methods run in a vmap over the replicas, whose collectives the compiler makes: so the result depends on the
@@ -39,7 +39,7 @@ class Merge(NamedTuple):
 
 
 def stateless(mean: Callable[..., tuple[PyTree, base.Metrics]]) -> Merge:
-    """Of a (x [R, ...], weights [R], key) -> (mean, metrics)."""
+    """A merge without state, from (x [R, ...], weights [R], key) -> (mean, metrics)."""
     return Merge(lambda x_R, weight_R, key, state: (*mean(x_R, weight_R, key), state))
 
 

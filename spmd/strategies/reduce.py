@@ -1,4 +1,4 @@
-"""What the explicit strategies share: each device's gradient by shard_map, then a Reducer that sums them."""
+"""Base of the explicit strategies: each device's gradient by shard_map, then a Reducer that sums them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def within(parts: base.Parts) -> bool:
 
 
 def param_shardings(parts: base.Parts) -> PyTree:
-    """Of the parameters in each replica."""
+    """Shardings of the parameters in each replica."""
     params, _ = base.abstract_params(parts)
     return sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=True)
 
@@ -141,8 +141,8 @@ def reduced(
 
 
 def state_shardings(parts: base.Parts, axes: tuple[str, ...], reducer: Reducer) -> PyTree:
-    """Of the reducer's state: errors lie as the parameters of a replica, chunks whole in each, what is common
-    everywhere.
+    """Shardings of the reducer's state: errors as a replica's parameters, chunks replicated within it,
+    common state replicated everywhere.
     """
     params, _ = base.abstract_params(parts)
     state = jax.eval_shape(reducer.init, params)

@@ -30,7 +30,7 @@ class RoundsConfig(StrategyConfig):
     outer_momentum: float = 0.9
     """Decay of the outer momentum; average has none."""
     compress: Compression = Compression()
-    """What the replicas send in an outer step instead of their differences to the consensus."""
+    """Compression of the differences to the consensus that replicas send in an outer step."""
 
     def __post_init__(self) -> None:
         check(self.period >= 1, f"strategy.period={self.period} must be at least 1")

@@ -41,7 +41,7 @@ def real(x: jax.Array, places: int, dtype: Any) -> jax.Array:
 
 
 def inputs(x_S: jax.Array, present_S: jax.Array, key: jax.Array) -> jax.Array:
-    """What the server gets from each client, uint32 [S, ...]: x plus the client's masks.
+    """Messages of the clients to the server, uint32 [S, ...]: x plus the client's masks.
 
     present: bool [S]; in the place of an absent client stand its masks towards the present ones, which these
     reveal, so that the sum over S is the sum of the present x. key: of this round and array.

@@ -34,7 +34,7 @@ class Server(StrategyConfig):
     staleness: int = 0
     """Workers compute on parameters so many updates old; 0 is synchronous SGD."""
     compress: Compression = Compression()
-    """What is pushed instead of the gradients."""
+    """Compression of the gradients that are pushed."""
 
     def __post_init__(self) -> None:
         check(self.staleness >= 0, f"strategy.staleness={self.staleness} must not be negative")
@@ -151,7 +151,7 @@ class Queue:
         return jax.tree.map(take, held["queue"]), queued
 
     def shardings(self, owners: PyTree) -> PyTree:
-        """Of `first`."""
+        """Shardings of `first`."""
         if not self.staleness:
             return {}
         mesh = jax.tree.leaves(owners)[0].mesh

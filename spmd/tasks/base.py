@@ -1,4 +1,4 @@
-"""What is learned: a model, its loss as sums with global weights, its metrics."""
+"""The base of tasks: a model, its loss as sums with global weights, its metrics."""
 
 # B batch, C classes, T time, D embed, V vocab
 
@@ -146,7 +146,7 @@ def training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextMan
 
 
 def noted_sums(notes: Notes, batch: Batch) -> Sums:
-    """What layers told of the examples, summed over these."""
+    """Sums over the examples of the values that layers noted."""
     wide = lambda x_B: x_B.astype(tree.wide(x_B.dtype))
     total = lambda x_B: jnp.sum(wide(x_B) * batch["weight"].astype(wide(x_B).dtype))
     return {name: (total(value_B), total(weight_B)) for name, (value_B, weight_B) in notes.items()}

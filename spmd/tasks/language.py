@@ -28,7 +28,7 @@ class LanguageModel:
     """The next token: cross-entropy over the tokens that count, those with a target of at least 0."""
 
     inputs: tuple[str, ...] = ("tokens", "positions", "segments")
-    """What the model is called with, in order; the last two only where the batch has them."""
+    """Features that the model is called with, in order; the last two only where the batch has them."""
     z_loss: float = 0.0
     """Weight of the squared log-partition as a second loss (PaLM: 1e-4): keeps logits small; 0 is off."""
     chunks: int = 1

@@ -1,4 +1,4 @@
-"""What a run knows of its data: its content, the same in every process and start; bad records passed over."""
+"""A run's data: its content, the same in every process and start, and the bad records passed over."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def reopened(path: epath.Path, leaves: Mapping[str, Any]) -> str:
 
 
 def lacks(path: epath.Path, leaves: Mapping[str, Any]) -> str:
-    """What of `leaves` the index of a step does not hold, or holds otherwise; "" when it is complete.
+    """Leaves that the index of a step lacks or holds otherwise, as a message; "" when it is complete.
 
     Reads the index only, not the arrays: its cost grows with their number and not with their size.
 

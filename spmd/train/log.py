@@ -1,4 +1,4 @@
-"""What the loop keeps account of: seconds by phase, metrics fetched one step late."""
+"""Accounts of the loop: seconds by phase, metrics fetched one step late."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def start(
 
 
 def usage(work: Mapping[str, int], seconds: float, devices: Sequence[Any]) -> dict[str, float]:
-    """What the devices do, as far as it is known.
+    """Utilisation of the devices, as far as it is known.
 
     work: model FLOPs of a step, by dtype. train/mfu: the part of the step's time that they would take at the
     peak of the chip. train/memory_gb: the most that a device of this process has held, in GB of 1e9 bytes.

@@ -136,7 +136,7 @@ def record(
 
 
 def recorded(path: epath.Path) -> dict[str, Any]:
-    """What config.json holds, {} where it cannot be read."""
+    """Content of config.json, {} where it cannot be read."""
     try:
         return {**json.loads((path / "config.json").read_text())}
     except (OSError, ValueError, TypeError):

@@ -55,7 +55,7 @@ class Snapshot:
         return measured
 
     def predict(self, examples: Mapping[str, Any]) -> Any:
-        """What the task predicts for N examples, as numpy: for classes the logits float [N, classes].
+        """Predictions of the task for N examples, as numpy: for classes the logits float [N, classes].
 
         examples: `{feature: [N, ...]}`, at least the task's inputs, as a data source's `take` gives them.
         ValueError when a feature is missing or not as the experiment declares it.

@@ -189,7 +189,7 @@ def _whole(placed: Any) -> Any:
 
 
 def _together(function: Callable[[], T]) -> T:
-    """What `function` returns; ValueError in all processes when it fails in one."""
+    """Call `function`; ValueError in all processes when it fails in one."""
     found, said = None, ""
     try:
         found = function()
@@ -202,7 +202,7 @@ def _together(function: Callable[[], T]) -> T:
 
 
 def _source(directory: str, model: Any) -> StoredRun | read.Weights:
-    """What lies in the directory of init.from; ValueError when that is nothing to start from."""
+    """The weights in the directory of init.from; ValueError when there is nothing to start from."""
     ready(directory, "init.from")
     path = epath.Path(
         directory if is_remote(directory) else os.path.abspath(os.path.expanduser(directory))

@@ -15,7 +15,7 @@ Angles = tuple[jax.Array, jax.Array]  # cosines and sines, each [B, T, 1, K / 2]
 
 
 class TokenPositions(NamedTuple):
-    """What attention knows of its tokens beside their activations.
+    """Positions and segments of the tokens that attention compares.
 
     positions_BT: index of each token in its document, -1 for padding while decoding. segments_BT: number of
     each token's document in its row, 0 for padding; None is one document for each row. angles: rotary angles;

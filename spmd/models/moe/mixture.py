@@ -20,7 +20,7 @@ from spmd.parallel import scope
 
 
 class ExpertLoad(NamedTuple):
-    """What the router reports of each sequence.
+    """Router statistics of each sequence.
 
     balance_B: load-balance loss, 1 where loads are even. counts_BE: how often each expert was chosen, by
     tokens that are not padding.

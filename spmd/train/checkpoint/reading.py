@@ -33,7 +33,7 @@ FULL = re.compile(
 
 
 def differ(names: list[str]) -> str:
-    """What to say of leaves whose digests are not the stored ones; "" of none."""
+    """Message about leaves whose digests differ from the stored ones; "" for none."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"the digest of {', '.join(names[:3])}{more} differs" if names else ""
 
@@ -137,7 +137,7 @@ def stored(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _ask(function: Callable[[], Any]) -> Any:
-    """What Orbax answers, without waiting for other processes: none then hangs when another fails."""
+    """Call Orbax without waiting for other processes, so that none hangs when another fails."""
     with _alone(), _silent():
         try:
             return function()

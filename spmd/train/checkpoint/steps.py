@@ -103,7 +103,7 @@ def sealed(path: epath.Path) -> bool:
 
 
 def check_manifest(path: epath.Path) -> str:
-    """What differs from the manifest of a step; "" when nothing does, or when it has none."""
+    """Differences from the manifest of a step; "" when there are none, or no manifest."""
     if not sealed(path):
         return ""
     try:
@@ -127,7 +127,7 @@ def check_manifest(path: epath.Path) -> str:
 
 
 def about(path: epath.Path) -> dict[str, Any]:
-    """What was saved beside the arrays of a step: its metrics, data position, configuration."""
+    """Metadata saved with the arrays of a step: its metrics, data position, configuration."""
     try:
         return {**json.loads((path / _ABOUT).read_bytes())["custom_metadata"]}
     except (OSError, ValueError, KeyError, TypeError):

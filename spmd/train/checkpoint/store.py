@@ -84,7 +84,7 @@ class Checkpoints:
         )
 
     def about(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of `step`: see `extra` of save."""
+        """Metadata saved with the arrays of `step`: see `extra` of save."""
         return agree.from_first(lambda: steps.about(self._directory / str(step)), "reading a step")
 
     # ---- saving
@@ -333,7 +333,7 @@ def _outcome(step: int, future: concurrent.futures.Future[None]) -> str:
 
 
 def _failed(directory: epath.Path, what: str, why: str) -> SaveFailed:
-    """What to raise; removes the half-written step, which would only fill the disk."""
+    """The exception to raise; removes the half-written step, which would only fill the disk."""
     if agree.is_first():
         steps.clean(directory)
     full = reading.FULL.search(why)

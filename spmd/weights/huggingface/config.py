@@ -183,7 +183,7 @@ def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
 
 
 def differences(model: Transformer, family: str, there: Mapping[str, Any]) -> list[str]:
-    """What a config.json says that the model does otherwise, or that nobody knows the meaning of.
+    """Fields of a config.json that the model contradicts, or whose meaning is unknown.
 
     Returns a line for each field. A field that is null is one that is not there, as in transformers.
     """

@@ -35,7 +35,7 @@ class Part(NamedTuple):
     axes: tuple[tuple[int, ...], ...]
 
     def shape_there(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of the tensor, from the shape of a layer's array."""
+        """Shape of the tensor, from the shape of a layer's array."""
         return tuple(math.prod(shape[d] for d in dims) for dims in self.axes)
 
     def block(
@@ -76,7 +76,7 @@ class Tensor(NamedTuple):
     parts: tuple[Part, ...]
 
     def inner(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of what it holds of a layer's array of this shape: all, or an expert."""
+        """Shape of the part of a layer's array that it holds: all, or an expert."""
         return tuple(shape[max(len(self.at) - 1, 0) :])
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
@@ -157,7 +157,7 @@ def _llama(bias: bool, dense: bool) -> Iterator[tuple[str, list[tuple[str, Any]]
 
 
 def family_of(model: Any) -> str:
-    """One of FAMILIES; ValueError with the fields that are of neither."""
+    """The member of FAMILIES that a model belongs to; ValueError with the fields that fit none."""
     check(
         isinstance(model, Transformer),
         f"Hugging Face weights are those of spmd.models.transformer.Transformer, not {type(model).__name__}",

@@ -31,7 +31,7 @@ class Weights(NamedTuple):
 
     @property
     def about(self) -> str:
-        """What it is, for a message."""
+        """Description for messages."""
         count = len({entry.file for entry in self.tensors.values()})
         shown = f"{self.path} (Hugging Face, {self.family}, {count} file{'s' * (count > 1)})"
         return f"{shown}; {self.aside}" if self.aside else shown
@@ -120,7 +120,7 @@ class Weights(NamedTuple):
 
 
 def another_model(path: Any, diff: list[str]) -> str:
-    """What to say of a directory whose arrays are not those of the model; diff: a line for each."""
+    """Message about a directory whose arrays are not those of the model; diff: a line for each."""
     more = [f"  ... and {len(diff) - SHOWN} more"] if len(diff) > SHOWN else []
     said = f"init.from: {path} is of another model, or incomplete:"
     end = "make the model alike, or leave arrays out with init.skip"
