@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from spmd import optim, strategies
 from spmd.core import fields, values
-from spmd.core.fields import check, closest, free
+from spmd.core.fields import check, free
 from spmd.data import DataConfig
 from spmd.experiment.budget import CommsBudget
 from spmd.experiment.run import Run
@@ -23,10 +22,6 @@ from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, Train
 from spmd.weights.config import InitConfig
 
 if TYPE_CHECKING:
-    from etils import epath
-
-    from spmd.runtime.stop import Stop
-    from spmd.train.claim import Claim
     from spmd.train.program import Program
     from spmd.train.snapshot import Snapshot
 
@@ -146,99 +141,9 @@ class Experiment:
           source: the training data; None opens it, () leaves it closed.
           training: False for a state that is only read: the batch size then need not divide over the mesh.
         """
-        import jax
+        from spmd.experiment.building import build
 
-        from spmd.core import batches
-        from spmd.runtime import platforms
-        from spmd.strategies.base import Parts
-        from spmd.train.program import Program
-        from spmd.weights import adapters
-        from spmd.weights import init as weights
-
-        several = self.setup()
-        platforms.start()
-        if devices is None and self.simulate and not several:
-            devices = jax.devices()[: self.simulate]
-        cut = mesh.make(self.mesh, devices)
-        ways, batch_size = mesh.batch_shards(cut), self.data.batch_size
-        rows = ways * self.train.accumulate
-        if not training:
-            batch_size = ways * self.strategy.copies
-        check(
-            batch_size % rows == 0,
-            f"data.batch_size={batch_size} does not divide over {ways} batch shards"
-            f" ({mesh.describe(cut)}) x train.accumulate={self.train.accumulate}; use"
-            f" {fields.multiples(batch_size, rows)}",
-        )
-        parts = self.train.accumulate * (ways if self.strategy.by_device else 1)
-        compares = (
-            "train.noise_scale compares the gradients of parts of a batch with that of the whole, and"
-            " here"
-        )
-        check(
-            not (self.train.noise_scale and self.privacy.on),
-            f"{compares} privacy's noise is in it; leave it off",
-        )
-        check(
-            not self.train.noise_scale or parts > 1,
-            f"{compares} there is one part: use --train.accumulate 2 or more, or --strategy allreduce on"
-            " several devices",
-        )
-        if source is None:
-            source = self.data.opened("train")
-            self.data.check_model(self.model)
-        self.privacy.check_use(self.strategy, self.data, source)
-        replicas = self.strategy.private_parts
-        examples = self.privacy.sampled(batch_size, replicas)
-        num_steps = self.train.num_steps(examples, len(source))
-        if len(source):  # else it is only planned, for a number of steps that nobody has chosen
-            self.strategy.check_run(num_steps, len(source))
-        private = self.privacy.mechanism(len(source), batch_size, num_steps, replicas)
-        task = adapters.adapt(self.task.build(self.model, self.param_dtype), self.init)
-        abstract, model_state = jax.eval_shape(task.init, jax.random.key(0))
-        mask = optim.decay_mask(abstract, task.dims)
-        tx = self.optimizer.build(num_steps, mask, task.dims, examples)
-        batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype)
-            for name, (shape, dtype) in self.data.abstract_batch(batch_size).items()
-        }
-        ranges = batches.ranges(task, (abstract, model_state), batch) if len(source) else {}
-        strategy = self.strategy.build(
-            Parts(
-                task=task,
-                tx=tx,
-                rate=self.optimizer.rate(num_steps, examples),
-                mesh=cut,
-                batch=batch,
-                accumulate=self.train.accumulate,
-                pipeline=self.train.pipeline,
-                virtual_stages=self.train.virtual_stages,
-                ema=self.optimizer.ema,
-                skip=self.train.nonfinite == "skip",
-                privacy=private,
-                noise_scale=self.train.noise_scale,
-            )
-        )
-        reading = self.strategy.order
-        if private:
-            reading = functools.partial(self.privacy.order, parts=replicas)
-        return Program(
-            name=self.name,
-            seed=self.seed,
-            mesh=cut,
-            task=task,
-            strategy=strategy,
-            num_steps=num_steps,
-            data=self.data,
-            source=source,
-            start=functools.partial(weights.start, self.init, self.model)
-            if self.init.from_
-            else None,
-            order=lambda source: reading(source, self.seed, batch_size),
-            privacy=private,
-            skips=self.data.skips("training"),
-            ranges=ranges,
-        )
+        return build(self, devices, source, training=training)
 
     # ---- what it does
 
@@ -249,120 +154,10 @@ class Experiment:
         # The others may be steps ahead of this process: from here on a signal waits for a common step. Alone,
         # one that comes before there is a state ends the process at once.
         several = self.setup()
+        from spmd.experiment.training import train  # jax is set up
+
         with catching(self.runtime.grace) if several else contextlib.nullcontext() as stop:
-            return self._train(stop)
-
-    def _train(self, stop: Stop | None) -> Run:
-        from spmd.runtime import agree
-        from spmd.train import rundir, tracker
-        from spmd.train.claim import Claim
-
-        path = rundir.locate(self.run.dir, self.name)
-        known = {"defaults": fields.defaults(self), "located": fields.located_in(self)}
-        with contextlib.ExitStack() as held:
-            claims: list[Claim] = []  # of process 0
-
-            def open_() -> bool:
-                tracker.ready(self.log.wandb)
-                options = {"fresh": self.run.fresh, "amend": self.run.amend, "known": known}
-                claim = Claim(path, self.name, self.config(), self.identity(), **options)
-                claims.append(claim)
-                held.callback(claim.release)
-                return claim.resumes
-
-            resumes = agree.from_first(open_, "opening the run directory")
-            return self._train_in(path, claims, known, stop, resumes=resumes)
-
-    def _train_in(
-        self,
-        path: epath.Path,
-        claims: Sequence[Claim],
-        known: dict[str, Any],
-        stop: Stop | None,
-        *,
-        resumes: bool,
-    ) -> Run:
-        """Trains in a run directory that process 0 holds. claims: its claim, none in other processes."""
-        from spmd.runtime import agree, allocator
-        from spmd.train import dataset, loop, rundir
-
-        program = self.build()
-        if program.mesh.devices.flat[0].platform == "cpu":
-            allocator.keep()
-        if warning := self.pipeline_warning(program.mesh.shape["stage"]):
-            agree.say(warning, sys.stderr)
-        program = program._replace(evaluation=self.data.opened("eval"))
-        contents = dataset.contents(
-            self.data, {"train": lambda: program.source, "eval": lambda: program.evaluation}
-        )
-        identity = self.identity() | dataset.identity(contents)
-        done: dict[str, Any] | None = None
-        if resumes:
-            agree.from_first(lambda: dataset.check_same(path, contents), "comparing the data")
-            done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
-        if done and done["steps"] >= program.num_steps:
-            agree.say(
-                f"{rundir.shown(path)} is finished: {done['steps']} steps. Train on with a larger"
-                " --train.steps, or anew with --run.fresh or another --run.dir"
-            )
-            return Run(self, str(path), done["steps"], done["metrics"], done["seconds"])
-
-        self._check_best(program)
-
-        def begin(step: int) -> None:
-            if resumes:
-                self._say_stretched(rundir.recorded(path), program, step)
-            claims[0].begin(identity, step)
-            dataset.record(path, contents)
-
-        def accept(about: dict[str, Any]) -> None:
-            for claim in claims:
-                claim.same_saved(about, identity, known)
-
-        def holds() -> None:
-            for claim in claims:
-                claim.check()
-
-        run = loop.Directory(
-            path, self.config(), identity, resumes, accept=accept, begin=begin, holds=holds
-        )
-        settings = loop.Settings(self.train, self.eval, self.checkpoint, self.log, self.runtime)
-        summary = loop.fit(program, run, settings, stop)
-        return Run(self, str(path), summary["steps"], summary["metrics"], summary["seconds"])
-
-    def _check_best(self, program: Program) -> None:
-        """ValueError when no evaluation gives the metric by which the best checkpoint is kept."""
-        from spmd.train.evaluate import metric_names
-
-        best = self.checkpoint.best
-        if not best:
-            return
-        names = metric_names(program.task, program.abstract_batch())
-        check(
-            best in names,
-            f"checkpoint.best={best!r} is no metric of an evaluation.{closest(best, names)} There are:"
-            f" {', '.join(names)}; '' keeps the newest checkpoints only",
-        )
-
-    def _say_stretched(self, recorded: dict[str, Any], program: Program, step: int) -> None:
-        """Says so when the run's learning-rate schedule spans another number of steps than before."""
-        import numpy as np
-
-        try:
-            old = recorded["config"]["train"]
-            train = dataclasses.replace(self.train, steps=old["steps"], epochs=old["epochs"])
-            before = train.num_steps(program.examples, len(program.source))
-        except (KeyError, TypeError, ValueError):
-            return  # config.json of another version
-        now = program.num_steps
-        if before == now or self.optimizer.schedule == "constant":
-            return
-        rate = lambda n: float(np.asarray(self.optimizer.rate(n, program.examples)(min(step, n))))
-        rates = rate(before), rate(now)
-        print(
-            f"the learning-rate schedule now spans {now} steps (was {before}): at step {step} the rate is"
-            f" {rates[1]:.3g} (was {rates[0]:.3g})"
-        )
+            return train(self, stop)
 
     def pipeline_warning(self, stages: int) -> str:
         """Warning about a pipeline that is mostly idle; else ""."""

@@ -1,0 +1,114 @@
+"""Building an experiment: its mesh, task, strategy and data, checked against each other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import Mesh
+
+from spmd import optim
+from spmd.core import batches, fields
+from spmd.core.fields import check
+from spmd.parallel import mesh
+from spmd.runtime import platforms
+from spmd.strategies.base import Parts
+from spmd.train.program import Program
+from spmd.weights import adapters, init
+
+if TYPE_CHECKING:
+    from spmd.experiment.base import Experiment
+
+
+def build(
+    exp: Experiment, devices: Sequence[Any] | None, source: Any, *, training: bool
+) -> Program:
+    """Mesh, task, strategy and data; arguments as those of Experiment.build."""
+    several = exp.setup()
+    platforms.start()
+    if devices is None and exp.simulate and not several:
+        devices = jax.devices()[: exp.simulate]
+    devices_mesh = mesh.make(exp.mesh, devices)
+    batch_size = exp.data.batch_size
+    if not training:
+        batch_size = mesh.batch_shards(devices_mesh) * exp.strategy.copies
+    check_batch_size(exp, devices_mesh, batch_size)
+    check_noise_scale(exp, devices_mesh)
+    if source is None:
+        source = exp.data.opened("train")
+        exp.data.check_model(exp.model)
+    exp.privacy.check_use(exp.strategy, exp.data, source)
+    replicas = exp.strategy.private_parts
+    examples = exp.privacy.sampled(batch_size, replicas)
+    num_steps = exp.train.num_steps(examples, len(source))
+    if len(source):  # a plan without data has a placeholder for its number of steps
+        exp.strategy.check_run(num_steps, len(source))
+    mechanism = exp.privacy.mechanism(len(source), batch_size, num_steps, replicas)
+    task = adapters.adapt(exp.task.build(exp.model, exp.param_dtype), exp.init)
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype)
+        for name, (shape, dtype) in exp.data.abstract_batch(batch_size).items()
+    }
+    ranges = batches.ranges(task, (params, model_state), batch) if len(source) else {}
+    decayed = optim.decay_mask(params, task.dims)
+    parts = Parts(
+        task=task,
+        tx=exp.optimizer.build(num_steps, decayed, task.dims, examples),
+        rate=exp.optimizer.rate(num_steps, examples),
+        mesh=devices_mesh,
+        batch=batch,
+        accumulate=exp.train.accumulate,
+        pipeline=exp.train.pipeline,
+        virtual_stages=exp.train.virtual_stages,
+        ema=exp.optimizer.ema,
+        skip=exp.train.nonfinite == "skip",
+        privacy=mechanism,
+        noise_scale=exp.train.noise_scale,
+    )
+    order = exp.strategy.order
+    if mechanism:
+        order = functools.partial(exp.privacy.order, parts=replicas)
+    return Program(
+        name=exp.name,
+        seed=exp.seed,
+        mesh=devices_mesh,
+        task=task,
+        strategy=exp.strategy.build(parts),
+        num_steps=num_steps,
+        data=exp.data,
+        source=source,
+        start=functools.partial(init.start, exp.init, exp.model) if exp.init.from_ else None,
+        order=lambda source: order(source, exp.seed, batch_size),
+        privacy=mechanism,
+        skips=exp.data.skips("training"),
+        ranges=ranges,
+    )
+
+
+def check_batch_size(exp: Experiment, devices_mesh: Mesh, batch_size: int) -> None:
+    """ValueError when the batch shards and microbatches do not divide the batch."""
+    shards = mesh.batch_shards(devices_mesh)
+    rows = shards * exp.train.accumulate
+    check(
+        batch_size % rows == 0,
+        f"data.batch_size={batch_size} does not divide over {shards} batch shards"
+        f" ({mesh.describe(devices_mesh)}) x train.accumulate={exp.train.accumulate}; use"
+        f" {fields.multiples(batch_size, rows)}",
+    )
+
+
+def check_noise_scale(exp: Experiment, devices_mesh: Mesh) -> None:
+    """ValueError when the gradient noise scale is asked for and a batch has no parts to compare."""
+    if not exp.train.noise_scale:
+        return
+    compares = "train.noise_scale compares the gradients of parts of a batch with that of the whole, and here"
+    check(not exp.privacy.on, f"{compares} privacy's noise is in it; leave it off")
+    shards = mesh.batch_shards(devices_mesh) if exp.strategy.by_device else 1
+    check(
+        exp.train.accumulate * shards > 1,
+        f"{compares} there is one part: use --train.accumulate 2 or more, or --strategy allreduce on"
+        " several devices",
+    )

@@ -1,0 +1,131 @@
+"""Training an experiment in its run directory: the claim on it, the data it has seen, the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from spmd.core import fields
+from spmd.core.fields import check, closest
+from spmd.experiment.run import Run
+from spmd.runtime import agree, allocator
+from spmd.runtime.stop import Stop
+from spmd.train import dataset, loop, rundir, tracker
+from spmd.train.claim import Claim
+from spmd.train.evaluate import metric_names
+from spmd.train.program import Program
+
+if TYPE_CHECKING:
+    from spmd.experiment.base import Experiment
+
+
+def train(exp: Experiment, stop: Stop | None) -> Run:
+    """Train, or resume what is in the run directory; returns the finished run. stop: of caught signals."""
+    path = rundir.locate(exp.run.dir, exp.name)
+    known = {"defaults": fields.defaults(exp), "located": fields.located_in(exp)}
+    with contextlib.ExitStack() as held:
+        claims: list[Claim] = []  # of process 0
+
+        def open_() -> bool:
+            tracker.ready(exp.log.wandb)
+            options = {"fresh": exp.run.fresh, "amend": exp.run.amend, "known": known}
+            claim = Claim(path, exp.name, exp.config(), exp.identity(), **options)
+            claims.append(claim)
+            held.callback(claim.release)
+            return claim.resumes
+
+        resumes = agree.from_first(open_, "opening the run directory")
+        return _train_in(exp, path, claims, known, stop, resumes=resumes)
+
+
+def _train_in(
+    exp: Experiment,
+    path: epath.Path,
+    claims: Sequence[Claim],
+    known: dict[str, Any],
+    stop: Stop | None,
+    *,
+    resumes: bool,
+) -> Run:
+    """Train in a run directory that process 0 holds. claims: its claim, none in other processes."""
+    program = exp.build()
+    if program.mesh.devices.flat[0].platform == "cpu":
+        allocator.keep()
+    if warning := exp.pipeline_warning(program.mesh.shape["stage"]):
+        agree.say(warning, sys.stderr)
+    program = program._replace(evaluation=exp.data.opened("eval"))
+    contents = dataset.contents(
+        exp.data, {"train": lambda: program.source, "eval": lambda: program.evaluation}
+    )
+    identity = exp.identity() | dataset.identity(contents)
+    done: dict[str, Any] | None = None
+    if resumes:
+        agree.from_first(lambda: dataset.check_same(path, contents), "comparing the data")
+        done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
+    if done and done["steps"] >= program.num_steps:
+        agree.say(
+            f"{rundir.shown(path)} is finished: {done['steps']} steps. Train on with a larger"
+            " --train.steps, or anew with --run.fresh or another --run.dir"
+        )
+        return Run(exp, str(path), done["steps"], done["metrics"], done["seconds"])
+
+    check_best(exp, program)
+
+    def begin(step: int) -> None:
+        if resumes:
+            say_stretched(exp, rundir.recorded(path), program, step)
+        claims[0].begin(identity, step)
+        dataset.record(path, contents)
+
+    def accept(about: dict[str, Any]) -> None:
+        for claim in claims:
+            claim.same_saved(about, identity, known)
+
+    def holds() -> None:
+        for claim in claims:
+            claim.check()
+
+    run = loop.Directory(
+        path, exp.config(), identity, resumes, accept=accept, begin=begin, holds=holds
+    )
+    settings = loop.Settings(exp.train, exp.eval, exp.checkpoint, exp.log, exp.runtime)
+    summary = loop.fit(program, run, settings, stop)
+    return Run(exp, str(path), summary["steps"], summary["metrics"], summary["seconds"])
+
+
+def check_best(exp: Experiment, program: Program) -> None:
+    """ValueError when no evaluation gives the metric by which the best checkpoint is kept."""
+    best = exp.checkpoint.best
+    if not best:
+        return
+    names = metric_names(program.task, program.abstract_batch())
+    check(
+        best in names,
+        f"checkpoint.best={best!r} is no metric of an evaluation.{closest(best, names)} There are:"
+        f" {', '.join(names)}; '' keeps the newest checkpoints only",
+    )
+
+
+def say_stretched(exp: Experiment, recorded: dict[str, Any], program: Program, step: int) -> None:
+    """Print a line when the run's learning-rate schedule spans another number of steps than before."""
+    try:
+        old = recorded["config"]["train"]
+        train = dataclasses.replace(exp.train, steps=old["steps"], epochs=old["epochs"])
+        before = train.num_steps(program.examples, len(program.source))
+    except (KeyError, TypeError, ValueError):
+        return  # config.json of another version
+    now = program.num_steps
+    if before == now or exp.optimizer.schedule == "constant":
+        return
+    rate = lambda n: float(np.asarray(exp.optimizer.rate(n, program.examples)(min(step, n))))
+    rates = rate(before), rate(now)
+    print(
+        f"the learning-rate schedule now spans {now} steps (was {before}): at step {step} the rate is"
+        f" {rates[1]:.3g} (was {rates[0]:.3g})"
+    )
