@@ -52,19 +52,20 @@ def check_indices(batch: Mapping[str, Any], name: str, dims: str, what: str) -> 
     """ValueError unless a feature holds integers of these dims.
 
     Args:
-      batch: arrays, or their shapes; `weight` [B] gives the number of rows.
+      batch: arrays, or their shapes; `weight` [B], where there is one, gives the number of rows.
       dims: the dims that the task takes, a letter each: "B" or "BT".
       what: the meaning of one index.
     """
     x = feature(batch, name)
-    check_weight(batch)
-    rows = batch["weight"].shape[0]
+    if "weight" in batch:  # a prediction needs none
+        check_weight(batch)
+    rows = batch["weight"].shape[0] if "weight" in batch else (*x.shape, 0)[0]
     if len(x.shape) == len(dims) and x.shape[0] == rows and jnp.issubdtype(x.dtype, jnp.integer):
         return
     takes = f"int[{', '.join(dims)}]"
     raise ValueError(
         f"feature {name!r} is {shown(x)} and the task takes {takes}, {what}"
-        f" (B = {rows} rows, as the weights have)"
+        + (f" (B = {rows} rows, as the weights have)" if "weight" in batch else "")
     )
 
 
