@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from spmd.core.storage import is_remote, json_text
+from spmd.core.storage import children, is_remote, json_text
 from spmd.runtime import agree
 from spmd.train import LogConfig
 from spmd.train.tracker import Tracker
@@ -141,11 +141,9 @@ class Writer:
     def _open(
         self, directory: epath.Path, step: int, config: LogConfig, experiment: dict[str, Any]
     ) -> None:
+        kept = [p for p in children(directory) if p.name.startswith("examples-")]
         if is_remote(directory):
-            kept = [p for p in directory.iterdir() if p.name.startswith("examples-")]
             kept = [p.parent / f"{p.name}.jsonl" for p in kept]
-        else:
-            kept = list(directory.glob("examples-*.jsonl"))
         for path in kept:
             cut(path, step)
         self._lines = Lines(directory / "metrics.jsonl", step)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from spmd.cli import main
 from spmd.core import paths
 from spmd.train import CheckpointConfig, index, rundir
 from spmd.train.checkpoint import steps
@@ -138,6 +139,21 @@ def test_a_run_directory_of_any_name(tmp_path, monkeypatch, name):
     saves_and_restores(f"./{name}/")
     assert (inside / name / "checkpoints" / "3").is_dir()
     assert {p: p.stat().st_mtime_ns for p in other.rglob("*")} == known
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_the_commands_in_a_working_directory_of_any_name(tmp_path, monkeypatch, capsys, name):
+    """The gate runs them in `pr[1]` and `a*b`: tests/test_read_only.py."""
+    work = tmp_path / name
+    work.mkdir()
+    monkeypatch.chdir(work)
+    run = ("--experiment", "digits", f"--run.dir=./{name}/one")
+    assert main([*run, "--train.steps", "6", "--log.no-tensorboard"]) == 0
+    assert main(["eval", *run]) == 0
+    assert main(["runs", "check", f"./{name}/one"]) == 0
+    out, err = capsys.readouterr()
+    assert '"eval/accuracy"' in out and "verified by digests and manifest" in out and err == ""
 
 
 def test_links_and_relative_paths(tmp_path, monkeypatch):
