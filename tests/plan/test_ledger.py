@@ -361,7 +361,7 @@ def test_mistakes_reach_the_caller_as_one_message():
     exp = spmd.load("lm_stdlib", [*WORDS, "1", "--mesh.tensor", "3"]).experiment
     with pytest.raises(ValueError, match=r"mesh sizes .* multiply to 3, but there are 8 devices"):
         ahead.compiled(exp, "cpu:8")
-    with pytest.raises(ValueError, match="was not loaded from a file"):
+    with pytest.raises(ValueError, match="comes from no file"):
         ahead.compiled(dataclasses.replace(exp, name="inline"), "cpu:8")
 
 

@@ -33,8 +33,14 @@ class ComparedLeaf(NamedTuple):
 
 def outputs(state: base.TrainState, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Outputs of a step by name: `metrics/loss`, `grads/...`, `params/...`, `opt_state/...`."""
-    named = {k if k.startswith("grads/") else f"metrics/{k}": v for k, v in metrics.items()}
-    return named | tree.named_leaves(state)
+    grads = {k: v for k, v in metrics.items() if k.startswith("grads/")}
+    names = sorted(metrics.keys() - grads.keys() - {base.WEIGHTS})
+    named = {f"metrics/{name}": metrics[name] for name in names}
+    # By name, not by place: a strategy has metrics of its own.
+    weights: dict[str, Any] = {}
+    if len(names) == len(metrics[base.WEIGHTS]):
+        weights = {f"metrics/weights/{n}": metrics[base.WEIGHTS][i] for i, n in enumerate(names)}
+    return grads | named | weights | tree.named_leaves(state)
 
 
 def host(leaves: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
