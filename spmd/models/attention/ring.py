@@ -167,8 +167,7 @@ def _backward(axes, residuals, gradient):
     def add_received(q_gradient, received, step):
         """(gradient of q with the pairs of these keys added, gradients of these keys and values)."""
         k, v, key_segments = received
-        mask = _mask(segments[1], key_segments[0])
-        cross = _pair_gradients(_at(query, 1), (k[0], v[0]), mask)
+        cross = _pair_gradients(_at(query, 1), (k[0], v[0]), _mask(segments[1], key_segments[0]))
         lower = rank >= step
         pick = lambda x: jnp.where(lower, x[0], x[1])
         mask = _mask(pick(segments), pick(key_segments))
