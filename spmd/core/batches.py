@@ -152,22 +152,26 @@ class Expected(NamedTuple):
         """
         if not self.features:
             return batch
+        num = len(example_N)
         for name, (shape, dtype) in self.features.items():
-            check(
-                name in batch,
-                f"the {self.split} data has no feature {name!r}.{closest(name, batch)} It has:"
-                f" {', '.join(batch)}",
-            )
-            x, num = np.asarray(batch[name]), len(example_N)
-            each = f"{x.dtype}{list(x.shape[1:])}"
-            if x.shape[:1] != (num,):
-                each = f"{shown(x)} for {num} examples"
-            check(
-                x.shape == (num, *shape) and x.dtype == dtype,
-                f"feature {name!r} of the {self.split} data is {each}, the experiment declares"
-                f" {dtype}{list(shape)}",
-            )
+            x = np.asarray(batch[name]) if name in batch else None
+            if x is None or x.shape != (num, *shape) or x.dtype != dtype:
+                self._refuse_feature(name, batch, num)
         return {name: batch[name] for name in self.features}
+
+    def _refuse_feature(self, name: str, batch: Mapping[str, Any], num: int) -> None:
+        check(
+            name in batch,
+            f"the {self.split} data has no feature {name!r}.{closest(name, batch)} It has:"
+            f" {', '.join(batch)}",
+        )
+        x, (shape, dtype) = np.asarray(batch[name]), self.features[name]
+        whole = x.shape[:1] != (num,)
+        each = f"{shown(x)} for {num} examples" if whole else f"{x.dtype}{list(x.shape[1:])}"
+        raise ValueError(
+            f"feature {name!r} of the {self.split} data is {each}, the experiment declares"
+            f" {dtype}{list(shape)}"
+        )
 
     def check_ranges(self, batch: Mapping[str, Any]) -> None:
         """ValueError with feature, value, example and range for the first index that is out of its range.
