@@ -251,3 +251,16 @@ def test_verification_and_prediction_check_what_they_read(tmp_path, monkeypatch)
         8,
         10,
     )
+
+
+def test_a_restored_run_checks_what_it_reads(tmp_path, monkeypatch):
+    import spmd
+
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "pass", language=True)
+    assert main(["--experiment", "own.py", "--train.steps", "2", "--log.no-tensorboard"]) == 0
+    model = spmd.load("own.py", ["--train.steps", "2", "--log.no-tensorboard"])
+    restored = model.restore()
+    assert restored.program.ranges == model.init().program.ranges != {}
+    with pytest.raises(ValueError, match="'tokens' is 10 in example 0 of the given data"):
+        restored.predict({"tokens": np.full((2, 8), 10, np.int32)})

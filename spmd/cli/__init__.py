@@ -130,7 +130,7 @@ def _one(argv: Sequence[str]) -> int:
         if os.environ.get("SPMD_TRACEBACK") or not (explained or isinstance(error, ValueError)):
             raise
         _say(f"error: {explained or error}")
-        if not explained and error.__traceback__ is not None and not _ours(error):
+        if not explained and error.__traceback__ is not None and not explain.from_package(error):
             _say("(from a library; SPMD_TRACEBACK=1 shows where)")
         return _leave(EXIT_MISTAKE)
     except KeyboardInterrupt:
@@ -197,12 +197,3 @@ def _leave(code: int) -> int:
 
         agree.leave(code)
     return code
-
-
-def _ours(error: BaseException) -> bool:
-    frame = error.__traceback__
-    assert frame is not None
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return frame.tb_frame.f_code.co_filename.startswith(root)

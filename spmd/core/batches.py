@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spmd.core import explain
 from spmd.core.fields import check, closest
 
 
@@ -114,7 +114,7 @@ def ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]) -> R
     try:
         logits = jax.eval_shape(task.predict, *variables, batch)
     except (TypeError, ValueError) as error:
-        if _ours(error):
+        if explain.from_package(error):
             raise
         features = ", ".join(f"{k} {shown(x)}" for k, x in batch.items() if k not in _LOADERS)
         said = " ".join(str(error).split())[:300]
@@ -123,15 +123,6 @@ def ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]) -> R
 
 
 _LOADERS = ("example_id", "weight")  # features that the loader adds
-
-
-def _ours(error: BaseException) -> bool:
-    """Whether a check of this package raised an error, which then says what is wrong."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    path = frame.tb_frame.f_code.co_filename if frame is not None else ""
-    return path.startswith(os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep)
 
 
 class Expected(NamedTuple):

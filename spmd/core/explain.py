@@ -75,6 +75,12 @@ def explain(error: BaseException, path: Path) -> str:
     return f"experiment file {last.file}, line {last.line}{inside}: {_what(error)}{called}"
 
 
+def from_package(error: BaseException) -> bool:
+    """Whether the package's own code raised an error, whose text then says what is wrong."""
+    frames = list(_frames(error))
+    return bool(frames) and _within(frames[-1][0].f_code.co_filename, PACKAGE)
+
+
 def _what(error: BaseException) -> str:
     """The mistake without its place: a wrong call or name with the closest one, else the error."""
     if isinstance(error, SystemExit):

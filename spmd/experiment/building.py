@@ -52,7 +52,9 @@ def build(
         name: jax.ShapeDtypeStruct(shape, dtype)
         for name, (shape, dtype) in exp.data.abstract_batch(batch_size).items()
     }
-    ranges = batches.ranges(task, (params, model_state), batch) if len(source) else {}
+    ranges: batches.Ranges = {}
+    if len(source) or not training:  # a plan without data reads no batch
+        ranges = batches.ranges(task, (params, model_state), batch)
     decayed = optim.decay_mask(params, task.dims)
     parts = Parts(
         task=task,
