@@ -143,7 +143,7 @@ def test_owners(num, rows, dim, dtype, seed):
     for i, got in enumerate(each(lambda x: collectives.reduce_scatter(x, AXES, dim), num, blocks)):
         assert_sum(got, [part(block, i) for block in blocks])
     same = [blocks[0]] * num
-    for i, got in enumerate(each(lambda x: collectives.own(x, AXES, dim), num, same)):
+    for i, got in enumerate(each(lambda x: collectives.local_shard(x, AXES, dim), num, same)):
         np.testing.assert_array_equal(got, part(blocks[0], i))
 
 

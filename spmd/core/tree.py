@@ -60,14 +60,16 @@ def bytes_per_device(tree: PyTree, shardings: PyTree) -> int:
     return total
 
 
-def wide(dtype: Any) -> Any:
+def at_least_float32(dtype: Any) -> Any:
     """float32, or `dtype` when it is wider: the type to reduce in."""
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def global_norm(tree: PyTree) -> jax.Array:
     """sqrt of the sum of squares over all leaves; float32 at least, so that bf16 cannot overflow."""
-    squares = [jnp.sum(jnp.square(x.astype(wide(x.dtype)))) for x in jax.tree.leaves(tree)]
+    squares = [
+        jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))) for x in jax.tree.leaves(tree)
+    ]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), squares[0].dtype)))
 
 

@@ -78,7 +78,7 @@ def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
             to = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
             return jax.tree.map(to, _dicts(part))
 
-        return cast(params, param_dtype), cast(rest, tree.wide(jnp.dtype(param_dtype)))
+        return cast(params, param_dtype), cast(rest, tree.at_least_float32(jnp.dtype(param_dtype)))
 
     def call(
         params: PyTree, model_state: PyTree, fn: Callable[[Any], Any], *, train: bool

@@ -81,12 +81,12 @@ def trust_ratio(trust: float, matrices: Any, dims: Dims) -> optax.GradientTransf
             return update * trust
         known = dims.get(name) or (None,) * param.ndim
         axes = tuple(i for i, dim in enumerate(known) if dim not in ("layers", "experts"))
-        wide = tree.wide(param.dtype)
-        length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(wide)), axis=axes, keepdims=True))
+        dtype = tree.at_least_float32(param.dtype)
+        length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(dtype)), axis=axes, keepdims=True))
         of_param, of_update = length(param), length(update)
         both = (of_param > 0) & (of_update > 0)
         ratio = jnp.where(both, of_param / jnp.where(both, of_update, 1), 1)
-        return (update.astype(wide) * ratio * trust).astype(update.dtype)
+        return (update.astype(dtype) * ratio * trust).astype(update.dtype)
 
     return optax.stateless(
         lambda updates, params=None: tree.map_named(scale, updates, params, matrices)

@@ -132,7 +132,7 @@ def reduce_scatter(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
     return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
 
-def own(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
+def local_shard(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
     """A[I, J] -> A[I_X, J], this device's shard of a replicated array, nothing sent; None: all of it."""
     if dim is None or not axes:
         return x

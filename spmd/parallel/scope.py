@@ -40,7 +40,7 @@ class Scope:
     blockwise: Callable[[Callable[..., Any], tuple[Dims, ...], Any], Callable[..., Any]] | None = (
         None
     )
-    cut: Callable[[str], dict[str, int]] | None = None
+    sharding_axes: Callable[[str], dict[str, int]] | None = None
     mapped: str = ""
     partial: bool = False
     platform: str = ""
@@ -106,7 +106,7 @@ def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
     in float32 at least, as x's type.
     """
     dtype = x_BD.dtype
-    x_BD = x_BD.astype(tree.wide(dtype))
+    x_BD = x_BD.astype(tree.at_least_float32(dtype))
     weight_B = current().weight
     if weight_B is None:
         weight_B = jnp.ones(x_BD.shape[:1], x_BD.dtype)
@@ -128,8 +128,9 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 def blockwise(
     fn: Callable[..., Any], in_dims: tuple[Dims, ...], out_dims: Any
 ) -> Callable[..., Any]:
-    """Run `fn` on each device's block of its arrays, sharded by logical dims: for kernels that the compiler
-    cannot partition, and for explicit collectives (over the axes of `cut`). Without a scope, `fn` itself.
+    """Run `fn` on each device's block of its arrays, sharded by logical dims; without a scope, `fn` itself.
+
+    For kernels that the compiler cannot partition, and for explicit collectives over `sharding_axes`.
 
     out_dims: dims of the result, or a tuple of them for several results.
     """
@@ -144,18 +145,18 @@ def blockwise(
     return rule(block, in_dims, out_dims)
 
 
-def cut(dim: str) -> dict[str, int]:
+def sharding_axes(dim: str) -> dict[str, int]:
     """`{mesh axis: size}` of the axes larger than 1 that shard a logical dim."""
-    rule = current().cut
+    rule = current().sharding_axes
     return {} if rule is None else rule(dim)
 
 
-def ways(dim: str) -> int:
+def num_shards(dim: str) -> int:
     """Number of shards of a logical dim."""
-    return math.prod(cut(dim).values())
+    return math.prod(sharding_axes(dim).values())
 
 
-def highest(x: jax.Array) -> jax.Array:
+def max_over_replicas(x: jax.Array) -> jax.Array:
     """Maximum over the replicas that vmap runs on one device, so that a lax.cond on it stays one branch."""
     axis = current().mapped
     return jax.lax.pmax(x, axis) if axis else x

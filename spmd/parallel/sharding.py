@@ -96,11 +96,11 @@ def spec_of(
         )
         spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
     if fsdp:
-        _cut_largest(spec, shape, dims, ("fsdp",), mesh)
+        _shard_largest(spec, shape, dims, ("fsdp",), mesh)
     return P(*spec)
 
 
-def _cut_largest(
+def _shard_largest(
     spec: list[Any],
     shape: Sequence[int],
     dims: Dims,
@@ -138,7 +138,7 @@ def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, .
     def place(name: str, x: Any) -> NamedSharding:
         of = dims_of.get(name)
         spec = list(spec_of(name, x.shape, of, mesh, fsdp=True))
-        _cut_largest(spec, x.shape, of or (None,) * len(x.shape), axes, mesh)
+        _shard_largest(spec, x.shape, of or (None,) * len(x.shape), axes, mesh)
         return NamedSharding(mesh, P(*spec))
 
     return tree.map_named(place, params)
@@ -223,7 +223,7 @@ def manual(mesh: Mesh, axes: Collection[str] | None = None) -> dict[str, Any]:
     return {"axis_names": names} | ({} if inside() else {"mesh": mesh})
 
 
-def laid(x: jax.Array, place: NamedSharding) -> jax.Array:
+def constrain(x: jax.Array, place: NamedSharding) -> jax.Array:
     """with_sharding_constraint that also works inside a shard_map over other axes."""
     placed: Any = place.spec if inside() else place
     return jax.lax.with_sharding_constraint(x, placed)
@@ -243,10 +243,10 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     def spec(shape: Sequence[int], dims: Dims) -> P:
         return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left())
 
-    def constrain(x: jax.Array, dims: Dims) -> jax.Array:
-        return laid(x, NamedSharding(mesh, spec(x.shape, dims)))
+    def constrain_dims(x: jax.Array, dims: Dims) -> jax.Array:
+        return constrain(x, NamedSharding(mesh, spec(x.shape, dims)))
 
-    def cut(dim: str) -> dict[str, int]:
+    def sharding_axes(dim: str) -> dict[str, int]:
         return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
 
     def result_spec(dims: Dims) -> P:  # its size is not known here, so nothing is checked
@@ -267,4 +267,9 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         return run
 
     platform = mesh.devices.flat[0].platform
-    return {"constrain": constrain, "blockwise": blockwise, "cut": cut, "platform": platform}
+    return {
+        "constrain": constrain_dims,
+        "blockwise": blockwise,
+        "sharding_axes": sharding_axes,
+        "platform": platform,
+    }

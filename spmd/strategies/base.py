@@ -78,7 +78,7 @@ class Parts(NamedTuple):
 
 def widened(params: PyTree) -> PyTree:
     """A copy of the parameters in float32 at least: bf16 would swallow the steps of an average."""
-    return jax.tree.map(lambda p: jnp.array(p, tree.wide(p.dtype), copy=True), params)
+    return jax.tree.map(lambda p: jnp.array(p, tree.at_least_float32(p.dtype), copy=True), params)
 
 
 def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
@@ -265,7 +265,7 @@ def weighed(metrics: Metrics, sums: PyTree, counts: jax.Array) -> Metrics:
     Returns:
       The metrics, and weights [number of metrics], in the order of their sorted names.
     """
-    dtype = tree.wide(metrics["loss"].dtype)
+    dtype = tree.at_least_float32(metrics["loss"].dtype)
     one = jnp.ones((), dtype)
     names = sorted(name for name in metrics if not name.startswith("grads/"))  # watched arrays
     weights = [sums[n][1].astype(dtype) if n in sums else one for n in names]
@@ -283,10 +283,10 @@ def applied(
     """(new parameters, new optimizer state). Narrow parameters are updated in float32 and rounded once, by
     random bits of the step's key() and of `part` (narrow.rounded_like).
     """
-    wide = narrow.at_least_float32(params)
+    widened_params = narrow.at_least_float32(params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
-        updates, opt_state = tx.update(grads, opt_state, wide)
-    new = optax.apply_updates(wide, updates)
+        updates, opt_state = tx.update(grads, opt_state, widened_params)
+    new = optax.apply_updates(widened_params, updates)
     if narrow.any_narrow(params):
         new = narrow.rounded_like(new, params, key(), part)
     return new, opt_state

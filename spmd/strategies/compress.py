@@ -70,7 +70,7 @@ class Way(NamedTuple):
         dims = self.dims
         if dims is None:
             return sums
-        return {name: collectives.own(x, self.axes, dims[name]) for name, x in sums.items()}
+        return {name: collectives.local_shard(x, self.axes, dims[name]) for name, x in sums.items()}
 
 
 class Sent(NamedTuple):
@@ -123,7 +123,7 @@ def shared(mesh: Mesh, axes: tuple[str, ...]) -> collectives.Placing:
 
     def exchanged(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
         last = lambda ndim: P(*(None,) * (ndim - 1), others)
-        placed = lambda x: sharding.laid(x, NamedSharding(mesh, last(x.ndim)))
+        placed = lambda x: sharding.constrain(x, NamedSharding(mesh, last(x.ndim)))
 
         def run(x: jax.Array) -> jax.Array:
             if ways == 1 or x.shape[-1] % ways:
@@ -153,7 +153,11 @@ def reducer(config: Any, way: Way, bucket_bytes: float) -> reduce.Reducer:
 
     def init(params: PyTree) -> PyTree:
         named = tree.named_leaves(params).items()
-        taken = {n: jnp.zeros(p.shape, tree.wide(p.dtype)) for n, p in named if method.takes(n, p)}
+        taken = {
+            n: jnp.zeros(p.shape, tree.at_least_float32(p.dtype))
+            for n, p in named
+            if method.takes(n, p)
+        }
         zeros = lambda x: jnp.zeros((way.num, *x.shape), x.dtype)
         own = {"errors": taken, "chunks": method.chunks(taken)}
         return {"own": jax.tree.map(zeros, own), "common": method.common(taken)}

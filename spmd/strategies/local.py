@@ -221,7 +221,7 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
             grads, sums, new_state = grads_of(
                 params, model_state | shared.frozen, batch, shared.key, parts.task.scale(weights)
             )
-        grads = jax.tree.map(sharding.laid, grads, cut)
+        grads = jax.tree.map(sharding.constrain, grads, cut)
         if parts.privacy is not None:
             grads = direct.noised(grads, shared.key, parts.privacy.deviation, number)
         norm = tree.global_norm(grads)
@@ -240,7 +240,9 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
             weight = jnp.ones_like(weight)
         # One without examples stands still, but its learning rate goes on.
         new = tree.select(
-            jnp.asarray(weight > 0), new, (params, model_state, _but_schedules(opt_state, new_opt))
+            jnp.asarray(weight > 0),
+            new,
+            (params, model_state, _with_schedule_counts_of(opt_state, new_opt)),
         )
         if parts.skip:
             new = tree.select(finite, new, ours)
@@ -250,7 +252,7 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
     return one
 
 
-def _but_schedules(old: PyTree, new: PyTree) -> PyTree:
+def _with_schedule_counts_of(old: PyTree, new: PyTree) -> PyTree:
     """The old optimizer state with the counts of the new one's schedules."""
     schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
     return jax.tree.map(lambda o, n: n if schedule(o) else o, old, new, is_leaf=schedule)
@@ -299,8 +301,8 @@ def _agree(
     real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
 
     def difference(old: jax.Array, x_R: jax.Array) -> jax.Array:
-        wide = tree.wide(x_R.dtype)
-        return old[None].astype(wide) - x_R.astype(wide) if real(old) else jnp.zeros(len(x_R))
+        dtype = tree.at_least_float32(x_R.dtype)
+        return old[None].astype(dtype) - x_R.astype(dtype) if real(old) else jnp.zeros(len(x_R))
 
     def moved(old: jax.Array, delta: jax.Array, x_R: jax.Array) -> jax.Array:
         """A counter is the same in all that have not stood still."""
@@ -323,7 +325,7 @@ def _agree(
     )
     opt_state = state.opt_state
     if outer.forget:
-        opt_state = _but_schedules(copied(parts.tx.init(params)), opt_state)
+        opt_state = _with_schedule_counts_of(copied(parts.tx.init(params)), opt_state)
     own = own | {
         "params": copied(params),
         "model_state": copied(statistics),

@@ -147,7 +147,7 @@ def training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextMan
 
 def noted_sums(notes: Notes, batch: Batch) -> Sums:
     """Sums over the examples of the values that layers noted."""
-    wide = lambda x_B: x_B.astype(tree.wide(x_B.dtype))
+    wide = lambda x_B: x_B.astype(tree.at_least_float32(x_B.dtype))
     total = lambda x_B: jnp.sum(wide(x_B) * batch["weight"].astype(wide(x_B).dtype))
     return {name: (total(value_B), total(weight_B)) for name, (value_B, weight_B) in notes.items()}
 

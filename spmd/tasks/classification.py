@@ -41,7 +41,7 @@ class Classification:
     def build(self, model: Any, param_dtype: str = "float32") -> Task:
         """The task of a model that maps [B, ...] to logits [B, C]."""
         net = network(model, param_dtype)
-        real = tree.wide(jnp.dtype(param_dtype))
+        real = tree.at_least_float32(jnp.dtype(param_dtype))
 
         def sums(logits_BC: jax.Array, batch: Batch, smoothing: float) -> Sums:
             self._check(batch, logits_BC)

@@ -44,7 +44,7 @@ class LanguageModel:
         `hidden` and `logits`. The batch: tokens, targets [B, T], and perhaps positions and segments [B, T].
         """
         net = network(model, param_dtype)
-        real = tree.wide(jnp.dtype(param_dtype))
+        real = tree.at_least_float32(jnp.dtype(param_dtype))
         noted: dict[str, float] = getattr(model, "losses", {})
         terms = ("loss", "z_loss") if self.z_loss else ("loss",)
 

@@ -18,7 +18,7 @@ def cross_entropy(logits_BC: jax.Array, label_B: jax.Array, smoothing: float = 0
 
     smoothing: mass spread evenly over all classes (Szegedy et al. 2016, section 7).
     """
-    logits_BC = logits_BC.astype(tree.wide(logits_BC.dtype))
+    logits_BC = logits_BC.astype(tree.at_least_float32(logits_BC.dtype))
     loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)
     if smoothing:
         uniform_B = -jnp.mean(jax.nn.log_softmax(logits_BC), axis=-1)
@@ -40,7 +40,7 @@ def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> TokenLosses:
     Reductions over the vocabulary only, so that a vocabulary cut over devices stays cut (Narayanan et al.
     2021, arXiv 2104.04473): a gather or an argmax would bring all logits together.
     """
-    logits_BTV = logits_BTV.astype(tree.wide(logits_BTV.dtype))
+    logits_BTV = logits_BTV.astype(tree.at_least_float32(logits_BTV.dtype))
     partition_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     token = jax.lax.broadcasted_iota(target_BT.dtype, logits_BTV.shape, 2)
     of_target = jnp.where(token == target_BT[..., None], logits_BTV, 0)

@@ -40,7 +40,7 @@ class Shape(NamedTuple):
         letters = iter(string.ascii_lowercase)
         stack, inputs, outputs = ("".join(next(letters) for _ in part) for part in self)
         spec = f"{stack}{inputs}z,{stack}z{outputs}->{stack}{inputs}{outputs}"
-        return jnp.einsum(spec, a, b, preferred_element_type=tree.wide(a.dtype))
+        return jnp.einsum(spec, a, b, preferred_element_type=tree.at_least_float32(a.dtype))
 
 
 def adapt(task: Task, config: InitConfig) -> Task:
@@ -107,7 +107,7 @@ def merged(kernel: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, scale: f
     """kernel + scale a @ b, added in float32 at least, as the kernel's type; of a narrow kernel in float32
     where the adapters are (in training), so that the gradient of the sum is.
     """
-    wide = tree.wide(kernel.dtype)
+    wide = tree.at_least_float32(kernel.dtype)
     dtype = a.dtype if narrow.is_narrow(kernel.dtype) else kernel.dtype
     return (kernel.astype(wide) + scale * shape.product(a, b).astype(wide)).astype(dtype)
 
@@ -174,7 +174,9 @@ def _adapter_dims(matrices: Mapping[str, Shape], dims: optim.Dims) -> dict[str, 
 def _drawn(key: jax.Array, shape: Shape, rank: int, dtype: Any) -> dict[str, jax.Array]:
     """An adapter that adds nothing yet: a is drawn, b is 0."""
     std = math.prod(shape.inputs) ** -0.5
-    a = std * jax.random.normal(key, (*shape.stack, *shape.inputs, rank), tree.wide(dtype))
+    a = std * jax.random.normal(
+        key, (*shape.stack, *shape.inputs, rank), tree.at_least_float32(dtype)
+    )
     return {
         "lora_a": a.astype(dtype),
         "lora_b": jnp.zeros((*shape.stack, rank, *shape.outputs), dtype),

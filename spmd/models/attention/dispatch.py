@@ -44,7 +44,7 @@ def attend(
     Raises:
         ValueError: the implementation cannot run here; there is no silent fall back to a slower one.
     """
-    if scope.cut("time"):
+    if scope.sharding_axes("time"):
         return _attend_sharded(q_BTHK, k_BTGK, v_BTGK, segments_BT, implementation, context)
     if implementation == "splash":
         return attend_splash(q_BTHK, k_BTGK, v_BTGK, segments_BT)

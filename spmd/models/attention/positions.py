@@ -57,7 +57,7 @@ def rotary_angles(positions_BT: jax.Array, head_dim: int, theta: float, dtype: A
         theta: base of the angles.
         dtype: compute type; the angles are at least float32.
     """
-    dtype = tree.wide(dtype)
+    dtype = tree.at_least_float32(dtype)
     rate_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
     angle = positions_BT.astype(dtype)[:, :, None, None] * rate_K.reshape(1, 1, 1, -1)
     return jnp.cos(angle), jnp.sin(angle)

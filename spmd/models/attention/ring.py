@@ -41,7 +41,7 @@ def attend_ring(
     Raises:
         ValueError: T does not divide into 2 n chunks.
     """
-    axes, num, time = tuple(scope.cut("time")), scope.ways("time"), q_BTHK.shape[1]
+    axes, num, time = tuple(scope.sharding_axes("time")), scope.num_shards("time"), q_BTHK.shape[1]
     check(
         time % (2 * num) == 0,
         f"model.context=ring splits a sequence into 2 x mesh.context={num} chunks, which do not divide its"
@@ -109,7 +109,11 @@ def _ring(axes, q, k, v, segments):
 
 
 def _forward(axes, q, k, v, segments):
-    dtype, num, rank = tree.wide(q.dtype), jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    dtype, num, rank = (
+        tree.at_least_float32(q.dtype),
+        jax.lax.axis_size(axes),
+        jax.lax.axis_index(axes),
+    )
     floor = jnp.full(q.shape[:-1], jnp.finfo(dtype).min, dtype)
     empty = RunningSoftmax(floor, jnp.zeros_like(floor), jnp.zeros(q.shape, dtype))
     local = (k, v, segments)
@@ -151,7 +155,11 @@ def _forward(axes, q, k, v, segments):
 def _backward(axes, residuals, gradient):
     """Gradients of q, k and v; those of keys and values travel with them, and one step further: home."""
     q, k, v, segments, out, partition = residuals
-    dtype, num, rank = tree.wide(q.dtype), jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+    dtype, num, rank = (
+        tree.at_least_float32(q.dtype),
+        jax.lax.axis_size(axes),
+        jax.lax.axis_index(axes),
+    )
     inner = jnp.sum(out.astype(dtype) * gradient.astype(dtype), axis=-1)
     query = (q, gradient, partition, inner)
 
@@ -220,7 +228,7 @@ def _mask(query_Bt: jax.Array, key_Bs: jax.Array, *, causal: bool = False) -> ja
 
 def _scores(q_BtGRK: jax.Array, k_BsGK: jax.Array) -> jax.Array:
     """Scaled scores [B, t, G, R, s], at least float32."""
-    dtype, scale = tree.wide(q_BtGRK.dtype), q_BtGRK.shape[-1] ** -0.5
+    dtype, scale = tree.at_least_float32(q_BtGRK.dtype), q_BtGRK.shape[-1] ** -0.5
     return jnp.einsum("btgrk,bsgk->btgrs", q_BtGRK, k_BsGK, preferred_element_type=dtype) * scale
 
 

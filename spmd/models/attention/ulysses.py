@@ -38,7 +38,11 @@ def attend_ulysses(
     Raises:
         ValueError: the heads do not divide over the devices.
     """
-    axes, num, tensor = tuple(scope.cut("time")), scope.ways("time"), scope.ways("heads")
+    axes, num, tensor = (
+        tuple(scope.sharding_axes("time")),
+        scope.num_shards("time"),
+        scope.num_shards("heads"),
+    )
     heads, kv_heads = q_BTHK.shape[2], k_BTGK.shape[2]
     common = math.gcd(heads, kv_heads)
     allowed = [n for n in range(1, common + 1) if common % (n * tensor) == 0]
@@ -55,7 +59,7 @@ def attend_ulysses(
             jax.lax.all_to_all, axis_name=axes, split_axis=2, concat_axis=1, tiled=True
         )
         segments_BT = jax.lax.all_gather(segments_BC, axes, axis=1, tiled=True)
-        with scope.bind(cut=None):
+        with scope.bind(sharding_axes=None):
             y_BTHK = kernel(
                 gather_time(q_BCHK), gather_time(k_BCGK), gather_time(v_BCGK), segments_BT
             )

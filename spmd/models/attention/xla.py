@@ -21,7 +21,7 @@ def attend_xla(
     """
     batch, time, _, head_dim = q_BTHK.shape
     q_BTGRK = q_BTHK.reshape(batch, time, k_BSGK.shape[2], -1, head_dim)  # R queries for each key
-    dtype = tree.wide(q_BTHK.dtype)
+    dtype = tree.at_least_float32(q_BTHK.dtype)
     scores = contract("btgrk,bsgk->bgrts", dtype, q_BTGRK, k_BSGK) * head_dim**-0.5
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(dtype).min)
     shares = jax.nn.softmax(scores).astype(q_BTHK.dtype)

@@ -89,7 +89,7 @@ def vocab_logits(
         vocab: tokens; logits of rows beyond, which pad the kernel, are the least finite number.
         cap: logits become cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118, section 2); 0 is off.
     """
-    dtype = tree.wide(x_BTD.dtype)
+    dtype = tree.at_least_float32(x_BTD.dtype)
     logits_BTV = contract(spec, dtype, x_BTD, kernel)
     time = "time" if x_BTD.shape[1] > 1 else None
     logits_BTV = scope.constrain(logits_BTV, "batch", time, "vocab")

@@ -60,7 +60,7 @@ class Linear(nnx.Module):
         if self.bias is None:
             return y
         bias = self.bias[...]
-        dtype = tree.wide(x.dtype)  # so that the gradient of the bias is summed in it
+        dtype = tree.at_least_float32(x.dtype)  # so that the gradient of the bias is summed in it
         bias = bias.astype(dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return (y.astype(dtype) + bias).astype(x.dtype)
 

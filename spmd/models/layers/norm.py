@@ -43,7 +43,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., size] normalised, in the type of x."""
-        dtype = tree.wide(x.dtype)
+        dtype = tree.at_least_float32(x.dtype)
         y = x.astype(dtype)
         last = (1,) * (x.ndim - 1) + (-1,)
         if self.centred:
@@ -76,7 +76,7 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, ..., features] normalised; in training, the running statistics move."""
-        dtype = tree.wide(x.dtype)  # statistics in bfloat16 lose the variance
+        dtype = tree.at_least_float32(x.dtype)  # statistics in bfloat16 lose the variance
         y = x.astype(dtype)
         last = (1,) * (x.ndim - 1) + (-1,)
         if self.use_running_average:

@@ -49,12 +49,12 @@ def _apply_block(x_BTD, choice_BTk, share_BTk, up, down, gate=None):
     """The tokens of one device through their experts, wherever these are."""
     flat = lambda x: x.reshape(-1, x.shape[-1])
     apply = functools.partial(_feed_forward, up=up, down=down, gate=gate)
-    if scope.cut("experts"):
+    if scope.sharding_axes("experts"):
         run = functools.partial(_exchanged, num_local=up.shape[0], apply=apply)
     else:
         run = functools.partial(_local, apply=apply)
     y_ND = run(flat(x_BTD), flat(choice_BTk), flat(share_BTk))
-    if axes := tuple(scope.cut("mlp")):
+    if axes := tuple(scope.sharding_axes("mlp")):
         y_ND = jax.lax.psum(y_ND, axes)
     return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
@@ -104,13 +104,13 @@ def _exchanged(
     A round has room for M / W rows to each device. One is enough where loads are even; there are as many as
     the fullest device needs, W at most, so no row is dropped and no buffer exceeds the device's own M rows.
     """
-    axes, num = tuple(scope.cut("experts")), scope.ways("experts")
+    axes, num = tuple(scope.sharding_axes("experts")), scope.num_shards("experts")
     flat_M = choice_Nk.reshape(-1)
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     room = -(-flat_M.size // num)
     counts_W = _counts(flat_M // num_local, num)
     ends_W = jnp.cumsum(counts_W, dtype=jnp.int32)
-    needed = scope.highest(jax.lax.pmax(-(-counts_W.max() // room), axes))
+    needed = scope.max_over_replicas(jax.lax.pmax(-(-counts_W.max() // room), axes))
     exchange = functools.partial(
         jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0, tiled=True
     )

@@ -80,7 +80,7 @@ class ExpertMixture(nnx.Module):
         self, x_BTD: jax.Array, segments_BT: jax.Array | None
     ) -> tuple[jax.Array, ExpertLoad]:
         """(sum of each token's experts, weighted by their shares [B, T, D]; the load of this layer)."""
-        dtype, time = tree.wide(x_BTD.dtype), "time" if x_BTD.shape[1] > 1 else None
+        dtype, time = tree.at_least_float32(x_BTD.dtype), "time" if x_BTD.shape[1] > 1 else None
         kernel_DE = scope.constrain(self.router.kernel[...], None, None)
         logits_BTE = contract("btd,de->bte", dtype, x_BTD.astype(dtype), kernel_DE)
         logits_BTE = scope.constrain(logits_BTE, "batch", time, None)

@@ -54,9 +54,9 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
 
         # The batch is the dim that vmap adds: a placement inside speaks of the others only.
         bound = scope.current()
-        axes = bound.cut("batch") if bound.cut is not None else ()
+        axes = bound.sharding_axes("batch") if bound.sharding_axes is not None else ()
         axes = tuple(axis for axis in axes if axis not in bound.axes)
-        with scope.bind(constrain=_inside(bound.constrain), blockwise=None, cut=None):
+        with scope.bind(constrain=_inside(bound.constrain), blockwise=None, sharding_axes=None):
             grads, metrics = jax.vmap(one, spmd_axis_name=axes or None)(batch)
         return *jax.tree.map(lambda x: x.sum(0), (grads, metrics)), model_state
 

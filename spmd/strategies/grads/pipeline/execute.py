@@ -211,7 +211,7 @@ class Stage:
         if not self.waits:
             return numbers
         zero = lambda x: (x.reshape(-1)[0] > 0).astype(jnp.int32) >> 1  # which XLA does not see
-        zero = scope.highest(scope.blockwise(zero, (self.staged.stream,), ())(x))
+        zero = scope.max_over_replicas(scope.blockwise(zero, (self.staged.stream,), ())(x))
         return tuple(number + zero for number in numbers)
 
     def _input(self, kept: jax.Array, chunk: jax.Array, microbatch: jax.Array) -> jax.Array:
