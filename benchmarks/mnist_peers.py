@@ -109,7 +109,12 @@ def pytorch(gate: Gate, data: Path, options: dict) -> None:
 
 
 def _worker(rank: int, world: int, data: Path, gate: Callable[[int], None] | None) -> None:
-    """The article's program: DataLoader with DistributedSampler, DDP over Gloo, SGD with momentum."""
+    """Train as PyTorch's tutorials of data parallelism do: DataLoader, DistributedSampler, DDP over Gloo.
+
+    Source: PyTorch's tutorial "Getting Started with Distributed Data Parallel"
+    (docs.pytorch.org/tutorials/intermediate/ddp_tutorial.html), and Li et al. 2020, "PyTorch Distributed:
+    Experiences on Accelerating Data Parallel Training" (arXiv 2006.15704).
+    """
     import torch
     import torch.distributed as dist
     from torch import nn

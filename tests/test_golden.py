@@ -19,10 +19,19 @@ from spmd.strategies import Auto
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXAMPLES = 10_000  # the data is not read: a golden file must not depend on what is prepared
+# Golden file -> (experiment, command line), beside the experiments themselves.
+VARIANTS = {
+    "mnist-ring": (
+        "mnist",
+        "--simulate 8 --strategy allreduce --strategy.reduction ring --strategy.bidirectional",
+    ),
+    "mnist-server": ("mnist", "--simulate 8 --strategy server"),
+}
 
 
 def described(name: str) -> dict:
-    exp = registry.from_file(files.find(name))
+    experiment, words = VARIANTS.get(name, (name, ""))
+    exp, _ = registry.load(experiment, words.split())
     data = 2 if exp.data.batch_size % 8 == 0 else 1
     second, size = ("fsdp", 4) if isinstance(exp.strategy, Auto) else ("replica", 2)
     exp, _ = overrides.override(exp, ["--mesh.data", str(data), f"--mesh.{second}", str(size)])
@@ -41,7 +50,7 @@ def described(name: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", files.available())
+@pytest.mark.parametrize("name", [*files.available(), *VARIANTS])
 def test_golden(name, request):
     text = json.dumps(described(name), indent=1) + "\n"
     file = GOLDEN / f"{name}.json"
