@@ -66,8 +66,7 @@ def measure(mib: int, num_leaves: int) -> None:
     import numpy as np
     from etils import epath
 
-    from spmd.train import index
-    from spmd.train.checkpoint import reading
+    from spmd.train.checkpoint import index, reading
 
     with tempfile.TemporaryDirectory() as folder:
         state, call, done = saved(folder, mib, num_leaves)

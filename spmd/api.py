@@ -48,8 +48,8 @@ class Handle:
     def train(self) -> Run:
         """Trains, resumes, or returns the finished run, by what is in the run directory.
 
-        Interrupted (Ctrl-C, a notebook's stop button), it saves and raises spmd.train.loop.Stopped; the next
-        call goes on from there.
+        Interrupted (Ctrl-C, a notebook's stop button), it saves and raises spmd.train.trainer.Stopped; the
+        next call resumes.
         """
         return self.experiment.train_run()
 

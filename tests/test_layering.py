@@ -28,6 +28,15 @@ ROOMS = (
 RANK = {name: rank for rank, row in enumerate(ROOMS) for name in row}
 MAX_ENTRIES = 18  # of spmd/
 MAX_ARROWS = 70  # between two rooms, lazy imports counted
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+TOO_LONG = {  # files that are still being split, whole or by function
+    "spmd/strategies/base.py",
+    "spmd/strategies/grads/pipeline/execute.py",
+    "spmd/strategies/grads/pipeline/execute.py:backward",
+    "spmd/strategies/local.py:build",
+    "spmd/tasks/classification.py:build",
+}
 
 ASIDE = {"launch": set()}  # beside the rows: imports nothing of spmd, and every room may import it
 NEVER = {"strategies": {"models", "data"}}  # though they lie below
@@ -178,6 +187,20 @@ def public_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
+def too_long(sources: Mapping[str, str]) -> dict[str, int]:
+    """`path` or `path:function` -> its lines, for files and functions above the limits."""
+    lengths = {}
+    for path, source in sources.items():
+        if (length := len(source.splitlines())) > MAX_FILE_LINES:
+            lengths[path] = length
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    lengths[f"{path}:{node.name}"] = length
+    return lengths
+
+
 def read(folder: str) -> dict[str, str]:
     files = sorted((REPOSITORY / folder).rglob("*.py"))
     return {str(f.relative_to(REPOSITORY).as_posix()): f.read_text("utf-8") for f in files}
@@ -199,6 +222,19 @@ def test_rooms_are_few_and_know_few_others():
 def test_no_public_class_name_is_defined_twice():
     twice = {name: files for name, files in public_classes(read("spmd")).items() if len(files) > 1}
     assert twice == {}
+
+
+def test_files_and_functions_are_short():
+    lengths = too_long(read("spmd"))
+    assert not lengths.keys() - TOO_LONG, {k: v for k, v in lengths.items() if k not in TOO_LONG}
+    assert not TOO_LONG - lengths.keys(), "short by now: take it out of TOO_LONG"
+
+
+def test_a_long_function_is_named():
+    body = "    x = 1\n" * MAX_FUNCTION_LINES
+    source = f"def short():\n{body[10:]}\n\nclass A:\n    def long(self):\n{body.replace('    ', 8 * ' ')}"
+    assert too_long({"spmd/a.py": source}) == {"spmd/a.py:long": MAX_FUNCTION_LINES + 1}
+    assert too_long({"spmd/a.py": "x = 1\n" * 351}) == {"spmd/a.py": 351}
 
 
 def test_docstrings_say_what_comes_out():

@@ -29,7 +29,7 @@ def run(name: str, words: Sequence[str]) -> int:
     from spmd.analysis import compare
     from spmd.runtime import EXIT_FAILED
     from spmd.train.checkpoint.store import SaveFailed
-    from spmd.train.loop import Stopped
+    from spmd.train.trainer import Stopped
 
     entries = options.strategies.split(",")
     compare.parse_entries(exp, entries)  # reports mistakes before jax starts

@@ -17,7 +17,7 @@ def run(name: str, words: Sequence[str]) -> int:
     from spmd.runtime.join import Absent
     from spmd.train.checkpoint.store import SaveFailed
     from spmd.train.log import NonFinite
-    from spmd.train.loop import Stopped
+    from spmd.train.trainer import Stopped
 
     try:
         exp.train_run()

@@ -195,9 +195,9 @@ class TFDS(DataConfig):
 
     def open(self, split: Split) -> Source:
         """Memory-mapped decoded arrays; decoded once. ValueError says what to type when not prepared."""
-        from spmd.data import tfds
+        from spmd.data import decoded
 
-        return tfds.open_split(self, self._split(split))
+        return decoded.open_split(self, self._split(split))
 
     def content(self, split: Split, source: Callable[[], Source]) -> Content:
         """The files of the prepared split."""

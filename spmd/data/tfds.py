@@ -1,4 +1,4 @@
-"""TFDS sets decoded once into memory-mapped arrays; TFDS itself is not imported when they exist."""
+"""Prepared TFDS sets: located, prepared, read through TFDS; TFDS itself is imported for the last two only."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from spmd.core.fields import check, closest
-from spmd.data import TFDS, Features, cache_root, content, data_root, records
+from spmd.data import TFDS, cache_root, content, data_root, records
 from spmd.data import cache as caches
 from spmd.data.builders import EMBEDDED, RUNNING, builder
-from spmd.data.sources import ArraySource
 
 _NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>\w[\w.\-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
 _SPLIT = re.compile(r"(?P<split>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
-_CHUNK = 256
 
 
 def parse_name(name: str) -> tuple[str, str | None, str | None]:
@@ -229,24 +224,6 @@ def content_of_split(config: TFDS, split: str) -> content.Content:
     return content_of(locate(config, split), embedded=parse_name(config.name)[0] in EMBEDDED)
 
 
-def open_split(config: TFDS, split: str) -> ArraySource:
-    """The decoded arrays of `split` (`train`, `train[:90%]`), mapped from the cache."""
-    check(bool(config.features), "data.features is empty; declare {name: (shape, dtype)}")
-    part = locate(config, split)
-    cache = _cache(config, part.directory, part.name)
-    if caches.facts(cache).get("examples") != part.total:
-        _build(config, part.directory, part.name, part.total, cache)
-    bad = {int(i): why for i, why in caches.facts(cache).get("bad", {}).items()}
-    arrays = {
-        f: np.load(cache / f"{f}.npy", mmap_mode="r", allow_pickle=False) for f in config.features
-    }
-    source = ArraySource(arrays, config.features, part.start, part.stop, bad)
-    counted = caches.Bad(config.skip_bad)
-    for why in source.bad.values():
-        counted.add(why)
-    return source
-
-
 def _bound(text: str, total: int, split: str) -> int:
     """Index of one side of a slice; ValueError beyond the split."""
     percent = text.endswith("%")
@@ -268,14 +245,6 @@ def fingerprint(directory: Path, split: str) -> str:
     return key.hexdigest()
 
 
-def _cache(config: TFDS, directory: Path, split: str) -> Path:
-    """The cache directory of a split, keyed by its content and by the features kept."""
-    kept = sorted((k, tuple(s), d) for k, (s, d) in config.features.items())
-    key = hashlib.sha256(repr((fingerprint(directory, split), split, kept)).encode())
-    base = Path(cache_root(config.cache_dir)) / "decoded"
-    return base / f"{parse_name(config.name)[0]}-{split}-{key.hexdigest()[:16]}"
-
-
 def reader(config: TFDS, directory: Path, split: str, features: Iterable[str]) -> Any:
     """TFDS's random access to a split, checked for `features`; quiet."""
     import tensorflow_datasets as tfds
@@ -291,100 +260,3 @@ def reader(config: TFDS, directory: Path, split: str, features: Iterable[str]) -
             f"{closest(feature, known)} It has: {', '.join(known)}",
         )
     return opened
-
-
-def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> None:
-    """Decodes a split into .npy files."""
-    examples = reader(config, directory, split, config.features)
-    try:
-        with quiet():
-            first = examples[0]
-    except Exception:  # a bad record, named below
-        first = {}
-    for feature, (shape, dtype) in config.features.items() if first else ():
-        value = np.asarray(first[feature])
-        fits = value.dtype == dtype or (value.dtype == np.int64 and dtype == "int32")
-        check(
-            value.shape == tuple(shape) and fits,
-            f"feature {feature!r} of {config.name!r} is {value.dtype}{list(value.shape)}, the"
-            f" experiment declares {dtype}{list(shape)}",
-        )
-
-    def write(part: Path) -> dict[str, Any]:
-        with quiet():
-            show = caches.progress(f"decoding {config.name} {split}", num, large=10_000)
-            name = f"{config.name}, {split} example"
-            bad = _decode(config.features, examples, num, part, show, name, config.skip_bad)
-        return {"examples": num, "bad": bad}
-
-    caches.build(cache, write)
-
-
-def _decode(
-    features: Features,
-    reader: Any,
-    num: int,
-    part: Path,
-    progress: Callable[[int], None],
-    name: str = "example",
-    skip_bad: int = 0,
-) -> dict[int, str]:
-    """Writes each feature into PART/FEATURE.npy; returns why examples that are left as zeros are bad."""
-    out = {
-        feature: np.lib.format.open_memmap(
-            part / f"{feature}.npy", "w+", dtype=dtype, shape=(num, *shape)
-        )
-        for feature, (shape, dtype) in features.items()
-    }
-
-    def store(at: range) -> None:
-        examples = reader.__getitems__(list(at))
-        for feature, array in out.items():
-            parts = [np.asarray(e[feature]) for e in examples]
-            same = all(x.shape == array.shape[1:] for x in parts)
-            check(same, f"feature {feature!r} is not {list(array.shape[1:])} in every example")
-            values = np.stack(parts)
-            cast = values.astype(array.dtype)
-            same = values.dtype == array.dtype or bool((cast == values).all())  # NaN != NaN
-            check(same, f"feature {feature!r} does not fit {array.dtype}")
-            array[at.start : at.stop] = cast
-
-    def chunk(start: int) -> tuple[int, dict[int, str]]:
-        at, bad = range(start, min(start + _CHUNK, num)), {}
-        try:
-            store(at)
-        except Exception as error:  # of the reader or of a decoder, whatever its kind
-            bad = _singly(store, at, name)
-            if not bad:
-                raise ValueError(f"{name}s {at.start} to {at.stop - 1}: {_said(error)}") from error
-            for i in bad:
-                for array in out.values():
-                    array[i] = 0
-        return at.stop, bad
-
-    counted, found = caches.Bad(skip_bad), {}
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for done, bad in pool.map(chunk, range(0, num, _CHUNK)):
-            for i, why in bad.items():
-                found[i] = why
-                counted.add(why)
-            progress(done)
-    for array in out.values():
-        array.flush()
-    return found
-
-
-def _singly(store: Callable[[range], None], at: range, name: str) -> dict[int, str]:
-    """Stores the examples one by one; returns why some cannot be."""
-    bad = {}
-    for i in at:
-        try:
-            store(range(i, i + 1))
-        except Exception as error:
-            bad[i] = f"{name} {i}: {_said(error)}"
-    return bad
-
-
-def _said(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"

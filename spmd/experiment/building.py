@@ -12,9 +12,12 @@ from jax.sharding import Mesh
 from spmd import optim
 from spmd.core import batches, fields
 from spmd.core.fields import check
+from spmd.data import DataConfig
 from spmd.parallel import mesh
 from spmd.runtime import platforms
 from spmd.strategies.base import Parts
+from spmd.strategies.privacy import Mechanism
+from spmd.tasks import Task
 from spmd.train.program import Program
 from spmd.weights import adapters, init
 
@@ -48,15 +51,63 @@ def build(
     mechanism = exp.privacy.mechanism(len(source), batch_size, num_steps, replicas)
     task = adapters.adapt(exp.task.build(exp.model, exp.param_dtype), exp.init)
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype)
-        for name, (shape, dtype) in exp.data.abstract_batch(batch_size).items()
-    }
+    batch = abstract_batch(exp.data, batch_size)
     ranges: batches.Ranges = {}
     if len(source) or not training:  # a plan without data reads no batch
         ranges = batches.ranges(task, (params, model_state), batch)
+    order = exp.strategy.order
+    if mechanism:
+        order = functools.partial(exp.privacy.order, parts=replicas)
+    return Program(
+        name=exp.name,
+        seed=exp.seed,
+        mesh=devices_mesh,
+        task=task,
+        strategy=exp.strategy.build(
+            strategy_parts(exp, task, devices_mesh, batch, num_steps, examples, mechanism)
+        ),
+        num_steps=num_steps,
+        data=exp.data,
+        source=source,
+        start=functools.partial(init.start, exp.init, exp.model) if exp.init.from_ else None,
+        order=lambda source: order(source, exp.seed, batch_size),
+        privacy=mechanism,
+        skips=exp.data.skips("training"),
+        ranges=ranges,
+    )
+
+
+def abstract_batch(data: DataConfig, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global batch."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype)
+        for name, (shape, dtype) in data.abstract_batch(batch_size).items()
+    }
+
+
+def strategy_parts(
+    exp: Experiment,
+    task: Task,
+    devices_mesh: Mesh,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    num_steps: int,
+    examples: int,
+    mechanism: Mechanism | None,
+) -> Parts:
+    """The parts that a strategy builds its step from.
+
+    Args:
+        exp: the experiment.
+        task: what it trains, with its adapters.
+        devices_mesh: the mesh.
+        batch: shapes and dtypes of a global batch.
+        num_steps: length of the run, for the learning-rate schedule.
+        examples: examples of an optimizer step (the expected number under privacy).
+        mechanism: clipping and noise of differentially private training.
+    """
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
     decayed = optim.decay_mask(params, task.dims)
-    parts = Parts(
+    return Parts(
         task=task,
         tx=exp.optimizer.build(num_steps, decayed, task.dims, examples),
         rate=exp.optimizer.rate(num_steps, examples),
@@ -69,24 +120,6 @@ def build(
         skip=exp.train.nonfinite == "skip",
         privacy=mechanism,
         noise_scale=exp.train.noise_scale,
-    )
-    order = exp.strategy.order
-    if mechanism:
-        order = functools.partial(exp.privacy.order, parts=replicas)
-    return Program(
-        name=exp.name,
-        seed=exp.seed,
-        mesh=devices_mesh,
-        task=task,
-        strategy=exp.strategy.build(parts),
-        num_steps=num_steps,
-        data=exp.data,
-        source=source,
-        start=functools.partial(init.start, exp.init, exp.model) if exp.init.from_ else None,
-        order=lambda source: order(source, exp.seed, batch_size),
-        privacy=mechanism,
-        skips=exp.data.skips("training"),
-        ranges=ranges,
     )
 
 

@@ -49,36 +49,16 @@ def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
     model = narrow.with_compute_type(model, param_dtype)
     build = model.build if hasattr(model, "build") else lambda rngs: model(rngs=rngs)
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    stateful = nnx.to_flat_state(nnx.state(abstract, nnx.RngState))
-    check(
-        not len(stateful),
-        "the model holds random state (nnx.Dropout with rngs?), whose masks would"
-        " depend on the mesh; use spmd.models.layers.Dropout, which draws per example",
-    )
-    whole_batch = tuple(
-        "/".join(map(str, path))
-        for path, module in nnx.iter_modules(abstract)
-        if isinstance(module, nnx.BatchNorm | nnx.SpectralNorm)
-    )
+    _check_no_random_state(abstract)
     graphs = {}
     for train in (True, False):
         abstract.train() if train else abstract.eval()
         graphs[train] = nnx.split(abstract, nnx.Param, ...)[0]
 
-    def dims_of(kind: Any) -> dict[str, tuple[str, ...] | None]:
-        return {
-            "/".join(map(str, path)): variable.get_metadata().get("dims")
-            for path, variable in nnx.to_flat_state(nnx.state(abstract, kind))
-        }
-
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         _, params, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
-
-        def cast(part: nnx.State, dtype: Any) -> PyTree:
-            to = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-            return jax.tree.map(to, _dicts(part))
-
-        return cast(params, param_dtype), cast(rest, tree.at_least_float32(jnp.dtype(param_dtype)))
+        state_dtype = tree.at_least_float32(jnp.dtype(param_dtype))
+        return _cast(_dicts(params), param_dtype), _cast(_dicts(rest), state_dtype)
 
     def call(
         params: PyTree, model_state: PyTree, fn: Callable[[Any], Any], *, train: bool
@@ -92,8 +72,45 @@ def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
     def apply(params: PyTree, model_state: PyTree, *args: Any, train: bool) -> tuple[Any, PyTree]:
         return call(params, model_state, lambda module: module(*args), train=train)
 
-    dims, state_dims = dims_of(nnx.Param), dims_of(nnx.Not(nnx.Param))
-    return FunctionalModel(init, apply, call, dims, state_dims, whole_batch, type(abstract))
+    return FunctionalModel(
+        init=init,
+        apply=apply,
+        call=call,
+        dims=_dims(abstract, nnx.Param),
+        state_dims=_dims(abstract, nnx.Not(nnx.Param)),
+        whole_batch=_whole_batch_modules(abstract),
+        kind=type(abstract),
+    )
+
+
+def _check_no_random_state(model: nnx.Module) -> None:
+    stateful = nnx.to_flat_state(nnx.state(model, nnx.RngState))
+    check(
+        not len(stateful),
+        "the model holds random state (nnx.Dropout with rngs?), whose masks would"
+        " depend on the mesh; use spmd.models.layers.Dropout, which draws per example",
+    )
+
+
+def _whole_batch_modules(model: nnx.Module) -> tuple[str, ...]:
+    """Paths of the modules that compute statistics of a batch without spmd.parallel.scope."""
+    kinds = nnx.BatchNorm | nnx.SpectralNorm
+    modules = nnx.iter_modules(model)
+    return tuple("/".join(map(str, path)) for path, module in modules if isinstance(module, kinds))
+
+
+def _dims(model: nnx.Module, kind: Any) -> dict[str, tuple[str, ...] | None]:
+    """Path -> logical dims of the variables of a kind."""
+    return {
+        "/".join(map(str, path)): variable.get_metadata().get("dims")
+        for path, variable in nnx.to_flat_state(nnx.state(model, kind))
+    }
+
+
+def _cast(arrays: PyTree, dtype: Any) -> PyTree:
+    """Floating-point leaves as `dtype`, the others as they are."""
+    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jax.tree.map(cast, arrays)
 
 
 def _dicts(state: nnx.State) -> PyTree:

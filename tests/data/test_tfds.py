@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spmd.cli import main
-from spmd.data import TFDS, Arrays, tfds
+from spmd.data import TFDS, Arrays, decoded, tfds
 from spmd.data.sources import ArraySource
 
 FEATURES = {"image": ((8, 8, 1), "uint8"), "label": ((), "int32")}
@@ -239,7 +239,7 @@ def test_values_are_decoded_exactly_or_refused(tmp_path):
     def decode(values, shape, dtype):
         features = {"x": (shape, dtype)}
         reader = Reader([{"x": v} for v in values])
-        tfds._decode(features, reader, len(values), tmp_path, lambda done: None)
+        decoded._Decoder(features, reader, len(values), tmp_path, "example").run(lambda done: None)
         return np.load(tmp_path / "x.npy")
 
     numbers = np.arange(1000, dtype=np.int64)

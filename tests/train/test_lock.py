@@ -17,7 +17,7 @@ from etils import epath
 
 import spmd
 from spmd.cli import main
-from spmd.train import loop
+from spmd.train import trainer
 from spmd.train.lock import Lock
 from spmd.train.log import NonFinite
 from spmd.train.owner import Busy
@@ -251,7 +251,7 @@ def test_stopped_before_the_first_step_nothing_is_claimed(tmp_path, monkeypatch,
 
 def test_a_first_step_that_is_not_finite_claims_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "check_finite", lambda *_: (_ for _ in ()).throw(NonFinite("nan")))
+    monkeypatch.setattr(trainer, "check_finite", lambda *_: (_ for _ in ()).throw(NonFinite("nan")))
     assert main([*DIGITS, "--train.steps", "6", "--run.dir", "out"]) == 1
     assert not (tmp_path / "out").exists()
 

@@ -22,7 +22,7 @@ from spmd.hardware import flops
 from spmd.models.transformer import Transformer
 from spmd.parallel import sharding
 from spmd.parallel.mesh import AXES
-from spmd.train.loop import Program
+from spmd.train.program import Program
 
 FLOAT32_BYTES = 4
 Sizes = Mapping[str, int]  # mesh axis -> size; all of AXES

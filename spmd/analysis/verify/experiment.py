@@ -14,7 +14,7 @@ from spmd.parallel import mesh
 if TYPE_CHECKING:
     from spmd.analysis.verify import VerifyReport
     from spmd.experiment.base import Experiment
-    from spmd.train.loop import Program
+    from spmd.train.program import Program
 
 ONE_PROCESS = "verify compares with one device and runs in one process; there, use --simulate 8"
 

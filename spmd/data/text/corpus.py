@@ -57,30 +57,7 @@ def of_files(
 
     form: data.format. ValueError where a pattern matches none, and for a file in a format that is not read.
     """
-    found: dict[str, str] = {}  # path without links -> as it was named
-    for pattern in globs:
-        check(
-            not is_remote(pattern),
-            f"{option}={pattern!r}: text is read from a local disk; copy it there first (gcloud storage cp)",
-        )
-        path = os.path.expanduser(pattern)
-        # A file of just this name comes first: brackets need not be a pattern.
-        matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-        matches = [m for m in matches if os.path.isfile(m)]
-        check(
-            bool(matches),
-            f"no file matches {option}={pattern!r} (looked from {os.getcwd()}); give text or JSONL"
-            " files or globs, in quotes",
-        )
-        for match in matches:
-            found.setdefault(os.path.realpath(match), match)
-    files = list(found.values())
-    twice = next((f for f in files if f"{f}.gz" in files), None)
-    check(
-        twice is None,
-        f"{option} matches {twice} and {twice}.gz, one the other compressed by its name: its text would be"
-        " read twice. Leave one, or narrow the pattern",
-    )
+    files = matching_files(globs, option)
     forms = [formats.recognise(f, form) for f in files]
     known = content.of_files(files, cache_dir)
     # A file that was changed in its middle alone has another time.
@@ -101,6 +78,35 @@ def of_files(
         known,
         tuple(f for f, e in zip(files, known, strict=True) if not e.size),
     )
+
+
+def matching_files(globs: Sequence[str], option: str) -> list[str]:
+    """The files that match `globs`, or are called so, each once; ValueError names `option`."""
+    files: dict[str, str] = {}  # path without links -> as it was named
+    for pattern in globs:
+        check(
+            not is_remote(pattern),
+            f"{option}={pattern!r}: text is read from a local disk; copy it there first (gcloud storage cp)",
+        )
+        path = os.path.expanduser(pattern)
+        # A file of just this name comes first: brackets need not be a pattern.
+        matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        matches = [m for m in matches if os.path.isfile(m)]
+        check(
+            bool(matches),
+            f"no file matches {option}={pattern!r} (looked from {os.getcwd()}); give text or JSONL"
+            " files or globs, in quotes",
+        )
+        for match in matches:
+            files.setdefault(os.path.realpath(match), match)
+    names = list(files.values())
+    twice = next((name for name in names if f"{name}.gz" in names), None)
+    check(
+        twice is None,
+        f"{option} matches {twice} and {twice}.gz, one the other compressed by its name: its text would be"
+        " read twice. Leave one, or narrow the pattern",
+    )
+    return names
 
 
 def of_tfds(config: TFDS, splits: str, field: str) -> Documents:

@@ -76,7 +76,7 @@ def _verified(path: epath.Path) -> tuple[str, str]:
     return differ(wrong), f"{len(names)} arrays, {tree.human_bytes(size)}, {how}"
 
 
-def aligned(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+def align_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
     """`{name here: name there}` of arrays whose place in the optimizer's chain differs.
 
     optax numbers the parts of a chain, those without a state too: clipping that is switched on moves the
@@ -102,7 +102,7 @@ def aligned(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
 _WIDENED = ("opt_state.", "model_state.", "strategy_state.")
 
 
-def widened(
+def find_widened(
     stored: dict[str, tuple[tuple[int, ...], str]], wanted: dict[str, tuple[tuple[int, ...], str]]
 ) -> dict[str, str]:
     """`{name: type there}` of what lies in bfloat16 beside bfloat16 parameters of an older version, and is
@@ -115,6 +115,53 @@ def widened(
         and dtype == "float32"
         and stored.get(name) == (shape, "bfloat16")
     }
+
+
+def inspect(
+    path: epath.Path, wanted: dict[str, Any], accept: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Check a step before its arrays are read, in process 0.
+
+    Returns JSON types: bad: what is wrong, or "". verified: whether it has digests. names: align_names of its
+    leaves. widened: find_widened of them. ValueError for a step that is good, but of another model.
+    """
+    try:
+        bad = steps.check_manifest(path)
+        leaves = {} if bad else stored(path)
+    except Exception as error:
+        check(not passes(error), f"cannot read {path} now: {first_line(error)}")
+        bad, leaves = f"unreadable: {first_line(error)}", {}
+    if bad:
+        return {"bad": bad, "verified": False, "names": {}, "widened": {}}
+    for name in leaves:
+        check(
+            steps.safe(name.replace("/", "\0")),
+            f"{path} holds an array named {name!r}, which could lead out of a directory: refused",
+        )
+    accept(steps.about(path))
+    verified = leaves.pop(DIGESTS, None)
+    names = align_names(leaves, wanted)
+    there = {
+        name: leaves[names.get(name, name)] for name in wanted if names.get(name, name) in leaves
+    }
+    there |= {name: leaf for name, leaf in leaves.items() if name not in names.values()}
+    here = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
+    widened = find_widened(there, here)
+    _same_model(path, there | {name: here[name] for name in widened}, here)
+    found = {"bad": "", "verified": verified is not None}
+    return found | {"names": names, "widened": widened}
+
+
+def _same_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    show = lambda leaf: f"{leaf[1]}{list(leaf[0])}" if leaf else "(absent)"
+    diff = [
+        f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} here"
+        for k in sorted({*stored, *wanted})
+        if stored.get(k) != wanted.get(k)
+    ]
+    if diff:
+        more = f"\n  ... and {len(diff) - 10} more" if len(diff) > 10 else ""
+        raise ValueError(f"checkpoint {path} is of another model:\n" + "\n".join(diff[:10]) + more)
 
 
 def load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:

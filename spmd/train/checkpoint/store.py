@@ -19,8 +19,8 @@ from spmd.core import digest, paths, tree
 from spmd.core.fields import check
 from spmd.core.storage import is_remote, without_nonfinite
 from spmd.runtime import agree
-from spmd.train import CheckpointConfig, index
-from spmd.train.checkpoint import reading, steps
+from spmd.train import CheckpointConfig
+from spmd.train.checkpoint import index, reading, steps
 
 PyTree = Any
 
@@ -232,22 +232,13 @@ class Checkpoints:
         """(the leaves, "") or ({}, what is wrong), the same in all processes."""
         about = f"checkpoint of step {step}"
         path = self._directory / str(step)
-        found = agree.from_first(lambda: _examine(path, wanted, accept), about)
+        found = agree.from_first(lambda: reading.inspect(path, wanted, accept), about)
         if found["bad"]:
             return {}, found["bad"]
-        there, narrow = found["names"], found["widened"]  # name here -> name there, type there
-        abstract = {
-            there.get(k, k): jax.ShapeDtypeStruct(
-                v.shape, jax.numpy.dtype(narrow.get(k, v.dtype)), sharding=placed[k]
-            )
-            for k, v in wanted.items()
-        }
+        names, narrow = found["names"], found["widened"]  # name here -> name, type there
+        abstract = _abstract(wanted, placed, names, narrow)
         if found["verified"]:
-            whole = next(iter(placed.values()))
-            if isinstance(whole, NamedSharding):
-                whole = NamedSharding(whole.mesh, P())
-            shape = (len(wanted), 2)
-            abstract[reading.DIGESTS] = jax.ShapeDtypeStruct(shape, np.uint32, sharding=whole)
+            abstract |= _abstract_digests(len(wanted), next(iter(placed.values())))
         leaves: dict[str, Any] = {}
         said = passing = ""
         try:
@@ -270,52 +261,27 @@ class Checkpoints:
                 f"the {about} holds {len(narrow)} arrays of optimizer state or statistics in bfloat16 (an"
                 " older version saved it): they go on in float32"
             )
-        restored = {k: leaves[there.get(k, k)] for k in wanted}
+        restored = {k: leaves[names.get(k, k)] for k in wanted}
         restored |= {k: restored[k].astype(wanted[k].dtype) for k in narrow}
         return restored, wrong
 
 
-def _examine(
-    path: epath.Path, wanted: dict[str, Any], accept: Callable[[dict[str, Any]], None]
+def _abstract(
+    wanted: dict[str, Any], placed: dict[str, Any], names: dict[str, str], types: dict[str, str]
 ) -> dict[str, Any]:
-    """In process 0: what can be told of a step before its arrays are read."""
-    try:
-        bad = steps.check_manifest(path)
-        leaves = {} if bad else reading.stored(path)
-    except Exception as error:
-        check(not reading.passes(error), f"cannot read {path} now: {reading.first_line(error)}")
-        bad, leaves = f"unreadable: {reading.first_line(error)}", {}
-    if bad:
-        return {"bad": bad, "verified": False, "names": {}, "widened": {}}
-    for name in leaves:
-        check(
-            steps.safe(name.replace("/", "\0")),
-            f"{path} holds an array named {name!r}, which could lead out of a directory: refused",
+    """What to read for `wanted`, by its name and type in the checkpoint, on the shardings `placed`."""
+    return {
+        names.get(k, k): jax.ShapeDtypeStruct(
+            v.shape, jax.numpy.dtype(types.get(k, v.dtype)), sharding=placed[k]
         )
-    accept(steps.about(path))
-    verified = leaves.pop(reading.DIGESTS, None)
-    names = reading.aligned(leaves, wanted)
-    there = {
-        name: leaves[names.get(name, name)] for name in wanted if names.get(name, name) in leaves
+        for k, v in wanted.items()
     }
-    there |= {name: leaf for name, leaf in leaves.items() if name not in names.values()}
-    here = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
-    widened = reading.widened(there, here)
-    _same_model(path, there | {name: here[name] for name in widened}, here)
-    found = {"bad": "", "verified": verified is not None}
-    return found | {"names": names, "widened": widened}
 
 
-def _same_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    show = lambda leaf: f"{leaf[1]}{list(leaf[0])}" if leaf else "(absent)"
-    diff = [
-        f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} here"
-        for k in sorted({*stored, *wanted})
-        if stored.get(k) != wanted.get(k)
-    ]
-    if diff:
-        more = f"\n  ... and {len(diff) - 10} more" if len(diff) > 10 else ""
-        raise ValueError(f"checkpoint {path} is of another model:\n" + "\n".join(diff[:10]) + more)
+def _abstract_digests(num: int, like: Any) -> dict[str, Any]:
+    """The digests of `num` leaves, replicated over the devices of the sharding `like`."""
+    replicated = NamedSharding(like.mesh, P()) if isinstance(like, NamedSharding) else like
+    return {reading.DIGESTS: jax.ShapeDtypeStruct((num, 2), np.uint32, sharding=replicated)}
 
 
 def _outcome(step: int, future: concurrent.futures.Future[None]) -> str:

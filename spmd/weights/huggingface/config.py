@@ -128,7 +128,6 @@ APART = {"architectures", "sliding_window", *ROPE}  # looked at in their own way
 
 def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
     """The fields of config.json that say what the model computes, as transformers reads them."""
-    mlp = model.mlp or 4 * model.embed
     common = {
         "model_type": family,
         "vocab_size": model.vocab,
@@ -138,35 +137,8 @@ def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
         "eos_token_id": None,
     }
     if family == "gpt2":
-        return common | {
-            "architectures": ["GPT2LMHeadModel"],
-            "n_positions": model.length,
-            "n_embd": model.embed,
-            "n_layer": model.layers,
-            "n_head": model.heads,
-            "n_inner": mlp,
-            "layer_norm_epsilon": model.norm_epsilon,
-            "activation_function": "gelu_new",
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "embd_pdrop": model.dropout,
-            "resid_pdrop": model.dropout,
-            "attn_pdrop": 0.0,
-        }
-    common |= {
-        "max_position_embeddings": model.length,
-        "hidden_size": model.embed,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.width,
-        "intermediate_size": mlp,
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rope_theta,  # where older versions look for it
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-    }
+        return common | _gpt2_config(model)
+    common |= _llama_config(model)
     if family == "mixtral":
         return common | {
             "architectures": ["MixtralForCausalLM"],
@@ -179,6 +151,42 @@ def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": model.bias,
         "mlp_bias": model.bias,
+    }
+
+
+def _gpt2_config(model: Transformer) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_positions": model.length,
+        "n_embd": model.embed,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_inner": model.mlp or 4 * model.embed,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+        "attn_pdrop": 0.0,
+    }
+
+
+def _llama_config(model: Transformer) -> dict[str, Any]:
+    """The fields that llama and mixtral share."""
+    return {
+        "max_position_embeddings": model.length,
+        "hidden_size": model.embed,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.width,
+        "intermediate_size": model.mlp or 4 * model.embed,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,  # where older versions look for it
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
     }
 
 

@@ -1,0 +1,310 @@
+"""The parts of a training run: its state, input, steps, evaluation, checkpoints and end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from spmd.data import loader
+from spmd.data.skips import Skips
+from spmd.hardware import flops
+from spmd.runtime import RuntimeConfig, agree
+from spmd.runtime.stop import Stop, Votes
+from spmd.runtime.watchdog import Watchdog
+from spmd.strategies import base
+from spmd.train import (
+    CheckpointConfig,
+    EvalConfig,
+    LogConfig,
+    TrainConfig,
+    dataset,
+    progress,
+    rundir,
+)
+from spmd.train.checkpoint.store import Checkpoints
+from spmd.train.evaluate import Measured, evaluator
+from spmd.train.log import Clock, Log, check_finite
+from spmd.train.metrics import Writer
+from spmd.train.profile import Profile
+from spmd.train.program import Program
+
+
+class Settings(NamedTuple):
+    """When a run evaluates, saves, logs and stops; see the config classes."""
+
+    train: TrainConfig
+    evals: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    runtime: RuntimeConfig
+
+
+class Directory(NamedTuple):
+    """A run directory as the loop uses it.
+
+    config, identity: saved with each checkpoint. resumes: whether the directory holds this run already.
+    accept: as Checkpoints.restore takes it. begin: called by process 0 with the first step's number, before
+    anything is written. holds: called by process 0 before each save; raises ValueError when the directory
+    belongs to another run by now.
+    """
+
+    path: epath.Path
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    resumes: bool
+    accept: Callable[[dict[str, Any]], None]
+    begin: Callable[[int], None]
+    holds: Callable[[], None]
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved; `signal` says by what.
+
+    directory: where it has saved; None when it had not yet taken a step.
+    """
+
+    def __init__(self, signum: int, step: int, directory: epath.Path | None):
+        by = f"stopped by {signal.Signals(signum).name}"
+        if directory:
+            saved = rundir.shown(directory)
+            text = f"{by} at step {step}, state saved in {saved}; the same command resumes it"
+        elif step:
+            text = f"{by} before the next step; the checkpoint of step {step} stands"
+        else:
+            text = f"{by} before the first step; nothing was written"
+        super().__init__(text)
+        self.signum = signum
+
+
+class Trainer:
+    """A run while it trains; `loop.fit` calls the public methods in order."""
+
+    def __init__(
+        self,
+        program: Program,
+        run: Directory,
+        settings: Settings,
+        stop: Stop,
+        watchdog: Watchdog,
+        closing: contextlib.ExitStack,
+    ):
+        self.program, self.run, self.settings = program, run, settings
+        self.stop, self.watchdog, self.closing = stop, watchdog, closing
+        self.step = 0
+        self.votes = Votes(program.mesh) if agree.joined() else None
+        self.clock = Clock(self._enter)
+        self.measured: Measured = {}  # by the evaluation of this step, if there was one
+        self.compiled: set[int] = set()  # numbers of steps for which a dispatch has been compiled
+        self.first: tuple[int, dict[str, np.ndarray], base.Metrics] | None = None
+
+    def _enter(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        self.stop.phase = phase
+        self.watchdog.beat(phase, self.step)
+        return self.watchdog.paused() if phase == "compile" else contextlib.nullcontext()
+
+    # ---- before the first step
+
+    def open_state(self) -> None:
+        """The newest checkpoint on this mesh, or a fresh state; prints the header of the run."""
+        program, strategy = self.program, self.program.strategy
+        self.checkpoints = Checkpoints(
+            self.run.path / "checkpoints", self.settings.checkpoint, writing=self.run.resumes
+        )
+        self.closing.callback(self.checkpoints.close)
+        abstract, shardings = program.abstract_state(), strategy.state_shardings
+        steps = program.num_steps
+        progress.start(program.name, program.mesh, abstract, shardings, steps, program.examples)
+        if program.privacy:
+            agree.say(program.privacy.about(steps))
+        if not (self.run.resumes and self.checkpoints.exist()):
+            with self.clock("compile"):
+                self.state = program.init()
+            return
+        with self.clock("checkpoint"):
+            self.state = self.checkpoints.restore(abstract, shardings, accept=self.run.accept)
+        self.step = int(self.state.step)
+        if program.privacy:
+            about = self.checkpoints.about(self.step)
+            program.privacy.same_noise(about.get("noise_multiplier"))
+        agree.say(f"resuming at step {self.step} of {steps}")
+        if self.step:
+            self.stop.stands = f"the checkpoint of step {self.step} stands"
+
+    def open_input(self) -> None:
+        """Training batches from the current step on, and the evaluation."""
+        program, train, log = self.program, self.settings.train, self.settings.log
+        # With several steps per dispatch the strategy's step is a scan over them.
+        several = train.steps_per_dispatch > 1
+        self.strategy = base.scanned(program.strategy) if several else program.strategy
+        self.batch_sharding = jax.tree.leaves(self.strategy.batch_shardings)[0]
+        self.batches = program.host_batches(self.step, program.num_steps, train.steps_per_dispatch)
+        opened = program.open_evaluation()
+        skips = {"train": program.skips or Skips(), "eval": program.data.skips("evaluation")}
+        self.skipped = dataset.Skipped({"train": program.source, "eval": opened}, skips)
+        self.evaluate = evaluator(
+            program.task,
+            program.mesh,
+            opened,
+            program.data.eval_batch_size,
+            skips["eval"],
+            program.expected("evaluation"),
+        )
+        steps = self.step, program.num_steps, train.steps_per_dispatch
+        self.profile = Profile(log.profile, self.run.path, *steps)
+
+    def take_first_steps(self) -> None:
+        """The first dispatch, awaited: a run that cannot step ends here, before anything is written."""
+        if self.step < self.program.num_steps:
+            self.closing.callback(self.profile.discard)
+            self.profile.start_at(self.step, lambda: None)
+            self.first = self._dispatch()
+            num, _, on_device = self.first
+            with self.clock(
+                "step"
+            ):  # the only wait for the newest step: running out of memory shows here
+                metrics = {k: np.atleast_1d(np.asarray(v)) for k, v in on_device.items()}
+            if self.settings.train.nonfinite == "stop":
+                check_finite(self.step + num, metrics)
+        if self._interrupted("the first step"):
+            raise Stopped(self.stopping(), self.step, None)
+        agree.from_first(lambda: self.run.begin(self.step), "writing config.json")
+
+    def open_output(self) -> None:
+        """Metrics, progress bar, and when to evaluate and save."""
+        program, settings, step = self.program, self.settings, self.step
+        self.closing.callback(self.profile.close)
+        self.writer = Writer(self.run.path, step, settings.log, self.run.config)
+        self.closing.callback(self.writer.close)
+        started = self.first[0] if self.first else 0
+        self.bar = progress.Bar(program.num_steps, step, program.examples, program.mesh, started)
+        self.closing.callback(self.bar.close)
+        nonfinite = settings.train.nonfinite
+        self.logs = Log(self.writer, self.bar, settings.log, nonfinite, step, self.votes)
+        epoch = max(1, round(len(program.source) / program.examples))
+        self.eval_every = settings.evals.every or epoch
+        self.save_every = settings.checkpoint.every or epoch
+
+    # ---- steps
+
+    def _dispatch(self) -> tuple[int, dict[str, np.ndarray], base.Metrics]:
+        """Start the next steps: (how many, their batch on the host, their metrics)."""
+        program = self.program
+        with self.clock("input"):
+            host: Any = next(self.batches)
+            # The step's jit places a host batch far faster than put, but only within one process.
+            batch = host
+            if self.votes is not None:
+                batch = loader.put(host, self.batch_sharding, program.data.batch_size)
+        num = host["weight"].shape[0] if self.settings.train.steps_per_dispatch > 1 else 1
+        # jit returns once it has compiled
+        traced = jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1)
+        with self.clock("step" if num in self.compiled else "compile"), traced:
+            self.compiled.add(num)
+            self.state, metrics = self.strategy.step(self.state, batch)
+            if self.votes is not None:
+                metrics = metrics | self.votes.cast(self.stop.signum)
+        return num, host, metrics
+
+    def take_steps(self) -> None:
+        """Dispatch the next steps and hand their metrics to the log."""
+        self.measured = {}
+        if self.first is None:
+            self.profile.start_at(self.step, self.logs.drain)
+        (num, host, metrics), self.first = self.first or self._dispatch(), None
+        if self.bar.chip and not self.bar.work:  # 0.2 s, while the devices run their first step
+            self.bar.work = flops.of_step(self.program.task, self.program.abstract_batch())
+        self.before, self.step = self.step, self.step + num
+        self.writer.examples(self.before, host["example_id"])
+        with self.clock("step"):
+            self.logs.add(self.step, metrics, self.settings.train.steps_in_flight)
+        with self.bar.away():
+            self.profile.stop_at(self.step, self.logs.drain)
+
+    def evaluate_and_save_when_due(self) -> None:
+        """Evaluate, then save, where the last dispatch has passed a multiple of their cadence."""
+        eval_due = self.step // self.eval_every > self.before // self.eval_every
+        save_due = self.step // self.save_every > self.before // self.save_every
+        if eval_due or save_due:
+            self.logs.drain()
+        with self.bar.away():
+            if eval_due:
+                self._measure()
+            if save_due:
+                self._save()
+
+    def stopping(self) -> int:
+        """The signal to stop for, the same in all processes at the same step; 0 for none."""
+        if self.votes is None:
+            return self.stop.signum
+        self.stop.agreed(self.votes.agreed)
+        return self.votes.agreed
+
+    def _interrupted(self, phase: str = "evaluation") -> bool:
+        """Whether to leave an evaluation: called between its batches, by all processes."""
+        self.watchdog.beat(phase, self.step)
+        if self.votes is not None:
+            self.votes.ask(self.stop.signum)
+        return bool(self.stopping())
+
+    def _measure(self) -> None:
+        self.logs.drain()
+        self.logs.flush(self.step)
+        with self.clock("evaluation"):
+            variables = self.strategy.eval_variables(self.state)
+            metrics = self.evaluate(*variables, self._interrupted)
+        if metrics is None:
+            return
+        self.measured = metrics | self.skipped.count()
+        if self.program.privacy:
+            self.measured["privacy/epsilon"] = self.program.privacy.epsilon(self.step)
+        self.writer.write(self.step, self.measured)
+        self.bar.evaluated(self.step, self.measured)
+
+    def _save(self) -> None:
+        program, run = self.program, self.run
+        self.logs.drain()  # a step is saved only once its metrics are known to be finite
+        self.writer.flush()
+        self.skipped.count()
+        with self.clock("checkpoint"):
+            agree.from_first(run.holds, "looking at the run directory")
+            extra = {
+                "data": loader.position(self.step, program.examples, len(program.source)),
+                "config": run.config,
+                "identity": run.identity,
+            }
+            if program.privacy:
+                extra["noise_multiplier"] = program.privacy.noise_multiplier
+            self.checkpoints.save(self.state, self.step, self.measured, extra)
+            self.stop.stands = "the last complete checkpoint stands"
+
+    # ---- the end
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate, save, write the summary and return it; raises Stopped where a signal came first."""
+        with self.clock("step"):
+            self.logs.drain()
+        if not self.stopping():
+            self._measure()
+        self._save()
+        with self.clock("checkpoint"):
+            self.checkpoints.wait()
+        self.stop.stands = f"the checkpoint of step {self.step} stands"
+        if self.stopping() and not (self.step == self.program.num_steps and self.measured):
+            self.logs.flush(self.step)
+            raise Stopped(self.stopping(), self.step, self.run.path)
+        summary = {
+            "experiment": self.program.name,
+            "steps": self.step,
+            "metrics": self.logs.last | self.measured,
+            "seconds": self.clock.summary(),
+        }
+        path = self.run.path
+        agree.from_first(self.run.holds, "looking at the run directory")
+        agree.from_first(lambda: rundir.write_summary(path, summary), "writing the summary")
+        return summary
