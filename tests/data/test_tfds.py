@@ -226,7 +226,7 @@ def test_arrays_of_the_experiment():
 
 
 class Reader:
-    """What `_decode` asks of a TFDS data source."""
+    """A TFDS data source, as far as decoding reads it."""
 
     def __init__(self, examples):
         self.examples = examples

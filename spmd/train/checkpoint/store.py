@@ -269,7 +269,7 @@ class Checkpoints:
 def _abstract(
     wanted: dict[str, Any], placed: dict[str, Any], names: dict[str, str], types: dict[str, str]
 ) -> dict[str, Any]:
-    """What to read for `wanted`, by its name and type in the checkpoint, on the shardings `placed`."""
+    """Shapes and dtypes to read `wanted` as, by its names in the checkpoint, on the shardings `placed`."""
     return {
         names.get(k, k): jax.ShapeDtypeStruct(
             v.shape, jax.numpy.dtype(types.get(k, v.dtype)), sharding=placed[k]
