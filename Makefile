@@ -1,15 +1,20 @@
-# make run | test | lint | format | slow | golden | notebooks | bench | lock | resolve | clean      PYTHON=python3.12 VENV=dir ARGS="..." DATA=dir
+# make run | test | gate | slow | lint | format | golden | notebooks | bench | lock | resolve | clean      PYTHON=python3.12 VENV=dir ARGS="..." DATA=dir
 PYTHON ?= python3
 VENV ?= .venv
 UV ?= uv
+# Each worker starts with half of the tests, in their order; one that is done takes over half of what the other has left.
+PARALLEL = -n 2 --dist worksteal
 PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
-.PHONY: run test lint format slow golden notebooks bench lock resolve clean install install-dev FORCE
+.PHONY: run test gate slow lint format golden notebooks bench lock resolve clean install install-dev FORCE
 
 run: $(VENV)/.run
 	$(VENV)/bin/python run.py --experiment digits $(ARGS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow and not gate and not hardware" $(ARGS)
+
+gate: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 slow: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

@@ -35,9 +35,9 @@ def test_twenty_steps(run_cli, tmp_path):
     assert json.loads((tmp_path / "runs/digits/summary.json").read_text())["steps"] == 20
 
 
-def test_trains_and_writes_the_run_directory(run_cli, tmp_path):
+def test_trains_and_writes_the_run_directory(run_main, tmp_path):
     args = ("--simulate", 8, "--mesh.data", 4, "--mesh.fsdp", 2, "--train.steps", 60)
-    done = run_cli(*DIGITS, *args, "--run.dir", "out")
+    done = run_main(*DIGITS, *args, "--run.dir", "out")
     assert done.returncode == 0, done.stderr
     assert "8 x cpu (cpu), mesh data=4 fsdp=2" in done.stdout
     assert re.search(r"params/layers/1/kernel +\[256, 128\] +float32 +fsdp", done.stdout)
@@ -55,17 +55,18 @@ def test_trains_and_writes_the_run_directory(run_cli, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["config"]["mesh"]["fsdp"] == 2
 
     before = files(tmp_path / "out")
-    again = run_cli(*DIGITS, "--train.steps", 60, "--run.dir", "out")  # on another mesh
+    again = run_main(*DIGITS, "--train.steps", 60, "--run.dir", "out")  # on another mesh
     assert "is finished: 60 steps" in again.stdout and again.returncode == 0
     assert files(tmp_path / "out") == before
 
-    other_mesh = run_cli("eval", *DIGITS, "--run.dir", "out")
+    other_mesh = run_main("eval", *DIGITS, "--run.dir", "out")
     assert other_mesh.returncode == 0, other_mesh.stderr
     measured = json.loads(other_mesh.stdout.splitlines()[-1])
     assert files(tmp_path / "out") == before
     assert measured["eval/accuracy"] == pytest.approx(summary["metrics"]["eval/accuracy"], abs=1e-6)
 
-    longer = run_cli(*DIGITS, "--train.steps", 90, "--run.dir", "out")  # one device
+    one_device = (*DIGITS, "--simulate", 1)
+    longer = run_main(*one_device, "--train.steps", 90, "--run.dir", "out")
     assert "1 x cpu" in longer.stdout
     assert "schedule now spans 90 steps (was 60)" in longer.stdout, longer.stderr
     assert "resuming at step 60 of 90" in longer.stdout
@@ -121,11 +122,11 @@ def test_stopped_and_resumed_equals_undisturbed_bit_by_bit(
     assert steps_logged == sorted(steps_logged)
 
 
-def test_another_identity_is_refused_and_the_run_kept(run_cli, tmp_path):
+def test_another_identity_is_refused_and_the_run_kept(run_main, tmp_path):
     short = (*DIGITS, "--train.steps", 5, "--run.dir", "out")
-    assert run_cli(*short).returncode == 0
+    assert run_main(*short).returncode == 0
     before = files(tmp_path / "out")
-    refused = run_cli(*short, "--optimizer.momentum", 0.5, "--data.batch-size", 32)
+    refused = run_main(*short, "--optimizer.momentum", 0.5, "--data.batch-size", 32)
     assert refused.returncode == 2
     for part in (
         "optimizer.momentum: 0.9 -> 0.5",
@@ -135,13 +136,13 @@ def test_another_identity_is_refused_and_the_run_kept(run_cli, tmp_path):
     ):
         assert part in refused.stderr
     assert files(tmp_path / "out") == before
-    fresh = run_cli(*short, "--optimizer.momentum", 0.5, "--run.fresh")
+    fresh = run_main(*short, "--optimizer.momentum", 0.5, "--run.fresh")
     assert fresh.returncode == 0, fresh.stderr
     (aside,) = [p for p in tmp_path.iterdir() if p.name.startswith("out.")]
     assert files(aside) == before
 
 
-def test_a_diverging_run_stops_and_names_the_step(run_cli, tmp_path):
+def test_a_diverging_run_stops_and_names_the_step(run_main, tmp_path):
     args = (
         *DIGITS,
         "--train.steps",
@@ -157,14 +158,14 @@ def test_a_diverging_run_stops_and_names_the_step(run_cli, tmp_path):
         "--checkpoint.every",
         1,
     )
-    stopped = run_cli(*args, "--run.dir", "a")
+    stopped = run_main(*args, "--run.dir", "a")
     assert stopped.returncode == 1
     step = int(re.search(r"not finite at step (\d+)", stopped.stderr)[1])
     assert "Traceback" not in stopped.stderr
     kept = {int(p.name) for p in (tmp_path / "a/checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {step - 1}
     assert not (tmp_path / "a/summary.json").exists()
-    skipped = run_cli(*args, "--run.dir", "b", "--train.nonfinite", "skip")
+    skipped = run_main(*args, "--run.dir", "b", "--train.nonfinite", "skip")
     assert skipped.returncode == 0, skipped.stderr
     assert (
         json.loads((tmp_path / "b/summary.json").read_text())["metrics"]["train/skipped_steps"] > 0
@@ -184,7 +185,7 @@ AUGMENTED = (
 )
 
 
-def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
+def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_main):
     """Both depend on the step alone; what is evaluated is the average, in training and afterwards."""
     args = [*AUGMENTED.split(), "--train.steps-per-dispatch", "4", "--log.every", "400"]
 
@@ -199,10 +200,10 @@ def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_cli):
     states = [final_state(tmp_path / name, *args) for name in ("cut", "whole")]
     for name in states[1]:
         np.testing.assert_array_equal(states[0][name], states[1][name], err_msg=name)
-    shown = run_cli("eval", *DIGITS, *AUGMENTED.split(), "--run.dir", "whole")
+    shown = run_main("eval", *DIGITS, *AUGMENTED.split(), "--run.dir", "whole")
     measured = json.loads(shown.stdout.splitlines()[-1])
     assert measured["eval/loss"] == pytest.approx(whole.metrics["eval/loss"], rel=1e-5)
-    refused = run_cli("eval", *DIGITS, "--run.dir", "whole")
+    refused = run_main("eval", *DIGITS, "--run.dir", "whole")
     assert refused.returncode == 2
     assert "optimizer.ema: 0.98 -> 0.0" in refused.stderr
     assert "data.augment.mixup: 0.2 -> 0.0" in refused.stderr
@@ -232,8 +233,8 @@ def test_list_and_help_import_no_jax():
     assert "--mesh.fsdp" in done.stdout and "digits" in done.stdout
 
 
-def test_help_of_an_experiment_shows_its_own_fields(run_cli):
-    shown = run_cli(*DIGITS, "--help")
+def test_help_of_an_experiment_shows_its_own_fields(run_main):
+    shown = run_main(*DIGITS, "--help")
     assert shown.returncode == 0
     for part in ("--model.hidden", "--optimizer.nesterov", "Global batch", "--strategy.zero"):
         assert part in shown.stdout
@@ -303,7 +304,9 @@ OTHER_MESHES = {
 }
 
 
-@pytest.mark.parametrize("case", OTHER_MESHES)
+@pytest.mark.parametrize(
+    "case", slow_but(["three devices"], OTHER_MESHES, gate=[*OTHER_MESHES][1:])
+)
 def test_eval_needs_nothing_of_training(tmp_path, monkeypatch, capsys, case):
     """Neither a batch size that divides nor the training split."""
     options, mesh = (words.split() for words in OTHER_MESHES[case])
