@@ -77,9 +77,9 @@ class Handle:
         """How the state lies on devices that need not be there (`h100:64`, `v5p:4x4x4`): print it, or take
         `.arrays`, `.totals`.
         """
-        from spmd.analysis.plan.placed import placed
+        from spmd.analysis.plan import planner
 
-        return placed(self.experiment, target)
+        return planner.shardings(self.experiment, target)
 
     def restore(self, step: int | None = None) -> Snapshot:
         """A checkpoint of the run directory, the newest unless `step` names one."""

@@ -62,7 +62,7 @@ def test_bytes_are_those_of_the_step_that_trains(done):
         options += [] if result.entry in wide else ["--mesh.fsdp", "8"]
         name = result.entry.partition(":")[0]
         program = spmd.load("digits", [*words, "--strategy", name, *options]).build()
-        read_again = compile.compiled(program, targets.parse("cpu:8")).program
+        read_again = compile.compile_step(program, targets.parse("cpu:8")).program
         by_axes: dict[str, float] = {}
         for (axes, _), total in hlo.ledger(read_again).items():
             by_axes[" x ".join(axes)] = by_axes.get(" x ".join(axes), 0) + total.wire_bytes

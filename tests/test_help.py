@@ -14,9 +14,10 @@ import pytest
 
 from spmd import strategies
 from spmd.cli import help
+from spmd.core import sources
 
 SHARED = [place for places in help.SHARED.values() for place in places]
-CLASSES = [c for place in SHARED for c in (help.classes_of(place).values() or [place])]
+CLASSES = [c for place in SHARED for c in (sources.classes_of(place).values() or [place])]
 
 
 def resolved(place: str) -> Any:
@@ -26,7 +27,7 @@ def resolved(place: str) -> Any:
 
 @pytest.mark.parametrize("place", CLASSES)
 def test_fields_read_are_those_of_the_class(place: str):
-    read = {f.name: f for f in help.fields_of(place)}
+    read = {f.name: f for f in sources.fields_of(place)}
     fields = dataclasses.fields(resolved(place))
     assert list(read) == [f.name for f in fields]
     for field in fields:
@@ -46,7 +47,7 @@ def test_fields_read_are_those_of_the_class(place: str):
 
 @pytest.mark.parametrize("place", [p for p in SHARED if p.split(":")[1].isupper()])
 def test_tables_read_are_those_of_the_package(place: str):
-    found = help.classes_of(place)
+    found = sources.classes_of(place)
     if not found:  # one class, in capitals
         return
     assert {name: resolved(where) for name, where in found.items()} == resolved(place)

@@ -45,6 +45,7 @@ STANDARD_LIBRARY_ONLY = (
     "spmd/core/storage.py",
     "spmd/core/values.py",
     "spmd/core/explain.py",
+    "spmd/core/sources.py",
     "spmd/hardware/chips.py",
     "spmd/launch/",
 )

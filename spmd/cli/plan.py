@@ -105,9 +105,7 @@ def _result(exp: Experiment, options: PlanOptions) -> tuple[str, Any, bool]:
     from spmd.hardware import targets
 
     if options.show == "shardings":
-        from spmd.analysis.plan.placed import placed
-
-        shardings = placed(exp, options.target)
+        shardings = planner.shardings(exp, options.target)
         if options.plot:
             from spmd.analysis.plan import draw
 

@@ -47,9 +47,9 @@ class Experiment:
     strategy: strategies.StrategyConfig = dataclasses.field(default_factory=strategies.Auto)
     """How gradients are reduced and parameters updated; --strategy NAME changes the class."""
     privacy: Privacy = dataclasses.field(default_factory=Privacy)
-    """Differentially private training (DP-SGD)."""
+    """Differentially private training (DP-SGD): on with an epsilon or a noise multiplier."""
     mesh: mesh.MeshConfig = free(mesh.MeshConfig())
-    """Sizes of the mesh axes."""
+    """Sizes of the mesh axes, which multiply to the device count."""
     budget: CommsBudget = free(CommsBudget())
     """Limits on what the compiled step communicates; checked by `run.py plan --check`."""
     train: TrainConfig = free(TrainConfig())

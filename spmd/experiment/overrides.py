@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from spmd import optim, strategies
+from spmd.core import sources
 from spmd.core.fields import check
 from spmd.core.parsing import parse
 from spmd.core.values import check as check_values
@@ -51,6 +52,7 @@ def override(
     import tyro
 
     experiment, words = _swap_classes(experiment, list(args))
+    texts = _help()
     shown: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(experiment):
         value = getattr(experiment, f.name)
@@ -62,7 +64,7 @@ def override(
         shown.append(
             (
                 f.name,
-                Annotated[kind, tyro.conf.arg(help=_HELP[f.name])],
+                Annotated[kind, tyro.conf.arg(help=texts[f.name])],
                 dataclasses.field(default=value),
             )
         )
@@ -114,25 +116,11 @@ _TYPES: dict[str, Any] = {
     "simulate": int,
     "param_dtype": Literal["float32", "float64", "bfloat16"],
 }
-_HELP = {
-    "model": "What is trained.",
-    "task": "Loss and metrics.",
-    "data": "Input data.",
-    "budget": "What the compiled step may communicate (plan --check).",
-    "init": "Where the weights come from, and which are trained.",
-    "optimizer": "Optimizer, schedule, clipping, decay; --optimizer NAME changes the class"
-    f" ({', '.join(optim.OPTIMIZERS)}).",
-    "strategy": "How the devices agree; --strategy NAME changes the class"
-    f" ({', '.join(strategies.STRATEGIES)}).",
-    "privacy": "Differentially private training (DP-SGD): on with an epsilon or a noise multiplier.",
-    "mesh": "How the devices are cut; sizes multiply to the device count.",
-    "train": "How long, and how steps are dispatched.",
-    "eval": "When it is evaluated.",
-    "checkpoint": "When the state is saved.",
-    "log": "What is written.",
-    "run": "Where the run lives.",
-    "runtime": "Processes of the run, and how they stop.",
-    "seed": "Seed of parameters, data order and dropout.",
-    "param_dtype": "Type of parameters; those of bfloat16 have float32 gradients and optimizer state.",
-    "simulate": "Simulated CPU devices of each process; 0 uses the real ones.",
-}
+
+
+def _help() -> dict[str, str]:
+    """Field of an experiment -> its docstring, with the names of the classes that it may hold."""
+    texts = {f.name: f.help for f in sources.fields_of("experiment.base:Experiment")}
+    for field, names in (("optimizer", optim.OPTIMIZERS), ("strategy", strategies.STRATEGIES)):
+        texts[field] = f"{texts[field].rstrip('.')} ({', '.join(names)})."
+    return texts

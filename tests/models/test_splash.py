@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import spmd
-from spmd.analysis.plan import ahead
+from spmd.analysis.plan import isolated
 from tests.marks import slow_but
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -90,5 +90,5 @@ BESIDE = {
 @pytest.mark.parametrize("case", slow_but(("allreduce",), BESIDE))
 def test_splash_compiles_beside_other_axes_and_strategies(case):
     words = [*TINY.split(), "--model.attention", "splash", *BESIDE[case].split()]
-    made = ahead.compiled(spmd.load("lm_stdlib", words).experiment, "v5e:2x4")
+    made = isolated.compile_step(spmd.load("lm_stdlib", words).experiment, "v5e:2x4")
     assert made.how == "compiled" and made.memory.peak >= made.memory.arguments

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import spmd
-from spmd.analysis.plan import ahead, collective, comms, compile, planner
+from spmd.analysis.plan import collective, comms, compile, facts, isolated, layout, planner
 from spmd.analysis.plan.compile import Compiled
 from spmd.core import tree
 from spmd.hardware import hlo, targets
@@ -173,7 +173,7 @@ SCALARS = 512  # bytes of the former, beside what is small itself
 def test_bytes_are_those_of_the_closed_form(case):
     words, form = CASES[case]
     program = build(words)
-    made = compile.compiled(program, targets.parse("cpu:8"))
+    made = compile.compile_step(program, targets.parse("cpu:8"))
     assert made.how == "estimated" and made.program.endless == 0
     wanted = form(parameters(program))
     found = {key: total.bytes for key, total in hlo.ledger(made.program).items()}
@@ -198,7 +198,7 @@ def test_bytes_are_those_of_the_closed_form(case):
 def test_narrow_parameters_are_gathered_narrow_and_their_gradients_summed_wide(case):
     words, form = CASES[case]
     program = build([*words, "--param-dtype", "bfloat16"])
-    made = compile.compiled(program, targets.parse("cpu:8"))
+    made = compile.compile_step(program, targets.parse("cpu:8"))
     wanted = form(parameters(program))
     wanted = {key: n * (1 if key[1] == "all-gather" else 2) for key, n in wanted.items()}
     found = {key: total.bytes for key, total in hlo.ledger(made.program).items()}
@@ -259,10 +259,10 @@ PLANNED = {
 def test_what_is_planned_is_what_the_program_sends(case):
     exp = spmd.load("lm_stdlib", [*WORDS, *PLANNED[case]]).experiment
     num = math.prod(exp.mesh.sizes().values())
-    made = compile.compiled(exp.unread(num).build(source=()), targets.parse(f"cpu:{num}"))
-    cut = planner.layout(exp, num)
+    made = compile.compile_step(exp.unread(num).build(source=()), targets.parse(f"cpu:{num}"))
+    cut = layout.from_experiment(exp, num)
     found = collective.ledger(comms.from_program(made.program, cut))
-    wanted = collective.ledger(comms.step_collectives(planner.facts(exp), cut))
+    wanted = collective.ledger(comms.step_collectives(facts.from_experiment(exp), cut))
     largest = max(total.bytes for total in wanted.values())
     for key in found | wanted:
         has, wants = (each[key].bytes if key in each else 0 for each in (found, wanted))
@@ -304,7 +304,7 @@ def test_devices_that_share_a_replica_send_a_part_of_what_is_compressed(case):
     kind, words = COMPRESSED[case]
     words = [*words, "--strategy.compress.block", str(BLOCK), "--strategy.compress.keep", str(KEEP)]
     program = build([*words, "--mesh.replica", "2"])
-    found = compile.compiled(program, targets.parse("cpu:8")).program.collectives
+    found = compile.compile_step(program, targets.parse("cpu:8")).program.collectives
     assert {c.axes for c in found if "replica" in c.axes} == {("replica",)}
     of = {"int8": "s8", "top-k": "s32"}[kind]  # the places of the entries
     sent = sum(c.count * c.wire_bytes for c in found if c.dtype == of and "replica" in c.axes)
@@ -316,7 +316,7 @@ def test_devices_that_share_a_replica_send_a_part_of_what_is_compressed(case):
 @pytest.mark.parametrize("case", slow_but(("local",), SHARED))
 def test_devices_that_share_a_replica_send_their_part(case):
     program = build([*SHARED[case], "--mesh.replica", "2"])
-    found = hlo.ledger(compile.compiled(program, targets.parse("cpu:8")).program)
+    found = hlo.ledger(compile.compile_step(program, targets.parse("cpu:8")).program)
     params = program.abstract_state().params
     placed = sharding.param_shardings(params, program.task.dims, program.mesh, fsdp=True)
     each = sum(map(tree.bytes_per_device, jax.tree.leaves(params), jax.tree.leaves(placed)))
@@ -338,19 +338,19 @@ def test_only_stages_permute_in_a_pipeline(axes):
     """A permutation waits for all devices on CPUs, and in a branch that not all run it would for ever."""
     words = [f"--mesh.{w}" if w.isalpha() else w for w in axes.split()]
     program = build(["1", *PIPE, "2", *MIXED[:2], "--model.experts.shared", "1", *words])
-    found = compile.compiled(program, targets.parse("cpu:8")).program.collectives
+    found = compile.compile_step(program, targets.parse("cpu:8")).program.collectives
     permutes = [c for c in found if c.kind == "collective-permute"]
     assert permutes and {c.axes for c in permutes} == {("stage",)}, permutes
 
 
 def test_a_process_of_its_own_finds_the_same_and_remembers_it():
     exp = spmd.load("lm_stdlib", [*WORDS, *CASES["dp_tp"][0]]).experiment
-    apart = ahead.compiled(exp, "cpu:8")
-    here = compile.compiled(exp.unread(8).build(source=()), targets.parse("cpu:8"))
+    apart = isolated.compile_step(exp, "cpu:8")
+    here = compile.compile_step(exp.unread(8).build(source=()), targets.parse("cpu:8"))
     assert hlo.ledger(here.program) == hlo.ledger(apart.program)
     assert (here.memory, here.mesh) == (apart.memory, apart.mesh)
     assert Compiled.from_json(json.loads(json.dumps(here.json()))) == here
-    again = ahead.compiled(exp, "cpu:8")
+    again = isolated.compile_step(exp, "cpu:8")
     assert again == apart  # to the second that it took
     sources = {c.source.split(":")[0] for c in apart.program.collectives if c.bytes > 10_000}
     assert "spmd/models/transformer.py" in sources
@@ -360,9 +360,9 @@ def test_a_process_of_its_own_finds_the_same_and_remembers_it():
 def test_mistakes_reach_the_caller_as_one_message():
     exp = spmd.load("lm_stdlib", [*WORDS, "1", "--mesh.tensor", "3"]).experiment
     with pytest.raises(ValueError, match=r"mesh sizes .* multiply to 3, but there are 8 devices"):
-        ahead.compiled(exp, "cpu:8")
+        isolated.compile_step(exp, "cpu:8")
     with pytest.raises(ValueError, match="comes from no file"):
-        ahead.compiled(dataclasses.replace(exp, name="inline"), "cpu:8")
+        isolated.compile_step(dataclasses.replace(exp, name="inline"), "cpu:8")
 
 
 def test_a_missing_tpu_compiler_says_what_to_install(monkeypatch):
@@ -371,16 +371,16 @@ def test_a_missing_tpu_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", without)
     exp = spmd.load("lm_stdlib").experiment
     with pytest.raises(ValueError, match=r'not installed; .* pip install "jax\[tpu\]=='):
-        ahead.compiled(exp, "v5e:2x4")
+        isolated.compile_step(exp, "v5e:2x4")
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -r requirements/tpu.txt")
 def test_the_tpu_compiler_sends_what_the_closed_form_says():
     words = ["1", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--model.dtype", "bfloat16"]
     exp = spmd.load("lm_stdlib", [*WORDS, *words]).experiment
-    made = ahead.compiled(exp, "v5e:2x4")
+    made = isolated.compile_step(exp, "v5e:2x4")
     assert made.how == "compiled" and made.memory.peak >= made.memory.arguments
-    estimated = ahead.compiled(exp, "cpu:8")
+    estimated = isolated.compile_step(exp, "cpu:8")
     assert made.program.flops == pytest.approx(estimated.program.flops, rel=0.01)
     gathered = sum(c.count * c.bytes for c in made.program.collectives if c.kind == "all-gather")
     weights = fsdp(parameters(build(["8"])))[(("fsdp",), "all-gather")]
@@ -396,12 +396,12 @@ def test_a_mesh_that_does_not_lie_on_the_slice_is_told_its_axes():
     with pytest.raises(
         ValueError, match=r"slice of 4 x 4 x 4 chips: .* sizes that can be: 1, 4, 16, 64"
     ):
-        ahead.compiled(exp, "v5p:4x4x4")
+        isolated.compile_step(exp, "v5p:4x4x4")
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -r requirements/tpu.txt")
 def test_a_program_too_large_for_the_chip_is_told_apart():
     words = [*WORDS, "8", "--data.batch-size", "65536"]
     with pytest.raises(compile.TooLarge) as caught:
-        ahead.compiled(spmd.load("lm_stdlib", words).experiment, "v5e:2x4")
+        isolated.compile_step(spmd.load("lm_stdlib", words).experiment, "v5e:2x4")
     assert caught.value.used > caught.value.limit > 10 * 2**30

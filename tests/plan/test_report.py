@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 import spmd
-from spmd.analysis.plan import planner, report
+from spmd.analysis.plan import layout, planner, report
 from spmd.analysis.plan.layout import Layout
 from spmd.analysis.plan.search import Candidate
 from spmd.cli import main
@@ -121,8 +121,8 @@ def test_the_words_of_a_search_plan_the_same():
     words = [*LLAMA[2:], *first.layout.words()]
     again = planner.plan(load("llama3_8b", *words), "v5p:4x4x4", compiled=False)
     assert again.layout == first.layout and again.estimate == first.estimate
-    again = planner.with_layout(exp, first.layout)
-    assert planner.layout(again, 64) == first.layout
+    again = layout.apply(first.layout, exp)
+    assert layout.from_experiment(again, 64) == first.layout
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import spmd
-from spmd.analysis.plan import memory, planner, report, search
-from spmd.analysis.plan.layout import Layout
+from spmd.analysis.plan import memory, report, search
+from spmd.analysis.plan.layout import Layout, from_experiment
 from spmd.analysis.plan.shardings import GROUPS
 from spmd.core import tree
 from spmd.hardware import targets
@@ -117,9 +117,8 @@ def test_the_words_of_a_pipeline_or_a_context_ask_for_it(layout):
     words = ["--data.batch-size", "16", *layout.words()]
     if layout.virtual == 1 and layout.pipeline == "interleaved":
         layout = layout._replace(virtual=2)  # the field's default
-    assert planner.layout(spmd.load("lm_stdlib", words).experiment, layout.num_devices) == (
-        layout._replace(saved=spmd.load("lm_stdlib", words).experiment.model.saved)
-    )
+    exp = spmd.load("lm_stdlib", words).experiment
+    assert from_experiment(exp, layout.num_devices) == layout._replace(saved=exp.model.saved)
 
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "plan.md"

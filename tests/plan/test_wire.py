@@ -115,7 +115,7 @@ def read(case: str):
     words = CASES[case][0]
     words = ["--strategy", *words, *(w for k in words for w in SETTINGS.get(k, ()))]
     program = spmd.load("digits", words).experiment.unread(N).build(source=())
-    made = compile.compiled(program, targets.parse(f"cpu:{N}"))
+    made = compile.compile_step(program, targets.parse(f"cpu:{N}"))
     assert made.program.endless == 0
     params = tree.named_leaves(program.abstract_state().params)
     return made.program, {name: leaf.shape for name, leaf in params.items()}

@@ -76,11 +76,11 @@ def charge(exp: Experiment, program: Program) -> Charge:
     """Charge of the training step, partitioned for the devices of the program."""
     num = program.mesh.size
     if program.mesh.devices.flat[0].platform == "cpu":
-        step = compile.compiled(program, targets.Target(f"cpu:{num}", num, None))
+        step = compile.compile_step(program, targets.Target(f"cpu:{num}", num, None))
     else:  # in a process with simulated devices
-        from spmd.analysis.plan import ahead
+        from spmd.analysis.plan import isolated
 
-        step = ahead.compiled(exp, f"cpu:{num}")
+        step = isolated.compile_step(exp, f"cpu:{num}")
     return Charge(step.program, step.mesh)
 
 

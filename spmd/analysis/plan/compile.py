@@ -144,11 +144,11 @@ def devices(target: Target) -> list[Any] | None:
     return list(slice_devices)
 
 
-def compiled(program: Any, target: Target) -> Compiled:
+def compile_step(program: Any, target: Target) -> Compiled:
     """Lowers and compiles `program.strategy.step` (of a train.program.Program built on `devices(target)`).
 
-    Compiles in this process, which the compiler may abort; `spmd.analysis.plan.ahead` does so in a process
-    of its own. The result is cached on disk, keyed by the lowered program, the target and the versions.
+    Compiles in this process, which the compiler may abort; `isolated.compile_step` does so in a process of
+    its own. The result is cached on disk, keyed by the lowered program, the target and the versions.
     Raises Failed.
     """
     begin = time.monotonic()

@@ -7,10 +7,11 @@ They come from shapes only: nothing is compiled, and no data are read.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ from spmd.core import narrow, tree
 from spmd.hardware import flops
 from spmd.models.transformer import Transformer
 from spmd.parallel import sharding
-from spmd.parallel.mesh import AXES
+from spmd.parallel.mesh import AXES, MeshConfig
 from spmd.train.program import Program
+
+if TYPE_CHECKING:
+    from spmd.experiment.base import Experiment
 
 FLOAT32_BYTES = 4
 Sizes = Mapping[str, int]  # mesh axis -> size; all of AXES
@@ -126,6 +130,17 @@ def abstract_mesh(sizes: Sizes) -> AbstractMesh:
 @functools.lru_cache(maxsize=2**10)
 def _mesh(sizes: tuple[int, ...]) -> AbstractMesh:
     return AbstractMesh(sizes, AXES)
+
+
+def from_experiment(exp: Experiment) -> Facts:
+    """The facts of `exp` that do not depend on its mesh; touches no device and reads no data."""
+    unread = exp.unread(1)
+    single = dataclasses.replace(
+        unread,
+        mesh=MeshConfig(data=1),
+        train=dataclasses.replace(unread.train, accumulate=1),
+    )
+    return from_program(single.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
 
 
 def from_program(program: Program, model: Any, *, chunks: int = 1) -> Facts:

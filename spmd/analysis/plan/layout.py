@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spmd.analysis.plan.facts import Facts
 from spmd.analysis.plan.shardings import GROUPS
 from spmd.core.fields import check
-from spmd.parallel.mesh import AXES, BATCH_AXES
+from spmd.parallel.mesh import AXES, BATCH_AXES, MeshConfig
+from spmd.strategies import Auto
 from spmd.strategies.grads.pipeline import execute, schedules
+
+if TYPE_CHECKING:
+    from spmd.experiment.base import Experiment
 
 Sizes = Mapping[str, int]  # mesh axis -> size
 REMATS = ("none", "dots", "named", "full")
@@ -86,6 +91,52 @@ class Layout(NamedTuple):
             parts.append(self.pipeline + (f"={self.virtual}" if self.virtual > 1 else ""))
         parts += [self.context] if self.size("context") > 1 else []
         return " ".join([*parts, *([f"remat={self.remat}"] if self.remat else [])])
+
+
+def from_experiment(exp: Experiment, num_devices: int) -> Layout:
+    """The layout of `exp` on `num_devices` devices."""
+    auto = exp.strategy if isinstance(exp.strategy, Auto) else Auto()
+    model: Any = exp.model
+    train = exp.train
+    sizes = {axis: n for axis, n in exp.mesh.resolve(num_devices).items() if n > 1}
+    pipeline = train.pipeline if "stage" in sizes else "1f1b"
+    return Layout(
+        sizes,
+        zero=auto.zero,
+        sequence_parallel=auto.sequence_parallel,
+        accumulate=train.accumulate,
+        remat=getattr(model, "remat", "none"),
+        saved=getattr(model, "saved", ()),
+        pipeline=pipeline,
+        virtual=train.virtual_stages if pipeline == "interleaved" else 1,
+        context=getattr(model, "context", "ring") if "context" in sizes else "ring",
+    )
+
+
+def apply(layout: Layout, exp: Experiment) -> Experiment:
+    """The experiment, sharded and scheduled as `layout` says."""
+    sizes = {"data": 1} | dict(layout.mesh)
+    model = exp.model
+    if hasattr(model, "remat"):
+        model = dataclasses.replace(model, remat=layout.remat)
+    if layout.size("context") > 1:
+        model = dataclasses.replace(model, context=layout.context)
+    train = dataclasses.replace(exp.train, accumulate=layout.accumulate)
+    if layout.stages > 1:
+        train = dataclasses.replace(
+            train,
+            pipeline=layout.pipeline,
+            virtual_stages=layout.virtual if layout.virtual > 1 else train.virtual_stages,
+        )
+    return dataclasses.replace(
+        exp,
+        model=model,
+        mesh=MeshConfig(**sizes),
+        strategy=Auto(
+            zero=3 if layout.zero == 3 else 1, sequence_parallel=layout.sequence_parallel
+        ),
+        train=train,
+    )
 
 
 def tokens(facts: Facts, layout: Layout) -> float:

@@ -1,72 +1,36 @@
-"""Plan an experiment: what it needs on devices that need not be present, and which layout is best."""
+"""Plan an experiment: what it needs on devices that need not be present, and which layout is best.
+
+The entry to this package: `plan` for one layout, `search` for the best ones, `shardings` of the state,
+`schedule` of the pipeline, `scaling` over several targets.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
 
-from spmd.analysis.plan import ahead
+import jax
+
+from spmd.analysis.plan import comms, cost, facts, isolated, memory, report
+from spmd.analysis.plan import layout as layouts
+from spmd.analysis.plan import scaling as curves
+from spmd.analysis.plan import search as searching
+from spmd.analysis.plan.compile import Failed, check_compiler
+from spmd.analysis.plan.facts import Facts
+from spmd.analysis.plan.layout import Layout
+from spmd.analysis.plan.scaling import Bound, Point
+from spmd.analysis.plan.schedule import Schedule
+from spmd.analysis.plan.search import Candidate
+from spmd.analysis.plan.shardings import ShardingReport
+from spmd.analysis.plan.shardings import report as sharding_report
+from spmd.core import tree
 from spmd.core.fields import check
 from spmd.experiment.base import Experiment
 from spmd.hardware import targets
-from spmd.parallel import mesh
 from spmd.strategies import AllReduce, Auto, StrategyConfig
-
-if TYPE_CHECKING:
-    from spmd.analysis.plan import report
-    from spmd.analysis.plan.facts import Facts
-    from spmd.analysis.plan.layout import Layout
-    from spmd.analysis.plan.scaling import Bound, Point
-    from spmd.analysis.plan.schedule import Schedule
-    from spmd.analysis.plan.search import Candidate
+from spmd.strategies.grads.pipeline import execute, schedules
 
 PARALLEL_COMPILATIONS = 2  # each takes gigabytes of the host's memory
-
-
-def facts(exp: Experiment) -> Facts:
-    """The facts of `exp` that do not depend on its mesh; touches no device and reads no data."""
-    from spmd.analysis.plan.facts import from_program
-
-    unread = exp.unread(1)
-    single = dataclasses.replace(
-        unread,
-        mesh=mesh.MeshConfig(data=1),
-        train=dataclasses.replace(unread.train, accumulate=1),
-    )
-    return from_program(single.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
-
-
-def has_closed_form(strategy: StrategyConfig, layout: Layout) -> bool:
-    """Whether the closed forms of plan.comms and plan.memory describe `strategy`."""
-    if isinstance(strategy, AllReduce):  # sends 2 (N - 1) / N of the gradients, as auto does
-        plain = strategy.reduction != "hierarchical" and strategy.compress.kind == "none"
-        # With fsdp, the gradient of a table is made of gathered rows instead of reduce-scattered.
-        return plain and layout.size("fsdp") == 1
-    return isinstance(strategy, Auto)
-
-
-def layout(exp: Experiment, num_devices: int) -> Layout:
-    """The layout of `exp` on `num_devices` devices."""
-    from spmd.analysis.plan.layout import Layout
-
-    auto = exp.strategy if isinstance(exp.strategy, Auto) else Auto()
-    model: Any = exp.model
-    train = exp.train
-    sizes = {axis: n for axis, n in exp.mesh.resolve(num_devices).items() if n > 1}
-    pipeline = train.pipeline if "stage" in sizes else "1f1b"
-    return Layout(
-        sizes,
-        zero=auto.zero,
-        sequence_parallel=auto.sequence_parallel,
-        accumulate=train.accumulate,
-        remat=getattr(model, "remat", "none"),
-        saved=getattr(model, "saved", ()),
-        pipeline=pipeline,
-        virtual=train.virtual_stages if pipeline == "interleaved" else 1,
-        context=getattr(model, "context", "ring") if "context" in sizes else "ring",
-    )
 
 
 def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
@@ -82,12 +46,9 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
         ValueError: the experiment does not fit the target's mesh, the TPU compiler is not installed, or
             compilation is off for a strategy that needs it.
     """
-    from spmd.analysis.plan import comms, cost, memory, report
-    from spmd.analysis.plan import layout as layouts
-    from spmd.analysis.plan.compile import Failed
-
-    on = targets.parse(target)
-    exp_facts, exp_layout = facts(exp), layout(exp, on.num_devices)
+    devices = targets.parse(target)
+    exp_facts = facts.from_experiment(exp)
+    exp_layout = layouts.from_experiment(exp, devices.num_devices)
     layouts.check_fits(exp_facts, exp_layout)
     closed_form = has_closed_form(exp.strategy, exp_layout)
     check(
@@ -95,45 +56,64 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
         f"no closed form covers strategy {exp.strategy.name} with these options: drop --no-compile, or add"
         " --strategy auto",
     )
-    result = report.Plan(
+    estimated = report.Plan(
         facts=exp_facts,
-        target=on,
+        target=devices,
         layout=exp_layout,
         strategy=exp.strategy.name,
         memory=memory.step_memory(exp_facts, exp_layout),
         collectives=comms.step_collectives(exp_facts, exp_layout) if closed_form else [],
-        estimate=cost.estimate(exp_facts, on, exp_layout) if on.chip and closed_form else None,
+        estimate=cost.estimate(exp_facts, devices, exp_layout)
+        if devices.chip and closed_form
+        else None,
     )
     if not compiled:
-        return result
+        return estimated
     try:
-        step = ahead.compiled(exp, target)
+        step = isolated.compile_step(exp, target)
     except Failed as error:
-        return result._replace(failed=str(error))
-    result = result._replace(compiled=step)
+        return estimated._replace(failed=str(error))
+    return _with_compiled(estimated._replace(compiled=step), exp.strategy, closed_form=closed_form)
+
+
+def _with_compiled(
+    estimated: report.Plan, strategy: StrategyConfig, *, closed_form: bool
+) -> report.Plan:
+    """The plan with what its compiled step says, where that is more exact than the closed forms."""
+    step, exp_facts, exp_layout = estimated.compiled, estimated.facts, estimated.layout
+    assert step is not None
     if closed_form and step.how != "compiled":
-        return result
-    merges_over = () if closed_form else exp.strategy.merges_over
-    collectives = comms.from_program(step.program, exp_layout, merges_over)
+        return estimated
+    collectives = comms.from_program(
+        step.program, exp_layout, () if closed_form else strategy.merges_over
+    )
     if not closed_form:
-        replicas = max(exp.strategy.copies // exp_layout.size("replica"), 1)
-        result = result._replace(
+        replicas = max(strategy.copies // exp_layout.size("replica"), 1)
+        estimated = estimated._replace(
             memory=memory.with_state(exp_facts, exp_layout, step.state, replicas),
             collectives=collectives,
         )
-    if on.chip is None:
-        return result
-    estimate = cost.estimate(exp_facts, on, exp_layout, collectives, memory=result.memory)
-    return result._replace(estimate=estimate)
+    if estimated.target.chip is None:
+        return estimated
+    estimate = cost.estimate(
+        exp_facts, estimated.target, exp_layout, collectives, memory=estimated.memory
+    )
+    return estimated._replace(estimate=estimate)
+
+
+def shardings(exp: Experiment, target: str = "") -> ShardingReport:
+    """Shardings of the state on `target` (`h100:64`, `v5p:4x4x4`; default: `cpu:` with `simulate` or 8).
+
+    The program is that of a run, built on as many simulated devices without opening its data. ValueError
+    for an unknown target, and for a state that cannot be sharded over the mesh.
+    """
+    devices = targets.parse(exp.target(target))
+    program = exp.unread(devices.num_devices).build(source=())
+    return sharding_report(program, devices, exp.strategy)
 
 
 def schedule(exp: Experiment, target: str) -> Schedule:
     """The pipeline schedule of `exp` on `target`; ValueError if it has none, or an impossible one."""
-    import jax
-
-    from spmd.analysis.plan.schedule import Schedule
-    from spmd.strategies.grads.pipeline import execute, schedules
-
     task = exp.task.build(exp.model, exp.param_dtype)
     task.staged()
     stages = exp.mesh.resolve(targets.parse(target).num_devices)["stage"]
@@ -152,35 +132,31 @@ def search(
     best: number of the fastest layouts to compile. Those that do not fit by the compiler are rejected, the
     others ranked again with the collectives of the compiled program.
     """
-    from spmd.analysis.plan import search as searching
-
-    on = targets.parse(target)
-    check(on.chip is not None, f"no speed is known for {target}: search on a TPU or a GPU")
-    exp_facts = facts(exp)
-    candidates = searching.search(exp_facts, on)
+    devices = targets.parse(target)
+    check(devices.chip is not None, f"no speed is known for {target}: search on a TPU or a GPU")
+    exp_facts = facts.from_experiment(exp)
+    candidates = searching.search(exp_facts, devices)
     if best:
-        ahead.check_compiler(on)
+        check_compiler(devices)
         with ThreadPoolExecutor(PARALLEL_COMPILATIONS) as pool:
-            compiled = pool.map(lambda c: _compiled(exp, exp_facts, on, c, say), candidates[:best])
+            compiled = pool.map(
+                lambda c: _compile_candidate(exp, exp_facts, devices, c, say), candidates[:best]
+            )
             candidates = sorted([*compiled, *candidates[best:]], key=searching.rank)
     return candidates
 
 
-def _compiled(
+def _compile_candidate(
     exp: Experiment,
     exp_facts: Facts,
-    on: targets.Target,
+    devices: targets.Target,
     candidate: Candidate,
     say: Callable[[str], None],
 ) -> Candidate:
     """The candidate with the peak and the collectives of its compiled program."""
-    from spmd.analysis.plan import comms, cost
-    from spmd.analysis.plan.compile import Failed
-    from spmd.core import tree
-
     chosen = candidate.layout
     try:
-        step = ahead.compiled(with_layout(exp, chosen), on.name)
+        step = isolated.compile_step(layouts.apply(chosen, exp), devices.name)
     except Failed as error:
         say(f"{chosen}: {error}")
         return candidate._replace(reason=f"the compiler: {error}")
@@ -188,44 +164,25 @@ def _compiled(
     if step.how != "compiled":
         return candidate
     collectives = comms.from_program(step.program, chosen)
-    estimate = cost.estimate(exp_facts, on, chosen, collectives)
+    estimate = cost.estimate(exp_facts, devices, chosen, collectives)
     return candidate._replace(estimate=estimate, compiled=step.memory.peak)
-
-
-def with_layout(exp: Experiment, chosen: Layout) -> Experiment:
-    """`exp` with a layout of a search."""
-    sizes = {"data": 1} | dict(chosen.mesh)
-    model = exp.model
-    if hasattr(model, "remat"):
-        model = dataclasses.replace(model, remat=chosen.remat)
-    if chosen.size("context") > 1:
-        model = dataclasses.replace(model, context=chosen.context)
-    train = dataclasses.replace(exp.train, accumulate=chosen.accumulate)
-    if chosen.stages > 1:
-        train = dataclasses.replace(
-            train,
-            pipeline=chosen.pipeline,
-            virtual_stages=chosen.virtual if chosen.virtual > 1 else train.virtual_stages,
-        )
-    return dataclasses.replace(
-        exp,
-        model=model,
-        mesh=mesh.MeshConfig(**sizes),
-        strategy=Auto(
-            zero=3 if chosen.zero == 3 else 1, sequence_parallel=chosen.sequence_parallel
-        ),
-        train=train,
-    )
 
 
 def scaling(exp: Experiment, names: Sequence[str]) -> tuple[list[Point], list[Bound]]:
     """(points of weak and strong scaling over the targets, each with its fastest layout; the limits at which
     the axes of the first one become bound by communication).
     """
-    from spmd.analysis.plan import scaling as curves
-
     check(len(names) >= 2, "scaling needs at least two targets: --targets v5p:2x2x2 v5p:4x4x4")
-    on = [targets.parse(name) for name in names]
-    exp_facts = facts(exp)
-    points = [*curves.curve(exp_facts, on, "weak"), *curves.curve(exp_facts, on, "strong")]
-    return points, curves.bounds(exp_facts, on[0], points[0].estimate.layout)
+    slices = [targets.parse(name) for name in names]
+    exp_facts = facts.from_experiment(exp)
+    points = [*curves.curve(exp_facts, slices, "weak"), *curves.curve(exp_facts, slices, "strong")]
+    return points, curves.bounds(exp_facts, slices[0], points[0].estimate.layout)
+
+
+def has_closed_form(strategy: StrategyConfig, layout: Layout) -> bool:
+    """Whether the closed forms of plan.comms and plan.memory describe `strategy`."""
+    if isinstance(strategy, AllReduce):  # sends 2 (N - 1) / N of the gradients, as auto does
+        plain = strategy.reduction != "hierarchical" and strategy.compress.kind == "none"
+        # With fsdp, the gradient of a table is made of gathered rows instead of reduce-scattered.
+        return plain and layout.size("fsdp") == 1
+    return isinstance(strategy, Auto)

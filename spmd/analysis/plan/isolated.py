@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spmd.experiment.base import Experiment
 
 
-def compiled(exp: Experiment, target: str) -> Compiled:
+def compile_step(exp: Experiment, target: str) -> Compiled:
     """The step of `exp` on `target` (`v5p:4x4x4`, `h100:64`, `cpu:8`); touches no device and reads no data.
 
     Blocks; may be called from several threads.
@@ -45,8 +45,8 @@ def compiled(exp: Experiment, target: str) -> Compiled:
     # The process must import this package, whatever the working directory.
     paths = [str(Path(__file__).resolve().parents[3]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    done = subprocess.run(
-        [sys.executable, "-m", "spmd.analysis.plan.ahead"],
+    process = subprocess.run(
+        [sys.executable, "-m", "spmd.analysis.plan.isolated"],
         input=json_text(request),
         env=environment,
         capture_output=True,
@@ -54,8 +54,8 @@ def compiled(exp: Experiment, target: str) -> Compiled:
         check=False,
     )
     with contextlib.suppress(json.JSONDecodeError, IndexError):
-        return _result(json.loads(done.stdout.splitlines()[-1]))
-    raise Failed(_failure(done))
+        return _result(json.loads(process.stdout.splitlines()[-1]))
+    raise Failed(_failure(process))
 
 
 def _result(answer: dict[str, Any]) -> Compiled:
@@ -69,12 +69,12 @@ def _result(answer: dict[str, Any]) -> Compiled:
     return Compiled.from_json(answer)
 
 
-def _failure(done: subprocess.CompletedProcess[str]) -> str:
+def _failure(process: subprocess.CompletedProcess[str]) -> str:
     """Exit code or signal of the process, and its fatal or last line of output."""
-    end = f"exit code {done.returncode}"
-    if done.returncode < 0:
-        end = signal.Signals(-done.returncode).name
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    end = f"exit code {process.returncode}"
+    if process.returncode < 0:
+        end = signal.Signals(-process.returncode).name
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
     fatal = [line for line in lines if line.startswith("F")] or lines[-1:]
     return f"the compiler ended with {end}" + (f": {fatal[0][:300]}" if fatal else "")
 
@@ -106,7 +106,7 @@ def _compile(request: dict[str, Any]) -> Compiled:
     exp = exp.unread(0 if target.topology else target.num_devices)
     # Only what is read from the program is cached, not the program itself.
     exp = dataclasses.replace(exp, run=dataclasses.replace(exp.run, compile_cache="off"))
-    return compile.compiled(exp.build(compile.devices(target), source=()), target)
+    return compile.compile_step(exp.build(compile.devices(target), source=()), target)
 
 
 if __name__ == "__main__":
