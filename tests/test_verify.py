@@ -20,7 +20,7 @@ from spmd.api import Handle
 from spmd.models.cnn import CNN
 from spmd.parallel import scope
 from spmd.parallel.mesh import AXES
-from spmd.strategies import AllReduce, Auto, base
+from spmd.strategies import AllReduce, Auto, update
 from tests.test_user_experiment import write
 
 pytestmark = pytest.mark.usefixtures("devices")  # all eight, before --simulate 4
@@ -120,12 +120,12 @@ def test_a_wrong_weight_decay_mask(monkeypatch):
 
 
 def test_a_stale_average(monkeypatch):
-    right = base.averaged
+    right = update.update_average
 
     def stale(parts, state, params):
         return right(parts, state, state.params if parts.mesh.size > 1 else params)
 
-    monkeypatch.setattr(base, "averaged", stale)
+    monkeypatch.setattr(update, "update_average", stale)
     fault = fault_of(verify("--mesh.fsdp", "4", "--mesh.data", "1"))
     assert (fault.step, fault.stage) == (1, "update") and fault.tensor.startswith("ema/")
     assert all(difference.name.startswith("ema/") for difference in fault.differences)

@@ -24,7 +24,7 @@ from spmd.core import tree
 from spmd.core.fields import check
 
 PyTree = Any
-# Folded into the step's key; no example has this id (grad.NOISE is -2).
+# Folded into the step's key; no example has this id (strategies.grads.direct.NOISE is -2).
 ROUNDING = -3
 _LOW_BITS = 16  # of a float32, which bfloat16 lacks
 

@@ -10,7 +10,7 @@ import jax
 
 from spmd.core.fields import check, free
 from spmd.parallel import collectives, scope
-from spmd.strategies import base, compress, reduce
+from spmd.strategies import base, compress, reduce, update
 from spmd.strategies.compress import Compression
 from spmd.strategies.config import StrategyConfig
 
@@ -75,9 +75,9 @@ def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
             state.params, state.model_state, batch, base.step_key(state)
         )
         grads, carried = reduced(grads, state.strategy_state)
-        return base.update(parts, state, grads, sums, model_state, carried)
+        return update.update_state(parts, state, grads, sums, model_state, carried)
 
-    return base.finish(parts, shardings, step, reducer.init)
+    return base.build_strategy(parts, shardings, step, reducer.init)
 
 
 def reducer_of(parts: base.Parts, config: AllReduce, axes: tuple[str, ...]) -> reduce.Reducer:

@@ -9,7 +9,7 @@ import jax
 
 from spmd.core.fields import free
 from spmd.parallel import scope, sharding
-from spmd.strategies import base
+from spmd.strategies import base, update
 from spmd.strategies.config import StrategyConfig
 
 
@@ -53,6 +53,6 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
             )
         # Says where the sum of the gradients is wanted: a shard, so reduce-scatter instead of all-reduce.
         grads = jax.lax.with_sharding_constraint(grads, cut)
-        return base.update(parts, state, grads, sums, model_state)
+        return update.update_state(parts, state, grads, sums, model_state)
 
-    return base.finish(parts, shardings, step)
+    return base.build_strategy(parts, shardings, step)

@@ -1,9 +1,9 @@
-"""TrainState, Strategy, and the update that every strategy shares."""
+"""TrainState, Strategy, and what strategies are built from: shardings, gradient function, jitted step."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.core import narrow, tree
 from spmd.core.fields import check
-from spmd.parallel import scope, sharding
-from spmd.strategies.grads import direct as grad
+from spmd.parallel import sharding
+from spmd.strategies.grads import direct
 from spmd.strategies.grads.pipeline import execute, schedules
 from spmd.strategies.privacy import Mechanism
 from spmd.tasks import FROZEN
@@ -23,7 +23,12 @@ from spmd.tasks import FROZEN
 PyTree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-WEIGHTS = "weights"  # the metric that holds the weights of the others: see `weighed`
+WEIGHTS = (
+    "weights"  # the metric that holds the weights of the others, in the order of weighed_names
+)
+WATCHED_GRADIENTS = (
+    "grads/"  # prefix of the gradients among the metrics of a step that verify watches
+)
 
 
 @jax.tree_util.register_dataclass
@@ -76,8 +81,13 @@ class Parts(NamedTuple):
     noise_scale: bool = False
 
 
-def widened(params: PyTree) -> PyTree:
-    """A copy of the parameters in float32 at least: bf16 would swallow the steps of an average."""
+def weighed_names(metrics: Iterable[str]) -> list[str]:
+    """Names of the metrics that metrics[WEIGHTS] weighs, in its order: all scalars, sorted."""
+    return sorted(n for n in metrics if n != WEIGHTS and not n.startswith(WATCHED_GRADIENTS))
+
+
+def widen(params: PyTree) -> PyTree:
+    """Copy the parameters in float32 at least: bf16 would swallow the steps of an average."""
     return jax.tree.map(lambda p: jnp.array(p, tree.at_least_float32(p.dtype), copy=True), params)
 
 
@@ -86,37 +96,32 @@ def abstract_params(parts: Parts) -> tuple[PyTree, PyTree]:
     return jax.eval_shape(parts.task.init, jax.random.key(0))
 
 
-Carry = Callable[[PyTree], PyTree]  # params -> the strategy state to begin with
-Begin = Callable[[TrainState], TrainState]  # plain state -> the one that the strategy keeps
+# Parameters -> the strategy state to begin with.
+StrategyInit = Callable[[PyTree], PyTree]
+# The state that all strategies share -> the state that this one keeps.
+StateInit = Callable[[TrainState], TrainState]
 
 
-def nothing(params: PyTree) -> PyTree:
-    """The strategy state of a strategy that carries nothing."""
-    return {}
-
-
-def as_it_is(state: TrainState) -> TrainState:
-    """The plain state, kept so."""
-    return state
-
-
-def initial(
-    parts: Parts, shardings: TrainState, carry: Carry = nothing, begin: Begin = as_it_is
+def build_init(
+    parts: Parts,
+    shardings: TrainState,
+    init_strategy: StrategyInit | None = None,
+    extend: StateInit | None = None,
 ) -> Callable[[jax.Array], TrainState]:
-    """Strategy.init: jitted, every leaf born with its sharding."""
+    """Strategy.init: jitted, so that every leaf is created with its sharding."""
 
     def init(key: jax.Array) -> TrainState:
         params, model_state = parts.task.init(jax.random.fold_in(key, 0))
-        plain = TrainState(
+        state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             model_state=model_state,
             opt_state=parts.tx.init(params),
             key=jax.random.key_data(key),
-            strategy_state=carry(params),
-            ema=widened(params) if parts.ema else {},
+            strategy_state=init_strategy(params) if init_strategy else {},
+            ema=widen(params) if parts.ema else {},
         )
-        return begin(plain)
+        return extend(state) if extend else state
 
     return jax.jit(init, out_shardings=shardings)
 
@@ -158,7 +163,7 @@ def batch_shardings(parts: Parts) -> Any:
     return jax.tree.map(lambda _: placed, parts.batch)
 
 
-def grads_of(parts: Parts) -> grad.GradsOf:
+def grads_of(parts: Parts) -> direct.GradsOf:
     """The first part of a step: the gradient function that these parts ask for; float32 gradients of narrow
     parameters too.
 
@@ -166,13 +171,13 @@ def grads_of(parts: Parts) -> grad.GradsOf:
     """
     if parts.mesh.shape["stage"] > 1:
         return narrow.wide_gradients(pipelined(parts))
-    plain = grad.plain(parts.task.loss)
+    plain = direct.single_pass(parts.task.loss)
     if parts.privacy is not None:
         check_private(parts)
-        plain = grad.per_example(parts.task, parts.privacy.clip_norm, parts.privacy.expected)
+        plain = direct.per_example(parts.task, parts.privacy.clip_norm, parts.privacy.expected)
     if parts.noise_scale:
-        plain = grad.with_parts(plain)
-    return narrow.wide_gradients(grad.accumulated(plain, parts.accumulate))
+        plain = direct.measure_parts(plain)
+    return narrow.wide_gradients(direct.accumulate(plain, parts.accumulate))
 
 
 def check_private(parts: Parts) -> None:
@@ -187,7 +192,7 @@ def check_private(parts: Parts) -> None:
     )
 
 
-def pipelined(parts: Parts) -> grad.GradsOf:
+def pipelined(parts: Parts) -> direct.GradsOf:
     """The gradient function of a pipeline; ValueError for what it cannot cut."""
     stages = parts.mesh.shape["stage"]
     for asked, name in ((parts.privacy, "privacy"), (parts.noise_scale, "train.noise_scale")):
@@ -208,135 +213,37 @@ def step_key(state: TrainState) -> jax.Array:
     return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
 
-def update(
-    parts: Parts,
-    state: TrainState,
-    grads: PyTree,
-    sums: PyTree,
-    model_state: PyTree,
-    strategy_state: PyTree = None,
-) -> tuple[TrainState, Metrics]:
-    """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
-    on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
-
-    strategy_state: what the strategy carries on; None: as it was.
-    """
-    if parts.privacy is not None:  # here, since every strategy's sum is whole and comes by once
-        grads = grad.noised(grads, step_key(state), parts.privacy.deviation)
-    metrics = {
-        name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
-        for name, (total, weight) in sums.items()
-        if not name.startswith(grad.PARTS)
-    }
-    metrics["grad_norm"] = tree.global_norm(grads)
-    if parts.noise_scale:
-        metrics |= grad.signal_and_noise(sums, metrics["grad_norm"])
-    metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
-    if scope.current().watched:
-        metrics |= {f"grads/{name}": grad for name, grad in tree.named_leaves(grads).items()}
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    metrics["finite"] = finite.astype(jnp.float32)
-    metrics = weighed(metrics, sums, finite)
-    params, opt_state = applied(
-        parts.tx, grads, state.opt_state, state.params, lambda: step_key(state)
-    )
-    new = dataclasses.replace(
-        state,
-        params=params,
-        model_state=model_state,
-        opt_state=opt_state,
-        strategy_state=state.strategy_state if strategy_state is None else strategy_state,
-        ema=averaged(parts, state, params),
-    )
-    if parts.skip:
-        # Donation makes a host-side skip impossible. To choose costs a pass over the state.
-        new = tree.select(finite, new, state)
-    return dataclasses.replace(new, step=state.step + 1), metrics
-
-
-def weighed(metrics: Metrics, sums: PyTree, counts: jax.Array) -> Metrics:
-    """`metrics` and, under WEIGHTS, the weight of each in a mean over several steps.
-
-    Args:
-      metrics: of one step, each a scalar.
-      sums: {name: (sum, weight)} of the metrics that are means; they weigh as their weight, others 1.
-      counts: bool [], whether the step counts; else every weight is 0.
-
-    Returns:
-      The metrics, and weights [number of metrics], in the order of their sorted names.
-    """
-    dtype = tree.at_least_float32(metrics["loss"].dtype)
-    one = jnp.ones((), dtype)
-    names = sorted(name for name in metrics if not name.startswith("grads/"))  # watched arrays
-    weights = [sums[n][1].astype(dtype) if n in sums else one for n in names]
-    return metrics | {WEIGHTS: jnp.where(counts, jnp.stack(weights), 0)}
-
-
-def applied(
-    tx: optax.GradientTransformation,
-    grads: PyTree,
-    opt_state: PyTree,
-    params: PyTree,
-    key: Callable[[], jax.Array],
-    part: Any = None,
-) -> tuple[PyTree, PyTree]:
-    """(new parameters, new optimizer state). Narrow parameters are updated in float32 and rounded once, by
-    random bits of the step's key() and of `part` (narrow.rounded_like).
-    """
-    widened_params = narrow.at_least_float32(params)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
-        updates, opt_state = tx.update(grads, opt_state, widened_params)
-    new = optax.apply_updates(widened_params, updates)
-    if narrow.any_narrow(params):
-        new = narrow.rounded_like(new, params, key(), part)
-    return new, opt_state
-
-
-def averaged(parts: Parts, state: TrainState, params: PyTree) -> PyTree:
-    """The moving average after the update to `params`; {} when off.
-
-    The decay is at most (1 + t) / (10 + t) at step t, so that the initial parameters soon weigh nothing.
-    """
-    if not parts.ema:
-        return {}
-    step = state.step.astype(jnp.float32)
-    decay = jnp.minimum(parts.ema, (1 + step) / (10 + step))
-
-    def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old + (1 - decay).astype(old.dtype) * (new.astype(old.dtype) - old)
-
-    return jax.tree.map(average, state.ema, params)
-
-
-def finish(
+def build_strategy(
     parts: Parts,
     shardings: TrainState,
     step: Callable[..., Any],
-    carry: Carry = nothing,
-    begin: Begin = as_it_is,
+    init_strategy: StrategyInit | None = None,
+    extend: StateInit | None = None,
 ) -> Strategy:
-    """A Strategy around an unjitted step function. Other parameters begin with a strategy state of theirs,
-    where `carry` makes one.
+    """A Strategy around an unjitted step function.
+
+    init_strategy: the strategy state of the first parameters, and of others that replace them; None: it has
+    none, or none that depends on the parameters. extend: makes the state that the strategy keeps.
     """
     batches = batch_shardings(parts)
-    carried = None
-    if carry is not nothing:
-        carried = jax.jit(carry, out_shardings=shardings.strategy_state)
+    reinit = None
+    if init_strategy:
+        reinit = jax.jit(init_strategy, out_shardings=shardings.strategy_state)
 
     def with_params(state: TrainState, params: PyTree) -> TrainState:
-        ema = jax.device_put(widened(params), shardings.ema) if parts.ema else {}
+        ema = jax.device_put(widen(params), shardings.ema) if parts.ema else {}
         params = jax.device_put(params, shardings.params)
-        own = carried(params) if carried else state.strategy_state
-        return dataclasses.replace(state, params=params, strategy_state=own, ema=ema)
+        strategy_state = reinit(params) if reinit else state.strategy_state
+        return dataclasses.replace(state, params=params, strategy_state=strategy_state, ema=ema)
 
     def eval_variables(state: TrainState) -> tuple[PyTree, PyTree]:
         if not parts.ema:
             return state.params, state.model_state
-        narrow = lambda average, p: average.astype(p.dtype)
-        return jax.tree.map(narrow, state.ema, state.params), state.model_state
+        cast = lambda average, p: average.astype(p.dtype)
+        return jax.tree.map(cast, state.ema, state.params), state.model_state
 
     return Strategy(
-        init=initial(parts, shardings, carry, begin),
+        init=build_init(parts, shardings, init_strategy, extend),
         step=jax.jit(
             step,
             in_shardings=(shardings, batches),

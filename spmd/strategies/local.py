@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec as P
 from spmd.core import tree
 from spmd.core.fields import check
 from spmd.parallel import scope, sharding
-from spmd.strategies import base, merge
+from spmd.strategies import base, merge, update
 from spmd.strategies.grads import direct
 from spmd.strategies.merge import AXIS, INSIDE, REPLICAS, weighted
 from spmd.strategies.rounds import Outer, RoundsConfig, check_fits
@@ -86,7 +86,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
     cut = sharding.param_shardings(abstract, task.dims, mesh, fsdp=True)
     plain = base.shardings_of(parts, params=cut, moments=cut, fsdp=True)
     lead = lambda part: jax.tree.map(lambda s: NamedSharding(mesh, P(AXIS, *s.spec)), part)
-    outer_shapes = jax.eval_shape(lambda p: outer.tx.init(base.widened(p)), abstract)
+    outer_shapes = jax.eval_shape(lambda p: outer.tx.init(base.widen(p)), abstract)
     shardings = dataclasses.replace(
         plain,
         opt_state=lead(plain.opt_state),
@@ -107,7 +107,7 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
             "params": copied(state.params),
             "model_state": copied(_varying(state.model_state)),
             "weight": jnp.zeros(num_replicas, jnp.float32),
-            "outer": outer.tx.init(base.widened(state.params)),
+            "outer": outer.tx.init(base.widen(state.params)),
             "merge": outer.merge.init(state.params),
         }
         return dataclasses.replace(state, opt_state=copied(state.opt_state), strategy_state=own)
@@ -150,11 +150,11 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
         else:
             due = jax.lax.rem(state.step + 1, jnp.int32(outer.period)) == 0
             new, found = jax.lax.cond(due, agree, apart, new)
-        ema = base.averaged(parts, state, new.params)
+        ema = update.update_average(parts, state, new.params)
         metrics = _metrics(parts, state, sums, weight_R, norm_R, finite_R, grads, found)
         return dataclasses.replace(new, ema=ema, step=state.step + 1), metrics
 
-    built = base.finish(parts, shardings, step, begin=begin)
+    built = base.build_strategy(parts, shardings, step, extend=begin)
     copy = jax.jit(copied, out_shardings=lead(cut))
 
     def with_params(state: base.TrainState, params: PyTree) -> base.TrainState:
@@ -223,14 +223,14 @@ def _replica(parts: base.Parts, cut: PyTree, outer: Outer) -> Callable[..., Any]
             )
         grads = jax.tree.map(sharding.constrain, grads, cut)
         if parts.privacy is not None:
-            grads = direct.noised(grads, shared.key, parts.privacy.deviation, number)
+            grads = direct.add_noise(grads, shared.key, parts.privacy.deviation, number)
         norm = tree.global_norm(grads)
         finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
         watched = grads if scope.current().watched else {}
         if outer.proximal:
             pull = lambda g, x, c: g + outer.proximal * (x.astype(g.dtype) - c.astype(g.dtype))
             grads = jax.tree.map(pull, grads, params, shared.params)
-        new_params, new_opt = base.applied(
+        new_params, new_opt = update.apply_gradients(
             parts.tx, grads, opt_state, params, lambda: shared.key, number
         )
         new = (new_params, _varying(new_state), new_opt)
@@ -283,9 +283,10 @@ def _metrics(
     metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
     metrics["finite"] = finite_R.all().astype(jnp.float32)
     metrics |= {
-        f"grads/{name}": weighted(leaf, weight_R) for name, leaf in tree.named_leaves(grads).items()
+        base.WATCHED_GRADIENTS + name: weighted(leaf, weight_R)
+        for name, leaf in tree.named_leaves(grads).items()
     }
-    return base.weighed(metrics, sums, finite_R.any() if parts.skip else finite_R.all())
+    return update.add_weights(metrics, sums, finite_R.any() if parts.skip else finite_R.all())
 
 
 def _agree(
@@ -312,7 +313,7 @@ def _agree(
     delta, found, carried = outer.merge.mean(
         differences, own["weight"], base.step_key(state), own["merge"]
     )
-    params, outer_state = base.applied(
+    params, outer_state = update.apply_gradients(
         outer.tx,
         delta["params"],
         own["outer"],

@@ -34,7 +34,7 @@ class Merge(NamedTuple):
     """
 
     mean: Callable[..., tuple[PyTree, base.Metrics, PyTree]]
-    init: Callable[[PyTree], PyTree] = base.nothing
+    init: Callable[[PyTree], PyTree] = lambda params: {}
     shardings: Any = MappingProxyType({})
 
 

@@ -1,7 +1,8 @@
 """Differentially private training (DP-SGD): which examples a step sees, and what a run gives away.
 
-Each step takes every example with the same probability, on its own (Poisson sampling); grad.per_example
-clips the gradient of each, and grad.noised adds the noise to their sum (Abadi et al. 2016, arXiv 1607.00133).
+Each step takes every example with the same probability, independently of the others (Poisson sampling);
+direct.per_example clips the gradient of each, and direct.add_noise adds the noise to their sum (Abadi et al.
+2016, arXiv 1607.00133).
 
 A strategy may take a step in several parts, each a private step of its own (the replicas of `local`). In
 step t example i can then be sampled by part (i - t) % parts only. So all that a step gives away of an example

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from spmd.core import tree
 from spmd.core.fields import check
 from spmd.parallel import collectives, scope, sharding
-from spmd.strategies import base, compress, reduce
+from spmd.strategies import base, compress, reduce, update
 from spmd.strategies.compress import Compression
 from spmd.strategies.config import StrategyConfig
 
@@ -73,10 +73,10 @@ def build(parts: base.Parts, config: Server) -> base.Strategy:
         grads, carried = push(
             grads, {k: v for k, v in state.strategy_state.items() if k in ("own", "common")}
         )
-        return base.update(parts, state, grads, sums, model_state, queued | carried)
+        return update.update_state(parts, state, grads, sums, model_state, queued | carried)
 
     carry = lambda params: queue.first(params) | reducer.init(params)
-    return base.finish(parts, shardings, step, carry)
+    return base.build_strategy(parts, shardings, step, carry)
 
 
 def pull_of(parts: base.Parts, axes: tuple[str, ...], specs: PyTree) -> Any:

@@ -130,9 +130,8 @@ class Log:
             return
         columns = {k: np.concatenate([h[k] for h in self._window]) for k in self._window[0]}
         self._window = []
-        weights = dict(
-            zip(sorted(columns.keys() - {base.WEIGHTS}), columns.pop(base.WEIGHTS).T, strict=True)
-        )
+        weights_MS = columns.pop(base.WEIGHTS).T
+        weights = dict(zip(base.weighed_names(columns), weights_MS, strict=True))
         values = {f"train/{k}": mean(v, weights[k]) for k, v in columns.items() if k != "finite"}
         values["train/learning_rate"] = float(columns["learning_rate"][-1])
         signal, noise = (values.get(f"train/gradient_{k}") for k in ("signal", "variance"))

@@ -33,8 +33,8 @@ class ComparedLeaf(NamedTuple):
 
 def outputs(state: base.TrainState, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Outputs of a step by name: `metrics/loss`, `grads/...`, `params/...`, `opt_state/...`."""
-    grads = {k: v for k, v in metrics.items() if k.startswith("grads/")}
-    names = sorted(metrics.keys() - grads.keys() - {base.WEIGHTS})
+    grads = {k: v for k, v in metrics.items() if k.startswith(base.WATCHED_GRADIENTS)}
+    names = base.weighed_names(metrics)
     named = {f"metrics/{name}": metrics[name] for name in names}
     # By name, not by place: a strategy has metrics of its own.
     weights: dict[str, Any] = {}

@@ -16,7 +16,7 @@ PyTree = Any
 GradsOf = Callable[..., tuple[PyTree, PyTree, PyTree]]
 
 
-def plain(loss: Callable[..., Any]) -> GradsOf:
+def single_pass(loss: Callable[..., Any]) -> GradsOf:
     """A gradient function: a single backward pass over the batch. `loss` as in tasks.Task."""
 
     def grads_of(params, model_state, batch, step_key, scale):
@@ -63,10 +63,10 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
     return grads_of
 
 
-PARTS = "parts"  # the sums in which with_parts keeps account; no metric
+PARTS = "parts"  # the sums that measure_parts adds; no metric
 
 
-def with_parts(grads_of: GradsOf) -> GradsOf:
+def measure_parts(grads_of: GradsOf) -> GradsOf:
     """Adds what the noise scale is told from: the squared norm of the gradient of each part of the batch that
     is taken by itself (a microbatch, a device's rows), and how many examples the part has.
     """
@@ -111,7 +111,7 @@ def _inside(constrain: Callable[..., jax.Array] | None) -> Callable[..., jax.Arr
 NOISE = -2
 
 
-def noised(
+def add_noise(
     grads: PyTree, step_key: jax.Array, deviation: float, part: jax.Array | None = None
 ) -> PyTree:
     """Adds a normal deviate to each element; once a step, to whole arrays, so that no cut of them shows.
@@ -138,7 +138,7 @@ def microbatches(batch: PyTree, num: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num, *x.shape[1:]), 1, 0), batch)
 
 
-def accumulated(grads_of: GradsOf, num_microbatches: int) -> GradsOf:
+def accumulate(grads_of: GradsOf, num_microbatches: int) -> GradsOf:
     """Sums gradients over microbatches in a scan: the memory of one, the gradient of all."""
     if num_microbatches == 1:
         return grads_of

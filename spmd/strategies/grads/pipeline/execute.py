@@ -52,7 +52,7 @@ def grads_of(
     """The gradient function that runs `table` on mesh.stage; dims: of the parameters, those that begin with
     "layers" being stacked.
 
-    Equals grad.accumulated of as many microbatches. ValueError for layers that the stages do not divide.
+    Equals direct.accumulate of as many microbatches. ValueError for layers that the stages do not divide.
     """
     program, num_inputs, num_gradients = schedules.program(table)
     together = mesh.shape["context"] > 1

@@ -1,0 +1,121 @@
+"""Third part of a step: the optimizer, the moving average and the metrics, on whole logical arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spmd.core import narrow, tree
+from spmd.parallel import scope
+from spmd.strategies import base
+from spmd.strategies.grads import direct
+
+PyTree = Any
+
+
+def update_state(
+    parts: base.Parts,
+    state: base.TrainState,
+    grads: PyTree,
+    sums: PyTree,
+    model_state: PyTree,
+    strategy_state: PyTree = None,
+) -> tuple[base.TrainState, base.Metrics]:
+    """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
+    on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
+
+    strategy_state: what the strategy carries on; None: as it was.
+    """
+    if parts.privacy is not None:  # here, since every strategy's sum is whole and comes by once
+        grads = direct.add_noise(grads, base.step_key(state), parts.privacy.deviation)
+    metrics = {
+        name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
+        for name, (total, weight) in sums.items()
+        if not name.startswith(direct.PARTS)
+    }
+    metrics["grad_norm"] = tree.global_norm(grads)
+    if parts.noise_scale:
+        metrics |= direct.signal_and_noise(sums, metrics["grad_norm"])
+    metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
+    if scope.current().watched:
+        metrics |= {
+            base.WATCHED_GRADIENTS + name: grad for name, grad in tree.named_leaves(grads).items()
+        }
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics["finite"] = finite.astype(jnp.float32)
+    metrics = add_weights(metrics, sums, finite)
+    params, opt_state = apply_gradients(
+        parts.tx, grads, state.opt_state, state.params, lambda: base.step_key(state)
+    )
+    new = dataclasses.replace(
+        state,
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        strategy_state=state.strategy_state if strategy_state is None else strategy_state,
+        ema=update_average(parts, state, params),
+    )
+    if parts.skip:
+        # Donation makes a host-side skip impossible. To choose costs a pass over the state.
+        new = tree.select(finite, new, state)
+    return dataclasses.replace(new, step=state.step + 1), metrics
+
+
+def add_weights(metrics: base.Metrics, sums: PyTree, counts: jax.Array) -> base.Metrics:
+    """`metrics` and, under WEIGHTS, the weight of each in a mean over several steps.
+
+    Args:
+      metrics: of one step, each a scalar.
+      sums: {name: (sum, weight)} of the metrics that are means; they weigh as their weight, others 1.
+      counts: bool [], whether the step counts; else every weight is 0.
+
+    Returns:
+      The metrics, and weights [number of metrics], in the order of their sorted names.
+    """
+    dtype = tree.at_least_float32(metrics["loss"].dtype)
+    one = jnp.ones((), dtype)
+    weights = [
+        sums[name][1].astype(dtype) if name in sums else one for name in base.weighed_names(metrics)
+    ]
+    return metrics | {base.WEIGHTS: jnp.where(counts, jnp.stack(weights), 0)}
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+    key: Callable[[], jax.Array],
+    part: Any = None,
+) -> tuple[PyTree, PyTree]:
+    """(new parameters, new optimizer state). Narrow parameters are updated in float32 and rounded once, by
+    random bits of the step's key() and of `part` (narrow.rounded_like).
+    """
+    params32 = narrow.at_least_float32(params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
+        updates, opt_state = tx.update(grads, opt_state, params32)
+    new = optax.apply_updates(params32, updates)
+    if narrow.any_narrow(params):
+        new = narrow.rounded_like(new, params, key(), part)
+    return new, opt_state
+
+
+def update_average(parts: base.Parts, state: base.TrainState, params: PyTree) -> PyTree:
+    """The moving average after the update to `params`; {} when off.
+
+    The decay is at most (1 + t) / (10 + t) at step t, so that the initial parameters soon weigh nothing.
+    """
+    if not parts.ema:
+        return {}
+    step = state.step.astype(jnp.float32)
+    decay = jnp.minimum(parts.ema, (1 + step) / (10 + step))
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old + (1 - decay).astype(old.dtype) * (new.astype(old.dtype) - old)
+
+    return jax.tree.map(average, state.ema, params)
