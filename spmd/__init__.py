@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from spmd.experiment.budget import CommsBudget
     from spmd.experiment.run import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "CommsBudget": "experiment.budget",

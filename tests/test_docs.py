@@ -1,4 +1,4 @@
-"""docs/: the code and the files that they name exist, and so do the commands that they show."""
+"""README.md, CONTRIBUTING.md and docs/: the code, the files and the versions that they name exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from tests.command import REPOSITORY
 
-PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+ROOT_PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+PAGES = [*ROOT_PAGES, *sorted((REPOSITORY / "docs").glob("*.md"))]
 NAMED = re.compile(r"`((?:spmd|tests|experiments|benchmarks)/[\w/]+\.py)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -50,3 +51,15 @@ def test_the_page_of_strategies_has_every_strategy_and_network():
 
     text = (REPOSITORY / "docs" / "strategies.md").read_text()
     assert [name for name in (*STRATEGIES, *NETWORKS) if f"`{name}" not in text] == []
+
+
+def test_pre_commit_runs_the_locked_ruff():
+    (rev,) = re.findall(r"rev: v(\S+)", (REPOSITORY / ".pre-commit-config.yaml").read_text())
+    assert f"\nruff=={rev}\n" in (REPOSITORY / "requirements" / "dev.txt").read_text()
+
+
+def test_the_newest_release_is_this_version():
+    import spmd
+
+    released = re.findall(r"^## \[(\d\S*)\] - ", (REPOSITORY / "CHANGELOG.md").read_text(), re.M)
+    assert released[0] == spmd.__version__

@@ -1,11 +1,14 @@
-"""The README: first lines, experiment file and Python block; its commands are in tests/test_printed.py."""
+"""README.md and CONTRIBUTING.md: first lines, experiment files, Python block; see also test_printed.py."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+import pytest
+
+from tests.command import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
 
 
 def test_the_readme_begins_with_commands():
@@ -13,10 +16,23 @@ def test_the_readme_begins_with_commands():
     assert "make run" in head and "make test" in head and "python -m pytest" in head
 
 
-def test_the_experiment_file(run_cli, tmp_path):
-    file = next(b for b in re.findall(r"```python\n(.+?)```", README, re.S) if "def config" in b)
-    (tmp_path / "wide.py").write_text(file)
-    done = run_cli("--experiment", "wide.py", "--train.steps", "5")
+@pytest.mark.parametrize(
+    "page, name, words",
+    [
+        ("README.md", "wide.py", "--train.steps 5"),
+        (
+            "CONTRIBUTING.md",
+            "skip.py",
+            "--train.steps 5 --simulate 2 --mesh.tensor 2 --mesh.data 1",
+        ),
+    ],
+)
+def test_the_experiment_file(page, name, words, run_cli, tmp_path):
+    blocks = re.findall(r"```python\n(.+?)```", (REPOSITORY / page).read_text(), re.S)
+    (file,) = (block for block in blocks if "def config" in block)
+    assert f"--experiment {name}" in file
+    (tmp_path / name).write_text(file)
+    done = run_cli("--experiment", name, *words.split())
     assert done.returncode == 0, done.stderr
 
 

@@ -33,6 +33,7 @@ WITHOUT_EXPERIMENT = {"runs"}
 USAGE = """usage: run.py [COMMAND] --experiment NAME [--field value ...]
        run.py runs list|status|check [DIR]
        run.py --list
+(python run.py in a checkout; spmd where the package is installed)
 
 """
 
@@ -93,8 +94,11 @@ def _dispatch(argv: Sequence[str]) -> int:
     return importlib.import_module(module).run(name, words)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2: the user's mistake, in one message).
+
+    Args:
+        argv: the words after the program's name; None: those of this process.
 
     In a run of several processes, what the others cannot know of ends this process at once: on the usual way
     out JAX would wait for them, and they for it.
@@ -104,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
         if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return _one(argv)
+        return _one(sys.argv[1:] if argv is None else argv)
     except SystemExit:
         raise
     except BaseException as error:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from spmd.core.fields import check, closest
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+PACKAGE = Path(__file__).parents[1]
+# A wheel brings the experiments inside the package; in a checkout they stand beside it.
+INSTALLED = PACKAGE / "experiments"
+EXPERIMENTS = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "experiments"
 
 
 def available() -> dict[str, Path]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]  # run.py, spmd/, experiments/, requirements/
+SCRIPT = ROOT / "run.py"  # absent where the package is installed from a wheel
+PROGRAM = (str(SCRIPT),) if SCRIPT.is_file() else ("-m", "spmd.cli")  # the words after `python`
 
 # Exit codes of run.py. Final: 0 finished, 1 failed, 2 a mistake, 130 Ctrl-C. Worth a restart from the last
 # checkpoint: 143 stopped by SIGTERM and saved, 75 a peer was lost, 128 + n killed by signal n.

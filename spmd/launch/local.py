@@ -53,7 +53,7 @@ class LocalLaunch(base.LaunchOptions):
             not job.extra, f"launch local takes nothing after --, but got {shlex.join(job.extra)}"
         )
         gpus = self._gpus(job)
-        argv = [sys.executable, str(base.ROOT / "run.py"), *job.words()]
+        argv = [sys.executable, *base.PROGRAM, *job.words()]
         if self.devices_per_process and not gpus:
             argv += ["--simulate", str(self.devices_per_process)]
         if self.dry_run:

@@ -98,7 +98,7 @@ class Slurm(base.LaunchOptions):
 
     def script(self, job: Job) -> str:
         """The batch script."""
-        words = [self.python, str(base.ROOT / "run.py"), *job.words()]
+        words = [self.python, *base.PROGRAM, *job.words()]
         cpus = f"--cpus-per-task={self.cpus_per_process} " if self.cpus_per_process else ""
         return SCRIPT.format(
             directives="\n".join(f"#SBATCH {word}" for word in self._directives(job)),

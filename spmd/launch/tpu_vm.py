@@ -61,6 +61,11 @@ class TpuVm(base.CloudOptions):
         """Follows the run until it ends; Ctrl-C only stops following."""
         base.at_least("--restarts", self.restarts, 0)
         check(not self.delete, "--delete belongs to: run.py launch tpu-vm stop")
+        check(
+            base.SCRIPT.is_file(),
+            f"launch tpu-vm copies a checkout of the repository to the machines, and {base.ROOT} is none:"
+            " clone it and type python run.py launch tpu-vm there",
+        )
         check(self.poll >= 0, f"--poll {self.poll} must not be negative")
         base.check_bucket(job, "TPU VMs")
         vm = Machines(self, job)
