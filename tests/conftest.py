@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from spmd.runtime import compiled
+from tests import compilations
 from tests.command import HARDWARE, ROOT, start
 from tests.skips import Skips
+
+KEPT = "SPMD_TEST_COMPILED"  # inherited by xdist's workers: where compiled programs are kept
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,9 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Skips())
+        os.environ[KEPT] = f"{compiled.default_directory()}-tests"
         os.environ[ROOT] = tempfile.mkdtemp(prefix="spmd-tests-")
         os.environ["SPMD_CACHE_DIR"] = f"{os.environ[ROOT]}/cache"
         os.environ["TFDS_DATA_DIR"] = f"{os.environ[ROOT]}/tfds"
+        compilations.start(Path(os.environ[KEPT]), Path(os.environ[ROOT], "compiled"))
+    compilations.start(Path(os.environ[KEPT]), _compiled(config))
 
     # What a shell starts in the background ignores SIGINT, and so would all that the tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -38,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     import jax
 
+    jax.config.update("jax_compilation_cache_dir", str(_compiled(config)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", compilations.MIN_SECONDS)
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -45,8 +54,18 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def _compiled(config: pytest.Config) -> Path:
+    """The cache of the programs that this process compiles; those of run.py share `compiled`."""
+    worker = getattr(config, "workerinput", {}).get("workerid", "main")
+    return Path(os.environ[ROOT], f"compiled-{worker}")
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput") and ROOT in os.environ:
+    if ROOT not in os.environ:
+        return
+    compilations.keep(_compiled(config), Path(os.environ[KEPT]))
+    if not hasattr(config, "workerinput"):
+        compilations.keep(Path(os.environ[ROOT], "compiled"), Path(os.environ[KEPT]))
         shutil.rmtree(os.environ.pop(ROOT), ignore_errors=True)
 
 

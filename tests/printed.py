@@ -41,10 +41,29 @@ ENDS = {"data prepare --experiment mnist": (2, "pip install tensorflow")}
 FRESH = ("plan --experiment llama3_8b",)
 # Minutes, in the TPU compiler or for many meshes, not seconds.
 SLOW = (
+    "launch local --processes 4 --devices-per-process 2 --restarts 3 --experiment digits --mesh.data 8",
     "verify --experiment digits --simulate 8 --all-meshes --json verify.json",
     "plan --experiment llama3_8b --target v5p:4x4x4 --mesh.data 1 --mesh.fsdp -1 --model.attention splash",
     "plan --experiment llama3_8b --target v5p:4x4x4 --search --best 3 --html search.html",
 )
+# Of the first page, what `make test` leaves out: more than some seconds, or as another command does.
+LONG = (
+    "--experiment lm_stdlib",
+    "--experiment digits --privacy.epsilon 8",
+    "--experiment digits --optimizer muon",
+    "--experiment digits --data.augment.crop 1",
+    "--experiment digits --train.epochs 5",
+    "verify --experiment digits",
+    "compare --experiment digits",
+    "sample --experiment lm_stdlib",
+)
+
+
+def tier(page: str, line: str) -> str:
+    """The mark of a command: "" in `make test`, "gate" or "slow"."""
+    if line in SLOW:
+        return "slow"
+    return "gate" if page != PAGES[0] or line.startswith(LONG) else ""
 
 
 def commands(page: str) -> list[str]:

@@ -40,6 +40,7 @@ def bench(name, *args):
 SCRIPTS = sorted(p.stem for p in (REPOSITORY / "benchmarks").glob("[!_]*.py"))
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", slow_but(("digest", "input_pipeline", "mnist_peers"), SCRIPTS))
 def test_prints_its_table(name, tmp_path):
     out = tmp_path / "numbers.json"

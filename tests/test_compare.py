@@ -85,6 +85,7 @@ def test_seconds_are_computation_and_the_network_model(done):
     assert "1 s of computation (given)" in table and "replica x data" in table
 
 
+@pytest.mark.gate
 def test_finished_runs_are_taken_as_they_are(done, capsys):
     words, _, place = done
     before = {f: f.stat().st_mtime_ns for f in place.glob("*/metrics.jsonl")}
@@ -115,6 +116,7 @@ def test_runs_of_another_budget_are_refused_before_any_step(done, capsys, change
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.gate
 def test_a_strategy_that_diverges_is_shown_and_the_others_go_on(devices, tmp_path, capsys):
     line = ["--strategies", "auto:optimizer.learning_rate=1e30,allreduce", "--compute", "1"]
     words = [*WORDS, "--simulate", "1", "--run.dir", str(tmp_path / "runs")]

@@ -95,6 +95,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.gate
 @FILES
 def test_runs_from_top_to_bottom(file, tmp_path, update):
     done = execute(file, tmp_path)
@@ -154,6 +155,7 @@ def run_cell(kernel: tuple, source: str, interrupt_at: str = "") -> tuple[dict, 
     return reply["content"], "".join(printed)
 
 
+@pytest.mark.gate
 def test_the_stop_button_saves_and_the_next_call_goes_on(kernel):
     load = "import spmd; exp = spmd.load('digits', '--run.dir runs/a --train.steps {}'.split())"
     assert run_cell(kernel, load.format(1_000_000))[0]["status"] == "ok"

@@ -28,6 +28,7 @@ def bucket(served, monkeypatch):
     return served
 
 
+@pytest.mark.gate
 @emulated
 def test_train_stop_resume_evaluate(bucket, run_cli, start_cli, tmp_path):
     free = ("--train.steps", 400, "--log.every", 20, "--checkpoint.every", 100, "--log.examples")

@@ -40,8 +40,9 @@ def cases():
     first = {line: page for page in reversed(printed.PAGES) for line in printed.run_py(page)}
     for page in printed.PAGES:
         for line in [x for x in dict.fromkeys(printed.run_py(page)) if first[x] == page]:
-            slow = [pytest.mark.slow] if line in printed.SLOW else []
-            yield pytest.param(page, line, marks=slow, id=f"{Path(page).stem}: {line[:100]}")
+            tier = printed.tier(page, line)
+            marks = [getattr(pytest.mark, tier)] if tier else []
+            yield pytest.param(page, line, marks=marks, id=f"{Path(page).stem}: {line[:100]}")
 
 
 @pytest.mark.parametrize("page, line", list(cases()))
@@ -88,6 +89,6 @@ def test_what_is_substituted_is_printed():
     run = [line.removeprefix(printed.RUN) for line in lines]
     for entry in printed.NOT_RUN:
         assert any(line.startswith(entry) for line in lines), entry
-    for entry in (*printed.DRY, *printed.ENDS, *printed.SLOW):
+    for entry in (*printed.DRY, *printed.ENDS, *printed.SLOW, *printed.LONG):
         assert any(line.startswith(entry) for line in run), entry
     assert len(run) > 45

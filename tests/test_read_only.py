@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spmd.cli import main
+from tests.marks import slow_but
 
 EXPERIMENT = """
 from spmd import Experiment
@@ -87,7 +88,12 @@ def _damage(run: Path) -> None:
     (run / "summary.json").unlink()
 
 
-@pytest.mark.parametrize("state", ["healthy", "damaged", "no step is good"])
+STATES = ("healthy", "damaged", "no step is good")
+
+
+@pytest.mark.parametrize(
+    "state", slow_but(["damaged"], STATES, gate=["healthy", "no step is good"])
+)
 def test_commands_that_read_change_nothing(trained, tmp_path, monkeypatch, capsys, state):
     root = tmp_path / "a*b" / "work"
     shutil.copytree(trained, root, copy_function=shutil.copy2)

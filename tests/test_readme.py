@@ -16,6 +16,7 @@ def test_the_readme_begins_with_commands():
     assert "make run" in head and "make test" in head and "python -m pytest" in head
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(
     "page, name, words",
     [
@@ -36,6 +37,7 @@ def test_the_experiment_file(page, name, words, run_cli, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.gate
 def test_the_python_block(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     block = next(b for b in re.findall(r"```python\n(.+?)```", README, re.S) if "spmd.load" in b)

@@ -55,6 +55,7 @@ def limited(process, size: int) -> None:
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
 @pytest.mark.parametrize(
     ("size", "what"), slow_but([(2**16, "save step")], [(2**16, "save step"), (2**9, "write")])
@@ -116,6 +117,7 @@ def test_a_full_disk_leaves_the_run_and_the_last_step(run_cli, small_disk):
     assert f"resuming at step {saved[-1]} of 60" in resumed.stdout
 
 
+@pytest.mark.gate
 def test_killed_at_any_moment_of_saving_the_previous_step_stands(run_cli, start_cli, tmp_path):
     args = ("--experiment", "digits", "--checkpoint.every", 2, "--log.every", 2, *OUT)
     process = start_cli(*args, "--train.steps", 3000)
@@ -144,6 +146,7 @@ def start_both(start_cli, *args):
     return [start_cli(*args, *where, "--runtime.process-id", i, *cut) for i in range(2)]
 
 
+@pytest.mark.gate
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
 def test_two_processes_agree_on_a_bad_step_and_on_a_failed_save(start_cli, tmp_path):

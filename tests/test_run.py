@@ -122,6 +122,7 @@ def test_stopped_and_resumed_equals_undisturbed_bit_by_bit(
     assert steps_logged == sorted(steps_logged)
 
 
+@pytest.mark.gate
 def test_another_identity_is_refused_and_the_run_kept(run_main, tmp_path):
     short = (*DIGITS, "--train.steps", 5, "--run.dir", "out")
     assert run_main(*short).returncode == 0
@@ -142,6 +143,7 @@ def test_another_identity_is_refused_and_the_run_kept(run_main, tmp_path):
     assert files(aside) == before
 
 
+@pytest.mark.gate
 def test_a_diverging_run_stops_and_names_the_step(run_main, tmp_path):
     args = (
         *DIGITS,
@@ -185,6 +187,7 @@ AUGMENTED = (
 )
 
 
+@pytest.mark.gate
 def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_main):
     """Both depend on the step alone; what is evaluated is the average, in training and afterwards."""
     args = [*AUGMENTED.split(), "--train.steps-per-dispatch", "4", "--log.every", "400"]
@@ -212,8 +215,9 @@ def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_main):
 @pytest.mark.parametrize(
     ("name", "rate"),
     slow_but(
-        [("muon", 3e-3)],
+        [],
         [("lion", 1e-3), ("muon", 3e-3), ("adafactor", 1e-2), ("lamb", 1e-2), ("lars", 30.0)],
+        gate=[("muon", 3e-3)],
     ),
 )
 def test_every_optimizer_learns(name, rate, tmp_path):
@@ -285,6 +289,7 @@ def contents_of(directory):
     return sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
 
 
+@pytest.mark.gate
 def test_a_run_without_standard_output_trains(tmp_path):
     """The files it opens do not get the numbers that are free."""
     line = '"$@" >&- 2>&- <&-'

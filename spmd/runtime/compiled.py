@@ -34,7 +34,7 @@ def use(given: str) -> None:
     place = given
     ready(given, "run.compile_cache")
     if not is_remote(given):
-        path = Path(os.path.abspath(os.path.expanduser(given))) if given else _default()
+        path = Path(os.path.abspath(os.path.expanduser(given))) if given else default_directory()
         why = private(path)
         if why and not given:
             _say_once(f"compiled programs are not kept: {path} {why}")
@@ -59,8 +59,8 @@ def _say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _default() -> Path:
-    """A directory for this kind of CPU: a shared home serves several kinds, and XLA's key has none."""
+def default_directory() -> Path:
+    """Names the cache of this kind of CPU: a shared home serves several kinds, and XLA's key has none."""
     kind = platform.machine() + platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()

@@ -269,6 +269,7 @@ def silent_proxy(monkeypatch):
         yield
 
 
+@pytest.mark.gate
 def test_trains_in_processes_beside_a_proxy_and_keeps_the_log(run_cli, silent_proxy, tmp_path):
     processes = ("--processes", 2, "--devices-per-process", 1, "--runtime.join-timeout", 60)
     done = run_cli("launch", "local", *DIGITS, *processes, "--train.steps", 5)
@@ -281,6 +282,7 @@ def test_trains_in_processes_beside_a_proxy_and_keeps_the_log(run_cli, silent_pr
     assert (logs.returncode, logs.stdout) == (0, done.stdout)
 
 
+@pytest.mark.gate
 def test_stop_saves_and_one_name_runs_once(run_cli, start_cli):
     quiet = ("--log.every", 1000)  # nobody reads while others start, and a pipe holds 64 KiB
     running = start_cli("launch", "local", *DIGITS, *quiet, "--train.steps", 10**6, "--restarts", 3)
@@ -300,6 +302,7 @@ def test_stop_saves_and_one_name_runs_once(run_cli, start_cli):
     assert again.returncode == 2 and "no job 'digits' is running here" in again.stderr
 
 
+@pytest.mark.gate
 def test_a_mistake_in_the_run_is_the_exit_code_of_the_launcher(run_cli):
     args = ("--simulate", 8, "--mesh.data", 3, "--restarts", 5)
     done = run_cli("launch", "local", *DIGITS, *args)

@@ -18,7 +18,7 @@ import pytest
 from tests.command import final_state, until
 from tests.marks import slow_but
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.gate]
 
 STEPS, SAVE = 600, 100
 MODEL = ("--model.hidden", "512", "256")

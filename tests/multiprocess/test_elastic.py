@@ -34,6 +34,7 @@ def losses(directory):
     return {x["step"]: x["train/loss"] for x in lines if "train/loss" in x}
 
 
+@pytest.mark.gate
 def test_two_by_four_then_one_by_eight_then_three_by_two(start_group, run_cli, tmp_path):
     run = (*RUN, "--run.dir", "elastic")
     stopped_at = []

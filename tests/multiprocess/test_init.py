@@ -27,6 +27,7 @@ def weights(tmp_path_factory):
     return directory
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("kind", [pytest.param("run", marks=pytest.mark.slow), "safetensors"])
 def test_two_processes_start_as_one(start_group, weights, tmp_path, kind):
     states = []
@@ -42,6 +43,7 @@ def test_two_processes_start_as_one(start_group, weights, tmp_path, kind):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.gate
 def test_two_processes_refuse_weights_of_another_model(start_group, weights, tmp_path):
     run = (*RUN, "--model.embed", "64", "--simulate", 1, "--run.dir", tmp_path)
     group = start_group(2, *run, "--init.from", weights / "safetensors")

@@ -61,6 +61,7 @@ PHASES = {
 STEPS = 4000
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("phase", slow_but(("opening", "saving"), PHASES))
 def test_sigterm_to_any_process_at_any_phase(start_group, tmp_path, phase):
     (tmp_path / "slow.py").write_text(SLOW)
@@ -82,6 +83,7 @@ def test_sigterm_to_any_process_at_any_phase(start_group, tmp_path, phase):
     assert "Traceback" not in group.text()
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("victim", slow_but((0,), (0, 1)))
 def test_a_killed_process_ends_the_other_at_once(start_group, victim):
     args = ("--experiment", "digits", "--train.steps", 4000, "--log.every", 10)
@@ -96,6 +98,7 @@ def test_a_killed_process_ends_the_other_at_once(start_group, victim):
     assert re.search(rf"process {victim} \(\S+ pid {pid}\) is gone", group.err[1 - victim])
 
 
+@pytest.mark.gate
 def test_a_hung_process_is_left_and_named(start_group):
     """SIGSTOP is a host that no longer answers: nothing fails, nothing moves."""
     args = ("--experiment", "digits", "--train.steps", 4000, "--log.every", 10, "--simulate", 1)
@@ -110,6 +113,7 @@ def test_a_hung_process_is_left_and_named(start_group):
     assert "loop.py" in group.err[0]  # where this process's threads stand
 
 
+@pytest.mark.gate
 def test_unlike_processes_are_told_apart_before_anything_starts(start_group, tmp_path):
     args = ("--experiment", "digits", "--train.steps", 5, "--run.dir", "out")
     group = start_group(2, *args, each=[[], ["--optimizer.momentum", "0.5"]])
@@ -119,6 +123,7 @@ def test_unlike_processes_are_told_apart_before_anything_starts(start_group, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.gate
 def test_a_mistake_that_process_0_finds_is_said_once_and_ends_all(start_group, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("mine")
@@ -145,6 +150,7 @@ def test_bad_data_of_one_process_ends_all_with_one_message(start_group, tmp_path
     assert "start the run again" not in group.text()
 
 
+@pytest.mark.gate
 def test_those_that_did_not_come_are_named(start_group):
     args = ("--experiment", "digits", "--runtime.num-processes", 3, "--runtime.join-timeout", 4)
     group = start_group(2, *args)

@@ -55,7 +55,8 @@ def test_the_second_owner_is_told_who_the_first_is(tmp_path):
     assert [p.name for p in (tmp_path / "a/run").iterdir()] == ["config.json"]
 
 
-SEEDS = slow_but([(1, 0), (2, 1)], [(num, seed) for num in (1, 2) for seed in range(20)])
+SEEDS = [(num, seed) for num in (1, 2) for seed in range(20)]
+SEEDS = slow_but([(1, 0)], SEEDS, gate=[(2, 1)])
 
 
 @pytest.mark.parametrize(("num", "seed"), SEEDS)
@@ -85,6 +86,7 @@ def test_two_starts_of_one_directory(start_cli, run_cli, tmp_path, num, seed):
     assert run_cli("runs", "check", "out").returncode == 0
 
 
+@pytest.mark.gate
 def test_two_starts_in_one_process(tmp_path):
     words = [*DIGITS[2:], "--train.steps", "2000", "--run.dir", str(tmp_path / "out")]
     found: list = []
@@ -98,6 +100,7 @@ def test_two_starts_in_one_process(tmp_path):
     assert found[0].steps == 2000
 
 
+@pytest.mark.gate
 def test_a_killed_owner_locks_nobody_out(start_cli, run_cli, tmp_path):
     words = (*LONG, "--run.dir", "out")
     first = running(start_cli, *words)
@@ -116,7 +119,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize("case", slow_but([*MISTAKES][:1], MISTAKES, gate=[*MISTAKES][1:]))
 def test_what_cannot_run_claims_nothing(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "other" in MISTAKES[case]:
@@ -142,6 +145,7 @@ def test_fresh_moves_nothing_before_a_step_has_run(tmp_path, monkeypatch, capsys
     assert "moved the old run to" in capsys.readouterr().out
 
 
+@pytest.mark.gate
 def test_a_diverged_run_goes_on_with_what_its_message_proposes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [*DIGITS, "--train.steps", "40", "--checkpoint.every", "5", "--run.dir", "out"]
@@ -159,6 +163,7 @@ def test_a_diverged_run_goes_on_with_what_its_message_proposes(tmp_path, monkeyp
     assert main([*cool, "--run.amend", "--seed", "1"]) == 2  # no other field
 
 
+@pytest.mark.gate
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [*DIGITS, "--train.steps", "6"]
@@ -172,6 +177,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, capsys):
         assert tree(tmp_path) == before
 
 
+@pytest.mark.gate
 def test_a_stretched_schedule_is_reported_whether_the_run_had_finished_or_not(
     tmp_path, monkeypatch, capsys
 ):
@@ -188,6 +194,7 @@ def test_a_stretched_schedule_is_reported_whether_the_run_had_finished_or_not(
     assert "now spans 12 steps (was 10)" in capsys.readouterr().out
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_closed_terminal_saves(start_cli, ignored, tmp_path):
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None
@@ -203,6 +210,7 @@ def test_a_closed_terminal_saves(start_cli, ignored, tmp_path):
 
 
 # The child touches nothing of JAX, which warns of any fork.
+@pytest.mark.gate
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.parametrize("terminal", [True, False])
 def test_who_reads_the_output_goes_away_and_the_run_saves(start_cli, terminal, tmp_path):
@@ -249,6 +257,7 @@ def test_stopped_before_the_first_step_nothing_is_claimed(tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.gate
 def test_a_first_step_that_is_not_finite_claims_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer, "check_finite", lambda *_: (_ for _ in ()).throw(NonFinite("nan")))
@@ -256,6 +265,7 @@ def test_a_first_step_that_is_not_finite_claims_nothing(tmp_path, monkeypatch, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.gate
 def test_a_directory_moved_away_under_a_run_does_not_come_back(start_cli, tmp_path):
     process = running(start_cli, *LONG, "--run.dir", "out")
     (tmp_path / "out").rename(tmp_path / "away")

@@ -11,7 +11,7 @@ import pytest
 from tests.command import free_port, until
 from tests.marks import slow_but
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.gate]
 NAME = ("--experiment", "digits")
 
 
