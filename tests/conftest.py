@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +93,21 @@ def devices() -> list:
     found = jax.devices("cpu")
     assert len(found) == 8, "another module started JAX's backend before conftest.py"
     return found
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """Compiles everything anew, for tests of what the compiler says while it does."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def use(cache: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", cache)
+        compilation_cache.reset_cache()  # JAX reads the setting only once
+
+    use(False)
+    yield
+    use(True)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from spmd.core.batches import Expected, Ids
 from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer
+from tests.marks import slow_but
 from tests.spoiled import write
 
 B, T = 4, 8
@@ -218,7 +219,7 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("case", slow_but([*SPOILED][:2], SPOILED, gate=[*SPOILED][2:]))
 def test_a_run_refuses_spoiled_data(case, tmp_path, monkeypatch, capsys):
     spoil, message = SPOILED[case]
     language = case in ("token", "target")
@@ -253,6 +254,7 @@ def test_verification_and_prediction_check_what_they_read(tmp_path, monkeypatch)
     )
 
 
+@pytest.mark.gate
 def test_a_restored_run_checks_what_it_reads(tmp_path, monkeypatch):
     import spmd
 

@@ -144,6 +144,7 @@ def digits(directory, *words):
     return spmd.load("digits", words).train().metrics
 
 
+@pytest.mark.gate
 def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
     """The bits of a step come from its number: nothing of them is in the checkpoint."""
     words = ("--train.steps", 12, "--checkpoint.every", 4, "--checkpoint.keep", 9)
@@ -161,6 +162,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(tmp_path):
         np.testing.assert_array_equal(got[name], leaf, err_msg=name)
 
 
+@pytest.mark.gate
 def test_digits_learn_as_in_float32(tmp_path):
     """Ten epochs; rounded to the nearest, the loss is at 2.2 then and stays there."""
     words = ("--train.epochs", 10, "--simulate", 1)

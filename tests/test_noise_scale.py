@@ -86,6 +86,7 @@ def test_signal_and_variance_are_those_of_the_problem(case):
     assert not any(name.startswith("parts") for name in metrics)
 
 
+@pytest.mark.gate
 def test_it_is_logged_and_printed(tmp_path, capsys):
     words = ["--train.noise-scale", "--train.accumulate", "4", "--train.steps", "60"]
     run = spmd.load("digits", [*words, "--log.every", "20", "--run.dir", str(tmp_path)]).train()

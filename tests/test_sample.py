@@ -148,6 +148,7 @@ def test_streamed_text_is_the_text(text, extra):
     assert "".join(parts) == text.encode("utf-8", "ignore").decode()
 
 
+@pytest.mark.gate
 def test_the_command_continues_prompts(run_cli, place):
     words = [
         "sample",
@@ -168,7 +169,7 @@ def test_the_command_continues_prompts(run_cli, place):
     assert "--- 2\nreturn x" in two.stdout
 
 
-def test_mistakes(run_cli, place):
+def test_mistakes(run_main, place):
     snapshot = load(place).restore()
     with pytest.raises(ValueError, match="11 tokens and --tokens 60 exceed the model's 64 pos"):
         drawn(snapshot, num_tokens=60)
@@ -177,9 +178,9 @@ def test_mistakes(run_cli, place):
     for wrong in ({"temperature": -1}, {"top_k": -1}, {"top_p": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
             sample.Choice(**wrong)
-    digits = run_cli("sample", "--experiment", "digits", "--prompt", "a")
+    digits = run_main("sample", "--experiment", "digits", "--prompt", "a")
     assert digits.returncode == 2 and "no text: it has no tokenizer" in digits.stderr
-    none = run_cli("sample", "--experiment", place / "tiny.py", "--run.dir", "no")
+    none = run_main("sample", "--experiment", place / "tiny.py", "--run.dir", "no")
     assert none.returncode == 2 and "no run in" in none.stderr
 
 

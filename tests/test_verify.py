@@ -55,6 +55,7 @@ def test_a_missing_psum(monkeypatch):
     assert not fault.differences[0].leaf.copies
 
 
+@pytest.mark.gate
 def test_a_mean_of_means(monkeypatch):
     """Each device divides by its own weight: right while all hold equally many examples."""
     build, scale, local = tasks.Classification.build, tasks.Task.scale, []
@@ -81,6 +82,7 @@ def test_a_mean_of_means(monkeypatch):
     assert fault.axes == ["replica", "data"]
 
 
+@pytest.mark.gate
 def test_a_dropout_key_by_row(monkeypatch):
     rows = lambda key, ids: jax.vmap(lambda i: jax.random.fold_in(key, i))(
         jax.numpy.arange(len(ids))
@@ -106,6 +108,7 @@ def meshes_alone(monkeypatch):
     return lambda: several[-1]
 
 
+@pytest.mark.gate
 def test_a_wrong_weight_decay_mask(monkeypatch):
     cut, right = meshes_alone(monkeypatch), optim.decay_mask
 
@@ -119,6 +122,7 @@ def test_a_wrong_weight_decay_mask(monkeypatch):
     assert {difference.name.rsplit("/")[-1] for difference in fault.differences} == {"bias"}
 
 
+@pytest.mark.gate
 def test_a_stale_average(monkeypatch):
     right = update.update_average
 
@@ -167,6 +171,7 @@ class Stack(nnx.Module):
         return self.head(x)
 
 
+@pytest.mark.gate
 def test_a_fault_in_one_layer_of_a_scan():
     exp = spmd.load("digits", ["--simulate", "4", "--train.accumulate", "2"]).experiment
     exp = dataclasses.replace(exp, model=Stack, strategy=AllReduce())
@@ -222,6 +227,7 @@ def test_batch_norm_accumulation_clipping_and_bfloat16():
     )
 
 
+@pytest.mark.gate
 def test_every_mesh_from_the_command_line(run_cli, tmp_path):
     words = ["verify", "--experiment", "digits", "--model.hidden", "32", "--simulate", "2"]
     done = run_cli(*words, "--steps", "2", "--all-meshes", "--json", "out.json")
@@ -235,6 +241,7 @@ def test_every_mesh_from_the_command_line(run_cli, tmp_path):
     assert found["meshes"][0]["leaves"]["float64"]["grads/head/bias"]["error"] < 1e-10
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(
     "words",
     [
@@ -271,6 +278,7 @@ MOE = ["--model.embed", "32", "--model.mlp", "32", "--data.sequence-length", "32
 MOE += ["--model.experts.bias-rate", "0.01", "--train.accumulate", "2", "--simulate", "8"]
 
 
+@pytest.mark.gate
 def test_the_axes_of_a_mixture_are_all_walked():
     program = spmd.load("moe_tiny", MOE).experiment.build(jax.devices()[:1])
     assert verify_module.model_axes(program) == list(AXES)
@@ -303,6 +311,7 @@ def test_stages_contexts_and_experts_beside_each_other(strategy, axes):
     verified(report, " ".join(f"{axis}=2" for axis in axes))
 
 
+@pytest.mark.gate
 def test_a_users_own_experiment(run_cli, tmp_path):
     write(tmp_path)
     done = run_cli("verify", "--experiment", "rings.py", "--steps", "2", "--mesh.fsdp", "4")
@@ -320,6 +329,7 @@ def test_a_users_own_experiment(run_cli, tmp_path):
 WRONG = "return self.head(x - x.mean(axis=0, keepdims=True))"  # a mean over what a device sees
 
 
+@pytest.mark.gate
 def test_a_strategy_with_a_state_of_its_own(monkeypatch):
     """It keeps what one device has not: here a count, which weighs nothing."""
     build = Auto.build

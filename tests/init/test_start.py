@@ -65,6 +65,7 @@ def test_starts_where_the_other_run_ended(run_cli, tmp_path, source):
     assert not start.arrays["opt_state/0/trace/layers/1/kernel"].any()
 
 
+@pytest.mark.gate
 def test_a_resumed_run_does_not_look_at_its_source(tmp_path, source):
     copy, place = tmp_path / "copy", tmp_path / "run"
     shutil.copytree(source, copy)
@@ -110,6 +111,7 @@ def test_frozen_parameters_stay_as_they_are_bit_by_bit(tmp_path, source):
     np.testing.assert_array_equal(third["params/head/kernel"], after["ema/head/kernel"])
 
 
+@pytest.mark.gate
 def test_adapters_train_resume_evaluate_and_are_merged(tmp_path, source):
     adapters = (*ADAMW, "--init.from", source, "--init.lora", 4, "--init.lora-alpha", 8)
     words = (*adapters, "--run.dir", tmp_path / "run")
@@ -197,9 +199,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_have_one_message(case, run_cli, tmp_path):
+def test_mistakes_have_one_message(case, run_main, tmp_path):
     words, message = MISTAKES[case]
-    done = run_cli(*DIGITS, *words, "--train.steps", 5)
+    done = run_main(*DIGITS, *words, "--train.steps", 5)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr, re.S), done.stderr

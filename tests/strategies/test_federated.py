@@ -183,8 +183,8 @@ def test_a_thousand_clients_on_eight_devices():
     assert np.isfinite(metrics["loss"])
 
 
-def test_mistakes_are_one_message(run_cli):
-    done = run_cli("--experiment", "digits", *WORDS, "--strategy.clients", "1500")
+def test_mistakes_are_one_message(run_main):
+    done = run_main("--experiment", "digits", *WORDS, "--strategy.clients", "1500")
     assert done.returncode == 2 and "clients=1500 are more than the 1438" in done.stderr
     text = ["--strategy", "federated", "--train.steps", "50", "--simulate", "1"]
     with pytest.raises(ValueError, match=r"by their label, .*: the data has none"):

@@ -15,8 +15,8 @@ from etils import epath
 
 from spmd.cli import main
 from spmd.core import paths
-from spmd.train import CheckpointConfig, index, rundir
-from spmd.train.checkpoint import steps
+from spmd.train import CheckpointConfig, rundir
+from spmd.train.checkpoint import index, steps
 from spmd.train.checkpoint.store import Checkpoints, SaveFailed
 
 # What a directory may be called, and what some library takes for a pattern, an address or an option.
