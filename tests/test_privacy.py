@@ -365,9 +365,9 @@ PRIVATE = ["--experiment", "digits", "--privacy.epsilon", "8", "--data.batch-siz
 
 
 @pytest.mark.gate
-def test_a_private_run_says_what_it_gives_away_and_resumes(run_cli, tmp_path):
+def test_a_private_run_says_what_it_gives_away_and_resumes(run_main, tmp_path):
     words = [*PRIVATE, "--run.dir", "r", "--train.steps", "40", "--checkpoint.every", "20"]
-    done = run_cli(*words, "--eval.every", "20", "--log.every", "20", "--log.examples")
+    done = run_main(*words, "--eval.every", "20", "--log.every", "20", "--log.examples")
     assert done.returncode == 0, done.stderr
     assert "private: epsilon 7.99" in done.stdout or "private: epsilon 8.000" in done.stdout
     run = spmd.load("digits", [*words[2:5], "256", "--train.steps", "40"]).experiment
@@ -380,7 +380,7 @@ def test_a_private_run_says_what_it_gives_away_and_resumes(run_cli, tmp_path):
     first = next(line for line in lines(tmp_path / "r") if "train/clipped" in line)
     assert 0 < first["train/clipped"] <= 1
     # More steps would need more noise from the start.
-    more = run_cli(*words[:-3], "60")
+    more = run_main(*words[:-3], "60")
     assert more.returncode == 2 and "noise multiplier" in more.stderr, more.stderr
     assert "Traceback" not in more.stderr and (tmp_path / "r/checkpoints/40").exists()
 

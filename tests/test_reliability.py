@@ -26,8 +26,8 @@ def whole_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_flipped_bit_is_noticed_on_resuming_and_the_older_step_taken(run_cli, tmp_path):
-    assert run_cli(*DIGITS, *OUT).returncode == 0
+def test_a_flipped_bit_is_noticed_on_resuming_and_the_older_step_taken(run_main, tmp_path):
+    assert run_main(*DIGITS, *OUT).returncode == 0
     checkpoints = tmp_path / "out/checkpoints"
     assert steps_in(checkpoints) == [40, 60]
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
@@ -36,18 +36,18 @@ def test_a_flipped_bit_is_noticed_on_resuming_and_the_older_step_taken(run_cli, 
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
 
-    checked = run_cli("runs", "check", "out")
+    checked = run_main("runs", "check", "out")
     assert checked.returncode == 1 and "step 60: BAD: file state/" in checked.stdout
     assert "step 40: 15 arrays" in checked.stdout and steps_in(checkpoints) == [40, 60]
 
-    resumed = run_cli(*DIGITS[:3], 90, *DIGITS[4:], *OUT)
+    resumed = run_main(*DIGITS[:3], 90, *DIGITS[4:], *OUT)
     assert resumed.returncode == 0, resumed.stderr
     assert "the checkpoint of step 60 is bad: file state/" in resumed.stdout
     assert "resuming at step 40 of 90" in resumed.stdout
     assert steps_in(checkpoints) == [80, 90]
     assert steps_in(tmp_path / "out/quarantine") == [60]
     assert "has another sha256" in (tmp_path / "out/quarantine/60/reason.txt").read_text()
-    assert run_cli("runs", "check", "out").returncode == 0
+    assert run_main("runs", "check", "out").returncode == 0
 
 
 def limited(process, size: int) -> None:

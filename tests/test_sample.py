@@ -149,7 +149,7 @@ def test_streamed_text_is_the_text(text, extra):
 
 
 @pytest.mark.gate
-def test_the_command_continues_prompts(run_cli, place):
+def test_the_command_continues_prompts(run_main, place):
     words = [
         "sample",
         "--experiment",
@@ -159,11 +159,11 @@ def test_the_command_continues_prompts(run_cli, place):
         "--tokens",
         "20",
     ]
-    one = run_cli(*words, "--prompt", "def a", "--temperature", "0")
+    one = run_main(*words, "--simulate", 1, "--prompt", "def a", "--temperature", "0")
     assert one.returncode == 0, one.stderr
     assert one.stdout.startswith("def abc(x): return x")
     mesh = [*MESHES["eight"], "--prompt", "def a", "ret", "--temperature", "0"]
-    two = run_cli(*words, *mesh)
+    two = run_main(*words, *mesh)
     assert two.returncode == 0, two.stderr
     assert two.stdout.startswith("--- 1\n" + one.stdout.rstrip("\n"))
     assert "--- 2\nreturn x" in two.stdout

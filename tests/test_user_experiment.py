@@ -55,10 +55,10 @@ def write(tmp_path, extra="pass", apply="x"):
     (tmp_path / "rings.py").write_text(FILE.replace("EXTRA", extra).replace("APPLY", apply))
 
 
-def test_trains_sharded_by_size(run_cli, tmp_path):
+def test_trains_sharded_by_size(run_main, tmp_path):
     assert len(FILE.splitlines()) <= 60
     write(tmp_path)
-    done = run_cli("--experiment", "rings.py", "--simulate", 8, "--mesh.fsdp", 4)
+    done = run_main("--experiment", "rings.py", "--simulate", 8, "--mesh.fsdp", 4)
     assert done.returncode == 0, done.stderr
     (row,) = [x for x in done.stdout.splitlines() if x.startswith("params/outer/kernel")]
     assert "fsdp" in row and "4.0 KiB" in row
@@ -84,10 +84,10 @@ def test_trains_sharded_by_size(run_cli, tmp_path):
     ],
 )
 def test_layers_that_would_depend_on_the_mesh_are_refused(
-    run_cli, tmp_path, extra, apply, args, message
+    run_main, tmp_path, extra, apply, args, message
 ):
     write(tmp_path, extra, apply)
-    done = run_cli("--experiment", "rings.py", "--simulate", 2, *args)
+    done = run_main("--experiment", "rings.py", "--simulate", 2, *args)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 

@@ -228,9 +228,9 @@ def test_batch_norm_accumulation_clipping_and_bfloat16():
 
 
 @pytest.mark.gate
-def test_every_mesh_from_the_command_line(run_cli, tmp_path):
+def test_every_mesh_from_the_command_line(run_main, tmp_path):
     words = ["verify", "--experiment", "digits", "--model.hidden", "32", "--simulate", "2"]
-    done = run_cli(*words, "--steps", "2", "--all-meshes", "--json", "out.json")
+    done = run_main(*words, "--steps", "2", "--all-meshes", "--json", "out.json")
     assert done.returncode == 0, done.stderr
     assert "float64  fsdp=2: step 1 of 2 agrees" in done.stderr
     assert done.stdout.count(" verified\n") == 4
@@ -367,8 +367,8 @@ def test_a_strategy_with_a_state_of_its_own(monkeypatch):
 # ---- what it says
 
 
-def test_mistakes_are_one_message(run_cli, tmp_path):
-    done = run_cli("verify", "--experiment", "digits", "--json", "nowhere/out.json")
+def test_mistakes_are_one_message(run_main, tmp_path):
+    done = run_main("verify", "--experiment", "digits", "--json", "nowhere/out.json")
     assert done.returncode == 2 and "there is no directory nowhere" in done.stderr
     with pytest.raises(ValueError, match="there is one device"):
         spmd.load("digits", ["--simulate", "1"]).verify()

@@ -190,7 +190,7 @@ def test_bfloat16_and_base_models(tiny, tmp_path):
     np.testing.assert_allclose(logits_of_ours(start, TOKENS), want, atol=1e-4)
 
 
-def test_trained_exported_and_loaded(tiny, run_cli, tmp_path):
+def test_trained_exported_and_loaded(tiny, run_main, tmp_path):
     """Through the commands: adapters on weights of theirs, merged, evaluated by theirs."""
     import transformers
 
@@ -206,10 +206,10 @@ def test_trained_exported_and_loaded(tiny, run_cli, tmp_path):
         "--run.dir",
         "run",
     )
-    done = run_cli(*words, *MESH, "--train.steps", 5)
+    done = run_main(*words, *MESH, "--train.steps", 5)
     assert done.returncode == 0, done.stderr
     assert "(Hugging Face, llama, 1 file)" in done.stdout
-    done = run_cli("export", *words, "--to", "out")
+    done = run_main("export", *words, "--to", "out")
     assert done.returncode == 0, done.stderr
     assert "step 5 is in out: config.json, model.safetensors" in done.stdout
     made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -218,7 +218,7 @@ def test_trained_exported_and_loaded(tiny, run_cli, tmp_path):
     np.testing.assert_allclose(
         logits_of_theirs(made, TOKENS), logits_of_ours(handle.restore(), TOKENS), atol=1e-4
     )
-    again = run_cli("export", *words, "--to", "out")
+    again = run_main("export", *words, "--to", "out")
     assert again.returncode == 2 and "exists already" in again.stderr
     assert not (tmp_path / "out.part").exists()
 

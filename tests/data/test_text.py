@@ -457,20 +457,20 @@ def test_a_model_of_a_smaller_vocabulary_or_a_shorter_one_is_refused(tmp_path):
 # ---- the command line
 
 
-def test_commands(run_cli, tmp_path):
+def test_commands(run_main, tmp_path):
     (tmp_path / "poem.txt").write_text(POEM)
     mine = ("--experiment", "lm_shakespeare", "--data.name", "", "--data.files", "poem.txt")
     mine = (*mine, "--data.eval-split", "", "--data.batch-size", "8")
-    shown = run_cli("data", "show", *mine)
+    shown = run_main("data", "show", *mine)
     assert shown.returncode == 0, shown.stderr
     assert f"vocabulary: {len(set(POEM))}" in shown.stdout and "    Rose is a" in shown.stdout
-    assert run_cli("data", "prepare", *mine).returncode == 0
-    refused = run_cli(*mine, "--train.steps", "2", "--model.vocab", 4)
+    assert run_main("data", "prepare", *mine).returncode == 0
+    refused = run_main(*mine, "--train.steps", "2", "--model.vocab", 4)
     assert refused.returncode == 2 and f"use --model.vocab {len(set(POEM))}" in refused.stderr
     assert "Traceback" not in refused.stderr and not (tmp_path / "runs").exists()
     words = (*mine, "--model.vocab", len(set(POEM)), "--optimizer.warmup-steps", 1)
     words = (*words, "--simulate", 4, "--mesh.fsdp", 4, "--mesh.data", 1, "--train.steps", 3)
-    done = run_cli(*words, "--eval.every", 3)
+    done = run_main(*words, "--eval.every", 3)
     assert done.returncode == 0, done.stderr
     assert "eval/loss" in done.stdout
 

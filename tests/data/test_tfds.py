@@ -252,18 +252,18 @@ def test_values_are_decoded_exactly_or_refused(tmp_path):
         decode([np.zeros(1), np.zeros(1)], (2,), "float64")
 
 
-def test_data_commands(run_cli, tmp_path):
-    shown = run_cli("data", "show", "--experiment", "digits")
+def test_data_commands(run_main, tmp_path):
+    shown = run_main("data", "show", "--experiment", "digits")
     assert shown.returncode == 0, shown.stderr
     assert "train: 1438 examples" in shown.stdout and "uint8[8, 8, 1]" in shown.stdout
-    prepared = run_cli("data", "prepare", "--experiment", "digits", "--data.dir", "sets")
+    prepared = run_main("data", "prepare", "--experiment", "digits", "--data.dir", "sets")
     assert prepared.returncode == 0, prepared.stderr
     assert (tmp_path / "sets/digits/1.0.0/dataset_info.json").is_file()
     (tmp_path / "file").write_text("mine")
-    refused = run_cli("data", "prepare", "--experiment", "digits", "--data.dir", "file")
+    refused = run_main("data", "prepare", "--experiment", "digits", "--data.dir", "file")
     assert refused.returncode == 2 and "cannot write the directory file" in refused.stderr
     assert "Traceback" not in refused.stderr
-    refused = run_cli("data", "prepare", "--experiment", "mnist", "--data.dir", "sets")
+    refused = run_main("data", "prepare", "--experiment", "mnist", "--data.dir", "sets")
     assert refused.returncode == 2 and "needs TensorFlow once" in refused.stderr
 
 

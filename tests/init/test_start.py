@@ -47,9 +47,9 @@ def averaged(tmp_path_factory):
     return place
 
 
-def test_starts_where_the_other_run_ended(run_cli, tmp_path, source):
+def test_starts_where_the_other_run_ended(run_main, tmp_path, source):
     words = (*DIGITS, "--init.from", source, "--train.steps", 20, *MESH, "--run.dir", "second")
-    done = run_cli(*words)
+    done = run_main(*words)
     assert done.returncode == 0, done.stderr
     assert f"starting from {source / 'checkpoints/60'}" in done.stdout
     after = json.loads((tmp_path / "second/summary.json").read_text())["metrics"]

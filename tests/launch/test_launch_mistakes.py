@@ -73,12 +73,12 @@ def test_one_clear_message(case, tmp_path, monkeypatch, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.py"], "nothing is written"
 
 
-def test_help(run_cli):
+def test_help(run_main):
     """The help needs no experiment; that of a place lists its options."""
     for words in (("launch",), ("launch", "--help")):
-        shown = run_cli(*words)
+        shown = run_main(*words)
         assert shown.returncode == 0 and "tpu-vm" in shown.stdout
-    shown = run_cli("launch", "slurm", "--help")
+    shown = run_main("launch", "slurm", "--help")
     assert shown.returncode == 0 and "--gpus-per-node" in shown.stdout
 
 

@@ -41,10 +41,10 @@ DRY = {  # command line -> what its dry run must say
 
 
 @pytest.mark.parametrize("case", DRY)
-def test_a_dry_run_is_a_script(case, run_cli, bash_reads, tmp_path):
+def test_a_dry_run_is_a_script(case, run_main, bash_reads, tmp_path):
     line, expected = DRY[case]
     options, dashes, extra = line.partition("-- ") if " -- " in line else (line, "", "")
-    done = run_cli("launch", *options.split(), "--dry-run", *dashes.split(), *extra.split())
+    done = run_main("launch", *options.split(), "--dry-run", *dashes.split(), *extra.split())
     assert (done.returncode, done.stderr) == (0, "")
     assert expected in done.stdout
     bash_reads(done.stdout)

@@ -175,11 +175,11 @@ def test_a_budget_names_the_collective_and_its_line(compiled):
     assert f"may send 1,000 bytes in a step (1 KB), it sends {int(total):,}" in over
 
 
-def test_check_ends_with_1_when_the_budget_is_broken(run_cli):
+def test_check_ends_with_1_when_the_budget_is_broken(run_main):
     words = ("--simulate", "2", "--check", "--budget.forbid")
-    done = run_cli("plan", "--experiment", "digits", *words, "all-reduce")
+    done = run_main("plan", "--experiment", "digits", *words, "all-reduce")
     assert done.returncode == 1 and "all-reduce is forbidden" in done.stdout, done.stderr
-    done = run_cli("plan", "--experiment", "digits", *words, "all-to-all")
+    done = run_main("plan", "--experiment", "digits", *words, "all-to-all")
     assert done.returncode == 0 and "the budget holds" in done.stdout, done.stderr
 
 

@@ -140,9 +140,9 @@ def test_llama_in_seconds_without_memory_devices_or_data(run_cli, tmp_path):
     assert "mlp 28672 / tensor 4" in page and "http" not in page
 
 
-def test_data_that_are_not_prepared_are_not_needed(run_cli, tmp_path):
+def test_data_that_are_not_prepared_are_not_needed(run_main, tmp_path):
     plan = ("plan", "--experiment", "mnist", "--show", "shardings")
-    done = run_cli(*plan, "--target", "a100:4", "--json", "-")
+    done = run_main(*plan, "--target", "a100:4", "--json", "-")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["mesh"] == "data=4" and found["bytes_per_device"] > 0
@@ -245,21 +245,21 @@ def config():
 '''
 
 
-def test_rules_that_fight_over_one_axis(run_cli, tmp_path):
+def test_rules_that_fight_over_one_axis(run_main, tmp_path):
     (tmp_path / "fight.py").write_text(FIGHT)
     plan = ("plan", "--experiment", "fight.py", "--target", "h100:16", "--show", "shardings")
-    done = run_cli(*plan, "--mesh.tensor", "4")
+    done = run_main(*plan, "--mesh.tensor", "4")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line == "error: inner: dims 'mlp' and 'heads' both want mesh axis 'tensor'"
-    assert run_cli(*plan, "--mesh.fsdp", "4").returncode == 0
+    assert run_main(*plan, "--mesh.fsdp", "4").returncode == 0
 
 
-def test_a_dim_that_no_axis_divides(run_cli):
+def test_a_dim_that_no_axis_divides(run_main):
     gpt2 = ("plan", "--experiment", "gpt2_124m", "--target", "v5p:2x2x2", "--mesh.tensor", "4")
     gpt2 = (*gpt2, "--show", "shardings")
-    done = run_cli(*gpt2, "--model.vocab-multiple", "1")
+    done = run_main(*gpt2, "--model.vocab-multiple", "1")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert "dim 'vocab' of size 50257 does not divide by mesh.tensor=4; it divides by 1" in line
-    assert run_cli(*gpt2).returncode == 0  # padded to a multiple of 128
+    assert run_main(*gpt2).returncode == 0  # padded to a multiple of 128
