@@ -146,7 +146,7 @@ LAYOUTS = {
     "server_topk2_context2": (Server(compress=ALL), MeshConfig(context=2), 4),
 }
 
-# Of models that are a stack of layers; four microbatches. All schedules: tests/pipeline/test_execute.py.
+# Of models that are a stack of layers; four microbatches. All schedules: tests/strategies/test_pipeline.py.
 PIPELINES = {
     "stage2": (Auto(), MeshConfig(data=1, stage=2), 2),
     "stage2_fsdp2x2": (Auto(), MeshConfig(data=2, fsdp=2, stage=2), 8),

@@ -144,7 +144,7 @@ def test_a_run_directory_of_any_name(tmp_path, monkeypatch, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_the_commands_in_a_working_directory_of_any_name(tmp_path, monkeypatch, capsys, name):
-    """The gate runs them in `pr[1]` and `a*b`: tests/test_read_only.py."""
+    """The gate runs them in `pr[1]` and `a*b`: tests/cli/test_read_only.py."""
     work = tmp_path / name
     work.mkdir()
     monkeypatch.chdir(work)

@@ -8,15 +8,13 @@ import pwd
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import spmd
 from spmd.cli import main
 from spmd.train.checkpoint import steps
-
-REPOSITORY = Path(__file__).parent.parent
+from tests.command import REPOSITORY
 
 
 @pytest.fixture(scope="module")

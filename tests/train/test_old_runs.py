@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import spmd
+from tests.command import REPOSITORY
 
-RUN = Path(__file__).parent / "fixtures/run_0_1_0"  # digits, --model.hidden 4, 6 steps of 1 device
+RUN = REPOSITORY / "tests/fixtures/run_0_1_0"  # digits, --model.hidden 4, 6 steps of 1 device
 WORDS = ["--model.hidden", "4", "--checkpoint.every", "3", "--eval.every", "0", "--log.every", "1"]
 
 

@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 import pytest
-from etils import epath
 
 import spmd
 from spmd.cli import main
@@ -231,8 +230,9 @@ def test_list_and_help_import_no_jax():
         "import sys; from spmd.cli import main; main(['--help']); main(['--list']);"
         " assert not {'jax', 'flax', 'numpy'} & set(sys.modules), sys.modules.keys()"
     )
-    root = epath.Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "--mesh.fsdp" in done.stdout and "digits" in done.stdout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ from spmd.hardware import flops, targets
 from spmd.models.transformer import Transformer
 from spmd.parallel.mesh import AXES
 from spmd.strategies.grads.pipeline import schedules
-from tests.plan import published
+from tests.analysis.plan import published
+from tests.command import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -113,7 +113,7 @@ def test_activations_are_cut_as_the_batch_the_heads_and_the_time_are():
 
 
 # The peak by the compiler (libtpu 0.0.42.1, jax 0.10.2) of programs for v5p, in GB: llama3_8b with splash
-# attention, so many rows. All of them: tests/plan/test_peak.py.
+# attention, so many rows. All of them: tests/analysis/plan/test_peak.py.
 COMPILED = {
     "fsdp": (Layout({"fsdp": 8}, remat="full"), 16, 25.74),
     "dots": (Layout({"fsdp": 8}, remat="dots"), 16, 65.99),
@@ -342,7 +342,7 @@ def test_slices_are_joined_by_the_slow_network():
 
 # ---- published runs
 
-DOC = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
+DOC = REPOSITORY / "docs" / "plan.md"
 
 
 def predicted(row: published.Row) -> cost.Estimate:

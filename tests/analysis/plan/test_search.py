@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,8 @@ from spmd.analysis.plan.shardings import GROUPS
 from spmd.core import tree
 from spmd.hardware import targets
 from spmd.parallel.mesh import AXES
-from tests.plan.test_cost import known, mesh_words
+from tests.analysis.plan.test_cost import known, mesh_words
+from tests.command import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -121,7 +121,7 @@ def test_the_words_of_a_pipeline_or_a_context_ask_for_it(layout):
     assert from_experiment(exp, layout.num_devices) == layout._replace(saved=exp.model.saved)
 
 
-DOC = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
+DOC = REPOSITORY / "docs" / "plan.md"
 
 
 @pytest.mark.parametrize("name", ["llama3_70b", "mixtral_8x7b"])
