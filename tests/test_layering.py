@@ -206,6 +206,22 @@ def read(folder: str) -> dict[str, str]:
     return {str(f.relative_to(REPOSITORY).as_posix()): f.read_text("utf-8") for f in files}
 
 
+def test_the_tests_have_the_rooms_of_the_package():
+    """Folders are rooms; a test module has a name of its own, and no other module imports it."""
+    files = [path.split("/") for path in read("tests")]
+    modules = [parts[-1] for parts in files if parts[-1].startswith("test_")]
+    assert len(modules) == len(set(modules))
+    folders = {parts[1] for parts in files if len(parts) > 2}
+    assert folders - {*RANK, *ASIDE} == {"multiprocess"}
+    for path, source in read("tests").items():
+        for line, module, name in imported(path, source):
+            parts = [*module.split("."), name]
+            test = parts[0] == "tests" and any(part.startswith("test_") for part in parts)
+            assert not test, (
+                f"{path}:{line} imports a test module: shared cases are in tests/cases.py"
+            )
+
+
 def test_imports_of_the_package_point_down():
     sources = read("spmd")
     assert sources

@@ -21,7 +21,7 @@ from spmd.models.cnn import CNN
 from spmd.parallel import scope
 from spmd.parallel.mesh import AXES
 from spmd.strategies import AllReduce, Auto, update
-from tests.experiment.test_user_experiment import write
+from tests.rings import write
 
 pytestmark = pytest.mark.usefixtures("devices")  # all eight, before --simulate 4
 WORDS = ["--simulate", "4", "--model.hidden", "32", "--model.dropout", "0.2"]

@@ -26,16 +26,11 @@ from spmd.strategies import (
     reduce,
     server,
 )
+from tests.cases import KINDS, MODELS, batch_at, parts_for
 from tests.marks import slow_but
-from tests.strategies.test_parity import MODELS, batch_at, parts_for
 
 pytestmark = pytest.mark.usefixtures("devices")
 N = 4
-KINDS = {
-    "int8": Compression(kind="int8", block=16),
-    "top-k": Compression(kind="top-k", keep=0.1),
-    "powersgd": Compression(kind="powersgd", rank=2),
-}
 
 
 def layout() -> base.Parts:

@@ -18,10 +18,9 @@ from spmd.models.cnn import CNN
 from spmd.parallel import mesh
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import Auto, Federated, Local
+from tests.cases import BATCH, KINDS, MODELS, batch_at, parts_for
 from tests.command import final_state
 from tests.marks import slow_but
-from tests.strategies.test_compress import KINDS
-from tests.strategies.test_parity import BATCH, MODELS, batch_at, parts_for
 
 pytestmark = pytest.mark.usefixtures("devices")
 SMALL = CNN(features=(4,), dropout=0.3)  # batch norm: of each replica its own statistics

@@ -1,6 +1,6 @@
 """Every mesh and every strategy computes what one device computes.
 
-A new mesh axis or strategy joins LAYOUTS; it does not get a copy of this test.
+A new mesh axis or strategy joins LAYOUTS of tests/cases.py; it does not get a copy of this test.
 """
 
 from __future__ import annotations
@@ -13,203 +13,17 @@ import jax
 import numpy as np
 import pytest
 
-from spmd import optim, tasks
+from spmd import optim
 from spmd.core import tree
-from spmd.models.cnn import CNN
 from spmd.models.mlp import MLP
-from spmd.models.moe import Experts
-from spmd.models.transformer import Transformer
 from spmd.parallel import mesh
 from spmd.parallel.mesh import MeshConfig
-from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
+from spmd.strategies import AllReduce, Auto, Local, base
 from spmd.strategies.privacy import Mechanism
+from tests.cases import BATCH, LAYOUTS, MODELS, PIPELINES, STEPS, batch_at, data_of, parts_for
 from tests.marks import slow_but
 
-STEPS = 50
-BATCH = 32
 RTOL = {"float32": 1e-5, "float64": 1e-10}
-MODELS = {
-    "mlp": MLP(inputs=64, hidden=(64, 64), dropout=0.3),
-    "cnn": CNN(features=(8, 16), dropout=0.3),  # batch norm: statistics over the global batch
-    "lm": Transformer(
-        vocab=64, length=16, layers=2, embed=32, heads=4, kv_heads=2, mlp=64, dropout=0.1, tied=True
-    ),
-}
-# Shared experts, the loss by sequence and the offsets: both kinds of balance at once.
-MODELS["moe"] = dataclasses.replace(
-    MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)
-)
-# Without them: local steps have the mean of each loss over a replica's examples, and offsets of their own.
-MODELS["moe_local"] = dataclasses.replace(
-    MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, balance=0.0)
-)
-TASKS = {
-    CNN: tasks.Classification(label_smoothing=0.1),
-    MLP: tasks.Classification(label_smoothing=0.1),
-    Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
-}
-# Where the local steps of replicas are one step.
-SYNCHRONOUS: Any = {"period": 1, "outer": "average"}
-# Compression at the setting where it leaves nothing out.
-ALL = Compression(kind="top-k", keep=1.0)
-FULL = Compression(kind="powersgd", rank=1000)
-LAYOUTS = {
-    "dp2": (Auto(), MeshConfig(), 2),
-    "dp4": (Auto(), MeshConfig(), 4),
-    "dp8": (Auto(), MeshConfig(), 8),
-    "fsdp2": (Auto(), MeshConfig(data=1, fsdp=2), 2),
-    "fsdp4": (Auto(), MeshConfig(data=1, fsdp=4), 4),
-    "fsdp8": (Auto(), MeshConfig(data=1, fsdp=8), 8),
-    "hsdp2x4": (Auto(), MeshConfig(replica=2, data=1, fsdp=4), 8),
-    "zero1_2": (Auto(zero=1), MeshConfig(data=1, fsdp=2), 2),
-    "zero1_4": (Auto(zero=1), MeshConfig(data=1, fsdp=4), 4),
-    "zero1_2x4": (Auto(zero=1), MeshConfig(data=2, fsdp=4), 8),
-    "tensor2": (Auto(), MeshConfig(data=2, fsdp=2, tensor=2), 8),
-    "sequence2x2": (Auto(sequence_parallel=True), MeshConfig(data=2, fsdp=2, tensor=2), 8),
-    "context2": (Auto(), MeshConfig(data=1, context=2), 2),
-    "context4": (Auto(), MeshConfig(data=1, context=4), 4),
-    "context8": (Auto(), MeshConfig(data=1, context=8), 8),
-    "context2x2x2": (Auto(), MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8),
-    "context2x2": (Auto(), MeshConfig(data=2, context=2), 4),
-    "context2_sequence2": (Auto(sequence_parallel=True), MeshConfig(context=2, tensor=2), 8),
-    "expert2": (Auto(), MeshConfig(data=1, expert=2), 2),
-    "expert4": (Auto(), MeshConfig(data=1, expert=4), 4),
-    "expert8": (Auto(), MeshConfig(data=1, expert=8), 8),
-    "expert2x2x2": (Auto(), MeshConfig(data=1, fsdp=2, expert=2, tensor=2), 8),
-    "expert4_context2": (Auto(), MeshConfig(data=1, context=2, expert=4), 8),
-    "psum1": (AllReduce(), MeshConfig(), 1),
-    "psum2": (AllReduce(), MeshConfig(), 2),
-    "psum4": (AllReduce(), MeshConfig(), 4),
-    "psum2x4": (AllReduce(), MeshConfig(replica=2, data=4), 8),
-    "local2": (Local(replicas=2, **SYNCHRONOUS), MeshConfig(replica=2, data=1), 2),
-    "local4": (Local(replicas=4, **SYNCHRONOUS), MeshConfig(replica=4, data=1), 4),
-    "local8": (Local(replicas=8, **SYNCHRONOUS), MeshConfig(replica=8, data=1), 8),
-    "local4x2x2": (
-        Local(replicas=4, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, fsdp=2, tensor=2),
-        8,
-    ),
-    "local_topk4x2": (
-        Local(replicas=4, compress=ALL, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=2),
-        4,
-    ),
-    "local_powersgd4x2x2": (
-        Local(replicas=4, compress=FULL, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, fsdp=2, tensor=2),
-        8,
-    ),
-    "local2_context2": (
-        Local(replicas=2, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, context=2),
-        4,
-    ),
-    "local4_expert2_fsdp2": (
-        Local(replicas=4, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, fsdp=2, expert=2),
-        8,
-    ),
-    "local_topk2_expert2_context2": (
-        Local(replicas=2, compress=ALL, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, expert=2, context=2),
-        8,
-    ),
-    "ring2": (AllReduce(reduction="ring"), MeshConfig(), 2),
-    "ring4": (AllReduce(reduction="ring", bucket_mb=0.01), MeshConfig(), 4),
-    "ring2x4": (
-        AllReduce(reduction="ring", bidirectional=True, bucket_mb=0.01),
-        MeshConfig(replica=2, data=4),
-        8,
-    ),
-    "scatter_gather4": (AllReduce(reduction="reduce_scatter"), MeshConfig(), 4),
-    "hierarchical2x4": (AllReduce(reduction="hierarchical"), MeshConfig(replica=2, data=4), 8),
-    "server2": (Server(), MeshConfig(), 2),
-    "server4": (Server(), MeshConfig(), 4),
-    "server2x4": (Server(), MeshConfig(replica=2, data=4), 8),
-    "topk4": (AllReduce(compress=ALL), MeshConfig(), 4),
-    "powersgd4": (AllReduce(reduction="ring", compress=FULL), MeshConfig(), 4),
-    "server_topk4": (Server(compress=ALL), MeshConfig(), 4),
-    "server_powersgd4": (Server(compress=FULL), MeshConfig(), 4),
-    # Replicas whose devices share a model.
-    "psum2_tensor2": (AllReduce(), MeshConfig(tensor=2), 4),
-    "psum2x2_fsdp2": (AllReduce(), MeshConfig(replica=2, data=2, fsdp=2), 8),
-    "ring2_fsdp2_tensor2": (AllReduce(reduction="ring"), MeshConfig(fsdp=2, tensor=2), 8),
-    "server2_fsdp2": (Server(), MeshConfig(fsdp=2), 4),
-    "topk2_fsdp4": (AllReduce(compress=ALL), MeshConfig(fsdp=4), 8),
-    "server_powersgd2_fsdp2": (Server(compress=FULL), MeshConfig(fsdp=2), 4),
-    "psum2_context2": (AllReduce(), MeshConfig(context=2), 4),
-    "psum2_expert2": (AllReduce(), MeshConfig(expert=2), 4),
-    "ring2_expert2_tensor2": (AllReduce(reduction="ring"), MeshConfig(expert=2, tensor=2), 8),
-    "server2_tensor2": (Server(), MeshConfig(tensor=2), 4),
-    "server2_expert2_context2": (Server(), MeshConfig(expert=2, context=2), 8),
-    "powersgd2_tensor2": (AllReduce(compress=FULL), MeshConfig(tensor=2), 4),
-    "server_topk2_context2": (Server(compress=ALL), MeshConfig(context=2), 4),
-}
-
-# Of models that are a stack of layers; four microbatches. All schedules: tests/strategies/test_pipeline.py.
-PIPELINES = {
-    "stage2": (Auto(), MeshConfig(data=1, stage=2), 2),
-    "stage2_fsdp2x2": (Auto(), MeshConfig(data=2, fsdp=2, stage=2), 8),
-    "stage2_context2": (Auto(), MeshConfig(data=1, stage=2, context=2), 4),
-    "stage2_context2x2": (Auto(), MeshConfig(data=2, stage=2, context=2), 8),
-    "stage2_context4": (Auto(), MeshConfig(data=1, stage=2, context=4), 8),
-    "stage2_context2_tensor2": (Auto(), MeshConfig(data=1, stage=2, context=2, tensor=2), 8),
-    "stage2_context2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, context=2), 8),
-    "stage2_expert2": (Auto(), MeshConfig(data=1, stage=2, expert=2), 4),
-    "stage2_expert4": (Auto(), MeshConfig(data=1, stage=2, expert=4), 8),
-    "stage2_expert2x2": (Auto(), MeshConfig(data=2, stage=2, expert=2), 8),
-    "stage2_expert2_fsdp2": (Auto(), MeshConfig(data=1, fsdp=2, stage=2, expert=2), 8),
-    "stage2_expert2_tensor2": (Auto(), MeshConfig(data=1, stage=2, expert=2, tensor=2), 8),
-    "stage2_expert2_context2": (Auto(), MeshConfig(data=1, stage=2, expert=2, context=2), 8),
-    "stage2_psum1": (AllReduce(), MeshConfig(data=1, stage=2), 2),
-    "stage2_server1_context2": (Server(compress=ALL), MeshConfig(data=1, stage=2, context=2), 4),
-    "stage2_psum2": (AllReduce(), MeshConfig(stage=2), 4),
-    "stage2_psum2_fsdp2": (AllReduce(), MeshConfig(fsdp=2, stage=2), 8),
-    "stage2_ring2_context2": (AllReduce(reduction="ring"), MeshConfig(stage=2, context=2), 8),
-    "stage2_hierarchical2x2": (
-        AllReduce(reduction="hierarchical"),
-        MeshConfig(replica=2, stage=2),
-        8,
-    ),
-    "stage2_psum2_expert2": (AllReduce(), MeshConfig(stage=2, expert=2), 8),
-    "stage2_topk2": (AllReduce(compress=ALL), MeshConfig(stage=2), 4),
-    "stage2_server2": (Server(), MeshConfig(stage=2), 4),
-    "stage2_server2_tensor2": (Server(), MeshConfig(stage=2, tensor=2), 8),
-    "stage2_server2_expert2": (Server(), MeshConfig(stage=2, expert=2), 8),
-    "stage2_local2": (
-        Local(replicas=2, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, stage=2),
-        4,
-    ),
-    "stage2_local2x2": (Local(replicas=2, **SYNCHRONOUS), MeshConfig(replica=2, stage=2), 8),
-    "stage2_local2_fsdp2": (
-        Local(replicas=2, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, fsdp=2, stage=2),
-        8,
-    ),
-    "stage2_local4": (Local(replicas=4, **SYNCHRONOUS), MeshConfig(data=1, stage=2), 2),
-    "stage2_local4_context2": (
-        Local(replicas=4, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, stage=2, context=2),
-        8,
-    ),
-    "stage2_local_topk4_tensor2": (
-        Local(replicas=4, compress=ALL, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, stage=2, tensor=2),
-        8,
-    ),
-    "stage2_local4_expert2": (
-        Local(replicas=4, **SYNCHRONOUS),
-        MeshConfig(replica=2, data=1, stage=2, expert=2),
-        8,
-    ),
-    "stage2_zero1": (Auto(zero=1), MeshConfig(data=1, fsdp=2, stage=2), 4),
-    "stage2_sequence2x2": (
-        Auto(sequence_parallel=True),
-        MeshConfig(data=2, stage=2, tensor=2),
-        8,
-    ),
-}
 
 # One of each kind, and what differs in more than its size.
 QUICK = ("tensor2", "psum2x4", "server2x4", "local4x2x2")
@@ -224,62 +38,6 @@ OPTIMIZERS = {
     "lamb": optim.LAMB(learning_rate=1e-2),
     "lars": optim.LARS(learning_rate=30.0),
 }
-
-
-def batch_at(step: int) -> dict[str, np.ndarray]:
-    """An uneven batch: the examples that count are spread unequally over the devices."""
-    rng = np.random.default_rng(step)
-    weight = np.ones(BATCH, np.float32)
-    weight[20:29] = 0
-    return {
-        "image": rng.integers(0, 256, (BATCH, 8, 8, 1)).astype(np.uint8),
-        "label": rng.integers(0, 10, BATCH).astype(np.int32),
-        "example_id": np.arange(BATCH, dtype=np.int32) + step * BATCH,
-        "weight": weight,
-    }
-
-
-def tokens_at(step: int) -> dict[str, np.ndarray]:
-    """Rows with several documents and an uneven amount of padding; the next number is the target."""
-    rng = np.random.default_rng(step)
-    shape = (BATCH, 16)
-    tokens = rng.integers(0, 64, shape)
-    starts = (rng.random(shape) < 0.2) | (np.arange(16) == 0)
-    segments = starts.cumsum(1)
-    first = np.maximum.accumulate(np.where(starts, np.arange(16), 0), axis=1)
-    padding = np.arange(16) >= rng.integers(1, 17, (BATCH, 1))
-    padding[24:] |= np.arange(16) >= 3  # the last devices have few tokens that count
-    whole = {
-        "tokens": tokens,
-        "targets": np.where(padding, -1, (tokens + 1) % 64),
-        "segments": np.where(padding, 0, segments),
-        "positions": np.arange(16) - first,
-    }
-    rest = {k: v for k, v in batch_at(step).items() if k in ("example_id", "weight")}
-    return {k: v.astype(np.int32) for k, v in whole.items()} | rest
-
-
-def data_of(model):
-    """Batch by step."""
-    return tokens_at if isinstance(model, Transformer) else batch_at
-
-
-def parts_for(model, cut, *, accumulate=1, dtype="float32", optimizer=None, privacy=None):
-    optimizer = optimizer or optim.AdamW(learning_rate=3e-3, clip_norm=1.0, warmup_steps=3)
-    task = TASKS[type(model)].build(model, dtype)
-    params, _ = jax.eval_shape(task.init, jax.random.key(0))
-    tx = optimizer.build(STEPS, optim.decay_mask(params, task.dims), task.dims)
-    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data_of(model)(0).items()}
-    return base.Parts(
-        task=task,
-        tx=tx,
-        rate=optimizer.rate(STEPS),
-        mesh=cut,
-        batch=abstract,
-        accumulate=accumulate,
-        ema=optimizer.ema,
-        privacy=privacy,
-    )
 
 
 def trajectory(

@@ -20,8 +20,8 @@ from spmd.models.transformer import Transformer
 from spmd.parallel import mesh, scope, sharding
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import base
+from tests.cases import TASKS, data_of
 from tests.marks import slow_but
-from tests.strategies.test_parity import TASKS, data_of
 
 pytestmark = pytest.mark.usefixtures("devices")
 

@@ -25,8 +25,8 @@ from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Compression, Federated, Local, StrategyConfig, privacy
 from spmd.strategies.grads import direct
 from spmd.strategies.privacy import Mechanism, Poisson, Privacy
+from tests.cases import LAYOUTS, MODELS, TASKS, batch_at, data_of, parts_for
 from tests.marks import slow_but
-from tests.strategies.test_parity import LAYOUTS, MODELS, TASKS, batch_at, data_of, parts_for
 
 MECHANISM = Mechanism(
     num_examples=60000, expected=24, rows=32, clip_norm=0.5, noise_multiplier=1.5, delta=1e-5

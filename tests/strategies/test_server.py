@@ -12,8 +12,8 @@ from spmd.core import tree
 from spmd.parallel import mesh
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import Server, base
+from tests.cases import MODELS, parts_for
 from tests.marks import slow_but
-from tests.strategies.test_parity import MODELS, parts_for
 
 pytestmark = pytest.mark.usefixtures("devices")
 D, BATCH, RATE = 1024, 8, 0.125

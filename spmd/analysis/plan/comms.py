@@ -1,6 +1,7 @@
 """The collectives of a step: in closed form, and of a compiled program.
 
-The closed form follows what the TPU compiler emits (read from programs for v5p:2x2x2; tests/analysis/plan check it):
+The closed form follows what the TPU compiler emits (read from programs for v5p:2x2x2, checked by
+tests/analysis/plan):
 
 - Weights of a block that are sharded over fsdp (ZeRO-3) are all-gathered in the compute dtype twice per
   microbatch, for the forward and the backward pass; norms in their own dtype. The embedding table is gathered

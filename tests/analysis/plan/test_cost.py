@@ -19,24 +19,13 @@ from spmd.models.transformer import Transformer
 from spmd.parallel.mesh import AXES
 from spmd.strategies.grads.pipeline import schedules
 from tests.analysis.plan import published
+from tests.cases import facts_of, mesh_words
 from tests.command import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("devices")
 
 LM = ["--model.layers", "2", "--model.embed", "64", "--model.mlp", "128"]
 EMA = ["--optimizer.ema", "0.99"]
-
-
-def known(name: str, *words: str) -> facts.Facts:
-    exp = spmd.load(name, ["--simulate", "1", "--train.steps", "9000", *words]).experiment
-    return facts.from_program(
-        exp.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1)
-    )
-
-
-def mesh_words(layout: Layout) -> list[str]:
-    words = layout.words()
-    return words[: words.index("--model.remat")]
 
 
 # ---- memory
@@ -63,7 +52,7 @@ CUTS = {
 @pytest.mark.parametrize("case", CUTS)
 def test_state_is_that_of_the_real_cut(case):
     name, words, layout = CUTS[case]
-    held = memory.step_memory(known(name, *words), layout)
+    held = memory.step_memory(facts_of(name, *words), layout)
     report = spmd.load(name, [*words, "--train.steps", "10", *mesh_words(layout)]).plan()
     real = {group: each for group, (_, each) in report.totals.items()}
     assert held.parameters == real[GROUPS["params"]]
@@ -100,7 +89,7 @@ def test_saved_activations_are_what_the_backward_pass_keeps(kind, remat):
 
 
 def test_activations_are_cut_as_the_batch_the_heads_and_the_time_are():
-    fact = known("lm_stdlib", "--model.remat", "full")
+    fact = facts_of("lm_stdlib", "--model.remat", "full")
     one = memory.step_memory(fact, Layout({}, remat="full")).activations
     assert memory.step_memory(fact, Layout({"fsdp": 4}, remat="full")).activations == one / 4
     assert memory.step_memory(fact, Layout({"tensor": 4}, remat="full")).activations == one
@@ -136,7 +125,7 @@ COMPILED = {
 @pytest.mark.parametrize("case", COMPILED)
 def test_peak_is_near_the_compiled_one(case):
     layout, rows, peak = COMPILED[case]
-    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", str(rows))
+    fact = facts_of("llama3_8b", "--model.attention", "splash", "--data.batch-size", str(rows))
     assert memory.step_memory(fact, layout).peak == pytest.approx(peak * 1e9, rel=0.1)
 
 
@@ -158,10 +147,10 @@ def test_remat_executes_more_and_a_fused_kernel_less():
     def executed(attention: str, remat: str) -> float:
         words = ["--model.attention", attention, "--data.batch-size", "8"]
         return cost.estimate(
-            known("llama3_8b", *words), target, Layout(rows, remat=remat)
+            facts_of("llama3_8b", *words), target, Layout(rows, remat=remat)
         ).executed_flops
 
-    fact = known("llama3_8b", "--data.batch-size", "8")
+    fact = facts_of("llama3_8b", "--data.batch-size", "8")
     model = sum(fact.flops.values())
     assert fact.model
     head = (
@@ -184,7 +173,7 @@ BF16 = [*LM, "--model.dtype", "bfloat16", "--model.kv-heads", "4"]
 
 
 def summed(layout: Layout, *words: str) -> dict[tuple[str, str], float]:
-    found = collective.ledger(comms.step_collectives(known("lm_stdlib", *BF16, *words), layout))
+    found = collective.ledger(comms.step_collectives(facts_of("lm_stdlib", *BF16, *words), layout))
     return {(" x ".join(axes), kind): total.bytes for (axes, kind), total in found.items()}
 
 
@@ -376,7 +365,7 @@ def test_published_scaling_is_met():
 
 
 def test_an_estimate_adds_up_and_is_json():
-    fact = known("llama3_8b", "--model.attention", "splash")
+    fact = facts_of("llama3_8b", "--model.attention", "splash")
     target = targets.parse("v5p:4x4x4")
     made = cost.estimate(
         fact, target, Layout({"fsdp": 16, "tensor": 4}, accumulate=4, remat="full")
@@ -411,7 +400,7 @@ def test_the_bottleneck_follows_the_layout():
 
 
 def test_what_cannot_be_is_one_message():
-    fact = known("llama3_8b")
+    fact = facts_of("llama3_8b")
     cube = targets.parse("v5p:4x4x4")
     for layout, message in (
         (Layout({"fsdp": 16}), "mesh of 16 devices for 64"),
@@ -436,15 +425,15 @@ def test_what_cannot_be_is_one_message():
     ):
         with pytest.raises(ValueError, match=message):
             cost.estimate(fact, cube, layout)
-    splash = known("llama3_8b", "--model.attention", "splash")
+    splash = facts_of("llama3_8b", "--model.attention", "splash")
     with pytest.raises(
         ValueError, match=r"splash needs complete sequences, and model\.context=ring"
     ):
         cost.estimate(splash, cube, Layout({"fsdp": 16, "context": 4}))
-    lora = known("llama3_8b", "--init.lora", "4")
+    lora = facts_of("llama3_8b", "--init.lora", "4")
     with pytest.raises(ValueError, match="a pipeline takes no frozen parameters or adapters"):
         cost.estimate(lora, cube, Layout({"data": 16, "stage": 4}, accumulate=8))
-    mixture = known("lm_stdlib", "--model.experts.num", "6")
+    mixture = facts_of("lm_stdlib", "--model.experts.num", "6")
     with pytest.raises(ValueError, match=r"mesh\.expert=4 does not divide the 6 experts"):
         cost.estimate(mixture, targets.parse("h100:8"), Layout({"data": 2, "expert": 4}))
     with pytest.raises(ValueError, match="no speed is known for cpu:8"):
@@ -452,7 +441,7 @@ def test_what_cannot_be_is_one_message():
     with pytest.raises(ValueError, match="links between devices of l4:8 are not known"):
         cost.estimate(fact, targets.parse("l4:8"), Layout({"fsdp": 8}))
     with pytest.raises(ValueError, match="knows its cost for Transformer only"):
-        cost.estimate(known("digits"), targets.parse("h100:8"), Layout({"data": 4, "tensor": 2}))
+        cost.estimate(facts_of("digits"), targets.parse("h100:8"), Layout({"data": 4, "tensor": 2}))
 
 
 # ---- pipelines, contexts, experts
@@ -460,7 +449,7 @@ def test_what_cannot_be_is_one_message():
 
 @pytest.mark.parametrize("virtual", [1, 2])
 def test_a_pipeline_waits_as_its_schedule_says(virtual):
-    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
+    fact = facts_of("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
     kind = "interleaved" if virtual > 1 else "1f1b"
     layout = Layout({"stage": 8}, accumulate=16, remat="full", pipeline=kind, virtual=virtual)
     seconds = cost.estimate(fact, targets.parse("h100:8"), layout).seconds
@@ -470,7 +459,7 @@ def test_a_pipeline_waits_as_its_schedule_says(virtual):
 
 
 def test_what_a_pipeline_does_once_a_step_is_no_part_of_its_bubble():
-    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
+    fact = facts_of("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
     layout = Layout({"data": 2, "fsdp": 2, "stage": 2}, accumulate=4, remat="full")
     found = {
         (each.payload, each.axes): each.ticking for each in comms.step_collectives(fact, layout)
@@ -486,7 +475,7 @@ def test_what_a_pipeline_does_once_a_step_is_no_part_of_its_bubble():
 
 
 def test_a_pipeline_computes_its_layers_once_more_but_for_the_last_stage():
-    fact = known("llama3_8b", "--data.batch-size", "64")
+    fact = facts_of("llama3_8b", "--data.batch-size", "64")
     target, layout = targets.parse("h100:8"), Layout({"stage": 8}, accumulate=16)
     assert fact.model
     made = facts.matmul_flops(fact.model, fact.length)
@@ -505,7 +494,7 @@ def test_kept_inputs_are_those_of_the_schedule(kind):
 
 
 def test_stages_share_layers_and_1f1b_keeps_less_than_gpipe():
-    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
+    fact = facts_of("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
     layout = Layout({"data": 2, "stage": 4}, accumulate=16, remat="full")
     held = memory.step_memory(fact, layout)
     stack = sum(leaf.size for leaf in fact.params if leaf.stacked)
@@ -520,28 +509,28 @@ def test_stages_share_layers_and_1f1b_keeps_less_than_gpipe():
 
 def test_a_ring_hides_its_keys_and_values_behind_attention():
     words = ("--data.batch-size", "8", "--data.sequence-length", "32768")
-    fact = known("llama3_8b", *words, "--model.length", "32768")
+    fact = facts_of("llama3_8b", *words, "--model.length", "32768")
     layout = Layout({"fsdp": 2, "context": 4}, remat="full")
     networks = cost.estimate(fact, targets.parse("h100:8"), layout).networks
     spent, shown = networks["keys and values over context (NVLink)"]
     assert spent > 0 and shown == 0
     order, exposed = networks["activations over context (NVLink)"]
     assert order == exposed > 0
-    short = known("llama3_8b", "--data.batch-size", "64", "--data.sequence-length", "256")
+    short = facts_of("llama3_8b", "--data.batch-size", "64", "--data.sequence-length", "256")
     networks = cost.estimate(short, targets.parse("h100:8"), layout).networks
     spent, shown = networks["keys and values over context (NVLink)"]
     assert 0 < shown < spent
 
 
 def test_a_cut_sequence_is_held_in_parts():
-    fact = known("lm_stdlib", "--model.remat", "full")
+    fact = facts_of("lm_stdlib", "--model.remat", "full")
     one = memory.step_memory(fact, Layout({}, remat="full")).activations
     assert memory.step_memory(fact, Layout({"context": 4}, remat="full")).activations == one / 4
 
 
 def test_rows_of_experts_travel_in_rounds():
     words = ("--model.experts.num", "8", "--model.remat", "full")
-    fact, layout = known("lm_stdlib", *BF16, *words), Layout({"data": 2, "expert": 4})
+    fact, layout = facts_of("lm_stdlib", *BF16, *words), Layout({"data": 2, "expert": 4})
     rows = [each for each in comms.step_collectives(fact, layout) if each.payload == "rows"]
     here = 16 * 128 / 8 * 2 * 64 * 2  # bytes: tokens of a device, each to two experts
     assert [(each.bytes, each.count) for each in rows] == [(here, 2 * 6 * activations.ROUNDS)]
@@ -569,7 +558,7 @@ def test_an_exchange_on_a_torus_takes_as_long_as_its_longest_dim():
 
 
 def test_weak_scaling_keeps_and_strong_scaling_shrinks_the_work_of_a_device():
-    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
+    fact = facts_of("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
     sizes = [targets.parse(name) for name in ("h100:8", "h100:16", "h100:64")]
     choose = lambda fact, target: Layout({"data": target.num_devices // 8, "fsdp": 8}, remat="full")
     weak = scaling.curve(fact, sizes, "weak", choose)
@@ -585,7 +574,7 @@ def test_weak_scaling_keeps_and_strong_scaling_shrinks_the_work_of_a_device():
 
 
 def test_an_axis_is_bound_below_its_limit_of_tokens():
-    fact = known("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
+    fact = facts_of("llama3_8b", "--model.attention", "splash", "--data.batch-size", "64")
     target, layout = targets.parse("h100:64"), Layout({"data": 8, "fsdp": 8}, remat="full")
     found = {bound.axis: bound for bound in scaling.bounds(fact, target, layout)}
     assert set(found) == {"data", "fsdp"}
@@ -602,7 +591,7 @@ def test_an_axis_is_bound_below_its_limit_of_tokens():
 
 
 def test_an_axis_that_does_not_cut_the_batch_is_bound_beyond_a_size():
-    fact = known("llama3_8b", "--data.batch-size", "64")
+    fact = facts_of("llama3_8b", "--data.batch-size", "64")
     target, layout = targets.parse("h100:64"), Layout({"fsdp": 16, "context": 4}, remat="full")
     found = {bound.axis: str(bound) for bound in scaling.bounds(fact, target, layout)}
     assert "with a larger size than mesh.context=" in found["context"]

@@ -1,4 +1,7 @@
-"""Peak memory by estimate against the TPU compiler's: `python -m pytest -m slow tests/analysis/plan/test_peak.py`."""
+"""Peak memory by estimate against the TPU compiler's.
+
+`python -m pytest -m slow tests/analysis/plan/test_peak.py`
+"""
 
 from __future__ import annotations
 

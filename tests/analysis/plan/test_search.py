@@ -14,7 +14,7 @@ from spmd.analysis.plan.shardings import GROUPS
 from spmd.core import tree
 from spmd.hardware import targets
 from spmd.parallel.mesh import AXES
-from tests.analysis.plan.test_cost import known, mesh_words
+from tests.cases import facts_of, mesh_words
 from tests.command import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -23,7 +23,7 @@ SPLASH = ["--model.attention", "splash"]
 
 
 def test_a_thousand_candidates_take_seconds():
-    fact = known("llama3_8b", *SPLASH)
+    fact = facts_of("llama3_8b", *SPLASH)
     begin = time.process_time()
     found = search.search(fact, targets.parse("h100:64"))
     took = time.process_time() - begin
@@ -57,7 +57,7 @@ MARGIN = 0.25  # of the state: what activations and temporaries may be here at m
 
 
 def test_planted_meshes_that_do_not_fit_are_rejected_and_no_other():
-    fact = known("lm_stdlib", *SMALL)
+    fact = facts_of("lm_stdlib", *SMALL)
     needs = {}
     for sizes in search.meshes(8):
         for zero in (3, 1) if sizes.get("fsdp", 1) > 1 else (3,):
@@ -87,7 +87,7 @@ def test_planted_meshes_that_do_not_fit_are_rejected_and_no_other():
 
 
 def test_a_mesh_that_no_slice_has_keeps_its_reason():
-    found = search.search(known("llama3_8b", *SPLASH), targets.parse("v5p:4x4x4"))
+    found = search.search(facts_of("llama3_8b", *SPLASH), targets.parse("v5p:4x4x4"))
     by_mesh = [c.reason for c in found if c.layout.mesh == {"fsdp": 8, "tensor": 8}]
     assert len(by_mesh) == 1 and "mesh.tensor=8 is not a product" in by_mesh[0]
 
@@ -127,7 +127,7 @@ DOC = REPOSITORY / "docs" / "plan.md"
 @pytest.mark.parametrize("name", ["llama3_70b", "mixtral_8x7b"])
 def test_a_large_model_is_searched_over_all_axes_in_a_minute(name):
     """And the table in the docs says what is found: the first three, and the first of each axis."""
-    fact = known(name, *SPLASH)
+    fact = facts_of(name, *SPLASH)
     begin = time.process_time()
     found = search.search(fact, targets.parse("v5p:4x4x4"))
     assert time.process_time() - begin < 60
@@ -153,7 +153,7 @@ def test_a_large_model_is_searched_over_all_axes_in_a_minute(name):
 
 def test_more_microbatches_than_memory_asks_for_are_left_out():
     """They never make a step faster, where no stage waits."""
-    fact, target = known("llama3_8b", *SPLASH), targets.parse("v5p:4x4x4")
+    fact, target = facts_of("llama3_8b", *SPLASH), targets.parse("v5p:4x4x4")
     for mesh in ({"fsdp": 64}, {"fsdp": 16, "tensor": 4}, {"fsdp": 16, "context": 4}):
         layouts = [Layout(mesh, accumulate=2**i, remat="full", context="ulysses") for i in range(4)]
         made = [search.evaluate(fact, target, layout) for layout in layouts]
@@ -162,7 +162,7 @@ def test_more_microbatches_than_memory_asks_for_are_left_out():
 
 
 def test_a_model_that_is_not_known_is_searched_without_tensor():
-    found = search.search(known("digits"), targets.parse("h100:8"))
+    found = search.search(facts_of("digits"), targets.parse("h100:8"))
     assert found[0].fits
     assert spmd.load("digits", found[0].layout.words()).experiment.mesh.sizes() == (
         dict.fromkeys(AXES, 1) | dict(found[0].layout.mesh)

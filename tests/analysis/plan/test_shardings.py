@@ -13,7 +13,7 @@ from spmd.analysis.plan import draw
 from spmd.cli import main
 from spmd.core import tree
 from spmd.hardware import targets
-from tests.experiment.test_user_experiment import write
+from tests.rings import write
 
 pytestmark = pytest.mark.usefixtures("devices")
 
