@@ -2,8 +2,9 @@
 
 python run.py --experiment gpt2_124m --data.files 'DIR/*.jsonl' --data.tokenizer FILE --model.attention cudnn
 
-Half a million tokens a step, 300 billion in all: 4 days on 8 A100 (nanoGPT); expect 2.85 on OpenWebText.
-A TFDS text set: --data.name NAME. FILE is GPT-2's tokenizer.json. Not run to its end here.
+Cost: half a million tokens per step, 300 billion in all; nanoGPT needs 4 days on 8 A100. Expect a loss of
+2.85 on OpenWebText (nanoGPT's); it was not run to its end here. A TFDS text set: --data.name NAME. FILE is
+GPT-2's tokenizer.json.
 """
 
 from spmd import Experiment

@@ -1,13 +1,13 @@
-"""DiLoCo (Douillard et al. 2023, arXiv 2311.08105): 8 replicas that meet every 50 steps, a byte-level model.
+"""DiLoCo (Douillard et al. 2023, arXiv 2311.08105): 8 replicas, synchronised every 50 steps; byte-level.
 
 python run.py --experiment lm_diloco                    # 6 minutes on 2 CPU cores; expect eval/loss 1.444
 python run.py --experiment lm_diloco --strategy auto    # synchronous: 1.420
 
 From scratch, 1.7 % above the synchronous run, at 1/50 of its bytes over `replica` (seed 1: 1.454 and 1.437,
-1.2 %). At the best of three rates for it, 8e-3 (4e-3: 1.412), the synchronous one reaches 1.407: 2.6 %. Rates
-were chosen on this evaluation (replicas at 2.2e-2: 1.452). The replicas start slowly: 3.4 % above in 4,000
-steps (1.494, 1.446), 42 % in 1,000 (2.19, 1.54). Measured with the replicas on one device; `--simulate 8
---mesh.replica 8 --mesh.data 1` spreads them.
+1.2 %). At the best of three rates for it, 8e-3 (4e-3: 1.412), the synchronous one reaches 1.407: 2.6 %.
+Rates were chosen on this evaluation (replicas at 2.2e-2: 1.452). The replicas start slowly: 3.4 % above in
+4,000 steps (1.494, 1.446), 42 % in 1,000 (2.19, 1.54). Measured with the replicas on one device;
+`--simulate 8 --mesh.replica 8 --mesh.data 1` spreads them.
 """
 
 from spmd import Experiment

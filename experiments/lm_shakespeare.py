@@ -1,9 +1,9 @@
-"""A character-level model of Shakespeare: nanoGPT's small CPU setting.
+"""A character-level model of Shakespeare: nanoGPT's small CPU setting (github.com/karpathy/nanoGPT, README).
 
 python run.py --experiment lm_shakespeare --data.dir DIR    # 2 CPU cores; expect eval/loss 1.79
 
-The stock TFDS set cuts the text where nanoGPT does: `train` is its first 90 % of the characters, `validation`
-and `test` together the last 10 %. Evaluation reads all of these once; nanoGPT takes the mean of 20 batches.
+The stock TFDS set splits the text where nanoGPT does: `train` is the first 90 % of its characters,
+`validation` and `test` together the last 10 %. Evaluation reads those once; nanoGPT averages 20 batches.
 Positions are rotary: with nanoGPT's learned table (--model.position learned) the loss was 1.903.
 Training windows begin at any character, as nanoGPT's do (stride=1), but each is drawn once before any again.
 """
@@ -17,7 +17,7 @@ from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
 
 
 def config() -> Experiment:
-    """GPT-2's architecture but for rotary positions; 4 layers, 128 wide, windows of 64 characters."""
+    """GPT-2's architecture with rotary positions; 4 layers, 128 wide, windows of 64 characters."""
     return Experiment(
         model=Transformer(
             vocab=65,

@@ -1,4 +1,4 @@
-"""MNIST by a network of 784-256-10, the usual first example of PyTorch's DistributedDataParallel; 5 epochs.
+"""MNIST (LeCun et al. 1998) by a multilayer perceptron of 784-256-10; 5 epochs.
 
 python run.py --experiment mnist --data.dir DIR     # about 10 s on 2 CPU cores; expect 98.2 % test accuracy
 python run.py --experiment mnist --data.dir DIR --simulate 8 --strategy server    # about 1 minute; 98.2 %
@@ -6,8 +6,8 @@ python run.py --experiment mnist --data.dir DIR --simulate 8 --strategy allreduc
     --strategy.bidirectional    # about 2 minutes; 98.2 %
 
 The other two compute the same gradients on 8 simulated devices: with a parameter server that the devices
-share, and by rings in both directions (Patarasuk and Yuan 2009). benchmarks/mnist_peers.py compares the speed
-with that PyTorch program.
+share, and by rings in both directions (Patarasuk and Yuan 2009). benchmarks/mnist_peers.py compares the
+speed with the same network under PyTorch's DistributedDataParallel (Li et al. 2020, arXiv 2006.15704).
 """
 
 from spmd import Experiment

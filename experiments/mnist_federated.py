@@ -1,8 +1,8 @@
-"""Federated averaging on MNIST, 100 unlike clients, with momentum (Hsu et al. 2019, arXiv 1909.06335).
+"""Federated averaging on MNIST, 100 heterogeneous clients, with momentum (Hsu et al. 2019, arXiv 1909.06335).
 
 python run.py --experiment mnist_federated --data.dir DIR    # about 2 minutes on 2 CPU cores; expect 96.5 %
 
-Dirichlet 0.3, ten clients in each of 50 rounds; 96.7 % measured, over 95 % from round 30 on. Add
+Labels by Dirichlet 0.3, ten clients in each of 50 rounds; 96.7 % measured, over 95 % from round 30 on. Add
 `--simulate 2 --mesh.replica 2 --mesh.data 1` to spread the clients, `--strategy.secure` for masked sums.
 """
 
@@ -18,7 +18,7 @@ ROUND = 75  # steps
 
 
 def config() -> Experiment:
-    """50 rounds; a client passes four times over its examples, 32 at a time, as far as 75 steps allow."""
+    """50 rounds; a client runs four epochs over its examples, 32 per step, for at most 75 steps."""
     return Experiment(
         model=MLP(inputs=784, hidden=(200,), classes=10),
         task=Classification(),

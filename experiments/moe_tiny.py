@@ -1,11 +1,10 @@
-"""A byte-level language model whose feed-forward layers are 8 experts, on the source of Python's own standard
-library (embedded: no network).
+"""A byte-level mixture of 8 experts (as Mixtral, arXiv 2401.04088), small, on Python's own standard library.
 
 python run.py --experiment moe_tiny        # some minutes on 2 CPU cores; eval/loss 2.00
 
-Each token goes to 2 experts of half the usual width: the products of a dense model of this size, though on
-CPUs XLA's ragged_dot multiplies by all 8. metrics.jsonl has train/load/0 to train/load/7: how full each
-expert is, 1 where loads are even.
+The text is the library's source, as in `lm_stdlib` (no network). Each token goes to 2 experts of half the
+usual width: the matmuls of a dense model of this size, though on CPUs XLA's ragged_dot multiplies by all 8.
+metrics.jsonl has train/load/0 to train/load/7: how full each expert is, 1 where loads are even.
 """
 
 from spmd import Experiment
