@@ -172,7 +172,7 @@ class Match:
             Path(args.json).write_text(json.dumps(numbers, indent=1))
 
     def child(self, args: argparse.Namespace) -> None:
-        """What the process of a contestant does."""
+        """Run a contestant in its process."""
         one = self.contestants[args.child]
         places = {"run_dir": str(args.scratch / args.child), "data_dir": args.data_dir}
         one.run(Gate(one, args.quick), args.scratch, one.options | places)

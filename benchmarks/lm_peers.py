@@ -68,7 +68,7 @@ def ours(gate: Gate, scratch: Path, options: dict) -> None:
 
 
 def plain_jax(gate: Gate, scratch: Path, options: dict) -> None:
-    """What one would write by hand around the module: a donating jitted step, metrics fetched late."""
+    """A hand-written loop around the module: a donating jitted step, metrics fetched late."""
     import jax
     import optax
     from flax import nnx

@@ -43,7 +43,7 @@ def ours(gate: Gate, data: Path, options: dict) -> None:
 
 
 def plain_jax(gate: Gate, data: Path, options: dict) -> None:
-    """What one would write by hand: a donating jitted step, metrics fetched once per report."""
+    """A hand-written JAX loop: a donating jitted step, metrics fetched once per report."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -98,7 +98,7 @@ def plain_jax(gate: Gate, data: Path, options: dict) -> None:
 
 
 def pytorch(gate: Gate, data: Path, options: dict) -> None:
-    """One process, or the first of several workers, which starts the others."""
+    """Train in one process, or as the first of several workers, which starts the others."""
     import torch.multiprocessing as mp
 
     world = options["world"]

@@ -1,8 +1,8 @@
-"""What the loop's care costs in a run of two processes: stop votes, watchdog, phases; as a share of a step.
+"""Cost of the loop's safeguards with two processes: stop votes, watchdog, phases; as a share of a step.
 
 python benchmarks/votes.py [--rounds 10]
 
-Blocks of steps with and without that care take turns.
+Blocks of steps with and without them take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTHS = (256, 512)
 
 
 def measure(rounds: int, quick: bool) -> None:
-    """One process of the run: takes the blocks; the first prints the rows."""
+    """Run one process: it takes the blocks; the first process prints the rows."""
     import jax
     import numpy as np
 

@@ -20,7 +20,7 @@ from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
 
 
 def config() -> Experiment:
-    """One layer, 32 wide, on the source of Python's standard library, as `lm_stdlib`."""
+    """A single layer, 32 wide, on the source of Python's standard library, as `lm_stdlib`."""
     return Experiment(
         model=Transformer(vocab=256, length=64, layers=1, heads=2, embed=32, scan=False),
         task=LanguageModel(),
