@@ -36,11 +36,11 @@ def measure(num_devices: int, mib: int) -> None:
         shape = (64, mib * 2**20 // 16 // 64 // jnp.dtype(dtype).itemsize)
         made = jax.jit(lambda i: jnp.full(shape, i, dtype), out_shardings=placed)  # noqa: B023
         state = {f"leaf{i}": made(i) for i in range(16)}
-        jax.block_until_ready(digest.of(state))
+        jax.block_until_ready(digest.compute(state))
         seconds, waits = [], []
         for _ in range(REPEATS):
             start = time.perf_counter()
-            digests = digest.of(state)
+            digests = digest.compute(state)
             waits.append(time.perf_counter() - start)
             jax.block_until_ready(digests)
             seconds.append(time.perf_counter() - start)

@@ -80,7 +80,7 @@ def measure(mib: int, num_leaves: int) -> None:
         def reopen() -> None:
             while not over.is_set():
                 start = time.perf_counter()
-                if wrong := index.reopened(path, leaves):
+                if wrong := index.check_complete(path, leaves):
                     raise SystemExit(f"the save is not complete: {wrong}")
                 seconds.append(time.perf_counter() - start)
 

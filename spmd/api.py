@@ -29,24 +29,24 @@ def load(name: str, args: Sequence[str] = ()) -> Handle:
 
 
 class Handle:
-    """An experiment to work with; each call may be repeated, as cells of a notebook are."""
+    """An experiment with its commands as methods; each may be called repeatedly, as in notebooks."""
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
 
     def build(self, devices: Sequence[Any] | None = None) -> Program:
-        """Mesh, task, strategy and data, without training."""
+        """The program: mesh, task, strategy and data, without training."""
         return self.experiment.build(devices)
 
     def init(self) -> Snapshot:
-        """The untrained state on the mesh; writes nothing."""
+        """The initial state on the mesh; writes nothing."""
         from spmd.train.snapshot import Snapshot
 
         program = self.build()
         return Snapshot(program, program.init())
 
     def train(self) -> Run:
-        """Trains, resumes, or returns the finished run, by what is in the run directory.
+        """Train, resume, or return the finished run, depending on the run directory.
 
         Interrupted (Ctrl-C, a notebook's stop button), it saves and raises spmd.train.trainer.Stopped; the
         next call resumes.
@@ -54,7 +54,7 @@ class Handle:
         return self.experiment.train_run()
 
     def verify(self, steps: int = 20, *, all_meshes: bool = False) -> VerifyReport:
-        """Whether the step on the mesh (or on all meshes of the devices) is that of one device:
+        """Compare the step on the mesh (or on all meshes of the devices) with that of one device:
         `report.verified`, `print(report)`, `report.results[0].fault`.
         """
         from spmd.analysis.verify.experiment import verify
@@ -64,18 +64,18 @@ class Handle:
     def compare(
         self, strategies: Sequence[str], *, network: str = "10gbe", compute: float = 0.0
     ) -> Comparison:
-        """Trains each strategy (`["allreduce", "local:period=50"]`) with this experiment's budget, or takes
-        the finished runs; print the result, or let a notebook draw it.
+        """Train strategies (`["allreduce", "local:period=50"]`) with this experiment's budget, or reuse their
+        finished runs; print the result, or let a notebook draw it.
 
-        network, compute: as in `run.py compare`. Interrupted, it raises Stopped; the next call goes on.
+        network, compute: as in `run.py compare`. Interrupted, it raises Stopped; the next call resumes.
         """
         from spmd.analysis import compare
 
         return compare.run(self.experiment, strategies, network=network, compute=compute)
 
     def plan(self, target: str = "") -> shardings.ShardingReport:
-        """How the state lies on devices that need not be there (`h100:64`, `v5p:4x4x4`): print it, or take
-        `.arrays`, `.totals`.
+        """Shardings of the state on devices that need not be present (`h100:64`, `v5p:4x4x4`): print the
+        report, or use its `.arrays` and `.totals`.
         """
         from spmd.analysis.plan import planner
 

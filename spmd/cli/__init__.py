@@ -27,7 +27,7 @@ COMMANDS = {
     "launch": "train elsewhere or in several processes: local | slurm | tpu-vm | gke",
     "runs": "list | status | check [DIR]: the runs below a directory, or one run",
 }
-ASK_THEMSELVES = {"launch"}  # commands that have a help of their own, without an experiment
+OWN_HELP = {"launch"}  # commands that have their own help, without an experiment
 WITHOUT_EXPERIMENT = {"runs"}
 
 USAGE = """usage: run.py [COMMAND] --experiment NAME [--field value ...]
@@ -39,7 +39,7 @@ USAGE = """usage: run.py [COMMAND] --experiment NAME [--field value ...]
 
 
 def usage() -> str:
-    """Commands, and every field that all experiments share; import-free of jax."""
+    """Commands, and every field that all experiments share; imports no jax."""
     from spmd.cli.help import shared_fields
 
     commands = "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
@@ -53,7 +53,7 @@ def usage() -> str:
 
 
 def _take(words: list[str], flag: str) -> str | None:
-    """Removes `flag VALUE` or `flag=VALUE` from words; returns the value."""
+    """Remove `flag VALUE` or `flag=VALUE` from words; returns the value."""
     for i, word in enumerate(words):
         if word == flag:
             if i + 1 == len(words) or words[i + 1].startswith("--"):
@@ -82,7 +82,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         return importlib.import_module(f"spmd.cli.{command}").run(words)
     name = _take(words, "--experiment")
     module = f"spmd.cli.{command}"
-    if name is None and command in ASK_THEMSELVES:
+    if name is None and command in OWN_HELP:
         return importlib.import_module(module).run(name, words)
     if name is None and (not argv or {"--help", "-h"} & set(words)):
         print(usage())
@@ -95,30 +95,30 @@ def _dispatch(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (2: the user's mistake, in one message).
+    """Run the command line; returns the exit code (2: the user's mistake, in one message).
+
+    In a run of several processes, an error of this one makes it exit at once: in a normal exit JAX would wait
+    for the others, and they for it.
 
     Args:
         argv: the words after the program's name; None: those of this process.
-
-    In a run of several processes, what the others cannot know of ends this process at once: on the usual way
-    out JAX would wait for them, and they for it.
     """
     outlet.open_standard()
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+    for stream in (sys.stdout, sys.stderr):  # names of files may not be valid text
         if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return _one(sys.argv[1:] if argv is None else argv)
+        return _run(sys.argv[1:] if argv is None else argv)
     except SystemExit:
         raise
     except BaseException as error:
-        if not _several():
+        if not _in_group():
             raise
         traceback.print_exception(error)
         return _leave(EXIT_FAILED)
 
 
-def _one(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str]) -> int:
     try:
         try:
             code = _dispatch(argv)
@@ -143,16 +143,16 @@ def _one(argv: Sequence[str]) -> int:
 
 
 def _in_users_file(error: Exception) -> str:
-    """The message about an error that the code of an experiment file raised, or led to; else ""."""
+    """The message about an error from the code of an experiment file, or below it; else ""."""
     registry = sys.modules.get("spmd.experiment.registry")
     for path in [file for files in registry.LOADED.values() for file in files] if registry else ():
-        if explain.location(error, path):
+        if explain.user_frames(error, path):
             return explain.explain(error, path)
     return ""
 
 
 def _say(text: str) -> None:
-    """Prints to standard error, which may have lost its reader too."""
+    """Print to standard error, whose reader may have closed too."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -160,9 +160,9 @@ def _say(text: str) -> None:
 def _unwritable(error: OSError) -> int:
     """The exit code where standard output cannot be written; 0 where the error has another cause.
 
-    What is still to be said then goes nowhere.
+    Later output is discarded.
     """
-    if isinstance(error, BrokenPipeError) and _unread():  # `| head`
+    if isinstance(error, BrokenPipeError) and _reader_closed():  # `| head`
         return 128 + signal.SIGPIPE
     descriptor = outlet.descriptor(sys.stdout)
     if error.filename is not None or descriptor is None:
@@ -176,27 +176,27 @@ def _unwritable(error: OSError) -> int:
     return 0
 
 
-def _unread() -> bool:
-    """Whether who read the output has left."""
-    asked = select.poll()
+def _reader_closed() -> bool:
+    """Whether the reader of standard output or error has closed."""
+    poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         if (descriptor := outlet.descriptor(stream)) is not None:
-            asked.register(descriptor, 0)
-    left = [descriptor for descriptor, event in asked.poll(0) if event & select.POLLERR]
-    for descriptor in left:
+            poll.register(descriptor, 0)
+    closed = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in closed:
         outlet.silence(descriptor)
-    return bool(left)
+    return bool(closed)
 
 
-def _several() -> bool:
-    """Whether this process has joined others; without importing jax to find out."""
+def _in_group() -> bool:
+    """Whether the run has several processes; does not import jax."""
     agree = sys.modules.get("spmd.runtime.agree")
-    return agree is not None and agree.joined()
+    return agree is not None and agree.has_peers()
 
 
 def _leave(code: int) -> int:
-    """The exit code; in a run of several processes the end, at once."""
-    if _several():
+    """The exit code; in a run of several processes, exits at once."""
+    if _in_group():
         from spmd.runtime import agree
 
         agree.leave(code)

@@ -44,12 +44,12 @@ def _prepare(data: Any) -> None:
 
 
 def _prepare_sets(data: Sequences) -> None:
-    """The TFDS sets that a text needs and that are not there."""
+    """Prepare the missing TFDS sets of a text."""
     from spmd.data import tfds
 
     for text in data.texts():
-        found = tfds.prepared_dir(text.tfds()) if text.name else None
-        if text.name and (found is None or not tfds.is_readable(found)):
+        directory = tfds.prepared_dir(text.tfds()) if text.name else None
+        if text.name and (directory is None or not tfds.is_readable(directory)):
             _prepare_tfds(text.tfds())
 
 
@@ -57,9 +57,9 @@ def _prepare_tfds(data: Any) -> None:
     from spmd.data import tfds
 
     root = data_root(data.dir)
-    found = tfds.prepared_dir(data)
-    if found is not None and found.is_relative_to(root) and tfds.is_readable(found):
-        print(f"{data.name} is prepared already, in {found}")
+    directory = tfds.prepared_dir(data)
+    if directory is not None and directory.is_relative_to(root) and tfds.is_readable(directory):
+        print(f"{data.name} is prepared already, in {directory}")
         return
     tfds.prepare(data, root)
     print(f"{data.name} is prepared in {root}")
@@ -79,15 +79,15 @@ def _show(data: Any) -> None:
             )
         if split == "train" and isinstance(data, Sequences):
             tokenizer = data.open_tokenizer()
-            shown = first["tokens"][0][first["segments"][0] > 0]
+            tokens = first["tokens"][0][first["segments"][0] > 0]
             print(f"vocabulary: {tokenizer.vocab_size}; the first window:")
-            print(textwrap.indent(tokenizer.decode(shown), "    "))
+            print(textwrap.indent(tokenizer.decode(tokens), "    "))
         elif split == "train":
             _draw(first)
 
 
 def _draw(first: dict[str, Any]) -> None:
-    """The first image in characters."""
+    """Print the first image as characters."""
     for value in first.values():
         if value.ndim == 4 and value.shape[-1] == 1:
             for row in value[0, :, :, 0]:

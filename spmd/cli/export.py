@@ -11,7 +11,7 @@ from spmd.experiment import registry
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Which checkpoint, and where to."""
+    """Options of `run.py export`."""
 
     to: str = ""
     """New directory for config.json and *.safetensors."""
@@ -28,7 +28,7 @@ def run(name: str, words: Sequence[str]) -> int:
 
     names.family_of(exp.model)
     snapshot = exp.restore(None if options.step < 0 else options.step, same=())
-    check(not agree.joined(), "run.py export runs in one process")
+    check(not agree.has_peers(), "run.py export runs in one process")
     params, _ = snapshot.program.task.plain(*snapshot.variables)
     files = write.write(options.to, exp.model, params)
     print(f"step {snapshot.step} is in {options.to}: config.json, {', '.join(files)}")

@@ -138,7 +138,7 @@ def _result(exp: Experiment, options: PlanOptions) -> tuple[str, Any, bool]:
     views = {"memory": report.memory_view, "comms": report.comms_view, "summary": report.summary}
     text, plain, fits = views[options.show](plan), plan.json(), plan.fits
     if options.check and plan.compiled is not None:
-        lines = budget.violations(exp.budget, plan.compiled.program)
+        lines = budget.find_violations(exp.budget, plan.compiled.program)
         verdict = ["the budget is exceeded:", *lines] if lines else ["the budget holds"]
         text = "\n".join([text, "", *verdict])
         plain, fits = plain | {"violations": lines}, fits and not lines

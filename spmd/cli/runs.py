@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from spmd.core.fields import check, closest
-from spmd.core.storage import children, is_remote, json_text, stamp
+from spmd.core.storage import is_remote, json_text, list_directory, size_and_time
 from spmd.runtime import EXIT_FAILED
 from spmd.train import rundir
 from spmd.train.checkpoint import steps
@@ -56,7 +56,7 @@ def _runs(directory: epath.Path) -> list[epath.Path]:
         f"there is no directory {directory}; give that of a run, or of several runs",
     )
     try:
-        entries = children(directory)
+        entries = list_directory(directory)
         if _is_run(directory):
             return [directory]
     except OSError as error:
@@ -128,11 +128,11 @@ def _facts(path: epath.Path) -> dict[str, Any]:
     config, summary = _json(path / "config.json"), _json(path / "summary.json")
     files = (("config", config), ("summary", summary))
     damaged = [f"{name}.json is corrupt" for name, value in files if value == {}]
-    place, metrics = path / "checkpoints", path / "metrics.jsonl"
-    saved = _read(lambda: steps.listed(place), [], "checkpoints", damaged)
-    aside = _read(lambda: steps.quarantined(place), {}, "quarantine", damaged)
+    checkpoints, metrics = path / "checkpoints", path / "metrics.jsonl"
+    saved = _read(lambda: steps.list_steps(checkpoints), [], "checkpoints", damaged)
+    quarantined = _read(lambda: steps.list_quarantine(checkpoints), {}, "quarantine", damaged)
     logged: dict[str, Any] = {}
-    for line in _read(lambda: rundir.lines(metrics), [], "metrics.jsonl", damaged):
+    for line in _read(lambda: rundir.read_lines(metrics), [], "metrics.jsonl", damaged):
         logged |= line
     done = [_numbers(summary).get("steps", 0), _numbers(logged).get("step", 0), *saved[-1:]]
     step = int(max(n for n in done if math.isfinite(n)))
@@ -151,7 +151,7 @@ def _facts(path: epath.Path) -> dict[str, Any]:
         "metrics": {k: v for k, v in _measured(logged).items() if k.startswith("eval/")},
         "seconds": _numbers((summary or {}).get("seconds")),
         "saved": saved,
-        "aside": aside,
+        "aside": quarantined,
         "age": time.time() - max(times, default=time.time()),
     }
 
@@ -159,7 +159,7 @@ def _facts(path: epath.Path) -> dict[str, Any]:
 def _changed(path: epath.Path) -> float:
     """Time of the last change of a file; 0 if unknown, for example for a broken link."""
     try:
-        return stamp(path)[1]
+        return size_and_time(path)[1]
     except OSError:
         return 0.0
 
@@ -214,9 +214,9 @@ def _status(path: epath.Path) -> None:
         print("  seconds: " + "  ".join(f"{k} {v:.1f}" for k, v in facts["seconds"].items()))
     for step in facts["saved"]:
         place = directory / str(step)
-        metrics = _measured(steps.about(place).get("metrics"))
+        metrics = _measured(steps.read_metadata(place).get("metrics"))
         damaged: list[str] = []
-        size = _read(lambda at=place: f"{steps.size(at) / 2**20:.1f} MiB", "", "it", damaged)
+        size = _read(lambda at=place: f"{steps.num_bytes(at) / 2**20:.1f} MiB", "", "it", damaged)
         print(
             f"  checkpoint {step}: {size or damaged[0]}"
             + (f", {_metrics(metrics)}" if metrics else "")
@@ -234,14 +234,14 @@ def _check(path: epath.Path) -> int:
 
     directory, bad = path / "checkpoints", 0
     damaged: list[str] = []
-    saved = _read(lambda: steps.listed(directory), [], "checkpoints", damaged)
+    saved = _read(lambda: steps.list_steps(directory), [], "checkpoints", damaged)
     if damaged:
         print(f"{path}: BAD: {damaged[0]}")
         return 1
     if not saved:
         print(f"{path}: no checkpoint")
     for step in saved:
-        fault, verdict = reading.examined(directory / str(step))
+        fault, verdict = reading.verify(directory / str(step))
         bad += bool(fault)
         print(f"{path} step {step}: {f'BAD: {fault}' if fault else verdict}", flush=True)
     if bad:

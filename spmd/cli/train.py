@@ -1,4 +1,4 @@
-"""run.py [train]: trains or resumes."""
+"""run.py [train]: train or resume a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from spmd.experiment import registry
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Exit code 0 when finished, 128 + signal when stopped, 1 when the loss diverged or the disk is full; see
-    also spmd.runtime for what a launcher starts again.
+    """Exit code 0 when finished, 128 + signal when stopped, 1 when the loss diverged or the disk is full;
+    spmd.runtime has the codes after which a launcher restarts.
     """
     exp, _ = registry.load(name, words)
     from spmd.runtime import EXIT_AGAIN, EXIT_FAILED, EXIT_MISTAKE, agree
@@ -29,12 +29,12 @@ def run(name: str, words: Sequence[str]) -> int:
         return EXIT_FAILED
     except SaveFailed as error:
         text = f"error: {error}"
-        agree.from_first(lambda: agree.say(text, sys.stderr), "the end")  # before anybody leaves
-        # at once: savers may still wait for other processes, and log writers would fail again on the way out
+        agree.from_first(lambda: agree.say(text, sys.stderr), "the end")  # before any process exits
+        # At once: savers may still wait for other processes, and closing log writers would fail again.
         agree.leave(EXIT_FAILED, agreed=True)
-    except agree.SaidByFirst:
+    except agree.FirstProcessMistake:
         return EXIT_MISTAKE
-    except (Absent, agree.Lost) as error:
+    except (Absent, agree.PeerLost) as error:
         print(f"error: {error}", file=sys.stderr)
         agree.leave(EXIT_AGAIN)
     return 0

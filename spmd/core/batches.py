@@ -43,18 +43,18 @@ def feature(batch: Mapping[str, Any], name: str) -> Any:
     return batch[name]
 
 
-def shown(x: Any) -> str:
-    """`int32[16, 8, 8]`."""
+def describe_array(x: Any) -> str:
+    """dtype and shape as `int32[16, 8, 8]`."""
     return f"{x.dtype}{list(x.shape)}"
 
 
-def check_indices(batch: Mapping[str, Any], name: str, dims: str, what: str) -> None:
+def check_indices(batch: Mapping[str, Any], name: str, dims: str, meaning: str) -> None:
     """ValueError unless a feature holds integers of these dims.
 
     Args:
       batch: arrays, or their shapes; `weight` [B], where there is one, gives the number of rows.
       dims: the dims that the task takes, a letter each: "B" or "BT".
-      what: the meaning of one index.
+      meaning: of an index, for the message.
     """
     x = feature(batch, name)
     if "weight" in batch:  # a prediction needs none
@@ -64,7 +64,7 @@ def check_indices(batch: Mapping[str, Any], name: str, dims: str, what: str) -> 
         return
     takes = f"int[{', '.join(dims)}]"
     raise ValueError(
-        f"feature {name!r} is {shown(x)} and the task takes {takes}, {what}"
+        f"feature {name!r} is {describe_array(x)} and the task takes {takes}, {meaning}"
         + (f" (B = {rows} rows, as the weights have)" if "weight" in batch else "")
     )
 
@@ -74,7 +74,7 @@ def check_weight(batch: Mapping[str, Any]) -> None:
     weight = feature(batch, "weight")
     check(
         len(weight.shape) == 1 and jnp.issubdtype(weight.dtype, jnp.floating),
-        f"the weights are {shown(weight)} and the task takes float[B], one for each example",
+        f"the weights are {describe_array(weight)} and the task takes float[B], one for each example",
     )
 
 
@@ -87,20 +87,20 @@ def check_logits(logits: Any, target: Any, name: str, last: str) -> None:
       last: the name of the last dim.
     """
     ok = tuple(logits.shape[:-1]) == tuple(target.shape) and len(logits.shape) > 0
-    wanted = ", ".join(map(str, (*target.shape, last)))
+    shape = ", ".join(map(str, (*target.shape, last)))
     check(
         ok and jnp.issubdtype(logits.dtype, jnp.floating),
-        f"the model's output is {shown(logits)}, and feature {name!r} is {shown(target)}: the task takes"
-        f" logits float[{wanted}]",
+        f"the model's output is {describe_array(logits)}, and feature {name!r} is"
+        f" {describe_array(target)}: the task takes logits float[{shape}]",
     )
 
 
 def wide_indices(x: Any) -> Any:
-    """Indices in a type that can number all logits: those of 8 or 16 bits as int32."""
+    """Indices in a type wide enough for any number of logits: 8 and 16 bits become int32."""
     return x.astype(np.int32) if x.dtype.itemsize < 4 else x
 
 
-def ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]) -> Ranges:
+def index_ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]) -> Ranges:
     """The ranges of a task's index features; traces a prediction, compiles nothing.
 
     Args:
@@ -116,9 +116,11 @@ def ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]) -> R
     except (TypeError, ValueError) as error:
         if explain.from_package(error):
             raise
-        features = ", ".join(f"{k} {shown(x)}" for k, x in batch.items() if k not in _LOADERS)
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"the model does not take the batch ({features}): {said}") from error
+        features = ", ".join(
+            f"{k} {describe_array(x)}" for k, x in batch.items() if k not in _LOADERS
+        )
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the model does not take the batch ({features}): {reason}") from error
     return task.ranges(batch, logits)
 
 
@@ -136,7 +138,7 @@ class Expected(NamedTuple):
     ranges: Ranges = MappingProxyType({})
 
     def read(self, batch: dict[str, Any], example_N: np.ndarray) -> dict[str, Any]:
-        """The declared features of what a source gave for the examples `example_N`.
+        """The declared features of a source's batch of the examples `example_N`.
 
         Raises:
           ValueError: a feature is missing, or of another shape or type than declared.
@@ -157,10 +159,14 @@ class Expected(NamedTuple):
             f" {', '.join(batch)}",
         )
         x, (shape, dtype) = np.asarray(batch[name]), self.features[name]
-        whole = x.shape[:1] != (num,)
-        each = f"{shown(x)} for {num} examples" if whole else f"{x.dtype}{list(x.shape[1:])}"
+        wrong_count = x.shape[:1] != (num,)
+        actual = (
+            f"{describe_array(x)} for {num} examples"
+            if wrong_count
+            else f"{x.dtype}{list(x.shape[1:])}"
+        )
         raise ValueError(
-            f"feature {name!r} of the {self.split} data is {each}, the experiment declares"
+            f"feature {name!r} of the {self.split} data is {actual}, the experiment declares"
             f" {dtype}{list(shape)}"
         )
 
@@ -178,9 +184,9 @@ class Expected(NamedTuple):
 
     def _refuse(self, name: str, ids: Ids, x: np.ndarray, example_N: np.ndarray) -> None:
         outside = ((x < ids.low) | (x >= ids.high)).reshape(len(x), -1)
-        row, at = (int(i) for i in np.argwhere(outside)[0])
-        value = int(x.reshape(len(x), -1)[row, at])
-        place = f", element {at}" if math.prod(x.shape[1:]) > 1 else ""
+        row, column = (int(i) for i in np.argwhere(outside)[0])
+        value = int(x.reshape(len(x), -1)[row, column])
+        place = f", element {column}" if math.prod(x.shape[1:]) > 1 else ""
         minus = ", or -1 for none" if ids.low < 0 else ""
         advice = ""
         if value < 0 and ids.low == 0:

@@ -17,68 +17,70 @@ from jax.sharding import PartitionSpec as P
 _LANES = ((0x9E3779B9, 0x85EBCA6B), (0x27D4EB2F, 0x165667B1))
 
 
-def of(leaves: Mapping[str, jax.Array]) -> jax.Array:
-    """uint32 [leaves, 2], in the order of the sorted names; computed where the arrays lie, not waited for.
+def compute(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """Digests uint32 [leaves, 2] in the order of the sorted names; computed asynchronously, on the devices.
 
     Each 32-bit word is mixed with its position by a bijection, and the results are summed modulo 2^32.
     Integer sums are exact in any order, so the sharding does not matter; one changed word always changes
     both sums.
     """
     arrays = [leaves[name] for name in sorted(leaves)]
-    placed = arrays[0].sharding
-    # every process must be able to read all of it, and to save it
-    whole = NamedSharding(placed.mesh, P()) if isinstance(placed, NamedSharding) else placed
-    return _total(whole)([_parts(x.sharding)(x) for x in arrays])
+    layout = arrays[0].sharding
+    # Every process reads and saves all digests.
+    replicated = NamedSharding(layout.mesh, P()) if isinstance(layout, NamedSharding) else layout
+    return _sum(replicated)([_device_digests(x.sharding)(x) for x in arrays])
 
 
-def differing(leaves: Mapping[str, jax.Array], stored: np.ndarray) -> list[str]:
+def find_differences(leaves: Mapping[str, jax.Array], stored: np.ndarray) -> list[str]:
     """Names of the leaves whose digest is not the stored one."""
-    bad = (np.asarray(of(leaves)) != stored).any(axis=1)
-    return [name for name, differs in zip(sorted(leaves), bad, strict=True) if differs]
+    differs_L = (np.asarray(compute(leaves)) != stored).any(axis=1)
+    return [
+        name for name, is_different in zip(sorted(leaves), differs_L, strict=True) if is_different
+    ]
 
 
 @functools.cache
-def _parts(placed: Any) -> Any:
-    """uint32 [devices, 2] of an array: what each device's block adds to the digest.
+def _device_digests(layout: Any) -> Any:
+    """Digests uint32 [devices, 2] of an array: the summand of each device's block.
 
     A program for each shape, not one for all: that compiles ten times as fast. Without a collective in it:
     hundreds of those in flight can deadlock simulated devices.
     """
-    if not isinstance(placed, NamedSharding):
-        return jax.jit(lambda x: one(x)[None])
-    mesh, spec = placed.mesh, placed.spec
+    if not isinstance(layout, NamedSharding):
+        return jax.jit(lambda x: digest_block(x)[None])
+    mesh, spec = layout.mesh, layout.spec
 
-    def parts(x: jax.Array) -> jax.Array:
-        cuts = [(a,) if isinstance(a, str) else a or () for a in (*spec, *(None,) * x.ndim)]
-        copies = tuple(a for a in mesh.axis_names if not any(a in axes for axes in cuts))
+    def digests(x: jax.Array) -> jax.Array:
+        dim_axes = [(a,) if isinstance(a, str) else a or () for a in (*spec, *(None,) * x.ndim)]
+        copies = tuple(a for a in mesh.axis_names if not any(a in axes for axes in dim_axes))
 
-        def block(own: jax.Array) -> jax.Array:
+        def block(shard: jax.Array) -> jax.Array:
             start = [
                 lax.axis_index(axes).astype(jnp.uint32) * jnp.uint32(size) if axes else None
-                for axes, size in zip(cuts, own.shape, strict=False)
+                for axes, size in zip(dim_axes, shard.shape, strict=False)
             ]
-            sums = one(own, x.shape, start)
+            sums = digest_block(shard, x.shape, start)
             first = lax.axis_index(copies) == 0 if copies else True
             return jnp.where(first, sums, jnp.zeros_like(sums))[None]
 
-        cut = jax.shard_map(block, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names))
-        return cut(x)
+        sharded = jax.shard_map(block, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names))
+        return sharded(x)
 
-    return jax.jit(parts)
+    return jax.jit(digests)
 
 
 @functools.cache
-def _total(whole: Any) -> Any:
+def _sum(sharding: Any) -> Any:
     add = lambda parts: jnp.stack(parts).sum(axis=1, dtype=jnp.uint32)
-    return jax.jit(add, out_shardings=whole)
+    return jax.jit(add, out_shardings=sharding)
 
 
-def one(
+def digest_block(
     x: jax.Array, shape: Sequence[int] = (), start: Sequence[jax.Array | None] = ()
 ) -> jax.Array:
-    """uint32 [2]: the digest of an array, or the part of a block of it.
+    """Digest uint32 [2] of an array, or the summand of a block of it.
 
-    shape: of the whole array. start: position of the block's first element by dim, None for 0.
+    shape: of the unsharded array. start: position of the block's first element by dim, None for 0.
     """
     words = _words(x)
     shape, start = shape or x.shape, start or (None,) * x.ndim
@@ -92,8 +94,8 @@ def one(
         stride *= shape[dim]
     sums = jnp.zeros(2, jnp.uint32)
     for i, word in enumerate(words):
-        at = index + jnp.uint32(i)
-        lanes = tuple(_mix(word ^ (at * jnp.uint32(m) + jnp.uint32(a))) for m, a in _LANES)
+        offset = index + jnp.uint32(i)
+        lanes = tuple(_mix(word ^ (offset * jnp.uint32(m) + jnp.uint32(a))) for m, a in _LANES)
         zero = jnp.uint32(0)
         # Both lanes in one reduction: XLA fuses it with the above into one vectorised loop. Two
         # separate sums would write both mixed arrays to memory first, at a twentieth of the speed.

@@ -14,28 +14,28 @@ def free(default: Any) -> Any:
 
 
 def located(default: Any) -> Any:
-    """An identity field that only says where content lies, and may differ where the content is known."""
+    """An identity field that names the location of content: it may differ while the content is the same."""
     return dataclasses.field(default=default, metadata={"located": True})
 
 
-def multiples(number: int, of: int) -> str:
-    """`64 or 128`: the positive multiples of `of` next to a number that is none."""
-    below = number // of * of
-    return f"{below} or {below + of}" if below else str(of)
+def multiples(number: int, divisor: int) -> str:
+    """`64 or 128`: the positive multiples of `divisor` next to a number that is none."""
+    lower = number // divisor * divisor
+    return f"{lower} or {lower + divisor}" if lower else str(divisor)
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` when a known name is near, else the empty string."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def closest(name: str, names: Iterable[str]) -> str:
+    """` Did you mean 'x'?` when one of `names` is similar, else the empty string."""
+    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def plain(value: Any) -> Any:
     """A configuration value as JSON types; dataclasses carry their class under `class`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        shown = [f for f in dataclasses.fields(value) if f.repr]
+        visible = [f for f in dataclasses.fields(value) if f.repr]
         return {"class": type(value).__name__} | {
-            _shown(f): plain(getattr(value, f.name)) for f in shown
+            _typed_name(f): plain(getattr(value, f.name)) for f in visible
         }
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -48,38 +48,38 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def restored(base: Any, given: Any, classes: Mapping[str, type] | None = None) -> Any:
-    """The value of which `plain` made `given`, from another (`base`) of the same experiment file.
+def restore(base: Any, recorded: Any, classes: Mapping[str, type] | None = None) -> Any:
+    """The value that `plain` wrote as `recorded`, from another (`base`) of the same experiment file.
 
-    classes: by name, those that may stand in the place of another. ValueError for any other change of class.
+    classes: name -> class that may replace another one. ValueError for any other change of class.
     """
-    if plain(base) == given:
+    if plain(base) == recorded:
         return base  # modules and functions too, which have no other way back
     if dataclasses.is_dataclass(base) and not isinstance(base, type):
         cls: Any = type(base)
-        if given["class"] != cls.__name__:
+        if recorded["class"] != cls.__name__:
             check(
-                given["class"] in (classes or {}),
-                f"{cls.__name__} is {given['class']} here; the experiment's file must say so",
+                recorded["class"] in (classes or {}),
+                f"{cls.__name__} is {recorded['class']} here; the experiment's file must say so",
             )
-            base = (classes or {})[given["class"]]()
+            base = (classes or {})[recorded["class"]]()
         changed = {
-            f.name: restored(getattr(base, f.name), given[_shown(f)], classes)
+            f.name: restore(getattr(base, f.name), recorded[_typed_name(f)], classes)
             for f in dataclasses.fields(base)
             if f.repr and f.init
         }
         return dataclasses.replace(base, **changed)
-    if isinstance(base, list | tuple) and len(base) == len(given):
-        return type(base)(restored(b, g, classes) for b, g in zip(base, given, strict=True))
+    if isinstance(base, list | tuple) and len(base) == len(recorded):
+        return type(base)(restore(b, g, classes) for b, g in zip(base, recorded, strict=True))
     check(
         not callable(base),
-        f"{plain(base)} is {given} here; the experiment's file must say so",
+        f"{plain(base)} is {recorded} here; the experiment's file must say so",
     )
-    return tuple(given) if isinstance(given, list) else given
+    return tuple(recorded) if isinstance(recorded, list) else recorded
 
 
-def _shown(field: dataclasses.Field[Any]) -> str:
-    """The name of a field as it is typed: `from`, which Python has for itself, is `from_` in a class."""
+def _typed_name(field: dataclasses.Field[Any]) -> str:
+    """The name of a field as users type it: `from`, a keyword of Python, is `from_` in a class."""
     return field.name.rstrip("_")
 
 
@@ -88,16 +88,18 @@ def identity(config: Any) -> dict[str, Any]:
     return flatten(config, lambda f: not f.metadata.get("free"))
 
 
-def located_in(config: Any) -> set[str]:
-    """The names, flat as in `identity`, of the fields that only say where content lies."""
-    kept = flatten(config, lambda f: not f.metadata.get("free") and not f.metadata.get("located"))
-    return identity(config).keys() - kept.keys()
+def located_names(config: Any) -> set[str]:
+    """Flat names, as in `identity`, of the fields that name the location of content."""
+    unlocated = flatten(
+        config, lambda f: not f.metadata.get("free") and not f.metadata.get("located")
+    )
+    return identity(config).keys() - unlocated.keys()
 
 
 def flatten(
     config: Any, keep: Callable[[dataclasses.Field[Any]], bool] = lambda f: True
 ) -> dict[str, Any]:
-    """The fields of a (nested) dataclass as a flat dict of JSON types; `keep` says which."""
+    """The fields of a (nested) dataclass that `keep` accepts, as a flat dict of JSON types."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -105,7 +107,7 @@ def flatten(
             flat[f"{prefix}class" if prefix else "class"] = type(value).__name__
             for f in dataclasses.fields(value):
                 if f.repr and keep(f):
-                    walk(f"{prefix}{_shown(f)}.", getattr(value, f.name))
+                    walk(f"{prefix}{_typed_name(f)}.", getattr(value, f.name))
         elif isinstance(value, list | tuple) and any(map(dataclasses.is_dataclass, value)):
             for i, item in enumerate(value):
                 walk(f"{prefix}{i}.", item)
@@ -126,7 +128,7 @@ def defaults(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if not f.repr or f.metadata.get("free"):
             continue
-        name = _shown(f)
+        name = _typed_name(f)
         if dataclasses.is_dataclass(value):
             flat |= {f"{name}.{k}": v for k, v in defaults(value).items()}
         default = f.default

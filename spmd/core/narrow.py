@@ -62,8 +62,8 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     Args:
         x: float32 [...]. Values that `dtype` has, infinities and NaN are kept.
         dtype: bfloat16.
-        key: the random bits are a function of the key and of an element's index in the whole array, so that
-            they are the same on every mesh.
+        key: the random bits are a function of the key and of an element's index in the unsharded array, so
+            that they are the same on every mesh.
 
     Raises:
         ValueError: for another type than bfloat16, whose values are not the upper halves of float32's.
@@ -76,8 +76,8 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     draw = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     # A carry out of the low bits is one step away from zero, whatever the sign.
-    kept = ((bits + draw) >> _LOW_BITS).astype(jnp.uint16)
-    rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
+    high = ((bits + draw) >> _LOW_BITS).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(high, jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
@@ -86,7 +86,7 @@ def rounded_like(new: PyTree, params: PyTree, step_key: jax.Array, part: Any = N
 
     Args:
         step_key: fold_in(seed, step); each leaf draws by its path name.
-        part: number of the one of a step's several updates that this is (a replica's).
+        part: index of this update where a step makes several (one per replica).
     """
     key = jax.random.fold_in(step_key, jnp.int32(ROUNDING))
     key = key if part is None else jax.random.fold_in(key, part)
@@ -94,15 +94,15 @@ def rounded_like(new: PyTree, params: PyTree, step_key: jax.Array, part: Any = N
     def round_leaf(name: str, x: jax.Array, like: jax.Array) -> jax.Array:
         if not is_narrow(like.dtype):
             return x
-        of_leaf = jax.random.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))
-        return stochastic_round(x, like.dtype, of_leaf)
+        leaf_key = jax.random.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))
+        return stochastic_round(x, like.dtype, leaf_key)
 
     return tree.map_named(round_leaf, new, params)
 
 
 def wide_gradients(grads_of: Callable[..., Any]) -> Callable[..., Any]:
     """A grad.GradsOf whose gradients are float32 at least: it differentiates at a widened copy of the
-    parameters. What computes in the parameters' own type is told so beforehand (`with_compute_type`).
+    parameters. A model that computes in the parameters' type needs it set explicitly (`with_compute_type`).
     """
 
     def widened(params: PyTree, *rest: Any) -> Any:
@@ -112,8 +112,8 @@ def wide_gradients(grads_of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_compute_type(model: Any, param_dtype: str) -> Any:
-    """A model config whose empty `dtype`, "the parameters' own", says a narrow type outright, since training
-    shows the model a float32 copy of its parameters.
+    """A model config whose empty `dtype` ("that of the parameters") is set to a narrow `param_dtype`, since
+    the model receives a float32 copy of its parameters while it trains.
     """
     if is_narrow(param_dtype) and getattr(model, "dtype", None) == "":
         return dataclasses.replace(model, dtype=param_dtype)

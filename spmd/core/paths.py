@@ -1,4 +1,4 @@
-"""Local paths as names only: no library reads a pattern or an address into them. Standard library only."""
+"""Local paths that no library takes for a pattern or an address. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from collections.abc import Iterator
 _PLAIN = re.compile(r"[A-Za-z0-9_./ =+,\-]*")
 _DESCRIPTORS = "/proc/self/fd"
 _SHARED = 900  # below the usual limit of 1024, and above what a process has open
-# The kernel's limit is 4096 bytes; below a run directory lie names of up to about 200.
+# The kernel's limit is 4096 bytes; names inside a run directory have up to about 200.
 _LONGEST = 3800
 # `[*?]` are wildcards, `#` a generation of an object, `\` and `%` what clients escape with.
 _NOT_IN_OBJECTS = re.compile(r"[\[\]*?#\\%\x00-\x1f\x7f]")
 
 
 @contextlib.contextmanager
-def plain(path: str | os.PathLike[str], *, same: bool = False) -> Iterator[str]:
+def plain_path(path: str | os.PathLike[str], *, same: bool = False) -> Iterator[str]:
     r"""Another path to the same place, of letters, digits and `_./ =+,-` only.
 
     Orbax globs the path that it merges a step in, and TensorStore takes `\` for a separator: of a directory
-    `pr[1]` no array would be found again. A path that is plain comes back as it is. Any other one leads
-    through a file descriptor, which nothing is left of when the process is killed, or through a symbolic link
-    where there is no /proc.
+    `pr[1]` no array would be found again. A plain path is returned unchanged. Any other one leads through a
+    file descriptor, which leaves nothing behind when the process is killed, or through a symbolic link where
+    there is no /proc.
 
     Args:
       path: a local path whose parent exists; an object store's (gs://) comes back as it is.
@@ -46,14 +46,17 @@ def plain(path: str | os.PathLike[str], *, same: bool = False) -> Iterator[str]:
         parent, name = os.path.join(parent, name), ""
     with contextlib.ExitStack() as stack:
         if os.path.isdir(_DESCRIPTORS):
-            opened = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
             if same:
                 import fcntl  # absent on Windows
 
-                unsorted, opened = opened, fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, _SHARED)
+                unsorted, descriptor = (
+                    descriptor,
+                    fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _SHARED),
+                )
                 os.close(unsorted)
-            stack.callback(os.close, opened)
-            link = f"{_DESCRIPTORS}/{opened}"
+            stack.callback(os.close, descriptor)
+            link = f"{_DESCRIPTORS}/{descriptor}"
         else:
             folder = tempfile.mkdtemp(prefix="spmd-path-")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -62,8 +65,8 @@ def plain(path: str | os.PathLike[str], *, same: bool = False) -> Iterator[str]:
         yield os.path.join(link, name) if name else link
 
 
-def refused(path: str | os.PathLike[str]) -> str:
-    """Why nothing can be stored at a path, whatever is there: a clause to follow it; "" if it can be."""
+def why_unusable(path: str | os.PathLike[str]) -> str:
+    """Why nothing can be stored at a path, as a clause that follows its name; "" if something can be."""
     text = os.fspath(path)
     if "://" in text:
         odd = _NOT_IN_OBJECTS.search(text)

@@ -1,4 +1,4 @@
-"""Where things lie: caches, data sets, private directories, object stores. Standard library only."""
+"""Locations and files: caches, data sets, private directories, object stores. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from pathlib import Path
 from typing import Any
 
 
-def cache_root(given: str = "") -> str:
-    """The cache directory: given, $SPMD_CACHE_DIR, $XDG_CACHE_HOME/spmd or ~/.cache/spmd."""
+def cache_root(directory: str = "") -> str:
+    """The cache directory: `directory`, $SPMD_CACHE_DIR, $XDG_CACHE_HOME/spmd or ~/.cache/spmd."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return os.path.expanduser(
-        given or os.environ.get("SPMD_CACHE_DIR") or os.path.join(base, "spmd")
+        directory or os.environ.get("SPMD_CACHE_DIR") or os.path.join(base, "spmd")
     )
 
 
-def data_root(given: str = "") -> str:
-    """The TFDS data directory: given, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+def data_root(directory: str = "") -> str:
+    """The TFDS data directory: `directory`, $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     return os.path.expanduser(
-        given or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+        directory or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
     )
 
 
-def private(path: Path) -> str:
-    """Creates a directory (mode 0700) for what will be run; says why it must not be trusted, or "".
+def make_private(path: Path) -> str:
+    """Create a directory (mode 0700) for programs that will be executed.
 
-    It must be this user's and writable by nobody else, or what lies in it may be another's code.
+    Returns why it must not be trusted, or "": it must belong to this user and be writable by nobody else,
+    since its contents could be another user's code.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.stat()
+        status = path.stat()
         folders = [folder.stat() for folder in path.resolve().parents]
     except OSError as error:
         return f"cannot be used ({error.strerror or error})"
     if not hasattr(os, "geteuid"):
         return ""  # Windows: the profile directory has its own rules
-    if found.st_uid != os.geteuid():
-        return f"belongs to another user (uid {found.st_uid})"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"is writable by others (mode {stat.S_IMODE(found.st_mode):04o}; chmod 700 it)"
+    if status.st_uid != os.geteuid():
+        return f"belongs to another user (uid {status.st_uid})"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o}; chmod 700 it)"
     if any(f.st_mode & stat.S_IWOTH and not f.st_mode & stat.S_ISVTX for f in folders):
         return "lies in a directory in which anyone may replace it"
     return ""
@@ -54,16 +55,16 @@ def is_remote(path: Any) -> bool:
     return "://" in str(path)
 
 
-def stamp(path: Any) -> tuple[int, float]:
+def size_and_time(path: Any) -> tuple[int, float]:
     """(bytes, seconds since 1970 of the last change) of a file.
 
     epath's stat also looks up the owner's name, and raises where the user has none, as in many containers.
     """
     if is_remote(path):
-        found = path.stat()
-        return found.length, found.mtime
-    found = os.stat(path)
-    return found.st_size, found.st_mtime
+        status = path.stat()
+        return status.length, status.mtime
+    status = os.stat(path)
+    return status.st_size, status.st_mtime
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -86,17 +87,17 @@ def without_nonfinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def children(path: Any) -> list[Any]:
-    """Entries of a directory, sorted by name; etils alone leaves out names that end in `~`."""
+def list_directory(path: Any) -> list[Any]:
+    """Entries of a directory, sorted by name, those that end in `~` included (etils leaves them out)."""
     if is_remote(path):
         return sorted(path.iterdir())
     return [path / name for name in sorted(os.listdir(path))]
 
 
-def write_whole(path: Any, text: str) -> None:
-    """Written beside and renamed, so that a killed process leaves the old file or the new one.
+def write_atomically(path: Any, text: str) -> None:
+    """Write a file under another name and rename it: a killed process leaves the old or the new one.
 
-    An object is written whole or not at all.
+    Writes to an object store are atomic by themselves.
     """
     if is_remote(path):
         path.write_text(text)
@@ -106,8 +107,8 @@ def write_whole(path: Any, text: str) -> None:
     part.replace(path)
 
 
-def ready(path: Any, field: str) -> None:
-    """ValueError when `path` is in an object store that cannot be used here; field: who asks."""
+def check_usable(path: Any, field: str) -> None:
+    """ValueError when `path` is in an object store that cannot be used; field: its name in the message."""
     if not is_remote(path):
         return
     if not str(path).startswith("gs://"):

@@ -48,7 +48,7 @@ def num_elements(tree: PyTree) -> int:
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Bytes over all leaves, whole arrays."""
+    """Bytes over all leaves, unsharded."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

@@ -1,6 +1,6 @@
 """Check every value of a configuration: of its declared type, finite, no wider than 32 bits.
 
-Standard library only. Bounds that only one field has stand in its class; these hold for all.
+Standard library only. Bounds of a single field are checked by its class; these hold for all fields.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ def problems(config: Any, prefix: str = "") -> Iterator[str]:
         value, name = getattr(config, field.name), f"{prefix}{field.name.rstrip('_')}"
         hint = hints.get(field.name, Any)
         if not fits(value, hint):
-            yield f"{name}={shown(value)} must be {described(hint)}, not {_kind(value)}"
+            yield f"{name}={shorten(value)} must be {describe_type(hint)}, not {_kind(value)}"
         else:
-            yield from _inside(value, name, field.metadata, of_floats=_mentions(hint, float))
+            yield from _problems_of_value(
+                value, name, field.metadata, of_floats=_mentions(hint, float)
+            )
 
 
 def check(config: Any, prefix: str = "") -> None:
@@ -40,19 +42,19 @@ def check(config: Any, prefix: str = "") -> None:
         raise ValueError(message)
 
 
-def _inside(
+def _problems_of_value(
     value: Any, name: str, metadata: typing.Mapping[str, Any], *, of_floats: bool
 ) -> Iterator[str]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from problems(value, f"{name}.")
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from _inside(item, f"{name}[{i}]", metadata, of_floats=of_floats)
+            yield from _problems_of_value(item, f"{name}[{i}]", metadata, of_floats=of_floats)
     elif isinstance(value, numbers.Integral) and not of_floats:
-        if abs(int(value)) > (most := metadata.get("most", MOST)):
-            yield f"{name}={shown(value)} is too large: its magnitude is at most {most}"
+        if abs(int(value)) > (limit := metadata.get("most", MOST)):
+            yield f"{name}={shorten(value)} is too large: its magnitude is at most {limit}"
     elif isinstance(value, numbers.Real) and not _in_range(value) and not metadata.get("infinite"):
-        yield f"{name}={shown(value)} must be a finite number of float32"
+        yield f"{name}={shorten(value)} must be a finite number of float32"
 
 
 def _in_range(value: Any) -> bool:
@@ -70,7 +72,7 @@ def number(text: str) -> float:
     return value
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """`repr`, shortened; the name of a class; also an integer that is too long for `repr`."""
     if isinstance(value, type):
         return value.__qualname__
@@ -94,7 +96,7 @@ def _mentions(hint: Any, kind: type) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the annotated type; True where that cannot be told."""
+    """Whether a value is of the annotated type; True where that cannot be decided."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -128,13 +130,13 @@ def _items_fit(value: Any, args: tuple[Any, ...], *, fixed: bool) -> bool:
     return all(fits(item, args[0]) for item in value)
 
 
-def described(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """An annotation in words: `a whole number`, `one of 'rms', 'layer'`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return described(args[0])
+        return describe_type(args[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(described(arg) for arg in args)
+        return " or ".join(describe_type(arg) for arg in args)
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, args))}"
     words = {
@@ -146,8 +148,8 @@ def described(hint: Any) -> str:
     }
     if origin in (tuple, list) and args:
         inner = [arg for arg in args if arg is not Ellipsis]
-        each = ", each " if args[-1] is Ellipsis or origin is list else " of "
-        return f"a {origin.__name__}{each}{', '.join(map(described, inner))}"
+        separator = ", each " if args[-1] is Ellipsis or origin is list else " of "
+        return f"a {origin.__name__}{separator}{', '.join(map(describe_type, inner))}"
     return words.get(hint, f"of type {getattr(hint, '__name__', str(hint))}")
 
 

@@ -1,4 +1,4 @@
-"""Input data: configs here; sources read whole batches, because Python per example is the bottleneck."""
+"""Input data: configs. Sources read batches, because Python code per example is the bottleneck."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Source(Protocol):
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Examples at `indices` int64 [N] -> {feature: [N, ...]}.
 
-        Any error is taken for that of a bad record, which data.skip_bad lets pass.
+        Any error counts as that of a bad record, which data.skip_bad lets pass.
         """
         ...
 
@@ -137,25 +137,25 @@ class DataConfig:
     def content(self, split: Split, source: Callable[[], Source]) -> Content:
         """Fingerprint of a split's content, independent of where it is stored: see spmd.data.content.
 
-        A config with an `open` of its own may say it here; else its length, its features and a sample of its
-        examples count. source: gives the opened split.
+        A config that overrides `open` may override it; else the length, the features and a sample of the
+        examples are hashed. source: returns the opened split.
         """
         from spmd.data import content
 
-        return content.of_source(source())
+        return content.describe_source(source())
 
     def tokenizer_content(self) -> Content:
         """Fingerprint of the tokenizer; empty where the data has none."""
         return []
 
     def skips(self, split: str) -> Skips:
-        """Which records of a split are bad, and how many may be."""
+        """The bad records of a split, and how many may pass."""
         from spmd.data.skips import Skips
 
         return Skips(split, self.skip_bad, self.features)
 
     def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer of a text; ValueError where the data is none."""
+        """The tokenizer of a text; ValueError for other data."""
         raise ValueError(f"{type(self).__name__} data is no text: it has no tokenizer")
 
     def check_model(self, model: Any) -> None:
@@ -204,7 +204,7 @@ class TFDS(DataConfig):
         del source
         from spmd.data import tfds
 
-        return tfds.content_of_split(self, self._split(split))
+        return tfds.split_content(self, self._split(split))
 
     def _split(self, split: Split) -> str:
         return self.train_split if split == "train" else self.eval_split
@@ -212,7 +212,7 @@ class TFDS(DataConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrays(DataConfig):
-    """Arrays that the experiment brings."""
+    """Arrays in memory, from functions of the experiment file."""
 
     train: tyro.conf.Suppress[Callable[[], Mapping[str, Any]]]
     """() -> {feature: [N, ...]}."""
@@ -232,4 +232,4 @@ class Arrays(DataConfig):
 
         opened = source()
         assert isinstance(opened, ArraySource)
-        return content.of_arrays(opened.arrays)
+        return content.describe_arrays(opened.arrays)

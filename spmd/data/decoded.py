@@ -24,30 +24,30 @@ def open_split(config: TFDS, split: str) -> ArraySource:
     check(bool(config.features), "data.features is empty; declare {name: (shape, dtype)}")
     part = tfds.locate(config, split)
     cache = _cache(config, part.directory, part.name)
-    if caches.facts(cache).get("examples") != part.total:
+    if caches.read_facts(cache).get("examples") != part.total:
         _build(config, part.directory, part.name, part.total, cache)
-    bad = {int(i): why for i, why in caches.facts(cache).get("bad", {}).items()}
+    bad = {int(i): reason for i, reason in caches.read_facts(cache).get("bad", {}).items()}
     arrays = {
         f: np.load(cache / f"{f}.npy", mmap_mode="r", allow_pickle=False) for f in config.features
     }
     source = ArraySource(arrays, config.features, part.start, part.stop, bad)
-    counted = caches.Bad(config.skip_bad)
-    for why in source.bad.values():
-        counted.add(why)
+    records = caches.BadRecords(config.skip_bad)
+    for reason in source.bad.values():
+        records.add(reason)
     return source
 
 
 def _cache(config: TFDS, directory: Path, split: str) -> Path:
     """The cache directory of a split, keyed by its content and by the features kept."""
-    kept = sorted((k, tuple(s), d) for k, (s, d) in config.features.items())
-    key = hashlib.sha256(repr((tfds.fingerprint(directory, split), split, kept)).encode())
+    features = sorted((k, tuple(s), d) for k, (s, d) in config.features.items())
+    key = hashlib.sha256(repr((tfds.fingerprint(directory, split), split, features)).encode())
     base = Path(cache_root(config.cache_dir)) / "decoded"
     return base / f"{tfds.parse_name(config.name)[0]}-{split}-{key.hexdigest()[:16]}"
 
 
 def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> None:
     """Decodes a split into .npy files."""
-    examples = tfds.reader(config, directory, split, config.features)
+    examples = tfds.open_reader(config, directory, split, config.features)
     try:
         with tfds.quiet():
             first = examples[0]
@@ -64,7 +64,7 @@ def _build(config: TFDS, directory: Path, split: str, num: int, cache: Path) -> 
 
     def write(part: Path) -> dict[str, Any]:
         with tfds.quiet():
-            show = caches.progress(f"decoding {config.name} {split}", num, large=10_000)
+            show = caches.progress_printer(f"decoding {config.name} {split}", num, large=10_000)
             name = f"{config.name}, {split} example"
             decoder = _Decoder(config.features, examples, num, part, name)
             bad = decoder.run(show, config.skip_bad)
@@ -90,12 +90,12 @@ class _Decoder:
 
     def run(self, progress: Callable[[int], None], skip_bad: int = 0) -> dict[int, str]:
         """Decodes all; returns why examples that are left as zeros are bad, at most `skip_bad` of them."""
-        counted, reasons = caches.Bad(skip_bad), {}
+        records, reasons = caches.BadRecords(skip_bad), {}
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for done, bad in pool.map(self._chunk, range(0, self._num, _CHUNK)):
-                for i, why in bad.items():
-                    reasons[i] = why
-                    counted.add(why)
+                for i, reason in bad.items():
+                    reasons[i] = reason
+                    records.add(reason)
                 progress(done)
         for array in self._arrays.values():
             array.flush()

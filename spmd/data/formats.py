@@ -1,4 +1,4 @@
-"""Files of text: which format each one is in, and its documents, read strictly."""
+"""Text files: their formats and documents, read strictly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spmd.core.fields import check, closest
 FORMATS = ("auto", "text", "jsonl")
 LINES = (".jsonl", ".ndjson", ".json")
 PLAIN = (".txt", ".text", ".md", ".rst", ".tex", ".py")
-# Formats that are often meant, and what turns them into one that is read.
+# Formats that are not read, and how to convert them.
 OTHERS = {
     ".csv": "a table: convert it to .jsonl, a record on each line",
     ".tsv": "a table: convert it to .jsonl, a record on each line",
@@ -35,9 +35,9 @@ OTHERS = {
     ".html": "HTML: extract its text, or take it as it is with --data.format text",
     ".xml": "XML: extract its text, or take it as it is with --data.format text",
 }
-TEXTUAL = (".csv", ".tsv", ".html", ".xml")  # of those, what data.format may say to be text
+TEXTUAL = (".csv", ".tsv", ".html", ".xml")  # of OTHERS, those that data.format=text allows
 GZIP = b"\x1f\x8b"
-# First bytes of what is no text, whatever the name says.
+# First bytes of files that are no text, whatever their names.
 MAGIC = {
     b"PK\x03\x04": ".zip",
     **{b"BZh%d1AY&" % level: ".bz2" for level in range(1, 10)},
@@ -53,9 +53,9 @@ CHUNK = 2**22  # characters encoded at once
 
 
 class Piece(NamedTuple):
-    """Text of a document, or one part of a long one. done: bytes of the input read by then.
+    """Text of a document, or a part of a long one. done: bytes of the input read so far.
 
-    bad: why the document cannot be read; it ends there, and what was read of it does not count.
+    bad: why the document cannot be read; it ends there, and earlier pieces of it are dropped.
     """
 
     text: str
@@ -72,7 +72,7 @@ class Format(NamedTuple):
     gzip: bool
 
 
-def supported() -> str:
+def list_supported() -> str:
     """Supported suffixes, for messages."""
     return (
         f"text ({', '.join(PLAIN)}) and JSON lines ({', '.join(LINES)}), each also with .gz; for another"
@@ -80,29 +80,29 @@ def supported() -> str:
     )
 
 
-def recognise(file: str, given: str = "auto") -> Format:
-    """The format of a file, by its suffix in any case, or as `given` (data.format); the file stays closed.
+def recognise(file: str, form: str = "auto") -> Format:
+    """The format of a file by its suffix, or as `form` (data.format) says; does not open the file.
 
-    ValueError for a suffix that is not known: no format is taken for another silently.
+    ValueError for an unknown suffix: no format is assumed silently.
     """
     suffixes = [s.lower() for s in Path(file).suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[:-1] if packed else suffixes)[-1:]
+    gzipped = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[:-1] if gzipped else suffixes)[-1:]
     suffix = suffix[0] if suffix else ""
-    if suffix in OTHERS and not (given != "auto" and suffix in TEXTUAL):
-        raise ValueError(f"{file} is not read: {OTHERS[suffix]}. What works: {supported()}")
-    known = suffix in LINES + PLAIN
+    if suffix in OTHERS and not (form != "auto" and suffix in TEXTUAL):
+        raise ValueError(f"{file} is not read: {OTHERS[suffix]}. What works: {list_supported()}")
+    recognised = suffix in LINES + PLAIN
     check(
-        known or given != "auto",
+        recognised or form != "auto",
         f"{file} has {f'the suffix {suffix}' if suffix else 'no suffix'}, which says nothing of its format."
-        f"{closest(suffix, LINES + PLAIN) if suffix else ''} What works: {supported()}",
+        f"{closest(suffix, LINES + PLAIN) if suffix else ''} What works: {list_supported()}",
     )
-    return Format(given == "jsonl" or (given == "auto" and suffix in LINES), packed)
+    return Format(form == "jsonl" or (form == "auto" and suffix in LINES), gzipped)
 
 
-def _check_head(file: str, packed: bool, head: bytes) -> None:
-    """ValueError when a file is by its first bytes what its name does not say."""
-    if packed and head:
+def _check_head(file: str, gzipped: bool, head: bytes) -> None:
+    """ValueError when the first bytes of a file contradict its name."""
+    if gzipped and head:
         check(
             head.startswith(GZIP),
             f"{file} ends in .gz, but is not compressed by gzip (it begins with {head[:4]!r}); compress it,"
@@ -113,69 +113,69 @@ def _check_head(file: str, packed: bool, head: bytes) -> None:
             f"{file} is compressed by gzip, and its name does not say so; rename it to"
             f" {Path(file).name}.gz, or unpack it"
         )
-    for magic, what in () if packed else MAGIC.items():
+    for magic, suffix in () if gzipped else MAGIC.items():
         if head.startswith(magic):
-            raise ValueError(f"{file} is no text by its first bytes, but {OTHERS[what]}")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not packed:
+            raise ValueError(f"{file} is no text by its first bytes, but {OTHERS[suffix]}")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not gzipped:
         raise ValueError(f"{file} is UTF-16 text: convert it (iconv -f UTF-16 -t UTF-8)")
 
 
-def read(file: str, form: Format, field: str, before: int) -> Iterator[Piece]:
-    """The documents of a file. before: bytes of the input that were read before it.
+def read(file: str, form: Format, field: str, offset: int) -> Iterator[Piece]:
+    """The documents of a file; offset: bytes of the input before it.
 
-    What cannot be read as UTF-8 or as JSON is a bad document. ValueError for a file that cannot be read on,
-    so that nobody knows how many documents it holds.
+    A document that is not UTF-8 or JSON is bad. ValueError for a file that cannot be read to its end, since
+    its number of documents is unknown.
     """
-    where = _Where()
+    position = _Position()
     try:
         with open(file, "rb") as raw:
             _check_head(file, form.gzip, raw.read(8))
             raw.seek(0)
             stream: Any = gzip.GzipFile(fileobj=raw) if form.gzip else raw
-            done = lambda: before + raw.tell()
+            done = lambda: offset + raw.tell()
             if form.lines:
-                yield from _records(file, stream, field, done, where)
+                yield from _read_records(file, stream, field, done, position)
             else:
-                yield from _document(file, stream, done)
+                yield from _read_document(file, stream, done)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
-            f"{file} is damaged behind line {where.line} ({error}): nobody knows how many records follow, so"
-            " data.skip_bad does not let it pass; copy or compress it anew, or leave it out"
+            f"{file} is damaged behind line {position.line} ({error}): nobody knows how many records"
+            " follow, so data.skip_bad does not let it pass; copy or compress it anew, or leave it out"
         ) from None
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror or error}") from None
 
 
-class _Where:
+class _Position:
     line = 0
 
 
-def _records(
-    file: str, stream: BinaryIO, field: str, done: Callable[[], int], where: _Where
+def _read_records(
+    file: str, stream: BinaryIO, field: str, done: Callable[[], int], position: _Position
 ) -> Iterator[Piece]:
     for raw in stream:
         for line in raw.splitlines() if b"\r" in raw else (raw,):  # of an old Mac
-            where.line += 1
+            position.line += 1
             line = line.removeprefix(codecs.BOM_UTF8)  # files put one after the other have several
             if not line.strip():
                 continue
             try:
-                text = _text_of(line, field)
+                text = _extract_text(line, field)
             except (ValueError, RecursionError) as error:
-                why = (
+                reason = (
                     "its JSON is nested too deeply" if isinstance(error, RecursionError) else error
                 )
-                yield Piece("", True, True, done(), f"{file}, line {where.line}: {why}")
+                yield Piece("", True, True, done(), f"{file}, line {position.line}: {reason}")
             else:
                 yield Piece(text, True, True, done())
 
 
-def _text_of(line: bytes, field: str) -> str:
+def _extract_text(line: bytes, field: str) -> str:
     """The text of a JSON record; ValueError says why there is none."""
     try:
         record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({_byte(error)})") from None
+        raise ValueError(f"not UTF-8 ({_describe_byte(error)})") from None
     except json.JSONDecodeError as error:
         hint = ""
         if line.strip() in (b"[", b"{") or line.lstrip()[:1] == b"[":
@@ -185,7 +185,7 @@ def _text_of(line: bytes, field: str) -> str:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}{hint}") from None
     if not isinstance(record, dict):
         raise ValueError(
-            f"not a JSON object but {_kind(record)}: it has no field {field!r} (data.field)"
+            f"not a JSON object but {_describe_json(record)}: it has no field {field!r} (data.field)"
         )
     if field not in record:
         raise ValueError(
@@ -196,7 +196,7 @@ def _text_of(line: bytes, field: str) -> str:
     if not isinstance(text, str):
         others = [k for k, v in record.items() if isinstance(v, str)]
         raise ValueError(
-            f"the field {field!r} (data.field) is {_kind(text)}, not text."
+            f"the field {field!r} (data.field) is {_describe_json(text)}, not text."
             + (f" Fields with text: {', '.join(others)}" if others else "")
         )
     if not text.isascii():
@@ -205,7 +205,7 @@ def _text_of(line: bytes, field: str) -> str:
 
 
 def check_text(text: str) -> None:
-    """ValueError for half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    """ValueError for half of a surrogate pair, which JSON can express and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -215,7 +215,7 @@ def check_text(text: str) -> None:
         ) from None
 
 
-def _kind(value: Any) -> str:
+def _describe_json(value: Any) -> str:
     if value is None:
         return "null"
     kinds = {
@@ -225,43 +225,45 @@ def _kind(value: Any) -> str:
         str: "a string",
         list: "a list",
     }
-    shown = f" ({value})" if isinstance(value, int | float) else ""
-    return kinds.get(type(value), "an object") + shown
+    number = f" ({value})" if isinstance(value, int | float) else ""
+    return kinds.get(type(value), "an object") + number
 
 
-def _byte(error: UnicodeDecodeError) -> str:
+def _describe_byte(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} at {error.start}: {error.reason}"
 
 
-def _document(file: str, stream: BinaryIO, done: Callable[[], int]) -> Iterator[Piece]:
-    """A long text cut before lines that begin with no blank: tokenizers do not reach across that.
+def _read_document(file: str, stream: BinaryIO, done: Callable[[], int]) -> Iterator[Piece]:
+    """A file as one document, in pieces that end before lines without indent: no token crosses these.
 
-    The file is one document, so any damage is that of one record.
+    Any damage makes the document bad.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    first, held, lines = True, "", 0
+    first, text, lines = True, "", 0
     more = True
     while more:
         try:
-            found = stream.read(PIECE)
-            more = bool(found)
-            held += decoder.decode(found, final=not more)
+            block = stream.read(PIECE)
+            more = bool(block)
+            text += decoder.decode(block, final=not more)
         except UnicodeDecodeError as error:
-            line = lines + held.count("\n") + error.object[: error.start].count(b"\n") + 1
-            yield Piece("", first, True, done(), f"{file}, line {line}: not UTF-8 ({_byte(error)})")
+            line = lines + text.count("\n") + error.object[: error.start].count(b"\n") + 1
+            yield Piece(
+                "", first, True, done(), f"{file}, line {line}: not UTF-8 ({_describe_byte(error)})"
+            )
             return
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            line = lines + held.count("\n") + 1
+            line = lines + text.count("\n") + 1
             yield Piece("", first, True, done(), f"{file} is damaged near line {line}: {error}")
             return
-        cut = len(held)
-        while (cut := held.rfind("\n", 0, cut)) > 0:
-            if cut + 1 < len(held) and not held[cut + 1].isspace():
+        cut = len(text)
+        while (cut := text.rfind("\n", 0, cut)) > 0:
+            if cut + 1 < len(text) and not text[cut + 1].isspace():
                 break
-        if cut <= 0 and len(held) >= CHUNK:
-            cut = len(held) - 2  # one line of millions of characters is cut anywhere
-        if more and cut > 0 and len(held) >= PIECE:
-            yield Piece(held[: cut + 1], first, False, done())
-            lines += held.count("\n", 0, cut + 1)
-            first, held = False, held[cut + 1 :]
-    yield Piece(held, first, True, done())
+        if cut <= 0 and len(text) >= CHUNK:
+            cut = len(text) - 2  # one line of millions of characters is cut anywhere
+        if more and cut > 0 and len(text) >= PIECE:
+            yield Piece(text[: cut + 1], first, False, done())
+            lines += text.count("\n", 0, cut + 1)
+            first, text = False, text[cut + 1 :]
+    yield Piece(text, first, True, done())

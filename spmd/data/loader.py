@@ -1,8 +1,8 @@
-"""Batches in an order that is a pure function of (seed, epoch, index): no state but the step.
+"""Batches in an order that is a pure function of (seed, epoch, index): the only state is the step.
 
 Position p of the endless stream is example `permutation(seed, p // n)[p % n]`: epochs follow one another
-without a gap, nothing is dropped or repeated, and any step can be had without those before it. A mixture of
-sources brings its own order, as pure; so may a strategy or privacy, whose order may also leave rows empty.
+without a gap, nothing is dropped or repeated, and any step can be read without those before it. A mixture of
+sources has its own order, as pure; so may a strategy or privacy, whose order may also leave rows empty.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spmd.data.skips import Skips
 
 
 class Order:
-    """Stream position -> example index; one shuffle for each epoch, the last two kept.
+    """Stream position -> example index: a shuffle for each epoch, of which the last two are cached.
 
     more: further numbers that the shuffle depends on.
     """
@@ -47,11 +47,11 @@ class Order:
         first, last = int(epochs.min()), int(epochs.max())
         if first == last:
             return self._epoch(first)[offsets]
-        out = np.empty_like(positions)
+        examples = np.empty_like(positions)
         for epoch in range(first, last + 1):
-            here = epochs == epoch
-            out[here] = self._epoch(epoch)[offsets[here]]
-        return out
+            rows = epochs == epoch
+            examples[rows] = self._epoch(epoch)[offsets[rows]]
+        return examples
 
 
 @runtime_checkable
@@ -64,9 +64,9 @@ class Ordered(Protocol):
 
 
 class _Reads:
-    """Random access to reads, each a list of dispatches: what grain's threads call.
+    """Random access to reads, each a list of dispatches, for grain's threads.
 
-    A read gathers `dispatches` of them at once: handing over a small batch costs more than reading it.
+    A read gathers `dispatches` of them: passing a small batch between threads costs more than reading it.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ def train_batches(
 
 
 def position(step: int, batch_size: int, num_examples: int) -> dict[str, int]:
-    """The iterator's whole state, for the checkpoint; examples, epoch: on average, where rows are empty."""
+    """The iterator's state, for the checkpoint; examples, epoch: on average, where rows are empty."""
     return {"step": step, "examples": step * batch_size, "epoch": step * batch_size // num_examples}
 
 
@@ -206,12 +206,12 @@ def eval_batches(
 
 def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """Rows of the global batch that this process's devices hold, ascending."""
-    held = {
+    intervals = {
         (s[0].start or 0, batch_size if s[0].stop is None else s[0].stop)
         for s in sharding.addressable_devices_indices_map((batch_size,)).values()
         if s is not None
     }
-    return np.concatenate([np.arange(*interval) for interval in sorted(held)])
+    return np.concatenate([np.arange(*interval) for interval in sorted(intervals)])
 
 
 def put(

@@ -1,7 +1,7 @@
-"""Digests of array_record files whose records are tf.train.Example, the same however they were written.
+"""Digests of array_record files of tf.train.Example, independent of the order of features in a record.
 
-TFDS writes the features of a record in the order of a hash table, which differs from one process to the next:
-two preparations of one set differ in their bytes.
+TFDS writes the features of a record in the order of a hash table, which differs between processes: two
+preparations of a set differ in their bytes.
 """
 
 from __future__ import annotations
@@ -15,59 +15,59 @@ from spmd.data.content import EDGE, Entry
 _AT_ONCE = 64  # records of one read
 
 
-def entry(file: Path, name: str) -> Entry:
+def fingerprint(file: Path, name: str) -> Entry:
     """Fingerprint of a file: the number of its records, and those in its first and last MiB."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(file))
     try:
         num = reader.num_records()
-        found = hashlib.sha256(str(num).encode())
-        stopped = num
+        digest = hashlib.sha256(str(num).encode())
+        end = num
         for numbers in (range(num), range(num - 1, -1, -1)):
             size = 0
             for number, record in _read(reader, numbers):
-                if size >= EDGE or (numbers.step < 0 and number < stopped):
+                if size >= EDGE or (numbers.step < 0 and number < end):
                     break
-                stopped = number + 1 if numbers.step > 0 else stopped
+                end = number + 1 if numbers.step > 0 else end
                 size += len(record)
-                found.update(hashlib.sha256(canonical(record)).digest())
+                digest.update(hashlib.sha256(canonicalize(record)).digest())
     finally:
         reader.close()
-    return Entry(name, 0, found.hexdigest()[:32])
+    return Entry(name, 0, digest.hexdigest()[:32])
 
 
 def _read(reader: object, numbers: range) -> Iterator[tuple[int, bytes]]:
-    for at in range(0, len(numbers), _AT_ONCE):
-        some = list(numbers[at : at + _AT_ONCE])
-        yield from zip(some, reader.read(some), strict=True)  # type: ignore[attr-defined]
+    for start in range(0, len(numbers), _AT_ONCE):
+        batch = list(numbers[start : start + _AT_ONCE])
+        yield from zip(batch, reader.read(batch), strict=True)  # type: ignore[attr-defined]
 
 
-def canonical(record: bytes) -> bytes:
-    """A serialized tf.train.Example with its features sorted; another record as it is."""
-    outer = _parts(record)
-    features = _parts(outer[0]) if outer is not None and len(outer) == 1 else None
+def canonicalize(record: bytes) -> bytes:
+    """A serialized tf.train.Example with its features sorted; any other record unchanged."""
+    outer = _split_message(record)
+    features = _split_message(outer[0]) if outer is not None and len(outer) == 1 else None
     if features is None:
         return record
     return b"".join(len(x).to_bytes(8, "little") + x for x in sorted(features))
 
 
-def _parts(message: bytes) -> list[bytes] | None:
+def _split_message(message: bytes) -> list[bytes] | None:
     """The values of a protocol buffer that has field 1 alone, length-delimited; None for another."""
-    found, at = [], 0
-    while at < len(message):
-        if message[at] != 0x0A:
+    values, position = [], 0
+    while position < len(message):
+        if message[position] != 0x0A:
             return None
-        at, size, shift = at + 1, 0, 0
+        position, size, shift = position + 1, 0, 0
         while True:
-            if at >= len(message) or shift > 63:
+            if position >= len(message) or shift > 63:
                 return None
-            byte = message[at]
-            at, size, shift = at + 1, size | (byte & 0x7F) << shift, shift + 7
+            byte = message[position]
+            position, size, shift = position + 1, size | (byte & 0x7F) << shift, shift + 7
             if byte < 0x80:
                 break
-        if at + size > len(message):
+        if position + size > len(message):
             return None
-        found.append(message[at : at + size])
-        at += size
-    return found
+        values.append(message[position : position + size])
+        position += size
+    return values

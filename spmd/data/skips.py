@@ -1,4 +1,4 @@
-"""Reading past bad records: each becomes an empty row, so that the positions of all others stay."""
+"""Bad records of a source: each becomes an empty row, so that the positions of the others do not change."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 
 from spmd.data import Features, Source
-from spmd.data.cache import beyond
+from spmd.data.cache import limit_message
 
 Batch = dict[str, np.ndarray]
 
 
-def known_bad(source: Any) -> Mapping[int, str]:
-    """{example: why} of the records that a source knows to be bad since it was opened."""
+def bad_records(source: Any) -> Mapping[int, str]:
+    """{example: reason} of the records that a source found to be bad when it was opened."""
     return getattr(source, "bad", None) or {}
 
 
 class Skips:
-    """Which records of one source cannot be read.
+    """The records of a source that cannot be read.
 
-    limit: so many may pass, of all processes together (`merge`). Several threads may read.
+    limit: how many may pass, over all processes (`merge`). Several threads may read.
     """
 
     def __init__(self, split: str = "train", limit: int = 0, features: Features | None = None):
@@ -31,13 +31,13 @@ class Skips:
         self._lock = threading.Lock()
 
     def take(self, source: Source, indices: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """(the examples at `indices` int64 [N], which of them are good: bool [N]); the others are zeros.
+        """(the examples at `indices` int64 [N], whether each is good: bool [N]); bad ones are zeros.
 
-        ValueError that names the first example beyond the limit. Without a limit an error that is no
-        ValueError is a fault of the source itself, and raised as it is.
+        ValueError that names the first example beyond the limit. Without a limit, an error that is no
+        ValueError is a fault of the source, and raised unchanged.
         """
-        known = known_bad(source)
-        good_N = ~np.isin(indices, list(known)) if known else np.ones(len(indices), bool)
+        bad = bad_records(source)
+        good_N = ~np.isin(indices, list(bad)) if bad else np.ones(len(indices), bool)
         try:
             return source.take(indices), good_N
         except MemoryError:
@@ -54,18 +54,18 @@ class Skips:
         for index in indices:
             try:
                 rows.append(source.take(np.array([index], np.int64)))
-            except Exception as found:
+            except Exception as problem:
                 rows.append(None)
-                self._add(int(index), found)
+                self._add(int(index), problem)
         good_N = good_N & np.array([row is not None for row in rows])
         if all(row is not None for row in rows):
-            raise error  # of no single example
-        like = next((row for row in rows if row is not None), None) or self._zeros(source)
-        filled = [row or {name: np.zeros_like(x) for name, x in like.items()} for row in rows]
-        return {name: np.concatenate([row[name] for row in filled]) for name in like}, good_N
+            raise error  # it belongs to no single example
+        example = next((row for row in rows if row is not None), None) or self._zeros(source)
+        filled = [row or {name: np.zeros_like(x) for name, x in example.items()} for row in rows]
+        return {name: np.concatenate([row[name] for row in filled]) for name in example}, good_N
 
     def _zeros(self, source: Source) -> Batch:
-        """An empty row, shaped as declared or as an example that can be read."""
+        """An empty row with the declared shapes, or those of an example that can be read."""
         if self._features:
             return {
                 name: np.zeros((1, *shape), dtype)
@@ -79,23 +79,23 @@ class Skips:
         raise ValueError(f"no example of the {self.split} data can be read")
 
     def _add(self, index: int, error: Exception) -> None:
-        said = " ".join(str(error).split())[:200]
-        kind = "" if isinstance(error, ValueError) and said else f"{type(error).__name__}: "
-        why = f"example {index} of the {self.split} data: {kind}{said}"
+        text = " ".join(str(error).split())[:200]
+        kind = "" if isinstance(error, ValueError) and text else f"{type(error).__name__}: "
+        reason = f"example {index} of the {self.split} data: {kind}{text}"
         with self._lock:
-            self.reasons.setdefault(index, why)
-            over = len(self.reasons) > self.limit
-        if over:
-            raise ValueError(beyond(why, self.limit)) from error
+            self.reasons.setdefault(index, reason)
+            exceeded = len(self.reasons) > self.limit
+        if exceeded:
+            raise ValueError(limit_message(reason, self.limit)) from error
 
-    def merge(self, found: Iterable[Mapping[str, str]]) -> int:
-        """Takes in what all processes have found; returns how many bad records that makes.
+    def merge(self, reports: Iterable[Mapping[str, str]]) -> int:
+        """Add the bad records that all processes report; returns how many there are.
 
-        found: `reasons` of each process, as JSON gives them. ValueError beyond the limit, the same in all.
+        reports: `reasons` of each process, as JSON types. ValueError beyond the limit, the same in all.
         """
-        together = {int(i): why for reasons in found for i, why in reasons.items()}
-        if len(together) > self.limit:
-            raise ValueError(beyond(together[max(together)], self.limit))
+        reasons = {int(i): reason for report in reports for i, reason in report.items()}
+        if len(reasons) > self.limit:
+            raise ValueError(limit_message(reasons[max(reasons)], self.limit))
         with self._lock:
-            self.reasons |= together
-        return len(together)
+            self.reasons |= reasons
+        return len(reasons)

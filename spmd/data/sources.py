@@ -14,7 +14,7 @@ from spmd.data import Features
 class ArraySource:
     """Examples `start` to `stop` of arrays with a common first dim; `take` is one gather each.
 
-    bad: why examples, numbered as the arrays are, could not be read; kept as {example: why}.
+    bad: {row of the arrays: why it could not be read}; kept by the number of the example.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class ArraySource:
         stop: int | None = None,
         bad: Mapping[int, str] | None = None,
     ):
-        # A mapped file as a plain array: its own indexing, in Python, takes twice as long as take.
+        # Mapped files as plain arrays: the indexing of np.memmap, in Python, takes twice as long as take.
         arrays = {name: np.asarray(a) for name, a in arrays.items()}
         for name, (shape, dtype) in (features or {}).items():
             check(
@@ -45,7 +45,9 @@ class ArraySource:
         total = next(iter(sizes.values()))
         self._start, self._stop = start, total if stop is None else stop
         check(self._stop > self._start, "the split holds no examples")
-        self.bad = {i - start: why for i, why in (bad or {}).items() if start <= i < self._stop}
+        self.bad = {
+            i - start: reason for i, reason in (bad or {}).items() if start <= i < self._stop
+        }
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -57,5 +59,5 @@ class ArraySource:
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Examples at `indices` int64 [N]."""
-        at = indices + self._start
-        return {name: a.take(at, axis=0) for name, a in self._arrays.items()}
+        rows = indices + self._start
+        return {name: a.take(rows, axis=0) for name, a in self._arrays.items()}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from spmd.core.fields import check, closest
 from spmd.data import TFDS, cache_root, content, data_root, records
 from spmd.data import cache as caches
-from spmd.data.builders import EMBEDDED, RUNNING, builder
+from spmd.data.builders import EMBEDDED, RUNNING, make_builder
 
 _NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>\w[\w.\-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
 _SPLIT = re.compile(r"(?P<split>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
@@ -32,28 +32,28 @@ def parse_name(name: str) -> tuple[str, str | None, str | None]:
 
 
 def prepared_dir(config: TFDS) -> Path | None:
-    """Where the prepared set lies (the newest version unless one is named), or None."""
+    """The directory of the prepared set (the newest version unless one is named), or None."""
     name, _, version = parse_name(config.name)
     version = version or RUNNING.get(name)
-    for versions in _prepared(config):
+    for versions in _prepared_versions(config):
         chosen = [p for p in versions if version in (None, p.name)]
         if chosen:
             return chosen[-1]
     return None
 
 
-def _prepared(config: TFDS) -> Iterator[list[Path]]:
+def _prepared_versions(config: TFDS) -> Iterator[list[Path]]:
     """For each root the directories of the set's prepared versions, ascending."""
-    name, sub, _ = parse_name(config.name)
+    name, config_name, _ = parse_name(config.name)
     roots = [Path(data_root(config.dir))]
     if name in EMBEDDED:
         roots.append(Path(cache_root(config.cache_dir)) / "tfds")
     for root in roots:
-        base = root / name / sub if sub else root / name
-        found = [info.parent for info in base.glob("*/dataset_info.json")] or [
-            info.parent for info in base.glob("*/*/dataset_info.json") if not sub
+        base = root / name / config_name if config_name else root / name
+        infos = [info.parent for info in base.glob("*/dataset_info.json")] or [
+            info.parent for info in base.glob("*/*/dataset_info.json") if not config_name
         ]
-        versions = [p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
+        versions = [p for p in infos if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
         subs = sorted({p.parent.name for p in versions if p.parent != base})
         check(
             len(subs) < 2,
@@ -72,30 +72,30 @@ def find(config: TFDS) -> Path:
         f"data.dir={config.dir!r} is no directory; give one that holds prepared TFDS sets,"
         " or leave it out for $TFDS_DATA_DIR or ~/tensorflow_datasets",
     )
-    found = prepared_dir(config)
-    if found is None and name in EMBEDDED:
+    directory = prepared_dir(config)
+    if directory is None and name in EMBEDDED:
         prepare(config, str(Path(cache_root(config.cache_dir)) / "tfds"))
-        found = prepared_dir(config)
-    others = [p.name for versions in _prepared(config) for p in versions]
+        directory = prepared_dir(config)
+    versions_present = [p.name for versions in _prepared_versions(config) for p in versions]
     check(
-        found is not None or not others,
+        directory is not None or not versions_present,
         f"data set {config.name!r}: version {version} is not prepared in {root};"
-        f" there: {', '.join(others)}. Name one of these, or no version for the newest",
+        f" there: {', '.join(versions_present)}. Name one of these, or no version for the newest",
     )
-    if found is None:
-        there = (
+    if directory is None:
+        present = (
             sorted(p.name for p in Path(root).iterdir() if p.is_dir())
             if os.path.isdir(root)
             else []
         )
         raise ValueError(
             f"data set {config.name!r} is not prepared in {root}"
-            f" (there: {', '.join(there) or 'nothing'}).{closest(name, [*there, *EMBEDDED])}\n"
+            f" (there: {', '.join(present) or 'nothing'}).{closest(name, [*present, *EMBEDDED])}\n"
             "Point --data.dir (or TFDS_DATA_DIR) at a directory that has it, or prepare it once:\n"
             "  pip install tensorflow    # only to prepare; training never imports it\n"
             "  python run.py data prepare --experiment NAME"
         )
-    return found
+    return directory
 
 
 @contextlib.contextmanager
@@ -117,18 +117,18 @@ def quiet() -> Iterator[None]:
 
 
 def prepare(config: TFDS, root: str) -> None:
-    """Runs the set's builder into `root` as array_record; stock builders need TensorFlow for it."""
+    """Run the set's builder into `root` as array_record; stock builders need TensorFlow for it."""
     import importlib.util
 
     import tensorflow_datasets as tfds
 
     name, _, version = parse_name(config.name)
-    given = root == data_root(config.dir)
-    fields = "--data.dir or TFDS_DATA_DIR" if given else caches.FIELDS
-    caches.scratch(Path(root), fields).rmdir()
+    is_data_dir = root == data_root(config.dir)
+    fields = "--data.dir or TFDS_DATA_DIR" if is_data_dir else caches.FIELDS
+    caches.make_scratch(Path(root), fields).rmdir()
     with quiet():
         if name in EMBEDDED:
-            embedded = builder(name, root)
+            embedded = make_builder(name, root)
             check(
                 version in (None, str(embedded.version)),
                 f"data set {config.name!r}: there is no version {version} of the embedded set {name!r};"
@@ -162,12 +162,12 @@ class Slice(NamedTuple):
 
 
 def locate(config: TFDS, split: str) -> Slice:
-    """Where the examples of `split` (`train`, `train[:90%]`) lie."""
+    """The files and range of examples of `split` (`train`, `train[:90%]`)."""
     match = _SPLIT.fullmatch(split)
     if not match:
         raise ValueError(f"split {split!r} is not NAME or NAME[start:stop] (numbers or percent)")
     directory = find(config)
-    info, sizes = _info(directory)
+    info, sizes = _read_info(directory)
     name = match["split"]
     check(
         name in sizes,
@@ -179,13 +179,15 @@ def locate(config: TFDS, split: str) -> Slice:
         f"{directory} is stored as {info.get('fileFormat')}, which needs TensorFlow to read; prepare"
         " it anew as array_record: python run.py data prepare --experiment NAME --data.dir DIR",
     )
-    bound = lambda text, default: default if text is None else _bound(text, sizes[name], split)
+    bound = lambda text, default: (
+        default if text is None else _slice_bound(text, sizes[name], split)
+    )
     return Slice(
         directory, name, bound(match["start"], 0), bound(match["stop"], sizes[name]), sizes[name]
     )
 
 
-def _info(directory: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _read_info(directory: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """(dataset_info.json, the number of examples of each split)."""
     file = directory / "dataset_info.json"
     try:
@@ -200,36 +202,40 @@ def _info(directory: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 def is_readable(directory: Path) -> bool:
     """Whether a prepared set is stored as array_record, which is read without TensorFlow."""
-    return _info(directory)[0].get("fileFormat") == "array_record"
+    return _read_info(directory)[0].get("fileFormat") == "array_record"
 
 
-def content_of(part: Slice, *, embedded: bool = False) -> content.Content:
+def slice_content(part: Slice, *, embedded: bool = False) -> content.Content:
     """The files of a prepared split, and the description of its features.
 
-    embedded: known by its records, since each machine prepares it for itself.
+    embedded: fingerprinted by its records, since each machine prepares the set for itself.
     """
     shards = sorted(map(str, part.directory.glob(f"*-{part.name}.*")))
     check(
         bool(shards),
         f"{part.directory} has no file of split {part.name!r}, which dataset_info.json names; copy it anew",
     )
-    described = content.of_files([str(part.directory / "features.json")])
+    description = content.describe_files([str(part.directory / "features.json")])
     if embedded:
-        return [records.entry(Path(shard), Path(shard).name) for shard in shards] + described
-    return content.of_files(shards) + described
+        return [
+            records.fingerprint(Path(shard), Path(shard).name) for shard in shards
+        ] + description
+    return content.describe_files(shards) + description
 
 
-def content_of_split(config: TFDS, split: str) -> content.Content:
+def split_content(config: TFDS, split: str) -> content.Content:
     """The content of `split` (`train`, `train[:90%]`)."""
-    return content_of(locate(config, split), embedded=parse_name(config.name)[0] in EMBEDDED)
+    return slice_content(locate(config, split), embedded=parse_name(config.name)[0] in EMBEDDED)
 
 
-def _bound(text: str, total: int, split: str) -> int:
+def _slice_bound(text: str, total: int, split: str) -> int:
     """Index of one side of a slice; ValueError beyond the split."""
     percent = text.endswith("%")
     number, limit = int(text.removesuffix("%")), 100 if percent else total
-    has = "100%" if percent else f"{total} examples"
-    check(abs(number) <= limit, f"split {split!r}: {text} is beyond the split, which has {has}")
+    size_text = "100%" if percent else f"{total} examples"
+    check(
+        abs(number) <= limit, f"split {split!r}: {text} is beyond the split, which has {size_text}"
+    )
     value = round(number * total / 100) if percent else number
     return value + total if number < 0 else value
 
@@ -240,23 +246,23 @@ def fingerprint(directory: Path, split: str) -> str:
     for name in ("dataset_info.json", "features.json"):
         key.update((directory / name).read_bytes())
     for shard in sorted(directory.glob(f"*-{split}.*")):
-        (known,) = content.of_files([str(shard)])
-        key.update(f"{known} {shard.stat().st_mtime_ns}".encode())
+        (entry,) = content.describe_files([str(shard)])
+        key.update(f"{entry} {shard.stat().st_mtime_ns}".encode())
     return key.hexdigest()
 
 
-def reader(config: TFDS, directory: Path, split: str, features: Iterable[str]) -> Any:
+def open_reader(config: TFDS, directory: Path, split: str, features: Iterable[str]) -> Any:
     """TFDS's random access to a split, checked for `features`; quiet."""
     import tensorflow_datasets as tfds
 
     with quiet():
-        built: Any = tfds.builder_from_directory(str(directory))
-        opened = built.as_data_source(split=split)
-        known = list(opened.dataset_info.features)
+        builder: Any = tfds.builder_from_directory(str(directory))
+        source = builder.as_data_source(split=split)
+        names = list(source.dataset_info.features)
     for feature in features:
         check(
-            feature in known,
+            feature in names,
             f"data set {config.name!r} has no feature {feature!r}."
-            f"{closest(feature, known)} It has: {', '.join(known)}",
+            f"{closest(feature, names)} It has: {', '.join(names)}",
         )
-    return opened
+    return source

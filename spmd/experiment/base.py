@@ -1,4 +1,4 @@
-"""The Experiment: what to train and how to shard it; resolved, built, run."""
+"""The Experiment: what to train and how to shard it; it builds a program, trains and evaluates it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNREAD_STEPS = 1_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """An experiment; unchanged on one CPU, eight simulated devices, a GPU node or a TPU pod."""
+    """An experiment, which runs unchanged on one CPU, simulated devices, a GPU node or a TPU pod."""
 
     model: Any
     """The model: a model config, or an NNX module class that takes `rngs`."""
@@ -53,17 +53,17 @@ class Experiment:
     budget: CommsBudget = free(CommsBudget())
     """Limits on what the compiled step communicates; checked by `run.py plan --check`."""
     train: TrainConfig = free(TrainConfig())
-    """How long, and how steps are dispatched."""
+    """Length of the run, and dispatch of steps."""
     eval: EvalConfig = free(EvalConfig())
-    """When it is evaluated."""
+    """Cadence of evaluations."""
     checkpoint: CheckpointConfig = free(CheckpointConfig())
-    """When the state is saved."""
+    """Cadence of checkpoints, and which are kept."""
     log: LogConfig = free(LogConfig())
     """Metrics, events and traces that are written."""
     run: RunConfig = free(RunConfig())
-    """Where the run lives."""
+    """The run directory, and how it is used."""
     runtime: RuntimeConfig = free(RuntimeConfig())
-    """Processes of the run, and how they stop."""
+    """Processes of the run, and time-outs."""
     seed: int = dataclasses.field(default=0, metadata={"most": 2**32 - 1})
     """Seed of parameters, data order and dropout."""
     param_dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -77,11 +77,11 @@ class Experiment:
         values.check(self)
         check(
             not isinstance(self.task, type) and callable(getattr(self.task, "build", None)),
-            f"task={values.shown(self.task)} must be a task, as spmd.tasks.Classification()",
+            f"task={values.shorten(self.task)} must be a task, as spmd.tasks.Classification()",
         )
         check(
             callable(self.model) or callable(getattr(self.model, "build", None)),
-            f"model={values.shown(self.model)} must be a model config, or an NNX module class",
+            f"model={values.shorten(self.model)} must be a model config, or an NNX module class",
         )
         check(self.seed >= 0, f"seed={self.seed} must not be negative")
         check(self.simulate >= 0, f"simulate={self.simulate} must not be negative")
@@ -93,13 +93,13 @@ class Experiment:
         return fields.plain(self)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that one run directory holds fixed."""
+        """The fields that may not change within a run directory."""
         return fields.identity(self)
 
     # ---- what it builds
 
     def setup(self) -> bool:
-        """Prepares jax before its backend starts: compilation cache, platforms, the run's other processes,
+        """Prepare jax before its backend starts: compilation cache, platforms, the run's other processes,
         simulated devices, x64.
 
         Returns whether the run has several processes.
@@ -109,7 +109,7 @@ class Experiment:
         from spmd.runtime import compiled, platforms
         from spmd.runtime.join import join
 
-        compiled.use(self.run.compile_cache)
+        compiled.use_cache(self.run.compile_cache)
         if not self.simulate:
             platforms.choose()
         several = join(self.runtime, self._facts())
@@ -121,9 +121,9 @@ class Experiment:
         return several
 
     def _facts(self) -> dict[str, Any]:
-        """Values that all processes of a run must share: versions, and every field but local paths."""
-        own = ("runtime.", "data.dir", "data.cache_dir", "run.compile_cache")
-        fields_ = {k: v for k, v in fields.flatten(self).items() if not k.startswith(own)}
+        """Values that all processes of a run must share: versions, and all fields except local paths."""
+        local_fields = ("runtime.", "data.dir", "data.cache_dir", "run.compile_cache")
+        fields_ = {k: v for k, v in fields.flatten(self).items() if not k.startswith(local_fields)}
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
         return versions | fields_
 
@@ -134,12 +134,12 @@ class Experiment:
         source: Any = None,
         training: bool = True,
     ) -> Program:
-        """Mesh, task, strategy and data.
+        """The program: mesh, task, strategy and data.
 
         Args:
           devices: default: all, or the first `simulate`.
-          source: the training data; None opens it, () leaves it closed.
-          training: False for a state that is only read: the batch size then need not divide over the mesh.
+          source: the training data; None opens it, () leaves it unopened.
+          training: False for a state that is only read: the batch size need not divide over the mesh.
         """
         from spmd.experiment.building import build
 
@@ -148,15 +148,15 @@ class Experiment:
     # ---- what it does
 
     def train_run(self) -> Run:
-        """Trains, or resumes what is in the run directory; returns the finished run."""
-        from spmd.runtime.stop import catching
+        """Train, or resume the run in the run directory; returns the finished run."""
+        from spmd.runtime.stop import catch_signals
 
-        # The others may be steps ahead of this process: from here on a signal waits for a common step. Alone,
-        # one that comes before there is a state ends the process at once.
+        # Other processes may be steps ahead of this one: from here on a signal waits for a common step. A
+        # single process exits at once on a signal that arrives before there is a state.
         several = self.setup()
-        from spmd.experiment.training import train  # jax is set up
+        from spmd.experiment.training import train  # after jax was set up
 
-        with catching(self.runtime.grace) if several else contextlib.nullcontext() as stop:
+        with catch_signals(self.runtime.grace) if several else contextlib.nullcontext() as stop:
             return train(self, stop)
 
     def pipeline_warning(self, stages: int) -> str:
@@ -166,27 +166,27 @@ class Experiment:
         chunks = self.train.virtual_stages if self.train.pipeline == "interleaved" else 1
         return schedules.short(stages, self.train.accumulate, chunks) if stages > 1 else ""
 
-    def target(self, given: str) -> str:
+    def target(self, target: str) -> str:
         """Target of a plan: `given`, else `cpu:8` or `simulate`; ValueError when both are given."""
         check(
-            not (given and self.simulate),
-            f"--target {given} and --simulate {self.simulate} both say how many devices there are; give one",
+            not (target and self.simulate),
+            f"--target {target} and --simulate {self.simulate} both say how many devices there are; give one",
         )
-        return given or f"cpu:{self.simulate or 8}"
+        return target or f"cpu:{self.simulate or 8}"
 
     def unread(self, simulate: int = 0) -> Experiment:
-        """This experiment with its data left closed, to be planned: on simulated devices, or (0) on those
-        that `build` is handed.
+        """This experiment with its data unopened, for planning: on simulated devices, or (0) on those that
+        `build` receives.
         """
         return dataclasses.replace(
             self,
             simulate=simulate,
-            runtime=RuntimeConfig(num_processes=1),  # alone, also on a node of a cluster
+            runtime=RuntimeConfig(num_processes=1),  # also on a node of a cluster
             train=dataclasses.replace(self.train, steps=self.train.steps or UNREAD_STEPS),
         )
 
     def _for_reading(self) -> Experiment:
-        """This experiment without the options that only a training step has, so that any mesh takes it."""
+        """This experiment without the options of a training step, so that any mesh fits."""
         train = dataclasses.replace(
             self.train, steps=UNREAD_STEPS, accumulate=1, noise_scale=False, pipeline="1f1b"
         )
@@ -197,26 +197,28 @@ class Experiment:
     ) -> Snapshot:
         """A checkpoint of the run directory (default: the newest) on this experiment's mesh.
 
-        same: which parts of the data must have the content that the run knows ("train", "eval", "tokenizer").
-        ValueError when there is none, or when the directory's run is another one.
+        same: parts of the data whose content must be that of the run ("train", "eval", "tokenizer").
+        ValueError when there is none, or when the directory holds another run.
         """
         from spmd.train import dataset, rundir, snapshot
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
-        rundir.same_identity(path, self.identity(), fields.defaults(self), fields.located_in(self))
+        rundir.same_identity(
+            path, self.identity(), fields.defaults(self), fields.located_names(self)
+        )
         program = self._for_reading().build(source=(), training=False)
         if same:
             self.data.check_model(self.model)
-        opened = {
+        sources = {
             split: functools.cache(program.open_evaluation) for split in same if split == "eval"
         }
-        contents = dataset.contents(self.data, opened) if same else {}
-        dataset.check_same(path, contents, same)
+        contents = dataset.describe_contents(self.data, sources) if same else {}
+        dataset.check_unchanged(path, contents, same)
 
         def accept(about: dict[str, Any]) -> None:
-            known = {"defaults": fields.defaults(self), "located": fields.located_in(self)}
-            rundir.same_saved(path, about, self.identity(), **known)
+            comparison = {"defaults": fields.defaults(self), "located": fields.located_names(self)}
+            rundir.same_saved(path, about, self.identity(), **comparison)
 
         return snapshot.restore(program, path, self.checkpoint, step, accept)
 

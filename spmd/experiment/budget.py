@@ -1,4 +1,4 @@
-"""Communication budget of an experiment: a limit on what its compiled step may send."""
+"""Communication budget of an experiment: limits on the collectives of its compiled step."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def violations(budget: CommsBudget, program: CompiledProgram) -> list[str]:
+def find_violations(budget: CommsBudget, program: CompiledProgram) -> list[str]:
     """A line for each limit that the compiled program exceeds, with the collectives that do so."""
     lines = []
     for kind in budget.forbid:
@@ -84,13 +84,13 @@ def violations(budget: CommsBudget, program: CompiledProgram) -> list[str]:
 
 def _largest(collectives: list[Collective]) -> str:
     """The three largest collectives, each with its source line."""
-    from spmd.hardware.hlo import alike
+    from spmd.hardware.hlo import merge_alike
 
-    joined = alike(collectives)
+    merged_collectives = merge_alike(collectives)
     lines = [
         f"{c.kind} of {c.bytes:,} bytes over {' x '.join(c.axes) or '?'}"
         f"{f', {c.count:g} times' if c.count != 1 else ''} ({c.source or c.op_name})"
-        for c in joined[:3]
+        for c in merged_collectives[:3]
     ]
-    more = f" and {len(joined) - 3} more" if len(joined) > 3 else ""
-    return "; ".join(lines) + more
+    suffix = f" and {len(merged_collectives) - 3} more" if len(merged_collectives) > 3 else ""
+    return "; ".join(lines) + suffix

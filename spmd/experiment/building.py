@@ -1,4 +1,4 @@
-"""Building an experiment: its mesh, task, strategy and data, checked against each other."""
+"""Build an experiment: its mesh, task, strategy and data, checked against each other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def build(
     exp: Experiment, devices: Sequence[Any] | None, source: Any, *, training: bool
 ) -> Program:
-    """Mesh, task, strategy and data; arguments as those of Experiment.build."""
+    """The program of an experiment; arguments as in Experiment.build."""
     several = exp.setup()
     platforms.start()
     if devices is None and exp.simulate and not several:
@@ -54,7 +54,7 @@ def build(
     batch = abstract_batch(exp.data, batch_size)
     ranges: batches.Ranges = {}
     if len(source) or not training:  # a plan without data reads no batch
-        ranges = batches.ranges(task, (params, model_state), batch)
+        ranges = batches.index_ranges(task, (params, model_state), batch)
     order = exp.strategy.order
     if mechanism:
         order = functools.partial(exp.privacy.order, parts=replicas)
@@ -69,7 +69,7 @@ def build(
         num_steps=num_steps,
         data=exp.data,
         source=source,
-        start=functools.partial(init.start, exp.init, exp.model) if exp.init.from_ else None,
+        start=functools.partial(init.load_weights, exp.init, exp.model) if exp.init.from_ else None,
         order=lambda source: order(source, exp.seed, batch_size),
         privacy=mechanism,
         skips=exp.data.skips("training"),
@@ -139,11 +139,13 @@ def check_noise_scale(exp: Experiment, devices_mesh: Mesh) -> None:
     """ValueError when the gradient noise scale is asked for and a batch has no parts to compare."""
     if not exp.train.noise_scale:
         return
-    compares = "train.noise_scale compares the gradients of parts of a batch with that of the whole, and here"
-    check(not exp.privacy.on, f"{compares} privacy's noise is in it; leave it off")
+    compares = (
+        "train.noise_scale compares the gradients of parts of a batch with that of the batch, and"
+    )
+    check(not exp.privacy.on, f"{compares} privacy adds noise to it; leave it off")
     shards = mesh.batch_shards(devices_mesh) if exp.strategy.by_device else 1
     check(
         exp.train.accumulate * shards > 1,
-        f"{compares} there is one part: use --train.accumulate 2 or more, or --strategy allreduce on"
+        f"{compares} this batch has one part: use --train.accumulate 2 or more, or --strategy allreduce on"
         " several devices",
     )

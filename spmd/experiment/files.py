@@ -1,4 +1,4 @@
-"""The experiment files by name, found without running them."""
+"""Experiment files by name, without running them."""
 
 from __future__ import annotations
 
@@ -38,16 +38,20 @@ def find(name: str) -> Path:
             f" {', '.join(available())}",
         )
         return path
-    known, beside = available(), Path(f"{name}.py")
-    near = f" Did you mean {str(beside)!r}?" if beside.is_file() else closest(name, known)
-    check(
-        name in known,
-        f"unknown experiment {name!r}.{near} Known: {', '.join(known)}; or give the path of a .py file with"
-        " config()",
+    experiments, local_file = available(), Path(f"{name}.py")
+    suggestion = (
+        f" Did you mean {str(local_file)!r}?"
+        if local_file.is_file()
+        else closest(name, experiments)
     )
     check(
-        not beside.is_file() or beside.samefile(known[name]),
-        f"{name!r} is {known[name]} and a file {beside} in this directory: give the path of the one that is"
-        " meant, with .py",
+        name in experiments,
+        f"unknown experiment {name!r}.{suggestion} Known: {', '.join(experiments)}; or give the path of a"
+        " .py file with config()",
     )
-    return known[name]
+    check(
+        not local_file.is_file() or local_file.samefile(experiments[name]),
+        f"{name!r} is {experiments[name]} and a file {local_file} in this directory: give the path of the"
+        " one that is meant, with .py",
+    )
+    return experiments[name]

@@ -1,4 +1,4 @@
-"""The command line on top of an experiment: any field by its name, and two classes."""
+"""Command-line overrides of an experiment: fields by their name, and the classes of two of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ E = TypeVar("E", bound=Any)
 
 
 def _swap_classes(experiment: E, args: list[str]) -> tuple[E, list[str]]:
-    """Applies `--strategy NAME` and `--optimizer NAME`: the class changes, shared fields stay default."""
-    rest: list[str] = []
+    """Apply `--strategy NAME` and `--optimizer NAME`: another class, with its default fields."""
+    remaining: list[str] = []
     words = iter(args)
     for word in words:
         flag, _, value = word.partition("=")
@@ -38,22 +38,29 @@ def _swap_classes(experiment: E, args: list[str]) -> tuple[E, list[str]]:
             if type(getattr(experiment, field)) is not cls:
                 experiment = dataclasses.replace(experiment, **{field: cls()})
         else:
-            rest.append(word)
-    return experiment, rest
+            remaining.append(word)
+    return experiment, remaining
 
 
 def override(
     experiment: E, args: Sequence[str], extra: type | None = None, prog: str = "run.py"
 ) -> tuple[E, Any]:
-    """Applies command-line words to an spmd.Experiment; `extra` is a dataclass of a command's own options.
+    """Apply command-line words to an experiment: (the experiment, the command's options).
 
-    ValueError, in one line, for a word that is not understood.
+    Args:
+        experiment: an spmd.Experiment.
+        args: the words.
+        extra: a dataclass of the options of a command; None: there are none.
+        prog: name of the program, for the help.
+
+    Raises:
+        ValueError: a word is not understood; a single line.
     """
     import tyro
 
     experiment, words = _swap_classes(experiment, list(args))
     texts = _help()
-    shown: list[tuple[str, Any, Any]] = []
+    arguments: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(experiment):
         value = getattr(experiment, f.name)
         if f.name == "name" or (
@@ -61,7 +68,7 @@ def override(
         ):
             continue
         kind = type(value) if dataclasses.is_dataclass(value) else _TYPES[f.name]
-        shown.append(
+        arguments.append(
             (
                 f.name,
                 Annotated[kind, tyro.conf.arg(help=texts[f.name])],
@@ -69,20 +76,20 @@ def override(
             )
         )
     if extra is not None:
-        shown.append(
+        arguments.append(
             (
                 "options",
                 Annotated[extra, tyro.conf.arg(name="")],
                 dataclasses.field(default_factory=extra),
             )
         )
-    made = dataclasses.make_dataclass("Fields", shown, frozen=True, kw_only=True)
+    fields_class = dataclasses.make_dataclass("Fields", arguments, frozen=True, kw_only=True)
     description = f"Experiment {experiment.name}. Fields and their values:"
-    parsed = parse(made, words, prog, description=description, registry=_finite_numbers())
-    values = {name: getattr(parsed, name) for name, *_ in shown if name != "options"}
+    parsed = parse(fields_class, words, prog, description=description, registry=_finite_numbers())
+    values = {name: getattr(parsed, name) for name, *_ in arguments if name != "options"}
     for name, value in values.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            # tyro keeps the default's fields that __post_init__ derives: derived anew
+            # tyro keeps derived fields of the default: __post_init__ derives them again
             values[name] = dataclasses.replace(value)
     options = getattr(parsed, "options", None)
     if options is not None:
@@ -91,7 +98,7 @@ def override(
 
 
 def _finite_numbers() -> tyro.constructors.ConstructorRegistry:
-    """The rule of tyro for a float, that takes neither `inf` nor `nan` nor `1e400`."""
+    """A rule for tyro that accepts finite floats only: no `inf`, `nan` or `1e400`."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()

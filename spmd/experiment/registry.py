@@ -1,4 +1,4 @@
-"""Experiment files by name: found, read, overridden from the command line."""
+"""Load experiments by name: run their files, apply the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(
 ) -> tuple[Experiment, Any]:
     """(the experiment `name` or of a .py file, a command's own options), with command-line words applied.
 
-    options: a dataclass; None: there are none. A word that is not understood ends the process with 2.
+    options: a dataclass; None: there are none. ValueError for a word that is not understood.
     """
     return overrides.override(from_file(find(name)), words, options, prog=prog)
 
@@ -52,7 +52,7 @@ def file_of(name: str) -> Path:
 
 
 def from_file(path: Path) -> Experiment:
-    """Runs config() of an experiment file."""
+    """Run config() of an experiment file."""
     check(
         re.fullmatch(r"[\w.\-]+", path.stem) is not None,
         f"{path.name!r}: use letters, digits, _ and -",
@@ -67,23 +67,23 @@ def from_file(path: Path) -> Experiment:
     experiment = _result(path, module, spec.loader)
     check(
         isinstance(experiment, Experiment),
-        f"config() of {path} returned {values.shown(experiment)}, not an spmd.Experiment",
+        f"config() of {path} returned {values.shorten(experiment)}, not an spmd.Experiment",
     )
-    read = LOADED.setdefault(path.stem, [])
-    read[:] = [file for file in read if file != path.resolve()] + [path.resolve()]
+    loaded = LOADED.setdefault(path.stem, [])
+    loaded[:] = [file for file in loaded if file != path.resolve()] + [path.resolve()]
     return dataclasses.replace(experiment, name=path.stem)
 
 
 def _result(path: Path, module: types.ModuleType, loader: importlib.abc.Loader) -> Any:
     """Call config() of a file; ValueError about any mistake in the file's code."""
-    with explain.explained(path):
+    with explain.translate_errors(path):
         loader.exec_module(module)
     config = getattr(module, "config", None)
-    own = [k for k, v in vars(module).items() if callable(v) and v.__module__ == module.__name__]
+    names = [k for k, v in vars(module).items() if callable(v) and v.__module__ == module.__name__]
     check(
         callable(config),
         f"experiment file {path} has no config() function, which returns the spmd.Experiment."
-        f"{closest('config', own)}",
+        f"{closest('config', names)}",
     )
-    with explain.explained(path):
+    with explain.translate_errors(path):
         return cast(Any, config)()

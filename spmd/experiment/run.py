@@ -28,15 +28,15 @@ class Run:
 
         from spmd.train import metrics
 
-        return metrics.read(epath.Path(self.dir))
+        return metrics.read_lines(epath.Path(self.dir))
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one metric, to be plotted; ValueError when it was never logged."""
         history = self.history
-        known = {key for line in history for key in line} - {"step", "time"}
+        names = {key for line in history for key in line} - {"step", "time"}
         check(
-            name in known,
-            f"no metric {name!r} in this run.{closest(name, known)} It has: {', '.join(sorted(known))}",
+            name in names,
+            f"no metric {name!r} in this run.{closest(name, names)} It has: {', '.join(sorted(names))}",
         )
         points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]

@@ -1,4 +1,4 @@
-"""Training an experiment in its run directory: the claim on it, the data it has seen, the loop."""
+"""Train an experiment in its run directory: claim it, compare its data, run the loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spmd.core.fields import check, closest
 from spmd.experiment.run import Run
 from spmd.runtime import agree, allocator
 from spmd.runtime.stop import Stop
-from spmd.train import dataset, loop, rundir, tracker
+from spmd.train import dataset, loop, rundir, tracker, trainer
 from spmd.train.claim import Claim
 from spmd.train.evaluate import metric_names
 from spmd.train.program import Program
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
 
 def train(exp: Experiment, stop: Stop | None) -> Run:
-    """Train, or resume what is in the run directory; returns the finished run. stop: of caught signals."""
+    """Train, or resume the run in the directory; returns the finished run. stop: collects caught signals."""
     path = rundir.locate(exp.run.dir, exp.name)
-    known = {"defaults": fields.defaults(exp), "located": fields.located_in(exp)}
-    with contextlib.ExitStack() as held:
+    comparison = {"defaults": fields.defaults(exp), "located": fields.located_names(exp)}
+    with contextlib.ExitStack() as stack:
         claims: list[Claim] = []  # of process 0
 
         def open_() -> bool:
-            tracker.ready(exp.log.wandb)
-            options = {"fresh": exp.run.fresh, "amend": exp.run.amend, "known": known}
+            tracker.check_installed(exp.log.wandb)
+            options = {"fresh": exp.run.fresh, "amend": exp.run.amend, "known": comparison}
             claim = Claim(path, exp.name, exp.config(), exp.identity(), **options)
             claims.append(claim)
-            held.callback(claim.release)
+            stack.callback(claim.release)
             return claim.resumes
 
         resumes = agree.from_first(open_, "opening the run directory")
-        return _train_in(exp, path, claims, known, stop, resumes=resumes)
+        return _train_in(exp, path, claims, comparison, stop, resumes=resumes)
 
 
 def _train_in(
     exp: Experiment,
     path: epath.Path,
     claims: Sequence[Claim],
-    known: dict[str, Any],
+    comparison: dict[str, Any],
     stop: Stop | None,
     *,
     resumes: bool,
@@ -56,45 +56,45 @@ def _train_in(
     """Train in a run directory that process 0 holds. claims: its claim, none in other processes."""
     program = exp.build()
     if program.mesh.devices.flat[0].platform == "cpu":
-        allocator.keep()
+        allocator.keep_freed_memory()
     if warning := exp.pipeline_warning(program.mesh.shape["stage"]):
         agree.say(warning, sys.stderr)
     program = program._replace(evaluation=exp.data.opened("eval"))
-    contents = dataset.contents(
+    contents = dataset.describe_contents(
         exp.data, {"train": lambda: program.source, "eval": lambda: program.evaluation}
     )
     identity = exp.identity() | dataset.identity(contents)
-    done: dict[str, Any] | None = None
+    finished: dict[str, Any] | None = None
     if resumes:
-        agree.from_first(lambda: dataset.check_same(path, contents), "comparing the data")
-        done = agree.from_first(lambda: rundir.summary(path), "reading the summary")
-    if done and done["steps"] >= program.num_steps:
+        agree.from_first(lambda: dataset.check_unchanged(path, contents), "comparing the data")
+        finished = agree.from_first(lambda: rundir.summary(path), "reading the summary")
+    if finished and finished["steps"] >= program.num_steps:
         agree.say(
-            f"{rundir.shown(path)} is finished: {done['steps']} steps. Train on with a larger"
+            f"{rundir.short_path(path)} is finished: {finished['steps']} steps. Train on with a larger"
             " --train.steps, or anew with --run.fresh or another --run.dir"
         )
-        return Run(exp, str(path), done["steps"], done["metrics"], done["seconds"])
+        return Run(exp, str(path), finished["steps"], finished["metrics"], finished["seconds"])
 
     check_best(exp, program)
 
     def begin(step: int) -> None:
         if resumes:
-            say_stretched(exp, rundir.recorded(path), program, step)
+            report_stretched_schedule(exp, rundir.read_config(path), program, step)
         claims[0].begin(identity, step)
-        dataset.record(path, contents)
+        dataset.write_contents(path, contents)
 
     def accept(about: dict[str, Any]) -> None:
         for claim in claims:
-            claim.same_saved(about, identity, known)
+            claim.same_saved(about, identity, comparison)
 
     def holds() -> None:
         for claim in claims:
             claim.check()
 
-    run = loop.Directory(
+    run = trainer.Directory(
         path, exp.config(), identity, resumes, accept=accept, begin=begin, holds=holds
     )
-    settings = loop.Settings(exp.train, exp.eval, exp.checkpoint, exp.log, exp.runtime)
+    settings = trainer.Settings(exp.train, exp.eval, exp.checkpoint, exp.log, exp.runtime)
     summary = loop.fit(program, run, settings, stop)
     return Run(exp, str(path), summary["steps"], summary["metrics"], summary["seconds"])
 
@@ -112,20 +112,22 @@ def check_best(exp: Experiment, program: Program) -> None:
     )
 
 
-def say_stretched(exp: Experiment, recorded: dict[str, Any], program: Program, step: int) -> None:
+def report_stretched_schedule(
+    exp: Experiment, recorded: dict[str, Any], program: Program, step: int
+) -> None:
     """Print a line when the run's learning-rate schedule spans another number of steps than before."""
     try:
-        old = recorded["config"]["train"]
-        train = dataclasses.replace(exp.train, steps=old["steps"], epochs=old["epochs"])
-        before = train.num_steps(program.examples, len(program.source))
+        previous = recorded["config"]["train"]
+        train = dataclasses.replace(exp.train, steps=previous["steps"], epochs=previous["epochs"])
+        num_steps_before = train.num_steps(program.examples, len(program.source))
     except (KeyError, TypeError, ValueError):
         return  # config.json of another version
-    now = program.num_steps
-    if before == now or exp.optimizer.schedule == "constant":
+    num_steps = program.num_steps
+    if num_steps_before == num_steps or exp.optimizer.schedule == "constant":
         return
     rate = lambda n: float(np.asarray(exp.optimizer.rate(n, program.examples)(min(step, n))))
-    rates = rate(before), rate(now)
+    rates = rate(num_steps_before), rate(num_steps)
     print(
-        f"the learning-rate schedule now spans {now} steps (was {before}): at step {step} the rate is"
-        f" {rates[1]:.3g} (was {rates[0]:.3g})"
+        f"the learning-rate schedule now spans {num_steps} steps (was {num_steps_before}): at step {step} the"
+        f" rate is {rates[1]:.3g} (was {rates[0]:.3g})"
     )

@@ -17,37 +17,37 @@ import jax
 Count = collections.Counter[str]  # dtype of the operands -> FLOPs
 
 
-def of_step(task: Any, batch: Any) -> Count:
+def count_step(task: Any, batch: Any) -> Count:
     """FLOPs of a step on the abstract global `batch`, by dtype of the operands; traces the loss once."""
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     scale = jax.eval_shape(lambda b: task.scale(task.weigh(b)), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return times(of_call(task.loss, params, model_state, batch, key, scale), 3)
+    return multiply(count_call(task.loss, params, model_state, batch, key, scale), 3)
 
 
-def of_call(function: Any, *args: Any) -> Count:
+def count_call(function: Any, *args: Any) -> Count:
     """FLOPs of a call, forward only; args: arrays or shapes."""
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def times(count: Count, factor: int) -> Count:
+def multiply(count: Count, factor: int) -> Count:
     """The count multiplied by `factor`."""
     return Count({dtype: n * factor for dtype, n in count.items()})
 
 
-def _of_jaxpr(jaxpr: Any) -> Count:
+def _count_jaxpr(jaxpr: Any) -> Count:
     total = Count()
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in ("dot_general", "ragged_dot_general"):
-            total[_dtype(eqn)] += _dot(eqn)
+            total[_dtype(eqn)] += _dot_flops(eqn)
         elif name == "conv_general_dilated":
-            total[_dtype(eqn)] += _conv(eqn)
+            total[_dtype(eqn)] += _conv_flops(eqn)
         elif name == "cond":  # count the most expensive branch
-            total += max(map(_of_jaxpr, _bodies(eqn)), key=lambda count: count.total())
+            total += max(map(_count_jaxpr, _bodies(eqn)), key=lambda count: count.total())
         else:  # scan, pjit, custom_vjp, remat ...; the body of a `while` once, as its length is not known
             for body in _bodies(eqn):
-                total += times(_of_jaxpr(body), _repeats(eqn))
+                total += multiply(_count_jaxpr(body), _repeats(eqn))
     return total
 
 
@@ -76,7 +76,7 @@ def _dtype(eqn: Any) -> str:
     return str(eqn.invars[0].aval.dtype)
 
 
-def _dot(eqn: Any) -> int:
+def _dot_flops(eqn: Any) -> int:
     numbers = eqn.params.get("dimension_numbers")
     if numbers is None:
         numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
@@ -85,7 +85,7 @@ def _dot(eqn: Any) -> int:
     return 2 * out.size * math.prod(lhs[dim] for dim in contracted)
 
 
-def _conv(eqn: Any) -> int:
+def _conv_flops(eqn: Any) -> int:
     # rhs_spec: output features, input features of a group, spatial dims. Zeros that pad an image are counted,
     # zeros that dilate it (a transposed convolution) are not.
     rhs, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval

@@ -106,7 +106,7 @@ def token() -> str:
     return secrets.token_hex(8)
 
 
-def plain(option: str, value: str) -> str:
+def check_plain(option: str, value: str) -> str:
     """Returns an option's value that is passed to a script or a cloud; ValueError unless it is plain
     characters.
     """
@@ -149,16 +149,16 @@ class Command:
     def run(self) -> int:
         """Runs the command in the terminal; returns the exit code (128 + n after signal n)."""
         self.check_installed()
-        done = subprocess.run(self.argv, input=self.stdin or None, text=True, check=False)
-        return exit_code(done.returncode)
+        process = subprocess.run(self.argv, input=self.stdin or None, text=True, check=False)
+        return exit_code(process.returncode)
 
     def read(self) -> tuple[int, str]:
         """Runs the command; returns (exit code, output). Errors go to the terminal."""
         self.check_installed()
-        done = subprocess.run(
+        process = subprocess.run(
             self.argv, input=self.stdin or None, text=True, check=False, stdout=subprocess.PIPE
         )
-        return exit_code(done.returncode), done.stdout.strip()
+        return exit_code(process.returncode), process.stdout.strip()
 
     def check_installed(self) -> None:
         """ValueError if the program is not on PATH."""

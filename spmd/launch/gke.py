@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from spmd.launch import base
-from spmd.launch.base import Command, Job, check, plain
+from spmd.launch.base import Command, Job, check, check_plain
 
 PORT = 8476  # the coordinator's
 LABEL = "jobset.sigs.k8s.io"
@@ -71,7 +71,7 @@ class Gke(base.CloudOptions):
         return base.show(command) if self.dry_run else command.run()
 
     def _kubectl(self, job: Job, *words: str, stdin: str = "") -> Command:
-        namespace = plain("--namespace", self.namespace)
+        namespace = check_plain("--namespace", self.namespace)
         return Command(("kubectl", *words, f"--namespace={namespace}", *job.extra), stdin)
 
     def manifest(self, job: Job) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Gke(base.CloudOptions):
         pods = self._tpu_pods() if tpu else base.at_least("--nodes", self.nodes, 1)
         metadata: dict[str, Any] = {"name": job.name}
         if self.queue:
-            metadata["labels"] = {"kueue.x-k8s.io/queue-name": plain("--queue", self.queue)}
+            metadata["labels"] = {"kueue.x-k8s.io/queue-name": check_plain("--queue", self.queue)}
         if tpu:  # a slice is a node pool that no other job may use
             metadata["annotations"] = {
                 f"alpha.{LABEL}/exclusive-topology": "cloud.google.com/gke-nodepool"
@@ -151,8 +151,8 @@ class Gke(base.CloudOptions):
             bool(self.accelerator),
             "launch gke needs --accelerator, for example tpu-v5-lite-podslice or nvidia-h100-80gb",
         )
-        plain("--image", self.image)
-        tpu = plain("--accelerator", self.accelerator).startswith("tpu")
+        check_plain("--image", self.image)
+        tpu = check_plain("--accelerator", self.accelerator).startswith("tpu")
         check(
             tpu == bool(self.topology),
             f"--accelerator {self.accelerator} needs --topology, for example 4x4"
@@ -193,7 +193,7 @@ class Gke(base.CloudOptions):
         }
         container["env"] = _start()
         if self.secret:
-            container["envFrom"] = [{"secretRef": {"name": plain("--secret", self.secret)}}]
+            container["envFrom"] = [{"secretRef": {"name": check_plain("--secret", self.secret)}}]
         pod: dict[str, Any] = {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": self.grace,
@@ -201,7 +201,7 @@ class Gke(base.CloudOptions):
             "containers": [container],
         }
         if self.service_account:
-            pod["serviceAccountName"] = plain("--service-account", self.service_account)
+            pod["serviceAccountName"] = check_plain("--service-account", self.service_account)
         if tpu:  # GKE gives TPU pods the addresses of their peers
             container["ports"] = [{"containerPort": 8471}, {"containerPort": 8080}]
             return pod

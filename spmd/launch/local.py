@@ -60,7 +60,7 @@ class LocalLaunch(base.LaunchOptions):
             envs = environments(self.processes, free_port(), gpus)
             lines = [Command(tuple(argv), env=env).shell() for env in envs]
             return base.show(*[f"{line} &" for line in lines[:-1]], lines[-1])
-        with claimed(job.dir, job.name), (job.dir / "log").open("ab", buffering=0) as log:
+        with claim(job.dir, job.name), (job.dir / "log").open("ab", buffering=0) as log:
             return supervise(
                 argv,
                 processes=self.processes,
@@ -72,14 +72,14 @@ class LocalLaunch(base.LaunchOptions):
 
     def stop(self, job: Job) -> int:
         """Sends SIGTERM to the launcher, which forwards it: the run saves and ends."""
-        pid = running(job.dir)
+        pid = running_process(job.dir)
         check(pid is not None, f"no job {job.name!r} is running here (in {job.dir})")
         assert pid is not None
         if self.dry_run:
             return base.show(Command(("kill", "-TERM", str(pid))))
         os.kill(pid, signal.SIGTERM)
         print(f"launch: asked {job.name} (process {pid}) to save and stop")
-        while running(job.dir) == pid:
+        while running_process(job.dir) == pid:
             time.sleep(POLL)
         return 0
 
@@ -88,7 +88,9 @@ class LocalLaunch(base.LaunchOptions):
         file = job.dir / "log"
         check(file.exists(), f"no job {job.name!r} was launched here (no {file})")
         follow = (
-            ["--follow", f"--pid={running(job.dir)}"] if self.follow and running(job.dir) else []
+            ["--follow", f"--pid={running_process(job.dir)}"]
+            if self.follow and running_process(job.dir)
+            else []
         )
         command = Command(("tail", "--lines=+1", *follow, str(file)))
         return base.show(command) if self.dry_run else command.run()
@@ -124,8 +126,8 @@ def visible_gpus() -> list[str]:
     """Indices or ids for CUDA_VISIBLE_DEVICES; none if JAX_PLATFORMS selects the CPU."""
     if os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
         return []
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [g for g in given.split(",") if g and g != "-1"]
+    if (variable := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [g for g in variable.split(",") if g and g != "-1"]
     return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
@@ -158,7 +160,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def claimed(directory: Path, name: str) -> Iterator[None]:
+def claim(directory: Path, name: str) -> Iterator[None]:
     """Holds a lock on the job's pid file: unlike a number in a file, a lock ends with its process."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "pid").open("a+") as file:
@@ -166,7 +168,7 @@ def claimed(directory: Path, name: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(
-                f"job {name!r} is running already (process {running(directory)}); give another"
+                f"job {name!r} is running already (process {running_process(directory)}); give another"
                 f" --name, or stop it: run.py launch local stop --experiment {name}"
             ) from None
         file.truncate(0)
@@ -175,7 +177,7 @@ def claimed(directory: Path, name: str) -> Iterator[None]:
         yield
 
 
-def running(directory: Path) -> int | None:
+def running_process(directory: Path) -> int | None:
     """Id of the process that holds the lock on the job's pid file, or None."""
     try:
         with (directory / "pid").open() as file:
@@ -260,7 +262,7 @@ class Group:
 
     def run(self, grace: float) -> tuple[int, int]:
         """Runs until all have ended; returns (exit code, the signal that this process received or 0)."""
-        before = {s: signal.signal(s, self._forward) for s in FORWARDED}
+        previous_handlers = {s: signal.signal(s, self._forward) for s in FORWARDED}
         try:
             for index, env in enumerate(self._envs):
                 self._spawn(index, env)
@@ -276,7 +278,7 @@ class Group:
                 process.wait()
             for reader in self._readers:
                 reader.join(timeout=5)
-            for signum, handler in before.items():
+            for signum, handler in previous_handlers.items():
                 signal.signal(signum, handler)
 
     def _spawn(self, index: int, env: Mapping[str, str]) -> None:

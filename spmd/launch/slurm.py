@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from spmd.launch import base
-from spmd.launch.base import Command, Job, check, plain
+from spmd.launch.base import Command, Job, check, check_plain
 
 # SIGTERM is sent to the steps (no `B:`), `grace` seconds or up to a minute more before the time limit: they
 # save and exit with 143. The exit code of srun is not enough: when a task ends, it kills the others and
@@ -130,8 +130,8 @@ class Slurm(base.LaunchOptions):
             "gpus-per-node": gpus,
             "cpus-per-task": cpus,
             "time": self.time,
-            "partition": self.partition and plain("--partition", self.partition),
-            "account": self.account and plain("--account", self.account),
+            "partition": self.partition and check_plain("--partition", self.partition),
+            "account": self.account and check_plain("--account", self.account),
             "chdir": directive_path(Path.cwd()),
             "output": directive_path(self._output(job, "%j")),
             "open-mode": "append",
@@ -146,7 +146,7 @@ class Slurm(base.LaunchOptions):
         """The number of the job, as recorded by start()."""
         file = job.dir / "job"
         check(file.exists(), f"no job {job.name!r} was submitted from here (no {file})")
-        return plain("job number", file.read_text().strip())
+        return check_plain("job number", file.read_text().strip())
 
 
 def directive_path(path: Path) -> str:

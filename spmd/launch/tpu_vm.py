@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from spmd.launch import base
-from spmd.launch.base import Command, Job, check, plain
+from spmd.launch.base import Command, Job, check, check_plain
 from spmd.launch.tpu_scripts import BEGIN, FINISH, FOLLOW, LOG, SETUP, STATUS, STOP
 
 RUNTIMES = {  # prefix of the accelerator type -> image of its VMs
@@ -95,8 +95,8 @@ class TpuVm(base.CloudOptions):
             f"--accelerator {self.accelerator}: known are {', '.join(f'{p}N' for p in RUNTIMES)}; for"
             " another type give the image of its VMs with --runtime",
         )
-        plain("--accelerator", self.accelerator)
-        return plain("--runtime", self.runtime or images[0])
+        check_plain("--accelerator", self.accelerator)
+        return check_plain("--runtime", self.runtime or images[0])
 
     def _run(self, vm: Machines) -> int:
         code = base.LOST
@@ -209,9 +209,9 @@ class Machines:
     def __init__(self, options: TpuVm, job: Job):
         self.name = job.name
         check(bool(options.zone), "launch tpu-vm needs --zone, for example --zone us-east5-a")
-        self._location = ["--zone", plain("--zone", options.zone)]
+        self._location = ["--zone", check_plain("--zone", options.zone)]
         if options.project:
-            self._location += ["--project", plain("--project", options.project)]
+            self._location += ["--project", check_plain("--project", options.project)]
         self._options, self._job = options, job
         self.archive = job.dir / f"{self.name}.tar.gz"
         self.delete = self._queued("delete", self.name, "--force", "--quiet")

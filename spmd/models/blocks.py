@@ -55,7 +55,7 @@ class BlockConfig:
     attention: Implementation = free("xla")
     """XLA anywhere; cudnn on NVIDIA GPUs, splash on TPUs, which never hold all scores at once."""
     context: Context = free("ring")
-    """Attention under mesh.context: keys and values travel round a ring, or heads are exchanged for time."""
+    """Attention under mesh.context: keys and values are sent round a ring, or heads exchanged for time."""
 
     def __post_init__(self) -> None:
         for name in ("embed", "heads"):

@@ -26,7 +26,7 @@ class CNN:
     dropout: float = 0.0
     """Dropout rate before the logits."""
     dtype: Literal["", "bfloat16", "float32"] = ""
-    """Compute type; empty is the parameters' own."""
+    """Compute type; empty is that of the parameters."""
 
     def __post_init__(self) -> None:
         for width in (self.channels, self.classes, *self.features):

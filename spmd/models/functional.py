@@ -1,4 +1,4 @@
-"""An NNX model split into static graphs and pure functions over plain dicts, each submodule watchable."""
+"""An NNX model as static graphs and pure functions over plain dicts; submodules can name their outputs."""
 
 from __future__ import annotations
 
@@ -20,30 +20,39 @@ PyTree = Any
 
 
 class FunctionalModel(NamedTuple):
-    """An NNX model split once into static graphs and plain dicts (NNX itself is slow in the loop)."""
+    """An NNX model split once into static graphs and plain dicts (NNX itself is slow in the loop).
+
+    init: key -> (params, model_state). apply: (params, model_state, *inputs, train) -> (output, model_state).
+    call: (params, model_state, fn, train) -> (fn(module), model_state). dims, state_dims: logical dims of
+    parameters and of model state, by path. whole_batch: paths of modules whose statistics are those of the
+    rows that they see, and thus depend on the mesh. kind: class of the module.
+    """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[jax.Array, PyTree]]
     call: Callable[..., tuple[Any, PyTree]]
     dims: dict[str, tuple[str, ...] | None]
-    state_dims: dict[str, tuple[str, ...] | None]  # of what is no parameter
+    state_dims: dict[str, tuple[str, ...] | None]
     whole_batch: tuple[str, ...]
-    kind: type  # of the module
+    kind: type
 
     def evaluated(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
-        """fn(module), without dropout, with the statistics of training."""
+        """fn(module) in evaluation mode: without dropout, with the running statistics."""
         return self.call(params, model_state, fn, train=False)[0]
 
 
 def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
-    """model: a config with `build(rngs)`, or an NNX module class that takes `rngs`.
+    """Split a model into static graphs and pure functions.
 
-    call(params, model_state, fn, train=...) -> (fn(module), new model_state); apply calls the module itself,
-    apply(params, model_state, x, train=...). ValueError for modules that hold random state: their masks
-    would depend on the mesh.
+    Narrow parameters: a model with a field `dtype` computes in their type unless the field names another; a
+    model without such a field computes in float32. Model state (batch statistics) is float32 at least.
 
-    Narrow parameters: a model with a field `dtype` computes in their type unless it says another; what has no
-    such field computes in float32. State that is not trained (batch statistics) is float32 at least.
+    Args:
+        model: a config with `build(rngs)`, or an NNX module class that takes `rngs`.
+        param_dtype: type of the parameters.
+
+    Raises:
+        ValueError: a module holds random state: its masks would depend on the mesh.
     """
     widens = narrow.is_narrow(param_dtype) and not hasattr(model, "dtype")
     model = narrow.with_compute_type(model, param_dtype)
@@ -93,7 +102,7 @@ def _check_no_random_state(model: nnx.Module) -> None:
 
 
 def _whole_batch_modules(model: nnx.Module) -> tuple[str, ...]:
-    """Paths of the modules that compute statistics of a batch without spmd.parallel.scope."""
+    """Paths of the modules that take batch statistics without spmd.parallel.scope."""
     kinds = nnx.BatchNorm | nnx.SpectralNorm
     modules = nnx.iter_modules(model)
     return tuple("/".join(map(str, path)) for path, module in modules if isinstance(module, kinds))
@@ -121,19 +130,20 @@ def _dicts(state: nnx.State) -> PyTree:
 
 @contextlib.contextmanager
 def watching(model: nnx.Module) -> Iterator[None]:
-    """Under scope.bind(watched=True) each submodule names its output by its path: `layers/0`, and
-    `dropout#2` when it is called a second time. So a model needs no taps of its own.
+    """Name the output of each submodule by its path, under scope.bind(watched=True).
+
+    `layers/0`, and `dropout#2` for the second call of a module: a model needs no taps of its own.
     """
     if not scope.current().watched:
         yield
         return
     modules = dict(nnx.iter_modules(model))
     paths = {id(module): "/".join(map(str, path)) for path, module in modules.items()}
-    copies: list[nnx.Module] = []  # held, so that no id is used twice
+    copies: list[nnx.Module] = []  # kept alive, so that no id is used twice
     calls: Counter[str] = Counter()
 
     def path_of(module: nnx.Module) -> str:
-        """Also of a copy that a scan over layers made, when the model has one module of its class."""
+        """The path of a module, or of a copy made by a scan if the model has one module of its class."""
         if id(module) not in paths:
             copies.append(module)
             same = [id(m) for m in modules.values() if type(m) is type(module)]
@@ -159,7 +169,7 @@ def watching(model: nnx.Module) -> Iterator[None]:
 
     with contextlib.ExitStack() as undo:
         bases = [cls for module in modules.values() for cls in type(module).__mro__]
-        # The class that defines it: an inherited one would be named twice.
+        # Only the class that defines __call__: an inherited one would be named twice.
         for cls in {cls for cls in bases if "__call__" in vars(cls)}:
             call = vars(cls)["__call__"]
             undo.callback(setattr, cls, "__call__", call)

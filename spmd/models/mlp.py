@@ -28,7 +28,7 @@ class MLP:
     dropout: float = 0.0
     """Dropout rate after each hidden layer."""
     dtype: Literal["", "bfloat16", "float32"] = ""
-    """Compute type; empty is the parameters' own."""
+    """Compute type; empty is that of the parameters."""
     stacked: bool = False
     """Hidden layers after the first, all of one width, as one array [layers, ...]: scanned, and sharded by
     mesh.stage."""
@@ -93,7 +93,7 @@ class _Net(nnx.Module):
 class _Stack(nnx.Module):
     """Hidden layers of one width, stacked; a pipeline runs enter, through, leave and logits."""
 
-    stream = ("batch", "embed")  # what flows from part to part
+    stream = ("batch", "embed")  # logical dims of the activations between stages
 
     def __init__(self, config: MLP, rngs: nnx.Rngs):
         width, self.num_layers = config.hidden[0], len(config.hidden) - 1
@@ -121,11 +121,11 @@ class _Stack(nnx.Module):
     def enter(self, x: jax.Array) -> jax.Array:
         """Input of the stacked layers [B, D]."""
         with scope.layer(self.num_layers):  # a number that no stacked layer has
-            return self._activated(self.first(_flat(x, self.inputs)))
+            return self._activate(self.first(_flat(x, self.inputs)))
 
     def through(self, x: jax.Array, inputs: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:
         """Output [B, D] of the layers that a stage holds; first: number of the first of them."""
-        apply = lambda layer, x, _: (self._activated(layer(x)), None)
+        apply = lambda layer, x, _: (self._activate(layer(x)), None)
         return Stack()(self.layers, x, apply, first=first)[0]
 
     def leave(self, x: jax.Array) -> jax.Array:
@@ -136,5 +136,5 @@ class _Stack(nnx.Module):
         """Logits [B, classes]."""
         return self.head(x)
 
-    def _activated(self, x: jax.Array) -> jax.Array:
+    def _activate(self, x: jax.Array) -> jax.Array:
         return scope.constrain(self.dropout(jax.nn.relu(x)), *self.stream)

@@ -60,7 +60,7 @@ class Stack:
             with scope.layer(index):
                 return apply(nnx.merge(graph, variables), x, inputs)
 
-        step = self._rematerialised(step)
+        step = self._rematerialise(step)
         stacked = (first + jnp.arange(num, dtype=jnp.int32), variables, inputs)
         if self.scan:
             return jax.lax.scan(step, x, stacked)
@@ -70,7 +70,7 @@ class Stack:
             outputs.append(output)
         return x, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
-    def _rematerialised(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _rematerialise(self, step: Callable[..., Any]) -> Callable[..., Any]:
         if self.remat == "none":
             return step
         policies = jax.checkpoint_policies

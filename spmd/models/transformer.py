@@ -1,4 +1,4 @@
-"""A decoder language model: GPT-2, Llama, and what lies between."""
+"""A decoder language model: GPT-2, Llama and their combinations."""
 
 # B batch, T time, D embed, V vocab, L layers, S cached time, G key and value heads, K head_dim
 
@@ -45,7 +45,7 @@ class Transformer(BlockConfig):
     vocab_multiple: int = 1
     """The vocabulary is padded to a multiple of this (GPT-2 on GPUs: 128); padding is never predicted."""
     dtype: Literal["", "bfloat16", "float32"] = ""
-    """Compute type; empty is the parameters' own. Norms, softmax and sums of gradients stay float32."""
+    """Compute type; empty is that of the parameters. Norms, softmax and sums of gradients stay float32."""
     scan: bool = free(True)
     """Compile a single block and scan it over the layers; unrolled layers compile slower and run faster."""
     remat: Literal["none", "full", "dots", "named"] = free("none")
@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
     pipeline runs on its stages; decode is the cached form.
     """
 
-    stream = ("batch", "residual_time", "embed")  # logical dims of what flows from part to part
+    stream = ("batch", "residual_time", "embed")  # logical dims of the activations between stages
 
     def __init__(self, config: Transformer, rngs: nnx.Rngs):
         self.config = config

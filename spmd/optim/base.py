@@ -27,12 +27,12 @@ class Optimizer:
     warmup_steps: int = 0
     """Steps of linear warm-up from 0; with base-batch-size, from the rate of that."""
     base_batch_size: int = 0
-    """Batch size that learning-rate is for: a larger batch takes a rate as much larger (Goyal et al. 2017);
-    0 is off."""
+    """Batch size that learning-rate is for: the rate is scaled with the batch size (Goyal et al. 2017); 0
+    is off."""
     final_fraction: float = 0.0
     """Learning rate at the end, as a fraction of the peak (cosine, wsd)."""
     decay_fraction: float = 0.2
-    """The last part of the run over which wsd decays."""
+    """Fraction of the run, at its end, over which wsd decays."""
     weight_decay: float = 0.0
     """Decoupled weight decay, for arrays of two or more dims (no biases, no norms)."""
     clip_norm: float = 0.0
@@ -79,14 +79,14 @@ class Optimizer:
         scaled = self.base_batch_size and batch_size
         peak = self.learning_rate * (batch_size / self.base_batch_size if scaled else 1)
         final = peak * self.final_fraction
-        rest = max(num_steps - self.warmup_steps, 1)
+        remaining = max(num_steps - self.warmup_steps, 1)
         if self.schedule == "constant":
             main = optax.constant_schedule(peak)
         elif self.schedule == "cosine":
-            main = optax.cosine_decay_schedule(peak, rest, alpha=self.final_fraction)
+            main = optax.cosine_decay_schedule(peak, remaining, alpha=self.final_fraction)
         else:
-            decay = max(round(rest * self.decay_fraction), 1)
-            main = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+            decay = max(round(remaining * self.decay_fraction), 1)
+            main = optax.linear_schedule(peak, final, decay, transition_begin=remaining - decay)
         if self.warmup_steps:
             first = min(self.learning_rate, peak) if scaled else 0.0
             warmup = optax.linear_schedule(first, peak, self.warmup_steps)
@@ -96,7 +96,7 @@ class Optimizer:
         return lambda count: jnp.asarray(main(jnp.asarray(count, float)), float)
 
     def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
-        """The transformation before learning rate and weight decay; each optimizer's own.
+        """The transformation before weight decay and learning rate, which each optimizer defines.
 
         matrices, dims: decay_mask and dims as `build` takes them.
         """
@@ -109,9 +109,13 @@ class Optimizer:
     def build(
         self, num_steps: int, decay_mask: Any, dims: Dims | None = None, batch_size: int = 0
     ) -> optax.GradientTransformation:
-        """optax transformation; decay_mask: tree of bools like the parameters, dims: logical dims by
-        parameter name (Task.dims), for the optimizers that tell hidden layers from others, batch_size: as
-        `rate` takes it.
+        """The optax transformation.
+
+        Args:
+            num_steps: steps of the run.
+            decay_mask: tree of bools, structured as the parameters.
+            dims: logical dims by parameter name (Task.dims), for optimizers that recognise hidden layers.
+            batch_size: examples of a step, as `rate` takes it.
         """
         import optax
 

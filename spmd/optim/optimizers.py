@@ -128,8 +128,8 @@ class Muon(Optimizer):
         from spmd.core import tree
 
         def group(name: str, matrix: bool) -> str:
-            known = dims.get(name)
-            return "muon" if matrix and (not known or is_hidden_matrix(known)) else "adamw"
+            leaf_dims = dims.get(name)
+            return "muon" if matrix and (not leaf_dims or is_hidden_matrix(leaf_dims)) else "adamw"
 
         def sides(name: str, x: Any) -> MuonDimensionNumbers:
             return MuonDimensionNumbers(*matrix_axes(dims.get(name) or (None,) * x.ndim))
@@ -140,14 +140,14 @@ class Muon(Optimizer):
             largest = max(math.prod(x.shape[i] for i in side) for side in axes)
             return x * (self.rms * math.sqrt(largest))
 
-        of_updates = lambda fn: lambda updates, params=None: tree.map_named(fn, updates)
+        map_updates = lambda fn: lambda updates, params=None: tree.map_named(fn, updates)
         muon = optax.chain(
             scale_by_muon(
                 beta=self.momentum,
                 ns_steps=self.num_iterations,
-                weight_dimension_numbers=of_updates(sides),
+                weight_dimension_numbers=map_updates(sides),
             ),
-            optax.stateless(of_updates(scale)),
+            optax.stateless(map_updates(scale)),
         )
         adamw = optax.scale_by_adam(self.b1, self.b2)
         return optax.partition({"muon": muon, "adamw": adamw}, tree.map_named(group, matrices))
@@ -156,12 +156,12 @@ class Muon(Optimizer):
 def matrix_axes(dims: Sequence[str | None]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(input axes, output axes) of a kernel as a matrix; `layers` and `experts` are stacks, in neither."""
     axes = [i for i, dim in enumerate(dims) if dim not in ("layers", "experts")]
-    out = 2 if dims[-1] == "head_dim" and dims[-2] in ("heads", "kv_heads") else 1
-    return tuple(axes[:-out]), tuple(axes[-out:])
+    num_outputs = 2 if dims[-1] == "head_dim" and dims[-2] in ("heads", "kv_heads") else 1
+    return tuple(axes[:-num_outputs]), tuple(axes[-num_outputs:])
 
 
 def is_hidden_matrix(dims: tuple[str, ...]) -> bool:
-    """Neither an embedding, a head or a first layer, nor a bias of stacked or attention layers."""
+    """Whether a parameter is a matrix of a hidden layer: no embedding, head, first layer or stacked bias."""
     return not {"vocab", "position", "classes", "input"} & {*dims} and bool(matrix_axes(dims)[0])
 
 
@@ -169,7 +169,7 @@ def is_hidden_matrix(dims: tuple[str, ...]) -> bool:
 class Adafactor(Optimizer):
     """Second moments of a matrix kept as a row and a column (Shazeer and Stern 2018, arXiv 1804.04235).
 
-    Norms are taken over whole arrays: stacked layers count as one.
+    Norms are taken over logical arrays: stacked layers count as one.
     """
 
     name: ClassVar[str] = "adafactor"
@@ -178,7 +178,7 @@ class Adafactor(Optimizer):
     decay_rate: float = 0.8
     """Second moments decay by 1 - t ** -decay_rate at step t."""
     min_dim_factored: int = 128
-    """Arrays whose second largest dim is smaller keep their whole second moment."""
+    """Arrays whose second largest dim is smaller keep an unfactored second moment."""
     clip_rms: float = 1.0
     """Clips the root mean square of each array's update to this; 0 is off."""
     momentum: float = 0.0
@@ -214,11 +214,11 @@ class Adafactor(Optimizer):
 
 
 def decay_mask(params: Any, dims: dict[str, Any]) -> Any:
-    """True where weight decay applies: a matrix or more, so no biases, be they of stacked layers or heads."""
+    """True where weight decay applies: matrices, but no biases, stacked ones included."""
     from spmd.core import tree
 
     def decays(name: str, x: Any) -> bool:
-        known = dims.get(name)
-        return bool(matrix_axes(known)[0]) if known else len(x.shape) >= 2
+        leaf_dims = dims.get(name)
+        return bool(matrix_axes(leaf_dims)[0]) if leaf_dims else len(x.shape) >= 2
 
     return tree.map_named(decays, params)

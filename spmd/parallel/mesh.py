@@ -43,10 +43,10 @@ class MeshConfig:
                 size >= 1 or size == -1,
                 f"mesh.{axis}={size} must be at least 1, or -1 for the rest",
             )
-        rest = [axis for axis, size in self.sizes().items() if size == -1]
+        unresolved = [axis for axis, size in self.sizes().items() if size == -1]
         check(
-            len(rest) <= 1,
-            f"only one mesh axis may be -1, given: {', '.join(rest)}"
+            len(unresolved) <= 1,
+            f"only one mesh axis may be -1, given: {', '.join(unresolved)}"
             f" (mesh.data is -1 by default: give it a size too)",
         )
 
@@ -58,19 +58,21 @@ class MeshConfig:
         """`{axis: size}` whose product is num_devices; ValueError when there is none."""
         sizes = self.sizes()
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        given = " * ".join(f"{a}={s}" for a, s in sizes.items() if s not in (1, -1)) or "all axes 1"
-        rest = next((axis for axis, size in sizes.items() if size == -1), None)
+        product = (
+            " * ".join(f"{a}={s}" for a, s in sizes.items() if s not in (1, -1)) or "all axes 1"
+        )
+        unresolved = next((axis for axis, size in sizes.items() if size == -1), None)
         check(
-            num_devices % fixed == 0 and (rest is not None or fixed == num_devices),
-            f"mesh sizes ({given}) multiply to {fixed}, but there are {num_devices} devices; "
+            num_devices % fixed == 0 and (unresolved is not None or fixed == num_devices),
+            f"mesh sizes ({product}) multiply to {fixed}, but there are {num_devices} devices; "
             + (
                 f"use a product that divides {num_devices}"
-                if rest
+                if unresolved
                 else f"set one axis to -1, or use sizes that multiply to {num_devices}"
             )
             + f" ({_divisors_text(num_devices)})",
         )
-        return sizes | ({rest: num_devices // fixed} if rest else {})
+        return sizes | ({unresolved: num_devices // fixed} if unresolved else {})
 
 
 def _divisors_text(n: int) -> str:
@@ -90,14 +92,14 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     try:
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
     except NotImplementedError as error:  # of a TPU slice whose axes are not to be split
-        given = " ".join(f"{a}={s}" for a, s in sizes.items() if s > 1)
+        requested = " ".join(f"{a}={s}" for a, s in sizes.items() if s > 1)
         axes = [len({device.coords[i] for device in devices}) for i in range(3)]
         axes.append(len(devices) // math.prod(axes))  # devices of a chip
         products = {math.prod(a for i, a in enumerate(axes) if n >> i & 1) for n in range(16)}
         raise ValueError(
-            f"mesh ({given}) does not lie on this TPU slice of {' x '.join(map(str, axes[:3]))} chips: each"
-            " mesh axis must be a product of some of its physical axes, each of these used once; sizes"
-            f" that can be: {', '.join(map(str, sorted(products)))}"
+            f"mesh ({requested}) does not fit this TPU slice of {' x '.join(map(str, axes[:3]))} chips:"
+            " each mesh axis must be a product of some of its physical axes, each of these used once;"
+            f" possible sizes: {', '.join(map(str, sorted(products)))}"
         ) from error
 
 
@@ -114,11 +116,11 @@ def across_slices(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:
 
     num = num_slices(devices)
     crossing = next((axis for axis, size in sizes.items() if size % num == 0), None)
-    given = " ".join(f"{a}={s}" for a, s in sizes.items() if s > 1)
+    requested = " ".join(f"{a}={s}" for a, s in sizes.items() if s > 1)
     if crossing is None:
         raise ValueError(
             f"the devices are {num} slices, and one mesh axis must cross between them: no size in"
-            f" ({given}) is a multiple of {num}; set --mesh.replica {num}"
+            f" ({requested}) is a multiple of {num}; set --mesh.replica {num}"
         )
     inside = [size // num if axis == crossing else size for axis, size in sizes.items()]
     across = [num if axis == crossing else 1 for axis in sizes]
@@ -143,13 +145,13 @@ def simulate(num_devices: int) -> None:
     try:
         jax.config.update("jax_platforms", "cpu")
         config: Any = jax.config
-        if config.jax_num_cpu_devices < num_devices:  # else there will be enough
+        if config.jax_num_cpu_devices < num_devices:
             config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
-        pass  # the backend runs already: fine when it has what is asked, see below
-    have = jax.local_devices()
+        pass  # the backend has started: fine if it has as many devices, checked below
+    devices = jax.local_devices()
     check(
-        len(have) >= num_devices and have[0].platform == "cpu",
-        f"simulate={num_devices} came after jax had started with {len(have)} "
-        f"{have[0].platform} device(s); restart Python, or set it before jax is used",
+        len(devices) >= num_devices and devices[0].platform == "cpu",
+        f"simulate={num_devices} came after jax had started with {len(devices)} "
+        f"{devices[0].platform} device(s); restart Python, or set it before jax is used",
     )

@@ -66,16 +66,18 @@ def spec_of(
     fsdp: bool,
     rules: Mapping[str, tuple[str, ...]] = RULES,
 ) -> P:
-    """The PartitionSpec of one array; ValueError when rules fight or a dim does not divide."""
+    """The PartitionSpec of an array; ValueError when two dims take an axis, or a size does not divide."""
     if dims is None:
         dims = (None,) * len(shape)
     check(
         len(dims) == len(shape), f"{name}: {len(dims)} logical dims {dims} for shape {tuple(shape)}"
     )
-    taken: dict[str, str] = {}
+    owners: dict[str, str] = {}
     spec: list[Any] = []
     for dim, size in zip(dims, shape, strict=True):
-        if dim is not None and dim not in rules:  # to look for the nearest takes a search's time
+        if (
+            dim is not None and dim not in rules
+        ):  # first, since a search calls this thousands of times
             known = ", ".join(rules)
             raise ValueError(
                 f"{name}: unknown logical dim {dim!r}.{closest(dim, rules)} Known: {known}"
@@ -83,13 +85,13 @@ def spec_of(
         axes = tuple(a for a in (rules[dim] if dim else ()) if mesh.shape[a] > 1)
         for axis in axes:
             check(
-                axis not in taken,
-                f"{name}: dims {taken.get(axis)!r} and {dim!r} both want mesh axis {axis!r}",
+                axis not in owners,
+                f"{name}: dims {owners.get(axis)!r} and {dim!r} both want mesh axis {axis!r}",
             )
-            taken[axis] = str(dim)
-        ways = int(np.prod([mesh.shape[a] for a in axes]))
+            owners[axis] = str(dim)
+        num_shards = int(np.prod([mesh.shape[a] for a in axes]))
         check(
-            size % ways == 0,
+            size % num_shards == 0,
             f"{name}: dim {dim!r} of size {size} does not divide by"
             f" {' * '.join(f'mesh.{a}={mesh.shape[a]}' for a in axes)}; it divides by"
             f" {', '.join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)}",
@@ -108,12 +110,12 @@ def _shard_largest(
     mesh: Mesh | AbstractMesh,
 ) -> None:
     """Puts `axes` on the largest free dim that they divide, the scanned `layers` dim last."""
-    ways = int(np.prod([mesh.shape[a] for a in axes]))
-    if ways == 1 or np.prod(shape) < MIN_FSDP_ELEMENTS:
+    num_shards = int(np.prod([mesh.shape[a] for a in axes]))
+    if num_shards == 1 or np.prod(shape) < MIN_FSDP_ELEMENTS:
         return
     order = sorted(range(len(shape)), key=lambda i: (dims[i] == "layers", -shape[i]))
     for i in order:
-        if spec[i] is None and shape[i] % ways == 0:
+        if spec[i] is None and shape[i] % num_shards == 0:
             spec[i] = axes[0] if len(axes) == 1 else axes
             return
 
@@ -131,14 +133,14 @@ def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> 
 
 def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
     """NamedShardings that shard each parameter over `axes` too, as fsdp does: for a strategy whose devices
-    each own a part of it.
+    each own a shard of it.
     """
     dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
 
     def place(name: str, x: Any) -> NamedSharding:
-        of = dims_of.get(name)
-        spec = list(spec_of(name, x.shape, of, mesh, fsdp=True))
-        _shard_largest(spec, x.shape, of or (None,) * len(x.shape), axes, mesh)
+        leaf_dims = dims_of.get(name)
+        spec = list(spec_of(name, x.shape, leaf_dims, mesh, fsdp=True))
+        _shard_largest(spec, x.shape, leaf_dims or (None,) * len(x.shape), axes, mesh)
         return NamedSharding(mesh, P(*spec))
 
     return tree.map_named(place, params)
@@ -156,41 +158,41 @@ def opt_shardings(
 
     jit's default would silently replicate the moments.
     """
-    whole = NamedSharding(mesh, P())
+    unsharded = NamedSharding(mesh, P())
 
-    class Of(NamedTuple):
+    class Parameter(NamedTuple):
         """The parameter that a leaf belongs to."""
 
         shape: tuple[int, ...]
         sharding: NamedSharding
 
-    def place(name: str, leaf: Any, of: Of | None) -> NamedSharding:
-        if of is None or leaf.shape == of.shape:
-            return of.sharding if of else whole
-        drop = reduced_dim(name, leaf.shape, of.shape)
+    def place(name: str, leaf: Any, param: Parameter | None) -> NamedSharding:
+        if param is None or leaf.shape == param.shape:
+            return param.sharding if param else unsharded
+        drop = missing_dim(name, leaf.shape, param.shape)
         if drop is None:
-            return whole
-        spec = [*of.sharding.spec, *[None] * (len(of.shape) - len(of.sharding.spec))]
+            return unsharded
+        spec = [*param.sharding.spec, *[None] * (len(param.shape) - len(param.sharding.spec))]
         return NamedSharding(mesh, P(*spec[:drop], *spec[drop + 1 :]))
 
     masked = lambda x: isinstance(x, optax.MaskedNode)  # another optimizer's parameter
     owners = optax.tree.map_params(
         tx,
-        lambda leaf, p, s: leaf if masked(leaf) else [Of(p.shape, s)],
+        lambda leaf, p, s: leaf if masked(leaf) else [Parameter(p.shape, s)],
         opt_state,
         params,
         shardings,
         transform_non_params=lambda _: [None],
         is_leaf=masked,
     )
-    return tree.map_named(lambda name, leaf, of: place(name, leaf, of[0]), opt_state, owners)
+    return tree.map_named(lambda name, leaf, param: place(name, leaf, param[0]), opt_state, owners)
 
 
-def reduced_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> int | None:
-    """Which dim of its parameter a factored leaf lacks; None for a placeholder.
+def missing_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> int | None:
+    """The dim of its parameter that a factored leaf lacks; None for a placeholder.
 
     Adafactor's rows lack the largest dim and its columns the second largest. In a square matrix only the
-    name tells them apart, and optax's own sort tells which of two equal dims is which.
+    names differ; two equal dims are ordered as optax's argsort orders them.
     """
     drops = [
         i for i in range(len(param_shape)) if (*param_shape[:i], *param_shape[i + 1 :]) == shape
@@ -203,17 +205,17 @@ def reduced_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> 
 
 
 def batch_spec(leading: int = 0) -> P:
-    """The batch dim over every axis that splits it, after `leading` unsplit dims."""
+    """The batch dim sharded over all of BATCH_AXES, after `leading` unsharded dims."""
     return P(*(None,) * leading, BATCH_AXES)
 
 
 def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
-    """A copy on every device, for each leaf."""
+    """Shardings that replicate every leaf on all devices."""
     return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
 
 
 def inside() -> Collection[str]:
-    """The axes of the shard_maps that are being traced."""
+    """The manual axes of the shard_maps that are being traced."""
     return jax.sharding.get_abstract_mesh().manual_axes
 
 
@@ -225,8 +227,8 @@ def manual(mesh: Mesh, axes: Collection[str] | None = None) -> dict[str, Any]:
 
 def constrain(x: jax.Array, place: NamedSharding) -> jax.Array:
     """with_sharding_constraint that also works inside a shard_map over other axes."""
-    placed: Any = place.spec if inside() else place
-    return jax.lax.with_sharding_constraint(x, placed)
+    target: Any = place.spec if inside() else place
+    return jax.lax.with_sharding_constraint(x, target)
 
 
 def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, Any]:
@@ -236,12 +238,12 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     axes shard them.
     """
 
-    def left() -> dict[str, tuple[str, ...]]:
-        gone = inside()
-        return {dim: tuple(a for a in axes if a not in gone) for dim, axes in rules.items()}
+    def remaining_rules() -> dict[str, tuple[str, ...]]:
+        manual_axes = inside()
+        return {dim: tuple(a for a in axes if a not in manual_axes) for dim, axes in rules.items()}
 
     def spec(shape: Sequence[int], dims: Dims) -> P:
-        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=left())
+        return spec_of("activation", shape, dims, mesh, fsdp=False, rules=remaining_rules())
 
     def constrain_dims(x: jax.Array, dims: Dims) -> jax.Array:
         return constrain(x, NamedSharding(mesh, spec(x.shape, dims)))
@@ -250,7 +252,7 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         return {axis: mesh.shape[axis] for axis in rules[dim] if mesh.shape[axis] > 1}
 
     def result_spec(dims: Dims) -> P:  # its size is not known here, so nothing is checked
-        axes = left()
+        axes = remaining_rules()
         used = lambda dim: tuple(a for a in axes[dim] if mesh.shape[a] > 1)
         return P(*(used(dim) if dim else None for dim in dims))
 
@@ -260,9 +262,9 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
         def run(*args: jax.Array) -> Any:
             outs = tuple(map(result_spec, out_dims)) if several else result_spec(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
-            # Kernels (pallas_call) say nothing of how their results vary, so check_vma cannot hold.
-            how = {"check_vma": False, **manual(mesh)}
-            return jax.shard_map(fn, in_specs=ins, out_specs=outs, **how)(*args)
+            # Kernels (pallas_call) do not declare over which axes their results vary: no check_vma.
+            options = {"check_vma": False, **manual(mesh)}
+            return jax.shard_map(fn, in_specs=ins, out_specs=outs, **options)(*args)
 
         return run
 

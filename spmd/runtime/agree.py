@@ -1,7 +1,7 @@
 """Agreement between the processes of a run, outside the training step: the same answer in each of them.
 
-Through the key-value store of JAX's coordination service: it needs no devices, and a wait that ends too late
-can say who did not come. Every process must make the same calls in the same order. Alone, each is trivial.
+It uses the key-value store of JAX's coordination service, which needs no devices, and whose time-outs name
+the missing process. Every process must make the same calls in the same order; a single process needs none.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ T = TypeVar("T")
 _STATE: dict[str, Any] = {"joined": False, "timeout": 300.0, "calls": 0}
 
 
-class Lost(RuntimeError):
-    """Another process of the run is gone, or does not answer."""
+class PeerLost(RuntimeError):
+    """Another process of the run has exited, or does not answer."""
 
 
-class SaidByFirst(ValueError):
-    """A mistake that process 0 has found and reports; the others end with it, quietly."""
+class FirstProcessMistake(ValueError):
+    """A mistake that process 0 reports; the other processes exit without a message."""
 
 
-def joined() -> bool:
+def has_peers() -> bool:
     """Whether this run has several processes."""
     return _STATE["joined"]
 
 
-def started(timeout: float) -> None:
-    """Called once, when jax.distributed stands; timeout: seconds to wait for the others in a call."""
+def record_start(timeout: float) -> None:
+    """Record that jax.distributed has started; timeout: seconds to wait for other processes in a call."""
     _STATE.update(joined=True, timeout=timeout)
 
 
 def process() -> tuple[int, int]:
-    """(number of this process, how many); (0, 1) alone. Does not start JAX's backend."""
-    if not joined():
+    """(number of this process, how many there are), without starting JAX's backend."""
+    if not has_peers():
         return 0, 1
     from jax._src.distributed import global_state
 
@@ -53,45 +53,53 @@ def process() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes the run's files."""
+    """Whether this is process 0, which prints and writes the run's files."""
     return process()[0] == 0
 
 
 def say(text: str, file: Any = None) -> None:
-    """Prints once for the whole run."""
+    """Print in process 0 only."""
     if is_first():
         print(text, file=file or sys.stdout, flush=True)
 
 
 def store() -> Any:
     """The key-value store of the run's coordination service."""
-    from jax._src.distributed import global_state  # no public way in; Orbax takes the same
+    from jax._src.distributed import global_state  # not public; Orbax uses it too
 
     return global_state.client
 
 
-def gather(value: Any, what: str) -> list[Any]:
-    """The JSON value of each process, in their order, in all of them. Lost names those who did not come.
+def gather(value: Any, occasion: str) -> list[Any]:
+    """The values of all processes, in their order, in each of them.
 
-    what: names the occasion in messages.
+    Args:
+        value: this process's value, of JSON types.
+        occasion: names the call in messages.
+
+    Raises:
+        PeerLost: a process did not answer; names it.
     """
     index, num = process()
     if num == 1:
         return [json.loads(json_text(value))]
     _put(index, value)
-    return [_get(i, what) for i in range(num)]
+    return [_get(i, occasion) for i in range(num)]
 
 
-def from_first(function: Callable[[], T], what: str) -> T:
-    """Process 0 calls `function`; all get its result (JSON types), or end with its ValueError."""
+def from_first(function: Callable[[], T], occasion: str) -> T:
+    """Call `function` in process 0; returns its result (JSON types), or raises its ValueError, in all.
+
+    occasion: names the call in messages. PeerLost when process 0 does not answer.
+    """
     index, num = process()
     if num == 1:
         return function()
     if index != 0:
         _STATE["calls"] += 1
-        kind, result = _get(0, what)
+        kind, result = _get(0, occasion)
         if kind == "mistake":
-            raise SaidByFirst(result)
+            raise FirstProcessMistake(result)
         return result
     try:
         result = function()
@@ -111,12 +119,12 @@ def _put(index: int, value: Any) -> None:
     store().key_value_set(_key(_STATE["calls"], index), json_text(value))
 
 
-def _get(index: int, what: str) -> Any:
+def _get(index: int, occasion: str) -> Any:
     key, timeout = _key(_STATE["calls"], index), _STATE["timeout"]
     try:
         return json.loads(store().blocking_key_value_get(key, int(timeout * 1000)))
-    except Exception as error:  # the client raises its own kinds, by version
-        lost(f"process {index} did not answer within {timeout:.0f} s ({what})", error)
+    except Exception as error:  # the client's classes of errors depend on its version
+        raise_lost(f"process {index} did not answer within {timeout:.0f} s ({occasion})", error)
 
 
 _GONE = re.compile(
@@ -126,40 +134,40 @@ _GONE = re.compile(
 
 
 @contextlib.contextmanager
-def peers() -> Iterator[None]:
-    """Ends the process with EXIT_AGAIN when a collective failed for want of another process.
+def exit_on_lost_peer() -> Iterator[None]:
+    """Exit with EXIT_AGAIN when a collective in the body fails because another process was lost.
 
-    Nothing can be closed in order then: savers and JAX itself would wait for the lost one.
+    The process exits at once: closing savers and JAX would wait for the lost one.
     """
     try:
         yield
-    except Lost as error:
+    except PeerLost as error:
         print(f"error: {error}; the last checkpoint stands", file=sys.stderr)
         leave(EXIT_AGAIN)
     except jax.errors.JaxRuntimeError as error:
-        if not joined() or not _GONE.search(str(error)):
+        if not has_peers() or not _GONE.search(str(error)):
             raise
-        time.sleep(3)  # the lifeline hears of it too, knows who it was, and ends this process first
-        said = str(error).strip().split("\n")[0][:300]
+        time.sleep(3)  # the lifeline, which knows which process was lost, normally exits first
+        reason = str(error).strip().split("\n")[0][:300]
         print(
-            f"error: another process was lost ({said}); the last checkpoint stands, start the run again",
+            f"error: another process was lost ({reason}); the last checkpoint stands, start the run again",
             file=sys.stderr,
         )
         leave(EXIT_AGAIN)
 
 
 def leave(code: int, agreed: bool = False) -> NoReturn:
-    """Ends this process at once, and the others with the same code: JAX's good-bye would wait for them.
+    """Exit at once, and the other processes with the same code: JAX's shutdown would wait for them.
 
-    agreed: the others know why, and leave too.
+    agreed: the others exit by themselves, for the same reason.
     """
-    lifeline.leaving(code, agreed)
+    lifeline.announce_exit(code, agreed)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def lost(text: str, error: BaseException) -> NoReturn:
-    """Raises Lost with the first line of what JAX said."""
-    said = re.sub(r"\s+", " ", str(error).strip().split("\n")[0])[:200]
-    raise Lost(f"{text}: {said}") from error
+def raise_lost(text: str, error: BaseException) -> NoReturn:
+    """Raise PeerLost with the first line of JAX's message."""
+    reason = re.sub(r"\s+", " ", str(error).strip().split("\n")[0])[:200]
+    raise PeerLost(f"{text}: {reason}") from error

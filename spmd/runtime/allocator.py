@@ -1,4 +1,4 @@
-"""The C library's allocator: told to keep what is freed, for the CPU devices, whose arrays it holds."""
+"""The C library's allocator, set to keep freed memory: it holds the arrays of CPU devices."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _OPTIONS = (
 )
 
 
-def keep() -> bool:
-    """Whether memory that is freed now stays with this process (Linux with glibc).
+def keep_freed_memory() -> bool:
+    """Keep freed memory in this process (Linux with glibc); returns whether that is possible.
 
-    XLA asks malloc for each array of each step. By default glibc maps those above 32 MiB, and often
-    smaller ones, anew and gives them back when freed, so that the kernel zeroes every page at every step: a
-    quarter of the time of a small language model's step. What the environment sets stands.
+    XLA calls malloc for each array of each step. By default glibc maps those above 32 MiB, and often
+    smaller ones, and unmaps them when freed, so that the kernel zeroes every page at every step: a quarter
+    of the time of a small language model's step. Values set in the environment take precedence.
     """
     if sys.platform != "linux":
         return False
@@ -27,5 +27,5 @@ def keep() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return False
-    wanted = [(option, value) for option, value, name in _OPTIONS if name not in os.environ]
-    return all(mallopt(option, value) for option, value in wanted)
+    settings = [(option, value) for option, value, name in _OPTIONS if name not in os.environ]
+    return all(mallopt(option, value) for option, value in settings)

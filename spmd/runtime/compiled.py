@@ -1,4 +1,4 @@
-"""The cache of compiled programs on disk: a second start need not compile again."""
+"""The cache of compiled programs on disk, so that a second start need not compile."""
 
 from __future__ import annotations
 
@@ -12,44 +12,51 @@ from pathlib import Path
 from typing import Any
 
 from spmd.core.fields import check
-from spmd.core.storage import cache_root, is_remote, private, ready
+from spmd.core.storage import cache_root, check_usable, is_remote, make_private
 
 # JAX's own threshold of a second would leave out all programs of a small model.
 _MIN_SECONDS = 0.1
 
 
-def use(given: str) -> None:
-    """Sets JAX's compilation cache; must come before the backend starts.
+def use_cache(directory: str) -> None:
+    """Set JAX's compilation cache, before the backend starts.
 
-    given: a directory (or gs://bucket/dir), "off", or "": what JAX was told already
-    (JAX_COMPILATION_CACHE_DIR), else `compiled` in the cache directory. ValueError when a given directory is
-    not private: what lies there is run.
+    Args:
+        directory: a directory (or gs://bucket/dir), "off", or "": JAX_COMPILATION_CACHE_DIR, else
+            `compiled` in the cache directory.
+
+    Raises:
+        ValueError: the directory is not private: its programs are executed.
     """
     import jax
 
     config: Any = jax.config
-    config.update("jax_enable_compilation_cache", given != "off")
-    if given == "off" or (not given and config.jax_compilation_cache_dir):
+    config.update("jax_enable_compilation_cache", directory != "off")
+    if directory == "off" or (not directory and config.jax_compilation_cache_dir):
         return
-    place = given
-    ready(given, "run.compile_cache")
-    if not is_remote(given):
-        path = Path(os.path.abspath(os.path.expanduser(given))) if given else default_directory()
-        why = private(path)
-        if why and not given:
-            _say_once(f"compiled programs are not kept: {path} {why}")
+    target = directory
+    check_usable(directory, "run.compile_cache")
+    if not is_remote(directory):
+        path = (
+            Path(os.path.abspath(os.path.expanduser(directory)))
+            if directory
+            else default_directory()
+        )
+        reason = make_private(path)
+        if reason and not directory:
+            _say_once(f"compiled programs are not kept: {path} {reason}")
             return
         check(
-            not why,
-            f"run.compile_cache={given!r} {why}; compiled programs are code: give a directory of"
+            not reason,
+            f"run.compile_cache={directory!r} {reason}; compiled programs are code: give a directory of"
             " your own, or --run.compile-cache off",
         )
-        place = str(path)
-    if config.jax_compilation_cache_dir != place:
+        target = str(path)
+    if config.jax_compilation_cache_dir != target:
         from jax.experimental.compilation_cache import compilation_cache
 
-        compilation_cache.reset_cache()  # a program compiled before this has opened another, or none
-        config.update("jax_compilation_cache_dir", place)
+        compilation_cache.reset_cache()  # an earlier compilation has opened another cache, or none
+        config.update("jax_compilation_cache_dir", target)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
 
@@ -60,7 +67,7 @@ def _say_once(text: str) -> None:
 
 
 def default_directory() -> Path:
-    """Names the cache of this kind of CPU: a shared home serves several kinds, and XLA's key has none."""
+    """A directory for this kind of CPU: a shared home may serve several, and XLA's key ignores it."""
     kind = platform.machine() + platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()

@@ -1,8 +1,8 @@
 """Start-up of a run of several processes: a roll call at the coordinator, then jax.distributed.
 
-JAX aborts the process when a peer does not come in time, and names nobody. So the processes first meet at the
-coordinator's own port: each says its number and its facts (versions, configuration) as one line of JSON, and
-all get one answer, who is missing or what differs. The port is then handed to JAX's service.
+JAX aborts the process when a peer does not join in time, without naming it. So the processes first connect to
+the coordinator's port: each sends its number and its facts (versions, configuration) as a line of JSON, and
+receives an answer that names missing processes or differing facts. The port then goes to JAX's service.
 """
 
 from __future__ import annotations
@@ -21,26 +21,34 @@ from spmd.runtime import RuntimeConfig, agree, detect, platforms, proxy
 from spmd.runtime.detect import Member
 from spmd.runtime.lifeline import Lifeline, read_line, send_line
 
-_HELLO = 5.0  # seconds that a caller has to say it
+_HELLO = 5.0  # seconds in which a caller must send it
 
 
 class Absent(RuntimeError):
-    """Not every process came in time."""
+    """Some processes did not join in time."""
 
 
 def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
-    """Joins the run's other processes, if there are any; must come before JAX's backend starts.
+    """Join the other processes of the run, if any, before JAX's backend starts.
 
-    facts: what must be equal in all processes, as JSON types; ValueError names what differs and where.
-    Returns whether the run has several processes. Absent when some did not come.
+    Args:
+        config: this process's place in the run, and time-outs.
+        facts: values that must be equal in all processes, as JSON types.
+
+    Returns:
+        Whether the run has several processes.
+
+    Raises:
+        ValueError: facts differ; names them and the processes.
+        Absent: some processes did not join in time.
     """
     proxy.bypass(proxy.METADATA)
-    member = detect.member(config)
-    if member is None or agree.joined():
-        return agree.joined()
+    member = detect.find_member(config)
+    if member is None or agree.has_peers():
+        return agree.has_peers()
     proxied = proxy.bypass([*proxy.HERE, *_hosts(member)])
     deadline = time.monotonic() + config.join_timeout
-    bind = member.bind or _own_address(member)
+    bind = member.bind or _listen_address(member)
     hello = {
         "id": member.process_id,
         "of": member.num_processes,
@@ -54,10 +62,9 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
 
     import jax
 
-    # JAX would take SIGTERM for itself, and tell nobody who does not ask it: a signal that comes before
-    # ours is caught (spmd.runtime.stop) would be lost.
+    # JAX's preemption service would catch SIGTERM, and lose one that comes before spmd.runtime.stop is ready.
     jax.config.update("jax_enable_preemption_service", False)
-    if proxied:  # else JAX would warn of what is dealt with
+    if proxied:  # JAX's warning does not apply: proxy.bypass has excluded these hosts
         jax.config.update("jax_check_proxy_envs", False)
     gpus = detect.local_gpus(member.local, _num_gpus())
     jax.distributed.initialize(
@@ -72,7 +79,7 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
         shutdown_timeout_seconds=max(int(config.join_timeout), 1),
     )
     platforms.mute_gloo()
-    agree.started(config.join_timeout)
+    agree.record_start(config.join_timeout)
     Lifeline(connections, names)
     return True
 
@@ -88,17 +95,19 @@ def _num_gpus() -> int:
 
 
 def _hosts(member: Member) -> set[str]:
-    """Names and addresses of this run's hosts, as far as this process can know them: that of the coordinator,
-    to which JAX's processes connect, and those of a TPU pod's workers, which libtpu connects.
+    """Names and addresses of the run's hosts that this process can know: the coordinator, to which JAX's
+    processes connect, and the workers of a TPU pod, which libtpu connects.
     """
     host, port = split_address(member.coordinator)
     hosts = {host}
     with contextlib.suppress(OSError):  # it may have no name yet
-        hosts |= {str(found[4][0]) for found in socket.getaddrinfo(host, port)}
+        hosts |= {str(info[4][0]) for info in socket.getaddrinfo(host, port)}
     for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_COORDINATOR_ADDRESS"):
         for entry in os.environ.get(name, "").split(","):
-            named = re.sub(r":\d+$", "", entry) if entry.count(":") == 1 or "]" in entry else entry
-            hosts.add(named.strip("[] "))
+            host_name = (
+                re.sub(r":\d+$", "", entry) if entry.count(":") == 1 or "]" in entry else entry
+            )
+            hosts.add(host_name.strip("[] "))
     return hosts - {""}
 
 
@@ -108,11 +117,11 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _own_address(member: Member) -> str:
-    """Where process 0 listens when nothing is said: the coordinator's own address, not all interfaces.
+def _listen_address(member: Member) -> str:
+    """The default address on which process 0 listens: the coordinator's, not all interfaces.
 
-    Only where the name points at loopback although it was not written so (Debian's 127.0.1.1 for a host's own
-    name) do the others come from elsewhere, and all interfaces are the one choice that works.
+    A host name that resolves to loopback (Debian's 127.0.1.1 for the host's own name) is the exception: the
+    other processes connect from elsewhere, so process 0 listens on all interfaces.
     """
     host, port = split_address(member.coordinator)
     if member.process_id != 0:
@@ -121,7 +130,7 @@ def _own_address(member: Member) -> str:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
         raise ValueError(
-            f"the coordinator {member.coordinator} (from {member.found}) cannot be resolved:"
+            f"the coordinator {member.coordinator} (from {member.source}) cannot be resolved:"
             f" {error.strerror}; give --runtime.coordinator (SPMD_COORDINATOR) as host:port"
         ) from None
     literal = host == "localhost" or host == address
@@ -140,33 +149,33 @@ def _own_address(member: Member) -> str:
 Roll = tuple[dict[int, socket.socket], dict[int, str]]  # connections and names, by process number
 
 
-def _call_roll(member: Member, bind: str, own: dict[str, Any], deadline: float) -> Roll:
-    """Process 0: hears everyone, answers everyone."""
-    came: dict[int, dict[str, Any]] = {0: own}
+def _call_roll(member: Member, bind: str, hello: dict[str, Any], deadline: float) -> Roll:
+    """Receive the hello of every process and answer each; in process 0, whose hello is `hello`."""
+    hellos: dict[int, dict[str, Any]] = {0: hello}
     callers: dict[int, socket.socket] = {}
     problem, missing = "", False
     with _listen(bind) as server:
-        while len(came) < member.num_processes and not problem:
+        while len(hellos) < member.num_processes and not problem:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 caller, _ = server.accept()
             except TimeoutError:
-                problem, missing = _absent(came, member.num_processes), True
+                problem, missing = _absent_message(hellos, member.num_processes), True
                 break
-            hello = _read(caller)
-            if hello is None:  # not one of ours: a port scan, a health check
+            greeting = _read_hello(caller)
+            if greeting is None:  # no process of the run: a port scan, a health check
                 caller.close()
                 continue
-            problem = _refused(hello, came, member)
+            problem = _refusal(greeting, hellos, member)
             if problem:
                 send_line(caller, {"problem": problem})
                 break
-            callers[hello["id"]], came[hello["id"]] = caller, hello
-        problem = problem or _differences(came)
-    for caller in callers.values():  # the port is free now, for JAX's service
-        send_line(caller, {"problem": problem, "missing": missing, "name": own["host"]})
-    _raise(problem, missing)
-    return callers, {i: hello["host"] for i, hello in came.items()}
+            callers[greeting["id"]], hellos[greeting["id"]] = caller, greeting
+        problem = problem or _differences(hellos)
+    for caller in callers.values():  # the port is closed now, and free for JAX's service
+        send_line(caller, {"problem": problem, "missing": missing, "name": hello["host"]})
+    _raise_problem(problem, missing)
+    return callers, {i: greeting["host"] for i, greeting in hellos.items()}
 
 
 def _listen(bind: str) -> socket.socket:
@@ -183,30 +192,30 @@ def _listen(bind: str) -> socket.socket:
 
 
 def _answer_roll(member: Member, hello: dict[str, Any], deadline: float) -> Roll:
-    """The others: say hello until someone listens, then wait for the answer."""
+    """Send the hello until process 0 listens, then wait for its answer; in the other processes."""
     host, port = split_address(member.coordinator)
-    why = "no answer"
-    while (left := deadline - time.monotonic()) > 0:
+    reason = "no answer"
+    while (seconds_left := deadline - time.monotonic()) > 0:
         try:
-            connection = socket.create_connection((host, port), timeout=min(left, 10))
+            connection = socket.create_connection((host, port), timeout=min(seconds_left, 10))
             send_line(connection, hello)
             connection.settimeout(max(deadline + 10 - time.monotonic(), 1))
             answer = read_line(connection)
             if answer is not None and "problem" in answer:
-                _raise(str(answer["problem"]), bool(answer.get("missing")))
+                _raise_problem(str(answer["problem"]), bool(answer.get("missing")))
                 return {0: connection}, {0: str(answer.get("name", "?"))}
             connection.close()
         except OSError as error:
-            why = error.strerror or str(error)
+            reason = error.strerror or str(error)
         time.sleep(0.2)
     raise Absent(
         f"process {member.process_id} did not reach the coordinator {member.coordinator}"
-        f" (from {member.found}): {why}; is process 0 running, and the port open?"
+        f" (from {member.source}): {reason}; is process 0 running, and the port open?"
     )
 
 
-def _read(caller: socket.socket) -> dict[str, Any] | None:
-    """A well-formed hello, else None."""
+def _read_hello(caller: socket.socket) -> dict[str, Any] | None:
+    """The hello of a caller; None if it is not well-formed."""
     try:
         caller.settimeout(_HELLO)
         hello = read_line(caller)
@@ -218,31 +227,31 @@ def _read(caller: socket.socket) -> dict[str, Any] | None:
     return hello
 
 
-def _raise(problem: str, missing: bool) -> None:
+def _raise_problem(problem: str, missing: bool) -> None:
     if problem and missing:
         raise Absent(problem)
     check(not problem, problem)
 
 
-def _refused(hello: dict[str, Any], came: dict[int, dict[str, Any]], member: Member) -> str:
+def _refusal(hello: dict[str, Any], hellos: dict[int, dict[str, Any]], member: Member) -> str:
     index = hello["id"]
     if hello["of"] != member.num_processes:
         return (
             f"process {index} ({hello['host']}) was told of {hello['of']} processes, process 0 of"
             f" {member.num_processes}; give all the same runtime.num_processes"
         )
-    if index in came or not 0 <= index < member.num_processes:
-        other = f" by {came[index]['host']} too" if index in came else ""
+    if index in hellos or not 0 <= index < member.num_processes:
+        claimant = f" by {hellos[index]['host']} too" if index in hellos else ""
         return (
-            f"process number {index} is claimed by {hello['host']}{other}; each process needs its own"
+            f"process number {index} is claimed by {hello['host']}{claimant}; each process needs its own"
             f" runtime.process_id in 0..{member.num_processes - 1}"
         )
     return ""
 
 
-def _absent(came: dict[int, dict[str, Any]], num_processes: int) -> str:
-    missing = [i for i in range(num_processes) if i not in came]
-    names = ", ".join(f"{i} ({came[i]['host']})" for i in sorted(came))
+def _absent_message(hellos: dict[int, dict[str, Any]], num_processes: int) -> str:
+    missing = [i for i in range(num_processes) if i not in hellos]
+    names = ", ".join(f"{i} ({hellos[i]['host']})" for i in sorted(hellos))
     return (
         f"of {num_processes} processes, {len(missing)} did not come in time:"
         f" {', '.join(map(str, missing))}. Those that came: {names}. A longer wait:"
@@ -250,19 +259,19 @@ def _absent(came: dict[int, dict[str, Any]], num_processes: int) -> str:
     )
 
 
-def _differences(came: dict[int, dict[str, Any]]) -> str:
-    """The facts in which a process differs from process 0, a line each."""
+def _differences(hellos: dict[int, dict[str, Any]]) -> str:
+    """A message with a line for each fact in which a process differs from process 0; "" for none."""
     absent = "(absent)"
     lines = [
-        f"  process {i} ({came[i]['host']}): {key} is {theirs.get(key, absent)!r}, in process 0"
-        f" {came[0]['facts'].get(key, absent)!r}"
-        for i in sorted(came)
-        for theirs in [came[i]["facts"]]
-        for key in sorted({*theirs, *came[0]["facts"]})
-        if theirs.get(key, absent) != came[0]["facts"].get(key, absent)
+        f"  process {i} ({hellos[i]['host']}): {key} is {facts.get(key, absent)!r}, in process 0"
+        f" {hellos[0]['facts'].get(key, absent)!r}"
+        for i in sorted(hellos)
+        for facts in [hellos[i]["facts"]]
+        for key in sorted({*facts, *hellos[0]["facts"]})
+        if facts.get(key, absent) != hellos[0]["facts"].get(key, absent)
     ]
-    more = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
+    suffix = f"\n  ... and {len(lines) - 10} more" if len(lines) > 10 else ""
     head = (
         "the processes of this run were not started alike; give all the same command and versions:"
     )
-    return "\n".join([head, *lines[:10]]) + more if lines else ""
+    return "\n".join([head, *lines[:10]]) + suffix if lines else ""

@@ -1,6 +1,6 @@
-"""The connections of the roll call, kept open: the kernel says at once when a process is gone.
+"""The connections of the roll call, kept open: the kernel closes them as soon as a process exits.
 
-JAX's heartbeats need their whole time-out for that, abort the process, and name nobody.
+JAX's heartbeats detect that only after their time-out, and abort the process without naming the lost one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spmd.core.storage import json_text
 from spmd.runtime import EXIT_AGAIN, EXIT_MISTAKE
 
 _LINE = 1 << 20  # bytes of the longest line
-_MINE: list[Lifeline] = []
+_LIFELINES: list[Lifeline] = []
 
 
 def read_line(connection: socket.socket) -> dict[str, Any] | None:
@@ -44,10 +44,10 @@ def send_line(connection: socket.socket, value: dict[str, Any]) -> None:
 
 
 class Lifeline:
-    """Watches the other processes: process 0 all of them, and tells the rest; the rest process 0.
+    """Watches other processes: process 0 watches all and informs them, the others watch process 0.
 
-    connections: by process number; names: `host pid n` of each process. When one goes without a good-bye this
-    process ends too, with EXIT_AGAIN or the code that the other gave.
+    connections: by process number; names: `host pid n` of each process. When one exits without announcing
+    it, this process exits too, with EXIT_AGAIN or the code that the other one sent.
     """
 
     def __init__(self, connections: dict[int, socket.socket], names: dict[int, str]):
@@ -56,12 +56,12 @@ class Lifeline:
         for connection in connections.values():
             connection.settimeout(30.0)
             _keep_alive(connection)
-        _MINE.append(self)
-        atexit.register(self.leave, 0)  # before JAX's own good-bye: handlers run last in, first out
+        _LIFELINES.append(self)
+        atexit.register(self.leave, 0)  # before JAX's shutdown: handlers run last in, first out
         threading.Thread(target=self._watch, daemon=True).start()
 
     def leave(self, code: int, agreed: bool = False) -> None:
-        """Says good-bye: the others need not mind (0), or shall end with this code."""
+        """Announce the exit: code 0 lets the others continue, any other makes them exit with it."""
         with self._lock:
             for connection in self._connections.values():
                 send_line(connection, {"code": code, "agreed": agreed})
@@ -80,37 +80,37 @@ class Lifeline:
                         self._end(key.data, line or {})
 
     def _end(self, index: int, line: dict[str, Any]) -> None:
-        """Process `index` is gone, or says who is."""
-        said_code = line.get("code")
-        code = said_code if isinstance(said_code, int) else EXIT_AGAIN
-        gone = line.get("gone", index)
+        """Exit, and inform the others: process `index` was lost, or reports another one that was."""
+        sent_code = line.get("code")
+        code = sent_code if isinstance(sent_code, int) else EXIT_AGAIN
+        lost = line.get("gone", index)
         name = line.get("name", self._names.get(index, "?"))
         with self._lock:
             for other, connection in self._connections.items():
                 if other != index:
-                    send_line(connection, line | {"code": code, "gone": gone, "name": name})
+                    send_line(connection, line | {"code": code, "gone": lost, "name": name})
         if line.get("agreed"):
             os._exit(code)
-        said = "has left" if "code" in line and "gone" not in line else "is gone"
+        event = "has left" if "code" in line and "gone" not in line else "is gone"
         text = (
-            f"error: process {gone} ({name}) {said}; this one cannot go on without it. The last"
+            f"error: process {lost} ({name}) {event}; this one cannot go on without it. The last"
             " checkpoint stands: start the run again"
         )
         if code == EXIT_MISTAKE:  # a start like this one would end like this one
-            text = f"process {gone} ({name}) has ended the run; its own message says why"
+            text = f"process {lost} ({name}) has ended the run; its own message says why"
         sys.stdout.flush()
         os.write(2, f"\n{text}\n".encode())
         os._exit(code)
 
 
-def leaving(code: int, agreed: bool) -> None:
-    """Tells the others that this process ends with `code`."""
-    for line in _MINE:
+def announce_exit(code: int, agreed: bool) -> None:
+    """Announce to the other processes that this one exits with `code`."""
+    for line in _LIFELINES:
         line.leave(code, agreed)
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """A host without power, or a cut cable, shows after about a minute."""
+    """Detect a host without power, or a broken cable, after about a minute."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):

@@ -1,4 +1,4 @@
-"""Standard output and error of a run whose terminal, or whose reader, may go away."""
+"""Standard output and error of a run whose terminal, or whose reader, may close."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def silence(descriptor: int) -> None:
 
 
 class _Outlet:
-    """A text stream like another; when that can be written no more, `gone` is called instead of raising."""
+    """A proxy of a text stream that calls `gone` instead of raising once its reader has closed."""
 
     def __init__(self, stream: Any, gone: Callable[[int], None]):
         self._stream, self._gone = stream, gone
@@ -71,25 +71,25 @@ class _Outlet:
 
 
 @contextlib.contextmanager
-def guarded(gone: Callable[[int], None]) -> Iterator[None]:
-    """Calls `gone` with SIGHUP or SIGPIPE when standard output or error has no reader any more.
+def guard(gone: Callable[[int], None]) -> Iterator[None]:
+    """Call `gone` with SIGHUP or SIGPIPE when the reader of standard output or error closes.
 
-    Without a terminal, as in `ssh host python run.py ...`, no signal says that the session has closed.
+    Without a terminal, as in `ssh host python run.py ...`, no signal announces the end of a session.
     """
     if threading.current_thread() is not threading.main_thread():  # as with signals
         yield
         return
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Outlet(stream, gone) for stream in before)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Outlet(stream, gone) for stream in streams)
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):  # closed
             sys.stdout.flush()
-        sys.stdout, sys.stderr = before
-        for stream in before:  # the run's last words are said later
+        sys.stdout, sys.stderr = streams
+        for stream in streams:  # the run's last words are said later
             with contextlib.suppress(OSError, ValueError):  # a notebook's has no descriptor
-                asked = select.poll()
-                asked.register(stream.fileno(), 0)
-                if any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
+                poll = select.poll()
+                poll.register(stream.fileno(), 0)
+                if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
                     silence(stream.fileno())

@@ -1,7 +1,7 @@
-"""Which of JAX's platforms a run uses: decided before the backend starts, from what the machine has.
+"""The JAX platforms of a run, chosen before the backend starts from the devices of the machine.
 
-JAX tries every plugin that is installed. On a machine without a TPU it opens libtpu all the same, which
-prints its own complaints, and `JAX_PLATFORMS=cuda` without a GPU ends in a failed assertion.
+JAX tries every installed plugin: on a machine without a TPU it opens libtpu, which prints errors, and
+`JAX_PLATFORMS=cuda` without a GPU ends in a failed assertion.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def has_tpu(env: Mapping[str, str] | None = None, root: str | Path = "/") -> boo
                 continue
             if (vendor.parent / "device").read_text().strip() not in GOOGLE_BUT_NO_TPU:
                 return True
-        except OSError:  # a device that goes away, or may not be read
+        except OSError:  # a device that disappears, or may not be read
             continue
     return False
 
@@ -71,27 +71,27 @@ def has_gpu(env: Mapping[str, str] | None = None, root: str | Path = "/") -> boo
     return any(glob.glob(os.path.join(str(root), file)) for file in files)
 
 
-def plugins() -> set[str]:
+def installed_plugins() -> set[str]:
     """The names of the installed plugins of JAX (`cuda`, `rocm`, ...); libtpu is `tpu`."""
-    found = {"tpu"} if importlib.util.find_spec("libtpu") else set()
-    places = importlib.util.find_spec("jax_plugins")
+    names = {"tpu"} if importlib.util.find_spec("libtpu") else set()
+    package = importlib.util.find_spec("jax_plugins")
     modules = (
-        [m.name for m in pkgutil.iter_modules(places.submodule_search_locations or [])]
-        if places
+        [m.name for m in pkgutil.iter_modules(package.submodule_search_locations or [])]
+        if package
         else []
     )
     modules += [e.value for e in importlib.metadata.entry_points(group="jax_plugins")]
     for module in modules:
         name = module.rpartition(".")[2]
-        found.add(next((known for known in ("cuda", "rocm") if known in name), name))
-    named = os.environ.get("PJRT_NAMES_AND_LIBRARY_PATHS", "")
-    return found | {entry.partition(os.pathsep)[0] for entry in named.split(",") if entry}
+        names.add(next((plugin for plugin in ("cuda", "rocm") if plugin in name), name))
+    variable = os.environ.get("PJRT_NAMES_AND_LIBRARY_PATHS", "")
+    return names | {entry.partition(os.pathsep)[0] for entry in variable.split(",") if entry}
 
 
 def choose() -> None:
-    """Names the platforms to JAX, before its backend starts; does nothing once it has started.
+    """Set JAX's platforms before its backend starts; does nothing once it has started.
 
-    A choice of the user's (JAX_PLATFORMS) is only checked: ValueError when it names what is not here.
+    JAX_PLATFORMS is only checked: ValueError when it names a platform that this machine does not have.
     """
     import jax
     from jax._src import xla_bridge
@@ -99,29 +99,29 @@ def choose() -> None:
     if xla_bridge.backends_are_initialized():
         return
     config: Any = jax.config
-    asked = os.environ.get("JAX_PLATFORMS") or config.jax_platforms
-    installed, gpu, tpu = plugins(), has_gpu(), has_tpu()
-    if asked:
-        kept = chosen(asked, installed, gpu=gpu, tpu=tpu)
-        if kept != config.jax_platforms:
-            config.update("jax_platforms", kept)
+    requested = os.environ.get("JAX_PLATFORMS") or config.jax_platforms
+    installed, gpu, tpu = installed_plugins(), has_gpu(), has_tpu()
+    if requested:
+        allowed = check_requested(requested, installed, gpu=gpu, tpu=tpu)
+        if allowed != config.jax_platforms:
+            config.update("jax_platforms", allowed)
         return
-    kept, note = found(installed, gpu=gpu, tpu=tpu)
+    allowed, note = default_platforms(installed, gpu=gpu, tpu=tpu)
     if note:
         print(f"note: {note}", file=sys.stderr)
-    if kept:
-        config.update("jax_platforms", kept)
+    if allowed:
+        config.update("jax_platforms", allowed)
 
 
 def use_cpu() -> None:
-    """Names the CPU alone to JAX: planning needs no accelerator, which another process may be using."""
+    """Restrict JAX to the CPU: planning needs no accelerator, which another process may be using."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
 
 
-def found(installed: set[str], *, gpu: bool, tpu: bool) -> tuple[str, str]:
-    """(platforms for a user who named none, or "" to leave the choice to JAX; a line for the user, or "")."""
+def default_platforms(installed: set[str], *, gpu: bool, tpu: bool) -> tuple[str, str]:
+    """(platforms where the user named none, or "" to leave the choice to JAX; a note for the user, or "")."""
     note = ""
     for name, present in (("cuda", gpu), ("tpu", tpu)):
         if present and name not in installed:
@@ -134,40 +134,47 @@ def found(installed: set[str], *, gpu: bool, tpu: bool) -> tuple[str, str]:
     return ("cuda,cpu" if gpu and "cuda" in installed else "cpu"), note
 
 
-def chosen(asked: str, installed: set[str], *, gpu: bool, tpu: bool) -> str:
-    """The platforms of JAX_PLATFORMS that are here; ValueError, one line, when one of them cannot be used.
+def check_requested(requested: str, installed: set[str], *, gpu: bool, tpu: bool) -> str:
+    """The available platforms of JAX_PLATFORMS; ValueError, one line, when one of them cannot be used.
 
-    A GPU that is missing is no error while another platform is named beside it, as in JAX.
+    A missing GPU is no error while another platform is named beside it, as in JAX.
     """
-    names = [name.strip().lower() for name in asked.split(",") if name.strip()]
-    known = {*KNOWN, *installed}
+    names = [name.strip().lower() for name in requested.split(",") if name.strip()]
+    choices = {*KNOWN, *installed}
     for name in names:
         check(
-            name in known,
-            f"JAX_PLATFORMS={asked}: unknown platform {name!r}.{closest(name, known)} Known here:"
-            f" {', '.join(sorted(known))}; unset it to use what the machine has",
+            name in choices,
+            f"JAX_PLATFORMS={requested}: unknown platform {name!r}.{closest(name, choices)} Known here:"
+            f" {', '.join(sorted(choices))}; unset it to use what the machine has",
         )
-    absent = {name: why for name in names if (why := _absent(name, installed, gpu=gpu, tpu=tpu))}
-    rest = [name for name in names if name not in absent]
-    fatal = [name for name in absent if name not in ("cuda", "gpu") or not rest]
+    missing = {
+        name: reason
+        for name in names
+        if (reason := _missing_reason(name, installed, gpu=gpu, tpu=tpu))
+    }
+    usable = [name for name in names if name not in missing]
+    fatal = [name for name in missing if name not in ("cuda", "gpu") or not usable]
     check(
         not fatal,
-        f"JAX_PLATFORMS={asked}: {absent[fatal[0]] if fatal else ''}; unset it to use what the machine has",
+        f"JAX_PLATFORMS={requested}: {missing[fatal[0]] if fatal else ''}; unset it to use what the machine"
+        " has",
     )
-    return ",".join(rest)
+    return ",".join(usable)
 
 
-def _absent(name: str, installed: set[str], *, gpu: bool, tpu: bool) -> str:
-    """Why a known platform cannot be used here; "" when it can, as far as can be seen."""
+def _missing_reason(name: str, installed: set[str], *, gpu: bool, tpu: bool) -> str:
+    """Why a known platform cannot be used; "" when it can, as far as can be seen."""
     if name == "tpu":
         if not tpu:
             return "this machine has no TPU"
         return "" if "tpu" in installed else f"JAX cannot use a TPU here: {INSTALL['tpu']}"
     if name == "cuda" or (name == "gpu" and "rocm" not in installed):
         if not gpu:
-            hidden = "CUDA_VISIBLE_DEVICES" in os.environ
-            seen = f" (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']})" if hidden else ""
-            return f"there is no NVIDIA GPU here{seen}"
+            is_set = "CUDA_VISIBLE_DEVICES" in os.environ
+            setting = (
+                f" (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']})" if is_set else ""
+            )
+            return f"there is no NVIDIA GPU here{setting}"
         return "" if "cuda" in installed else f"JAX cannot use a GPU here: {INSTALL['cuda']}"
     return (
         ""
@@ -177,7 +184,7 @@ def _absent(name: str, installed: set[str], *, gpu: bool, tpu: bool) -> str:
 
 
 def start() -> None:
-    """Starts the backend; ValueError in place of JAX's RuntimeError, which is many lines, when it cannot."""
+    """Start the backend; ValueError of one line, instead of JAX's long RuntimeError, when it fails."""
     import jax
 
     try:
@@ -191,10 +198,10 @@ def start() -> None:
 
 
 def mute_gloo() -> None:
-    """Keeps Gloo, by which processes on CPUs exchange arrays, from writing to the standard output.
+    """Keep Gloo, with which processes on CPUs exchange arrays, from writing to standard output.
 
     It writes a line for each group of processes to C++'s std::cout, whatever the log level. Python does not
-    use that stream; a C++ library that does not come as libstdc++.so.6 goes on writing.
+    use that stream. Has no effect with a C++ library other than libstdc++.so.6.
     """
     import ctypes
 
@@ -206,4 +213,4 @@ def mute_gloo() -> None:
         # Itanium C++ ABI: the distance to the virtual base std::ios stands three words before the vtable.
         vtable = ctypes.c_void_p.from_address(cout).value or 0
         distance = ctypes.c_ssize_t.from_address(vtable - 3 * ctypes.sizeof(ctypes.c_void_p)).value
-        clear(cout + distance, 1)  # std::ios::badbit: what is written goes nowhere
+        clear(cout + distance, 1)  # std::ios::badbit: output is discarded

@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal to any process, one agreed step, and a limit to how long it may take."""
+"""Graceful stopping: a signal to any process stops all at one agreed step, within the grace period."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.runtime import EXIT_AGAIN, outlet
 
-# SIGHUP: the terminal has closed. SIGXCPU: a batch system's limit comes near (SGE, LSF).
+# SIGHUP: the terminal has closed. SIGXCPU: a batch system's time limit is near (SGE, LSF).
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
@@ -26,8 +26,8 @@ _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 class Stop:
     """State of a request to stop.
 
-    signum: the first signal that this process received, 0 for none. phase: what the process is doing. stands:
-    which checkpoint remains if nothing more can be saved. The loop sets the last two for the message.
+    signum: the first signal that this process received, 0 for none. phase: the current activity. stands: a
+    sentence about the checkpoint that remains if no other is saved. The loop sets the last two.
     """
 
     def __init__(self, wake: int):
@@ -37,19 +37,19 @@ class Stop:
         self._wake = wake
 
     def agreed(self, signum: int) -> None:
-        """The processes have agreed to stop: the grace period begins here too."""
+        """Record that the processes agreed to stop: the grace period begins in this one too."""
         if signum and not self.signum:
             self.signum = signum
             os.write(self._wake, bytes([signum]))
 
 
 @contextlib.contextmanager
-def catching(grace: float) -> Iterator[Stop]:
-    """Catches SIGINT, SIGTERM, SIGHUP and SIGXCPU, except those that were ignored before (nohup), and takes
-    the loss of the terminal, or of who reads the output, for such a signal.
+def catch_signals(grace: float) -> Iterator[Stop]:
+    """Catch SIGINT, SIGTERM, SIGHUP and SIGXCPU, except those that are ignored (nohup).
 
-    A second SIGINT leaves at once; `grace` seconds after the first signal the process ends whatever it is at,
-    with EXIT_AGAIN: better than to be killed amid a save.
+    The loss of the terminal, or of the reader of the output, counts as such a signal. A second SIGINT exits
+    at once; `grace` seconds after the first signal the process exits with EXIT_AGAIN in any phase, before
+    it is killed in the middle of a save.
     """
     # Python's handlers wait while the main thread compiles; the wake-up pipe and its thread do not.
     read, write = os.pipe()
@@ -61,21 +61,21 @@ def catching(grace: float) -> Iterator[Stop]:
         stop.signum = stop.signum or signum
 
     previous: dict[int, Any] = {}
-    woken = -1
+    previous_wakeup = -1
     with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's
         for signum in _SIGNALS:
             if signal.getsignal(signum) is signal.SIG_IGN and signum != signal.SIGINT:
                 continue  # nohup
             previous[signum] = signal.signal(signum, handler)
-        woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        previous_wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(read, stop, grace), daemon=True)
     watcher.start()
     try:
-        with outlet.guarded(stop.agreed):
+        with outlet.guard(stop.agreed):
             yield stop
     finally:
         if previous:
-            signal.set_wakeup_fd(woken)
+            signal.set_wakeup_fd(previous_wakeup)
         for signum, old in previous.items():
             signal.signal(signum, old)
         os.write(write, b"\0")
@@ -85,13 +85,11 @@ def catching(grace: float) -> Iterator[Stop]:
 
 
 def _watch(read: int, stop: Stop, grace: float) -> None:
-    """Reads signal numbers until 0: announces the first, ends the process at a second SIGINT or when the
-    grace period is over.
-    """
+    """Read signal numbers until 0: announce the first, exit at a second SIGINT or after the grace period."""
     deadline: float | None = None
     while True:
-        left = None if deadline is None else max(deadline - time.monotonic(), 0)
-        if not select.select([read], [], [], left)[0]:
+        seconds_left = None if deadline is None else max(deadline - time.monotonic(), 0)
+        if not select.select([read], [], [], seconds_left)[0]:
             _say(
                 f"the grace period of {grace:g} s is over, at: {stop.phase}; {stop.stands}. The same command"
                 " goes on from there (--runtime.grace SECONDS)"
@@ -113,16 +111,16 @@ def _say(text: str) -> None:
         os.write(2, f"\n{text}\n".encode())
 
 
-_APART = 0.5  # seconds between votes
-_MOST = 16  # dispatches between votes: they may become slower
+_SECONDS_APART = 0.5  # between votes
+_MAX_DISPATCHES = 16  # between votes: later dispatches may be slower
 
 
 class Votes:
-    """Asks all processes whether to stop, within the stream of steps.
+    """Votes of all processes on whether to stop, within the stream of steps.
 
-    Each casts a vote with a dispatch and reads it with that dispatch's metrics; so all read the same votes at
-    the same step, without a wait of its own and whichever phase the signal came in. Short dispatches do not
-    all carry one: a vote also says after how many the process would cast the next, and the least counts.
+    Each process casts a vote with a dispatch and reads it with that dispatch's metrics: all read the same
+    votes at the same step, without an extra wait, in whichever phase the signal arrived. Short dispatches do
+    not all carry one: a vote also proposes the number of dispatches until the next, and the least is taken.
 
     agreed: the signal that all have agreed to stop for; 0 for none.
     """
@@ -136,31 +134,31 @@ class Votes:
         self._last = 0, time.monotonic()  # dispatch and time of the newest vote
 
     def cast(self, signum: int) -> dict[str, jax.Array]:
-        """To be called with each dispatch: what is to be read back, {} when it carries no vote."""
+        """Metrics that carry the vote of a dispatch, {} where it carries none; called with each dispatch."""
         self._dispatch += 1
         if self._dispatch <= self._due:
             return {}
-        before, now = self._last, time.monotonic()
+        previous, now = self._last, time.monotonic()
         self._last = self._dispatch, now
-        seconds = (now - before[1]) / (self._dispatch - before[0])
-        return {"stop": self._highest(self._vote(signum, int(_APART / max(seconds, 1e-6))))}
+        seconds = (now - previous[1]) / (self._dispatch - previous[0])
+        return {"stop": self._highest(self._vote(signum, int(_SECONDS_APART / max(seconds, 1e-6))))}
 
     def read(self, vote: np.ndarray) -> None:
-        """The result of a vote, int32 [2]; in all processes after the same dispatch."""
+        """Take the result of a vote, int32 [2], in all processes after the same dispatch."""
         self.agreed = max(self.agreed, int(vote[0]))
         self._due = max(self._due, self._dispatch - int(vote[1]))
 
     def ask(self, signum: int) -> None:
-        """Votes and waits for the result."""
+        """Vote and wait for the result."""
         self.agreed = max(self.agreed, int(self._highest(self._vote(signum, 0))[0]))
 
-    def _vote(self, signum: int, apart: int) -> jax.Array:
-        """int32 [devices, 2]: the signal, and the dispatches to leave out until the next, negated."""
-        own = signum, -min(apart, _MOST)
-        if own not in self._votes:
+    def _vote(self, signum: int, dispatches: int) -> jax.Array:
+        """int32 [devices, 2]: the signal, and the number of dispatches without a vote, negated."""
+        vote = signum, -min(dispatches, _MAX_DISPATCHES)
+        if vote not in self._votes:
             rows = lambda index: np.tile(
-                np.array(own, np.int32), (len(range(self._size)[index[0]]), 1)
+                np.array(vote, np.int32), (len(range(self._size)[index[0]]), 1)
             )
             shape = (self._size, 2)
-            self._votes[own] = jax.make_array_from_callback(shape, self._spread, rows)
-        return self._votes[own]
+            self._votes[vote] = jax.make_array_from_callback(shape, self._spread, rows)
+        return self._votes[vote]

@@ -1,4 +1,4 @@
-"""Ends a process that no longer moves, so that the launcher can start the run again."""
+"""Exit from a process that makes no progress, so that the launcher can restart the run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from spmd.core.storage import json_text
 from spmd.runtime import EXIT_AGAIN, agree
 
-_TOLD = 10.0  # seconds between what a process tells the others of itself
+_REPORT_SECONDS = 10.0  # between the reports of a process about its progress
 
 
 class Watchdog:
-    """Counts the seconds since the last `beat`. Past the limit it prints where each process is and where this
-    one's threads stand, and leaves with EXIT_AGAIN: a hung collective cannot be cancelled from inside.
+    """Counts the seconds since the last `beat`. Past the limit it prints the phase of each process and the
+    stacks of this one's threads, and exits with EXIT_AGAIN: a hung collective cannot be cancelled.
     """
 
     def __init__(self, limit: float):
@@ -32,13 +32,13 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self, phase: str, step: int) -> None:
-        """The process moves: it is at `phase` of `step`."""
+        """Record progress: the process is in `phase` of `step`."""
         self._at = (phase, step)
         self._last = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what takes as long as it takes: a compilation."""
+        """Stop counting during the body, whose duration has no limit: a compilation."""
         self._paused += 1
         try:
             yield
@@ -53,18 +53,18 @@ class Watchdog:
         self._done.set()
 
     def _watch(self) -> None:
-        told = 0.0
+        reported = 0.0
         while not self._done.wait(min(1.0, self._limit / 4)):
             now = time.monotonic()
-            if agree.joined() and now - told >= _TOLD:
-                told = now
+            if agree.has_peers() and now - reported >= _REPORT_SECONDS:
+                reported = now
                 self._tell()
             if not self._paused and now - self._last > self._limit:
                 self._leave()
 
     def _tell(self) -> None:
         index, _ = agree.process()
-        with contextlib.suppress(Exception):  # a lost coordinator shows elsewhere
+        with contextlib.suppress(Exception):  # a lost coordinator is reported elsewhere
             agree.store().key_value_set(
                 f"spmd/beat/{index}",
                 json_text([*self._at, time.time() - (time.monotonic() - self._last)]),
@@ -77,25 +77,25 @@ class Watchdog:
             f"no progress for {self._limit:g} s, at: {phase}, step {step}; leaving with exit code"
             f" {EXIT_AGAIN}, the last checkpoint stands (--runtime.hang-timeout)"
         ]
-        if agree.joined():
+        if agree.has_peers():
             self._tell()
-            lines += where()
+            lines += process_reports()
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
         os._exit(EXIT_AGAIN)
 
 
-def where() -> list[str]:
-    """A line for each process: what it last said of itself."""
+def process_reports() -> list[str]:
+    """A line for each process with its last report."""
     _, num = agree.process()
     lines = []
     for index in range(num):
         try:
-            said = agree.store().key_value_try_get(f"spmd/beat/{index}")
-            phase, step, moved = json.loads(said)
+            report = agree.store().key_value_try_get(f"spmd/beat/{index}")
+            phase, step, moved_at = json.loads(report)
             lines.append(
-                f"  process {index}: {phase}, step {step}, {time.time() - moved:.0f} s ago"
+                f"  process {index}: {phase}, step {step}, {time.time() - moved_at:.0f} s ago"
             )
-        except Exception:  # nothing said, or the coordinator is gone
+        except Exception:  # no report yet, or the coordinator has exited
             lines.append(f"  process {index}: silent")
     return lines

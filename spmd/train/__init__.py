@@ -1,4 +1,4 @@
-"""The training loop and what surrounds it: evaluation, checkpoints, metrics, progress. Configs here."""
+"""The training loop, evaluation, checkpoints, metrics, progress; with their configuration."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from spmd.core.values import MOST
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, and how steps are dispatched. All free: a run resumes with other values."""
+    """Length of the run, and dispatch of steps. All free: a run resumes with other values."""
 
     steps: int | None = free(None)
-    """Optimizer steps of the whole run; overrides epochs."""
+    """Optimizer steps of the run, resumed parts included; overrides epochs."""
     epochs: float = free(1.0)
     """Passes over the training split, when steps is not given."""
     accumulate: int = free(1)
-    """Microbatches that one step sums its gradient over (saves memory); those of a pipeline."""
+    """Microbatches whose gradients a step sums, to save memory; also those of a pipeline."""
     pipeline: Literal["gpipe", "1f1b", "interleaved"] = free("1f1b")
     """Schedule of a pipeline (mesh.stage > 1); see it with plan --show schedule."""
     virtual_stages: int = free(2)
@@ -26,7 +26,7 @@ class TrainConfig:
     steps_per_dispatch: int = free(1)
     """Steps scanned in one dispatch; small models are bound by dispatch."""
     steps_in_flight: int = free(2)
-    """Dispatches under way before the host waits for the oldest (at most 8)."""
+    """Dispatches in flight before the host waits for the oldest (at most 8)."""
     nonfinite: Literal["stop", "skip"] = free("stop")
     """On a non-finite loss or gradient: stop and name the step, or skip that update."""
     noise_scale: bool = free(False)
@@ -46,7 +46,7 @@ class TrainConfig:
         )
 
     def num_steps(self, batch_size: int, num_examples: int) -> int:
-        """Steps of the whole run."""
+        """Steps of the run, resumed parts included."""
         steps = self.steps or max(1.0, self.epochs * num_examples / batch_size)
         check(
             steps <= MOST,
@@ -57,7 +57,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """When the evaluation split is measured."""
+    """Cadence of evaluations."""
 
     every: int = free(0)
     """Steps between evaluations; 0 is once per epoch; always at the end."""
@@ -68,12 +68,12 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved and what is kept."""
+    """Cadence of checkpoints, and which are kept."""
 
     every: int = free(0)
     """Steps between checkpoints; 0 is once per epoch; always at the end and when stopped."""
     keep: int = free(2)
-    """Newest checkpoints kept; with 1 there is nothing to fall back on should that one turn bad."""
+    """Newest checkpoints kept; with 1 there is no older one if that is damaged."""
     best: str = free("eval/accuracy")
     """Also keep the best by this metric of the evaluation; '' keeps the newest only."""
     best_is: Literal["highest", "lowest"] = free("highest")
@@ -111,14 +111,14 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run lives."""
+    """The run directory, and how it is used."""
 
     dir: str = free("")
     """Run directory; empty is runs/NAME."""
     fresh: bool = free(False)
     """Move an existing run aside and start anew."""
     amend: bool = free(False)
-    """Go on with another learning rate, clipping, schedule or decay; the run records what changed."""
+    """Continue with another learning rate, clipping, schedule or decay; the run records the change."""
     compile_cache: str = free("")
     """Directory of compiled programs; empty is $JAX_COMPILATION_CACHE_DIR, else ~/.cache/spmd/compiled;
     off keeps none."""

@@ -1,4 +1,4 @@
-"""The claim of a training run on its directory: locked at the start, written once a first step has run."""
+"""The claim of a training run on its directory: locked at the start, written after the first step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from spmd.train.lock import Lock
 
 
 class Claim:
-    """In process 0: holds the run directory until `release`.
+    """Holds the run directory until `release`, in process 0.
 
     Args:
       path: the run directory.
       name: of the experiment.
       config: the resolved configuration as JSON types.
-      identity: flat identity fields, those of the data left out, which is not open yet.
+      identity: flat identity fields, without those of the data, which is not open yet.
       known: `defaults` and `located`, as rundir.same_identity takes them.
 
     Raises:
@@ -48,38 +48,38 @@ class Claim:
         inspect()  # before the lock makes a directory
         try:
             self._lock = Lock(path)
-        except OSError as error:  # a finished run may well lie where nothing can be written
+        except OSError as error:  # the directory of a finished run may be read-only
             if is_remote(path):
-                with rundir.writing(path):
+                with rundir.translate_write_errors(path):
                     raise
             self._cannot = error
         try:
-            self.changes = inspect()  # the owner before may just have written it
+            self.changes = inspect()  # again: the previous owner may have written it meanwhile
         except BaseException:
             self.release()
             raise
 
     @property
     def resumes(self) -> bool:
-        """Whether there is a run that goes on."""
+        """Whether the directory holds a run that continues."""
         return not self._fresh and rundir.holds_run(self._path)
 
     def same_saved(
         self, about: Mapping[str, Any], identity: dict[str, Any], known: Mapping[str, Any]
     ) -> None:
-        """rundir.Refused when a checkpoint is that of another run."""
+        """Check a checkpoint's metadata: rundir.Refused when another run saved it."""
         changes: Collection[str] = self.changes
         rundir.same_saved(self._path, about, identity, **known, changes=changes)
 
     def begin(self, identity: dict[str, Any], step: int) -> None:
-        """Moves an old run aside where that was asked for, and writes config.json.
+        """Move an old run aside if `fresh`, and write config.json.
 
         Args:
           identity: flat identity fields, those of the data among them.
-          step: where the run begins or goes on.
+          step: at which the run begins or continues.
         """
         if self._cannot is not None:
-            with rundir.writing(self._path):
+            with rundir.translate_write_errors(self._path):
                 raise self._cannot
         if self._fresh and rundir.holds_run(self._path):
             old, self._lock = self._lock, None
@@ -91,14 +91,14 @@ class Claim:
                 old.release()
             self._fresh = False
         rundir.create(self._path)
-        amended = rundir.recorded(self._path).get("amended", [])
+        amended = rundir.read_config(self._path).get("amended", [])
         if self.changes:
             when = time.strftime("%Y-%m-%d %H:%M:%S %z")
             amended.append({"step": step, "time": when, "changes": self.changes})
-        rundir.record(self._path, self._name, self._config, identity, amended)
+        rundir.write_config(self._path, self._name, self._config, identity, amended)
 
     def check(self) -> None:
-        """ValueError when the directory was moved or deleted by hand: its run must not come back there."""
+        """ValueError when the directory was moved or deleted: the run must not create it again."""
         check(
             self._lock is None or self._lock.holds(),
             f"{self._path} was moved, deleted or replaced while this run was training in it; nothing more is"
@@ -106,7 +106,7 @@ class Claim:
         )
 
     def release(self) -> None:
-        """Gives the directory free."""
+        """Release the directory."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

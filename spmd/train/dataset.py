@@ -1,4 +1,4 @@
-"""A run's data: its content, the same in every process and start, and the bad records passed over."""
+"""A run's data: its content, the same in every process and start, and the bad records that it skips."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from etils import epath
 
 from spmd.core.fields import check
-from spmd.core.storage import json_text, write_whole
+from spmd.core.storage import json_text, write_atomically
 from spmd.data import DataConfig, content
 from spmd.data.content import Parts
-from spmd.data.skips import Skips, known_bad
+from spmd.data.skips import Skips, bad_records
 from spmd.runtime import agree
 from spmd.train import rundir
 
@@ -20,27 +20,29 @@ FILE = "data.json"  # the entries behind the digests in config.json, by which fi
 _CALLED = {"train": "training data", "eval": "evaluation data", "tokenizer": "tokenizer"}
 
 
-def contents(data: DataConfig, opened: Mapping[str, Callable[[], Any]]) -> Parts:
-    """The content of the data, the same in every process. ValueError, in all, when one sees other data.
+def describe_contents(data: DataConfig, sources: Mapping[str, Callable[[], Any]]) -> Parts:
+    """The content of the data; ValueError in all processes when one of them reads other data.
 
-    opened: split -> () -> its source.
+    sources: split -> () -> its source.
     """
-    parts = content.of(data, opened)
-    digests = {name: content.digest(part) for name, part in parts.items()}
-    seen = agree.gather(digests, "comparing the data")
-    if any(other != seen[0] for other in seen):
+    parts = content.describe(data, sources)
+    digests = {name: content.digest_content(part) for name, part in parts.items()}
+    digests_by_process = agree.gather(digests, "comparing the data")
+    if any(theirs != digests_by_process[0] for theirs in digests_by_process):
         all_parts = agree.gather(parts, "comparing the data")
-        agree.from_first(lambda: check(False, _differing(all_parts)), "comparing the data")
+        agree.from_first(
+            lambda: check(False, _process_differences(all_parts)), "comparing the data"
+        )
     return parts
 
 
-def _differing(all_parts: Sequence[Parts]) -> str:
+def _process_differences(all_parts: Sequence[Parts]) -> str:
     lines = ["the processes of this run see different data:"]
     for i, parts in enumerate(all_parts[1:], 1):
         for name, part in parts.items():
             if part != all_parts[0].get(name):
                 lines.append(f"process {i} beside process 0, {_CALLED[name]}:")
-                lines += content.difference(all_parts[0].get(name, []), part)
+                lines += content.describe_difference(all_parts[0].get(name, []), part)
     return "\n".join(
         [*lines, "copy the same files to every machine, or read them from a common disk"]
     )
@@ -48,26 +50,28 @@ def _differing(all_parts: Sequence[Parts]) -> str:
 
 def identity(parts: Parts) -> dict[str, str]:
     """The digests, as fields of a run's identity."""
-    return {f"{rundir.CONTENT}{name}": content.digest(part) for name, part in parts.items()}
+    return {f"{rundir.CONTENT}{name}": content.digest_content(part) for name, part in parts.items()}
 
 
-def record(path: epath.Path, parts: Parts) -> None:
-    """Writes what the digests in config.json were made of."""
-    write_whole(path / FILE, json_text(parts) + "\n")
+def write_contents(path: epath.Path, parts: Parts) -> None:
+    """Write the entries behind the digests in config.json."""
+    write_atomically(path / FILE, json_text(parts) + "\n")
 
 
-def check_same(path: epath.Path, parts: Parts, only: Sequence[str] = tuple(_CALLED)) -> None:
-    """ValueError that names what differs when the run in `path` has other data than `parts`.
+def check_unchanged(
+    path: epath.Path, parts: Parts, names_to_compare: Sequence[str] = tuple(_CALLED)
+) -> None:
+    """ValueError that names the differences when the run in `path` has other data than `parts`.
 
-    only: which parts count. A run from before contents were recorded has any.
+    names_to_compare: the parts that count. A run from before contents were recorded accepts any.
     """
-    before = rundir.read_identity(path)
-    now = identity(parts)
-    differing: dict[tuple[str, ...], list[str]] = {}  # what differs -> in which parts it does
-    for name in only:
+    recorded = rundir.read_identity(path)
+    current = identity(parts)
+    differing: dict[tuple[str, ...], list[str]] = {}  # lines of differences -> parts that have them
+    for name in names_to_compare:
         key = f"{rundir.CONTENT}{name}"
-        if key in before and key in now and before[key] != now[key]:
-            lines = tuple(_difference(path, name, before[key], parts))
+        if key in recorded and key in current and recorded[key] != current[key]:
+            lines = tuple(_difference(path, name, recorded[key], parts))
             differing.setdefault(lines, []).append(_CALLED[name])
     if not differing:
         return
@@ -75,7 +79,7 @@ def check_same(path: epath.Path, parts: Parts, only: Sequence[str] = tuple(_CALL
         line
         for difference, names in differing.items()
         for line in (
-            f"the {' and the '.join(names)} of the run in {rundir.shown(path)} changed since it began:",
+            f"the {' and the '.join(names)} of the run in {rundir.short_path(path)} changed since it began:",
             *difference,
         )
     ]
@@ -89,43 +93,43 @@ def check_same(path: epath.Path, parts: Parts, only: Sequence[str] = tuple(_CALL
 def _difference(path: epath.Path, name: str, digest: str, parts: Parts) -> list[str]:
     try:
         old = json.loads((path / FILE).read_text())[name]
-        known = content.digest([content.Entry(*e) for e in old]) == digest
-        return content.difference(old, parts[name]) if known else []
+        is_recorded = content.digest_content([content.Entry(*e) for e in old]) == digest
+        return content.describe_difference(old, parts[name]) if is_recorded else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
 class Skipped:
-    """Bad records that a run has passed over, in all processes."""
+    """Bad records that all processes of a run have skipped."""
 
     def __init__(self, sources: Mapping[str, Any], skips: Mapping[str, Skips]):
         self._skips, self._told = skips, 0
         # Both splits of a text may be parts of the same files.
-        known = [why for source in sources.values() for why in _known(source)]
-        self._before = list(dict.fromkeys(known))
+        reasons = [reason for source in sources.values() for reason in _bad_records(source)]
+        self._before = list(dict.fromkeys(reasons))
         self._on = any(s.limit for s in skips.values())
 
     def count(self) -> dict[str, float]:
-        """`{"data/skipped_records": ...}`, or nothing where none may pass; says so when there are more.
+        """`{"data/skipped_records": ...}`, {} where none may pass; prints a line when there are new ones.
 
         Every process calls it at the same step. ValueError beyond data.skip_bad.
         """
         if not self._on:
             return {}
-        found = agree.gather(
+        reports = agree.gather(
             {
-                name: {str(i): why for i, why in s.reasons.items()}
+                name: {str(i): reason for i, reason in s.reasons.items()}
                 for name, s in self._skips.items()
             },
             "counting bad records",
         )
         total = len(self._before)
         for name, skips in self._skips.items():
-            total += skips.merge([each[name] for each in found])
+            total += skips.merge([report[name] for report in reports])
         if total > self._told:
             reasons = [
                 *self._before,
-                *(why for s in self._skips.values() for why in s.reasons.values()),
+                *(reason for s in self._skips.values() for reason in s.reasons.values()),
             ]
             agree.say(
                 f"passed over {total} bad records, each an empty row: {'; '.join(reasons[:3])}"
@@ -134,5 +138,5 @@ class Skipped:
         return {"data/skipped_records": float(total)}
 
 
-def _known(source: Any) -> list[str]:
-    return list(getattr(source, "skipped", ())) or list(known_bad(source).values())
+def _bad_records(source: Any) -> list[str]:
+    return list(getattr(source, "skipped", ())) or list(bad_records(source).values())

@@ -1,8 +1,8 @@
-"""A lease: ownership that must be renewed, for places where the kernel cannot hold a lock.
+"""A lease: ownership that must be renewed, for stores in which the kernel cannot hold a lock.
 
-The owner renews it every tenth of a minute and gives up, ending its process, when that has not worked for
-45 s. Another start watches it, and may take it over once it has not been renewed for 54 s. Only durations are
-compared, each on one clock, so the clocks of the hosts may differ.
+The owner renews it every 10 s, and exits when no renewal has succeeded for 45 s. Another start watches it,
+and may take it over once it has not been renewed for 54 s. Only durations are compared, each on one clock, so
+the clocks of the hosts may differ.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ SECONDS = 60.0
 _RENEW, _GIVE_UP, _EXPIRED = 1 / 6, 0.75, 0.9  # of SECONDS
 
 
-class Seen(NamedTuple):
-    """A lease as it was read. version: changes with each renewal. made: identifies one owner's lease."""
+class ReadLease(NamedTuple):
+    """A lease as it was read. version: changes with each renewal. made: identifies an owner's lease."""
 
     owner: dict[str, Any]
     version: Any
     made: Any
 
 
-class Gone(Exception):
-    """The lease is no longer this owner's."""
+class LeaseLost(Exception):
+    """The lease no longer belongs to this owner."""
 
 
 class LeaseStore(Protocol):
-    """Where a lease lies. The store decides each of these at once, or they are safe against each other."""
+    """Storage of a lease. Each operation is atomic, or safe against concurrent ones."""
 
-    def look(self) -> Seen | None:
-        """The lease that is there, or None."""
+    def look(self) -> ReadLease | None:
+        """The present lease, or None."""
         ...
 
     def create(self, name: dict[str, Any]) -> None:
-        """Writes a lease; FileExistsError where there is one."""
+        """Write a lease; FileExistsError where there is one."""
         ...
 
-    def adopt(self, seen: Seen) -> None:
-        """Takes the lease that was seen for this owner's."""
+    def adopt(self, seen: ReadLease) -> None:
+        """Take over the lease `seen`, which names this owner."""
         ...
 
     def renew(self, count: int) -> None:
-        """Changes the version of this owner's lease; Gone when it is not there any more."""
+        """Change the version of this owner's lease; LeaseLost when it does not exist any more."""
         ...
 
-    def remove(self, seen: Seen | None = None) -> None:
-        """Deletes the lease that was seen (default: this owner's), and none that came after it."""
+    def remove(self, seen: ReadLease | None = None) -> None:
+        """Delete the lease `seen` (default: this owner's), but no later one."""
         ...
 
 
 class Lease:
-    """Holds a file as a lease until `release`; threads renew it and watch that it is renewed.
+    """Holds a file as a lease until `release`; threads renew it and watch the renewals.
 
     Args:
       file: the lease; its directory exists.
@@ -94,8 +94,8 @@ class Lease:
             threading.Thread(target=work, name="lease", daemon=True).start()
 
     def _acquire(self) -> None:
-        began, said, first = _now(), False, None
-        settled = False
+        began, announced, first = _now(), False, None
+        waited = False
         while True:
             self._renewed = _now()
             with contextlib.suppress(FileExistsError):
@@ -104,31 +104,31 @@ class Lease:
             if seen is None:
                 continue
             if seen.owner.get("token") == self._name["token"]:
-                if first is not None and not settled:
-                    # Another that saw the dead lease may be about to delete this one in its place.
-                    settled = True
+                if first is not None and not waited:
+                    # Another start that read the expired lease may be about to delete this one instead.
+                    waited = True
                     time.sleep(max(self._seconds / 30, 0.3))
                     continue
                 return self._place.adopt(seen)
-            settled = False
-            how = owner.relation(seen.owner, self._name)
+            waited = False
+            relation = owner.relation(seen.owner, self._name)
             now = _now()
             if first is None or first[0].made != seen.made:
                 first = seen, now
-            if how == "ended" or now - first[1] > self._seconds * _EXPIRED:
+            if relation == "ended" or now - first[1] > self._seconds * _EXPIRED:
                 self._place.remove(seen)
                 continue
             renewed = seen.version != first[0].version
-            if how == "alive" or (renewed and how != "ending"):
+            if relation == "alive" or (renewed and relation != "ending"):
                 raise owner.Busy(self._where, seen.owner)
-            if how == "ending":
+            if relation == "ending":
                 if now - began > owner.ENDING + self._seconds:
                     raise owner.Busy(self._where, seen.owner)
                 first = (seen, now) if renewed else first
-            if not said:
-                said = True
+            if not announced:
+                announced = True
                 print(
-                    f"{self._where} has an owner ({owner.described(seen.owner)}): waiting up to"
+                    f"{self._where} has an owner ({owner.describe(seen.owner)}): waiting up to"
                     f" {self._seconds:.0f} s for a sign of life",
                     file=sys.stderr,
                     flush=True,
@@ -143,21 +143,21 @@ class Lease:
                 with self._moving:
                     self._place.renew(count)
                 self._renewed = began
-            except Gone:
+            except LeaseLost:
                 if not self._ended.is_set():
                     self._lose(f"{self._where} {self._taken()}", EXIT_FAILED)
                 return
-            except Exception:  # the store's client has errors of its own; the next try may succeed
+            except Exception:  # errors of the store's client; the next renewal may succeed
                 continue
 
     def _taken(self) -> str:
         with contextlib.suppress(Exception):
             if seen := self._place.look():
-                return f"was taken over by {owner.described(seen.owner)}"
+                return f"was taken over by {owner.describe(seen.owner)}"
         return "was given free by another process"
 
     def _watch(self) -> None:
-        """A renewal may hang in the store's client for minutes: this thread does not wait for it."""
+        """Watch the renewals from another thread, since one may hang in the store's client for minutes."""
         while not self._ended.wait(self._seconds / 60):
             if _now() - self._renewed > self._seconds * _GIVE_UP:
                 return self._lose(
@@ -167,17 +167,17 @@ class Lease:
                 )
         return None
 
-    def _lose(self, why: str, code: int) -> None:
+    def _lose(self, reason: str, code: int) -> None:
         if not self._ended.is_set():
             self._ended.set()
-            self._lost(why, code)
+            self._lost(reason, code)
 
     def holds(self) -> bool:
-        """True: the threads of a lease end the process when it is lost."""
+        """True: the process exits when its lease is lost."""
         return True
 
     def move(self, rename: Callable[[], epath.Path]) -> epath.Path:
-        """Calls `rename`, which renames the directory of the file, and follows it."""
+        """Call `rename`, which renames the directory of the file, and hold the lease in the new one."""
         assert isinstance(self._place, _File)  # nothing in an object store is renamed
         with self._moving:
             directory = rename()
@@ -185,22 +185,22 @@ class Lease:
         return directory
 
     def release(self) -> None:
-        """Gives the directory free."""
+        """Release the directory."""
         self._ended.set()
         with contextlib.suppress(Exception):  # it expires
             self._place.remove()
 
 
 def _now() -> float:
-    """Seconds that count while the machine is suspended too, where the system tells them."""
+    """Seconds that include suspension of the machine, where the system counts it."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def _leave(why: str, code: int) -> None:
+def _leave(reason: str, code: int) -> None:
     from spmd.runtime import agree
 
     with contextlib.suppress(OSError):
-        os.write(2, f"\nerror: {why}; the last checkpoint stands\n".encode())
+        os.write(2, f"\nerror: {reason}; the last checkpoint stands\n".encode())
     agree.leave(code)
 
 
@@ -216,20 +216,20 @@ class _Object:
         self._bucket, _, self._name = os.fspath(file).removeprefix("gs://").partition("/")
         self._generation = self._text = ""
 
-    def _call(self, method: str, **how: Any) -> Any:
-        return self._store.call(method, "b/{}/o/{}", self._bucket, self._name, **how)
+    def _call(self, method: str, **options: Any) -> Any:
+        return self._store.call(method, "b/{}/o/{}", self._bucket, self._name, **options)
 
-    def look(self) -> Seen | None:
+    def look(self) -> ReadLease | None:
         try:
-            found = self._call("GET", json_out=True)
+            metadata = self._call("GET", json_out=True)
         except FileNotFoundError:
             return None
         try:
-            name = {**json.loads(found["metadata"]["owner"])}
+            name = {**json.loads(metadata["metadata"]["owner"])}
         except (KeyError, ValueError, TypeError):
-            name = {}  # not one of ours: it expires
-        version = found["generation"], found["metageneration"]
-        return Seen(name, version, found["generation"])
+            name = {}  # of an unknown form: it expires
+        version = metadata["generation"], metadata["metageneration"]
+        return ReadLease(name, version, metadata["generation"])
 
     def create(self, name: dict[str, Any]) -> None:
         text = json_text(name)
@@ -240,7 +240,7 @@ class _Object:
             mode="create",
         )
 
-    def adopt(self, seen: Seen) -> None:
+    def adopt(self, seen: ReadLease) -> None:
         self._generation, self._text = seen.made, json_text(seen.owner)
 
     def renew(self, count: int) -> None:
@@ -251,27 +251,27 @@ class _Object:
                 ifGenerationMatch=self._generation,
             )
         except (FileNotFoundError, FileExistsError) as error:  # FileExistsError: HTTP's 412
-            raise Gone from error
+            raise LeaseLost from error
 
-    def remove(self, seen: Seen | None = None) -> None:
-        made = seen.made if seen else self._generation
+    def remove(self, seen: ReadLease | None = None) -> None:
+        generation = seen.made if seen else self._generation
         with contextlib.suppress(FileNotFoundError, FileExistsError):
-            self._call("DELETE", ifGenerationMatch=made)
+            self._call("DELETE", ifGenerationMatch=generation)
 
 
 class _File:
     """A lease on a file system without flock: created exclusively, renewed through the open file, so that an
-    owner that was away for too long writes into what nobody reads any more.
+    owner that was suspended for too long writes into a deleted file.
     """
 
     def __init__(self, file: epath.Path):
         self.file = file
         self._own: int | None = None
 
-    def look(self) -> Seen | None:
+    def look(self) -> ReadLease | None:
         try:
-            with open(self.file) as opened:
-                facts, text = os.fstat(opened.fileno()), opened.read()
+            with open(self.file) as stream:
+                facts, text = os.fstat(stream.fileno()), stream.read()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -282,16 +282,16 @@ class _File:
             name = {**json.loads(text)}
         except (ValueError, TypeError):
             name = {}  # about to be written
-        made = facts.st_dev, facts.st_ino
-        return Seen(name, (*made, facts.st_mtime_ns, name.get("renewed")), made)
+        identity = facts.st_dev, facts.st_ino
+        return ReadLease(name, (*identity, facts.st_mtime_ns, name.get("renewed")), identity)
 
     def create(self, name: dict[str, Any]) -> None:
         self._own = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._text = name
         os.write(self._own, json_text(name).encode())
 
-    def adopt(self, seen: Seen) -> None:
-        """The open file is this owner's."""
+    def adopt(self, seen: ReadLease) -> None:
+        """Nothing to do: the open file belongs to this owner."""
 
     def _held(self) -> bool:
         try:
@@ -302,13 +302,13 @@ class _File:
 
     def renew(self, count: int) -> None:
         if not self._held():
-            raise Gone
+            raise LeaseLost
         assert self._own is not None
         text = json_text(self._text | {"renewed": count})
         os.pwrite(self._own, text.encode(), 0)  # never shorter than the text before
         os.utime(self._own)
 
-    def remove(self, seen: Seen | None = None) -> None:
+    def remove(self, seen: ReadLease | None = None) -> None:
         if seen is None:
             if self._held():
                 os.unlink(self.file)
@@ -316,13 +316,16 @@ class _File:
                 os.close(self._own)
                 self._own = None
             return
-        aside = f"{os.fspath(self.file)}.{os.getpid()}-{threading.get_ident()}.part"
+        moved = f"{os.fspath(self.file)}.{os.getpid()}-{threading.get_ident()}.part"
         try:
-            os.rename(self.file, aside)
+            os.rename(self.file, moved)
         except FileNotFoundError:
             return
-        facts = os.stat(aside)
-        if (facts.st_dev, facts.st_ino) != seen.made:  # another was quicker, and this one is alive
+        facts = os.stat(moved)
+        if (
+            facts.st_dev,
+            facts.st_ino,
+        ) != seen.made:  # another start was faster, and its lease is alive
             with contextlib.suppress(OSError):
-                os.link(aside, self.file)
-        os.unlink(aside)
+                os.link(moved, self.file)
+        os.unlink(moved)

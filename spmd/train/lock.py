@@ -1,8 +1,8 @@
-"""The lock on a run directory: one owner at a time, which a crash cannot leave locked.
+"""The lock on a run directory: one owner at a time, released by a crash too.
 
-On a file system it is `flock` on the file `lock` in the directory: the kernel drops it when the process ends,
-however that ends. Where there is no flock (some network file systems), and in an object store, it is a lease
-(spmd.train.lease). Either way the file names the owner.
+On a file system it is `flock` on the file `lock` in the directory: the kernel drops it when the process ends.
+Where there is no flock (some network file systems), and in an object store, it is a lease (spmd.train.lease).
+Both files name the owner.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spmd.train.lease import Lease
 
 FILE, LEASE = "lock", "lease"
 FILES = {FILE, LEASE}
-_HERE: list[Lock] = []  # held by this process: flock over NFS does not tell its threads apart
+_LOCKS: list[Lock] = []  # held by this process: flock over NFS does not distinguish its threads
 _GUARD = threading.Lock()
 
 
@@ -32,8 +32,7 @@ class Lock:
     """Holds a run directory until `release`.
 
     Args:
-      directory: the run directory; created where there is none, and removed again by `release` if nothing
-        else has come into it.
+      directory: the run directory; created if it does not exist, and removed by `release` if it is empty.
 
     Raises:
       owner.Busy: another run, of this process or another, holds it; the message names the owner.
@@ -41,23 +40,23 @@ class Lock:
     """
 
     def __init__(self, directory: epath.Path):
-        self.name = owner.this()
-        self._place = _place(directory)
+        self.name = owner.this_process()
+        self._place = _real_path(directory)
         self._held: _Flock | Lease | None = None
         self._made: list[str] = []
         with _GUARD:
-            for other in _HERE:
-                if other._place == self._place and other.holds():
-                    raise owner.Busy(directory, other.name)
+            for lock in _LOCKS:
+                if lock._place == self._place and lock.holds():
+                    raise owner.Busy(directory, lock.name)
             if not is_remote(directory):
-                self._made = _make(directory)
-            _HERE.append(self)
+                self._made = _make_directory(directory)
+            _LOCKS.append(self)
         try:
             if not is_remote(directory):
                 self._held = _flock(directory / FILE, self.name)
             if self._held is None:
-                where = directory / (FILE if is_remote(directory) else LEASE)
-                self._held = Lease(where, self.name)
+                file = directory / (FILE if is_remote(directory) else LEASE)
+                self._held = Lease(file, self.name)
         except BaseException:
             self.release()
             raise
@@ -67,31 +66,31 @@ class Lock:
         return self._held is None or self._held.holds()
 
     def move(self, rename: Callable[[], epath.Path]) -> None:
-        """Calls `rename`, which renames the locked directory, and goes on holding what it returns."""
+        """Call `rename`, which renames the locked directory, and hold the new one, which it returns."""
         assert self._held is not None
         directory = self._held.move(rename)
-        self._place, self._made = _place(directory), []
+        self._place, self._made = _real_path(directory), []
 
     def release(self) -> None:
-        """Gives the directory free; may be called twice."""
-        held, self._held = self._held, None
-        if held is not None:
-            held.release()
+        """Release the directory; may be called twice."""
+        holder, self._held = self._held, None
+        if holder is not None:
+            holder.release()
         for path in self._made:
             with contextlib.suppress(OSError):
-                os.rmdir(path)  # only where it is empty
+                os.rmdir(path)  # fails unless it is empty
         self._made = []
         with _GUARD:
-            if self in _HERE:
-                _HERE.remove(self)
+            if self in _LOCKS:
+                _LOCKS.remove(self)
 
 
-def _place(directory: epath.Path) -> str:
+def _real_path(directory: epath.Path) -> str:
     return os.fspath(directory) if is_remote(directory) else os.path.realpath(directory)
 
 
-def _make(directory: epath.Path) -> list[str]:
-    """Creates a directory with its parents; returns what was created, the innermost first."""
+def _make_directory(directory: epath.Path) -> list[str]:
+    """Create a directory with its parents; returns those created, the innermost first."""
     missing, path = [], os.fspath(directory)
     while not os.path.isdir(path):
         missing.append(path)
@@ -117,40 +116,42 @@ class _Flock:
     def release(self) -> None:
         if self.holds():
             with contextlib.suppress(OSError):
-                os.unlink(self._file)  # while it is held: who has opened it sees that it is gone
+                os.unlink(
+                    self._file
+                )  # while locked: a process that has opened it sees that it was removed
         self.close()
 
     def close(self) -> None:
-        """Closes the file, which drops the lock once no copy of it is open."""
+        """Close the file, which drops the lock once no copy of its descriptor is open."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
-def _in_child() -> None:
-    """A forked child does not keep its parent's lock; what is executed anew closes the file by itself."""
-    for lock in _HERE:
+def _forget_in_child() -> None:
+    """Drop the parent's locks in a forked child; an executed program closes the file by itself."""
+    for lock in _LOCKS:
         if isinstance(lock._held, _Flock):
             lock._held.close()
         lock._held, lock._made = None, []
-    _HERE.clear()
+    _LOCKS.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 _WITHOUT = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
 def _flock(file: epath.Path, name: dict[str, Any]) -> _Flock | None:
-    """None where the file system or the platform has no flock."""
+    """Lock a file; None where the file system or the platform has no flock. Busy names the owner."""
     try:
         import fcntl
     except ImportError:
         return None
     while True:
-        os.makedirs(file.parent, exist_ok=True)  # the owner before may just have removed it
+        os.makedirs(file.parent, exist_ok=True)  # the previous owner may have removed it meanwhile
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
@@ -159,7 +160,7 @@ def _flock(file: epath.Path, name: dict[str, Any]) -> _Flock | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise owner.Busy(file.parent, _named(file)) from None
+            raise owner.Busy(file.parent, _read_owner(file)) from None
         except OSError as error:
             os.close(descriptor)
             if error.errno in _WITHOUT:
@@ -167,7 +168,7 @@ def _flock(file: epath.Path, name: dict[str, Any]) -> _Flock | None:
                     os.unlink(file)
                 return None
             raise
-        if not _same_file(descriptor, file):  # the owner before has just removed it
+        if not _same_file(descriptor, file):  # the previous owner has removed it meanwhile
             os.close(descriptor)
             continue
         with contextlib.suppress(OSError):  # a full disk: locked, without a name
@@ -183,13 +184,13 @@ def _same_file(descriptor: int, file: epath.Path) -> bool:
         return False
 
 
-def _named(file: epath.Path) -> dict[str, Any]:
-    """The owner, who writes its name just after it has locked: before, a dead one's may be there."""
-    name, found = owner.this(), {}
+def _read_owner(file: epath.Path) -> dict[str, Any]:
+    """The owner in a locked file; waits for its name, which replaces that of a dead owner."""
+    name, facts = owner.this_process(), {}
     for _ in range(20):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found = {**json.loads(file.read_text())}
-            if owner.relation(found, name) != "ended":
-                return found
+            facts = {**json.loads(file.read_text())}
+            if owner.relation(facts, name) != "ended":
+                return facts
         time.sleep(0.05)
-    return found
+    return facts

@@ -1,4 +1,4 @@
-"""Accounts of the loop: seconds by phase, metrics fetched one step late."""
+"""Records of the loop: seconds by phase, metrics fetched one step late."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class NonFinite(ArithmeticError):
 
 
 class Clock:
-    """Seconds by phase. entering: called with the phase, gives what is open while it lasts."""
+    """Seconds by phase. entering: (phase) -> a context manager that is open during the phase."""
 
     def __init__(self, entering: Callable[[str], contextlib.AbstractContextManager[None]]):
         self._entering = entering
@@ -40,7 +40,7 @@ class Clock:
             self.seconds[phase] += time.perf_counter() - start
 
     def summary(self) -> dict[str, float]:
-        """Seconds by phase, what is left over, and in all."""
+        """Seconds by phase, of the remainder, and in all."""
         total = time.perf_counter() - self._began
         seconds = self.seconds | {"other": total - sum(self.seconds.values()), "total": total}
         return {phase: round(value, 3) for phase, value in seconds.items()}
@@ -54,25 +54,25 @@ def check_finite(step: int, host: dict[str, np.ndarray]) -> None:
     bad = np.flatnonzero(host["finite"] == 0)
     if not len(bad):
         return
-    at = step - len(host["finite"]) + int(bad[0]) + 1
+    first_bad = step - len(host["finite"]) + int(bad[0]) + 1
     norm = next(v for k, v in host.items() if k.endswith("grad_norm"))
     raise NonFinite(
-        f"loss or gradient is not finite at step {at} (loss {host['loss'][bad[0]]}, gradient norm"
+        f"loss or gradient is not finite at step {first_bad} (loss {host['loss'][bad[0]]}, gradient norm"
         f" {norm[bad[0]]}); nothing of that step was saved. To go on from the newest checkpoint, type"
         " the same command with --run.amend and a lower --optimizer.learning-rate or an"
         " --optimizer.clip-norm, or skip such steps with --train.nonfinite skip"
     )
 
 
-def mean(values_S: np.ndarray, weights_S: np.ndarray) -> float | None:
-    """The weighted mean of the steps that have a weight; None where none has.
+def weighted_mean(values_S: np.ndarray, weights_S: np.ndarray) -> float | None:
+    """The weighted mean over the steps of positive weight; None where there is none.
 
     Args:
       values_S: a metric of each step, anything where its weight is 0.
       weights_S: not negative.
     """
-    counted_S = weights_S > 0
-    values, weights = values_S[counted_S], weights_S[counted_S]
+    has_weight_S = weights_S > 0
+    values, weights = values_S[has_weight_S], weights_S[has_weight_S]
     if not len(values):
         return None
     if (weights == weights[0]).all():
@@ -81,7 +81,7 @@ def mean(values_S: np.ndarray, weights_S: np.ndarray) -> float | None:
 
 
 class Log:
-    """Metrics of dispatches under way; fetched late, so that the host never waits for the newest."""
+    """Metrics of dispatches in flight; fetched late, so that the host never waits for the newest."""
 
     def __init__(
         self,
@@ -101,13 +101,13 @@ class Log:
         self.last = writer.last
 
     def add(self, step: int, metrics: base.Metrics, in_flight: int) -> None:
-        """Metrics of the dispatch that ends at `step`; waits for the oldest when too many are out."""
+        """Add the metrics of the dispatch that ends at `step`; waits for the oldest of too many in flight."""
         self._pending.append((step, metrics))
         while len(self._pending) > in_flight:
             self._fetch()
 
     def drain(self) -> None:
-        """Waits for all; what was dispatched is then known to be finite."""
+        """Wait for all dispatches, whose metrics are then checked to be finite."""
         while self._pending:
             self._fetch()
 
@@ -125,14 +125,16 @@ class Log:
             self.flush(step)
 
     def flush(self, step: int) -> None:
-        """Reports the means of the window, weighted; None for what no step of it tells."""
+        """Report the weighted means of the window; None for a metric without weight in it."""
         if not self._window:
             return
         columns = {k: np.concatenate([h[k] for h in self._window]) for k in self._window[0]}
         self._window = []
         weights_MS = columns.pop(base.WEIGHTS).T
         weights = dict(zip(base.weighed_names(columns), weights_MS, strict=True))
-        values = {f"train/{k}": mean(v, weights[k]) for k, v in columns.items() if k != "finite"}
+        values = {
+            f"train/{k}": weighted_mean(v, weights[k]) for k, v in columns.items() if k != "finite"
+        }
         values["train/learning_rate"] = float(columns["learning_rate"][-1])
         signal, noise = (values.get(f"train/gradient_{k}") for k in ("signal", "variance"))
         if (

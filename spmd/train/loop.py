@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 from spmd.runtime import agree
-from spmd.runtime.stop import Stop, catching
+from spmd.runtime.stop import Stop, catch_signals
 from spmd.runtime.watchdog import Watchdog
 from spmd.train import progress
-from spmd.train.checkpoint.store import disk_full
+from spmd.train.checkpoint.store import translate_disk_full
 from spmd.train.program import Program
 from spmd.train.trainer import Directory, Settings, Trainer
 
@@ -30,11 +30,11 @@ def fit(
             All processes raise the same at the same step.
     """
     with (
-        contextlib.nullcontext(stop) if stop else catching(settings.runtime.grace) as stop,
+        contextlib.nullcontext(stop) if stop else catch_signals(settings.runtime.grace) as stop,
         Watchdog(settings.runtime.hang_timeout) as watchdog,
-        disk_full(run.path),
+        translate_disk_full(run.path),
         contextlib.ExitStack() as closing,
-        agree.peers(),
+        agree.exit_on_lost_peer(),
     ):
         trainer = Trainer(program, run, settings, stop, watchdog, closing)
         trainer.open_state()
@@ -50,6 +50,6 @@ def fit(
             if trainer.stopping():
                 break
         summary = trainer.finish()
-    progress.end(summary, run.path)
+    progress.print_summary(summary, run.path)
     sys.stdout.flush()
     return summary

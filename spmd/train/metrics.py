@@ -1,4 +1,4 @@
-"""Metrics on disk: JSON lines as the core, TensorBoard and Weights & Biases beside. Process 0 writes them."""
+"""Metrics on disk, written by process 0: JSON lines, and TensorBoard and Weights & Biases beside."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from spmd.core.storage import children, is_remote, json_text
+from spmd.core.storage import is_remote, json_text, list_directory
 from spmd.runtime import agree
 from spmd.train import LogConfig
 from spmd.train.tracker import Tracker
 
-_EVERY = 30.0  # seconds between what is sent to an object store
+_EVERY = 30.0  # seconds between writes to an object store
 
 
 class Lines:
-    """A file of JSON objects with a `step`; those past the given step (lost work of a killed run) are cut.
+    """A file of JSON objects with a `step`; those past `step` (lost work of a killed run) are dropped.
 
-    In an object store, where nothing can be appended to, metrics.jsonl is a folder metrics/ with one object
-    for each start, named by the step it began at, and written anew as it grows: 00000050.jsonl.
+    In an object store, where files cannot be appended to, metrics.jsonl is a folder metrics/ with an object
+    for each start, named by its first step and rewritten as it grows: 00000050.jsonl.
     """
 
     def __init__(self, path: epath.Path, step: int):
-        self._kept = cut(path, step)
+        self._kept = truncate(path, step)
         self._file: Any = None
         self._text: list[str] = []  # of the object
         self._sent = 0
@@ -42,11 +42,11 @@ class Lines:
             self._file = open(path, "a", buffering=1)  # noqa: SIM115
 
     def last(self, prefix: str) -> dict[str, float]:
-        """The newest kept values under names that begin so, of the last line that has any."""
+        """The newest values whose names begin with `prefix`, of the last line that has any."""
         for line in reversed(self._kept):
-            found = {k: v for k, v in line.items() if k.startswith(prefix)}
-            if found:
-                return found
+            values = {k: v for k, v in line.items() if k.startswith(prefix)}
+            if values:
+                return values
         return {}
 
     def write(self, line: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Lines:
             self._text.append(text)
 
     def flush(self) -> None:
-        """Sends what an object store has not got yet; a file has it."""
+        """Send new lines to an object store; a file has them already."""
         if len(self._text) > self._sent:
             self._object.write_text("".join(self._text))
             self._sent = len(self._text)
@@ -70,11 +70,11 @@ class Lines:
 
 
 def _folder(path: epath.Path) -> epath.Path:
-    """Where the lines of `path` are in an object store."""
+    """The folder of the lines of `path` in an object store."""
     return path.parent / path.name.removesuffix(".jsonl")
 
 
-def _parts(path: epath.Path) -> list[epath.Path]:
+def _line_files(path: epath.Path) -> list[epath.Path]:
     """The files that hold the lines of `path`, oldest first."""
     if not is_remote(path):
         return [path] if path.exists() else []
@@ -82,43 +82,43 @@ def _parts(path: epath.Path) -> list[epath.Path]:
     return sorted(folder.iterdir(), key=str) if folder.exists() else []
 
 
-def cut(path: epath.Path, step: int) -> list[dict[str, Any]]:
-    """Drops the lines past `step` from a file of lines; returns the others."""
-    kept: list[dict[str, Any]] = []
-    for part in _parts(path):
+def truncate(path: epath.Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines past `step` from a file of lines; returns the others."""
+    lines: list[dict[str, Any]] = []
+    for part in _line_files(path):
         text = part.read_text()
-        own = _whole(text, step)
-        kept += own
-        wanted = "".join(json_text(line) + "\n" for line in own)
+        part_lines = _lines_until(text, step)
+        lines += part_lines
+        new_text = "".join(json_text(line) + "\n" for line in part_lines)
         if not is_remote(path):
-            beside = path.parent / f"{path.name}.part"
-            beside.write_text(wanted)
-            beside.replace(path)
-        elif not own:
+            temporary = path.parent / f"{path.name}.part"
+            temporary.write_text(new_text)
+            temporary.replace(path)
+        elif not part_lines:
             part.unlink()
-        elif wanted != text:
-            part.write_text(wanted)
-    return kept
+        elif new_text != text:
+            part.write_text(new_text)
+    return lines
 
 
-def _whole(text: str, step: int) -> list[dict[str, Any]]:
+def _lines_until(text: str, step: int) -> list[dict[str, Any]]:
     """The lines up to `step`."""
-    kept: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for line in text.splitlines():
         try:
             value = json.loads(line)
             if value["step"] <= step:
-                kept.append(value)
+                lines.append(value)
         except (ValueError, KeyError, TypeError):
             break  # the torn last line of a killed process
-    return kept
+    return lines
 
 
 class Writer:
-    """Writes `{step, time, metrics}` lines and TensorBoard events, and each process's examples.
+    """Writes `{step, time, metrics}` lines, TensorBoard events, and the examples of each process.
 
     experiment: the resolved configuration as JSON types, for Weights & Biases.
-    last: the newest train/ metrics that the directory held when opened, for a run that was killed late.
+    last: the newest train/ metrics in the directory when it was opened, for a run that was killed late.
     """
 
     def __init__(
@@ -134,27 +134,29 @@ class Writer:
         agree.from_first(
             lambda: self._open(directory, step, config, experiment), "opening the metrics"
         )
-        if config.examples:  # after process 0 has cut them all
+        if config.examples:  # after process 0 has truncated them all
             index, _ = agree.process()
             self._examples = Lines(directory / f"examples-{index}.jsonl", step)
 
     def _open(
         self, directory: epath.Path, step: int, config: LogConfig, experiment: dict[str, Any]
     ) -> None:
-        kept = [p for p in children(directory) if p.name.startswith("examples-")]
+        example_files = [p for p in list_directory(directory) if p.name.startswith("examples-")]
         if is_remote(directory):
-            kept = [p.parent / f"{p.name}.jsonl" for p in kept]
-        for path in kept:
-            cut(path, step)
+            example_files = [p.parent / f"{p.name}.jsonl" for p in example_files]
+        for path in example_files:
+            truncate(path, step)
         self._lines = Lines(directory / "metrics.jsonl", step)
         self.last = self._lines.last("train/")
         if config.tensorboard:
-            place = str(directory / "tensorboard")
+            event_directory = str(directory / "tensorboard")
             if is_remote(directory):
                 self._local = tempfile.TemporaryDirectory(prefix="spmd-tensorboard-")
-                place = self._local.name
+                event_directory = self._local.name
             # Its thread ends when the disk is full; a bounded queue would then block the loop for ever.
-            self._events = _summary_writer()(place, purge_step=step + 1, flush_secs=10, max_queue=0)
+            self._events = _summary_writer()(
+                event_directory, purge_step=step + 1, flush_secs=10, max_queue=0
+            )
         if config.wandb:
             self._tracker = Tracker(directory, config.wandb, experiment)
 
@@ -173,7 +175,7 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Sends what an object store has not got yet; on a disk it is there already."""
+        """Send new lines and events to an object store; on a disk they are written already."""
         self._sent = time.monotonic()
         for file in (self._lines, self._examples):
             if file is not None:
@@ -183,14 +185,14 @@ class Writer:
             for file in Path(self._local.name).iterdir():
                 (self._directory / "tensorboard" / file.name).write_bytes(file.read_bytes())
 
-    def examples(self, before: int, ids: np.ndarray) -> None:
-        """The example ids [b] or [steps, b] of the steps after `before`, of this process's rows."""
+    def examples(self, step: int, ids: np.ndarray) -> None:
+        """Write the example ids [b] or [steps, b] of the steps after `step`, of this process's rows."""
         if self._examples is not None:
             for i, row in enumerate(np.atleast_2d(ids)):
-                self._examples.write({"step": before + i + 1, "examples": row.tolist()})
+                self._examples.write({"step": step + i + 1, "examples": row.tolist()})
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flush and close."""
         self.flush()
         for file in (self._lines, self._events, self._tracker, self._examples):
             if file is not None:
@@ -200,7 +202,7 @@ class Writer:
 
 
 def _summary_writer() -> Any:
-    """tensorboardX's writer, without PyTorch: it imports that wherever it is installed, for some seconds."""
+    """tensorboardX's writer, imported without PyTorch, whose import would take seconds."""
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None  # type: ignore[assignment]  # an ImportError, which it expects
@@ -215,12 +217,12 @@ def _summary_writer() -> Any:
 def _summary(metrics: Mapping[str, float]) -> Any:
     from tensorboardX.proto import summary_pb2
 
-    made: Any = summary_pb2  # protobuf makes its classes at run time
-    scalars = [made.Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
-    return made.Summary(value=scalars)
+    messages: Any = summary_pb2  # protobuf makes its classes at run time
+    scalars = [messages.Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
+    return messages.Summary(value=scalars)
 
 
-def read(directory: epath.Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, or of the objects that stand for it."""
-    parts = _parts(directory / "metrics.jsonl")
+def read_lines(directory: epath.Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, or of its objects in an object store."""
+    parts = _line_files(directory / "metrics.jsonl")
     return [json.loads(line) for part in parts for line in part.read_text().splitlines()]

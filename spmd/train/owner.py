@@ -1,4 +1,4 @@
-"""The owner of a run directory: how a process names itself, and what one owner can tell of another."""
+"""The owner of a run directory: its name, and its relation to another process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 import uuid
 from typing import Any
 
-# Set by launchers: the launch, the same for all its starts, and the number of the start, where they begin one
-# only when the one before is dead. Slurm has its own.
+# Set by launchers: an id of the launch, the same for all its starts, and the number of the start, if a start
+# begins only after the previous one is dead. Slurm has its own.
 _LAUNCH = ("SPMD_RUN_TOKEN", "SLURM_JOB_ID")
 _START = ("SPMD_RUN_ATTEMPT", "SLURM_RESTART_COUNT")
 ENDING = 600.0
@@ -17,59 +17,59 @@ ENDING = 600.0
 
 
 class Busy(ValueError):
-    """Another process owns the run directory. found: its name, {} where the directory does not say."""
+    """Another process owns the run directory. facts: its name, {} where the directory has none."""
 
-    def __init__(self, path: Any, found: dict[str, Any]):
+    def __init__(self, path: Any, facts: dict[str, Any]):
         super().__init__(
-            f"{path} is in use by {described(found)}: wait for it, stop it (kill -TERM saves first), or"
+            f"{path} is in use by {describe(facts)}: wait for it, stop it (kill -TERM saves first), or"
             " choose another directory with --run.dir"
         )
 
 
-def described(found: dict[str, Any]) -> str:
-    """`process 12 on host, since 2026-11-29 07:15:53 +0000`."""
-    if {"pid", "host", "since"} <= found.keys():
-        return f"process {found['pid']} on {found['host']}, since {found['since']}"
+def describe(facts: dict[str, Any]) -> str:
+    """An owner as `process 12 on host, since 2026-11-29 07:15:53 +0000`."""
+    if {"pid", "host", "since"} <= facts.keys():
+        return f"process {facts['pid']} on {facts['host']}, since {facts['since']}"
     return "another process"
 
 
-def this() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
     """This process, as the lock file names it."""
-    found = lambda names: next(filter(None, map(os.environ.get, names)), "")
-    start = found(_START)
+    first_set = lambda names: next(filter(None, map(os.environ.get, names)), "")
+    start = first_set(_START)
     slurm = not os.environ.get("SPMD_RUN_TOKEN")  # its first start has no count
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "process_started": _started(os.getpid()),
+        "process_started": _start_time(os.getpid()),
         "machine": _machine(),
-        "launch": found(_LAUNCH),
+        "launch": first_set(_LAUNCH),
         "start": int(start) if start.isdecimal() else 0 if slurm else -1,
         "token": uuid.uuid4().hex,
     }
 
 
-def relation(found: dict[str, Any], name: dict[str, Any]) -> str:
-    """How this process relates to the owner that it found, judged without waiting.
+def relation(facts: dict[str, Any], name: dict[str, Any]) -> str:
+    """The relation of this process, `name`, to the owner `facts` of a directory, without waiting.
 
     Returns:
-      "ended": it is dead, by the process table of this machine or by the word of the launcher of both;
-      "alive"; "ending": the launcher has begun to end it; "" when nothing can be told.
+      "ended": the owner is dead, by the process table of this machine or by their common launcher;
+      "alive"; "ending": the launcher has begun to stop it; "" when it is unknown.
     """
-    here = name["machine"]
-    if here and found.get("machine") == here:
-        started = _started(int(found.get("pid", 0)))
-        return "alive" if started and started == found.get("process_started") else "ended"
-    if not name["launch"] or found.get("launch") != name["launch"]:
+    machine = name["machine"]
+    if machine and facts.get("machine") == machine:
+        started = _start_time(int(facts.get("pid", 0)))
+        return "alive" if started and started == facts.get("process_started") else "ended"
+    if not name["launch"] or facts.get("launch") != name["launch"]:
         return ""
     if name["start"] < 0:
         return "ending"
-    return "ended" if found.get("start", 0) < name["start"] else ""
+    return "ended" if facts.get("start", 0) < name["start"] else ""
 
 
 def _machine() -> str:
-    """This boot of this machine and its table of processes; "" where the system does not tell."""
+    """An id of this boot of the machine and its process table; "" where the system has none."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -77,8 +77,8 @@ def _machine() -> str:
         return ""
 
 
-def _started(pid: int) -> str:
-    """When a process of this machine began, in ticks since the boot; "" when there is none."""
+def _start_time(pid: int) -> str:
+    """The start of a process of this machine, in ticks since the boot; "" when there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b") ")[2].split()

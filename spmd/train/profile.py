@@ -1,4 +1,4 @@
-"""A window of steps traced by JAX's profiler, for xprof, TensorBoard or Perfetto."""
+"""Trace a window of steps with JAX's profiler, for xprof, TensorBoard or Perfetto."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from spmd.runtime import agree
 class Profile:
     """Traces the dispatches that hold the steps of `window` (`A:B`, both included; "" is none).
 
-    Writes RUN/profile/plugins/profile/steps-A-B/process-N.*: each process its own, in one session, which
-    xprof shows side by side. The devices are waited for at the two ends of the window, nowhere else.
+    Writes RUN/profile/plugins/profile/steps-A-B/process-N.*, one for each process, in a single session that
+    xprof shows side by side. The host waits for the devices at both ends of the window only.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Profile:
             self._waiting = False
             drain()
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every Python call would drown the steps
+            options.python_tracer_level = 0  # Python calls would outnumber the steps
             self._local = tempfile.TemporaryDirectory(prefix="spmd-profile-")
             jax.profiler.start_trace(self._local.name, profiler_options=options)
             self._began = step
@@ -60,7 +60,7 @@ class Profile:
             self._finish()
 
     def discard(self) -> None:
-        """Ends an open trace and keeps nothing of it: the run has not begun."""
+        """End an open trace and discard it: the run has not begun."""
         if self._local is not None:
             jax.profiler.stop_trace()
             self._local.cleanup()

@@ -43,13 +43,13 @@ class Program(NamedTuple):
         return Expected(split, self.data.features, self.ranges)
 
     def init(self) -> base.TrainState:
-        """The state before the first step, every array born on the mesh with its sharding."""
+        """The state before the first step, every array created on the mesh with its sharding."""
         state = self.strategy.init(jax.random.key(self.seed))
         return self.start(self, state) if self.start else state
 
     @property
     def examples(self) -> int:
-        """Examples of a step; under privacy on average, some rows being empty."""
+        """Examples of a step; under privacy their expected number, since rows may be empty."""
         return self.privacy.examples if self.privacy else self.data.batch_size
 
     def abstract_state(self) -> base.TrainState:
@@ -65,7 +65,7 @@ class Program(NamedTuple):
         self, start: int, stop: int, steps_per_dispatch: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of the training batches of steps [start, stop); see loader.train_batches."""
-        placed = jax.tree.leaves(self.strategy.batch_shardings)[0]
+        batch_sharding = jax.tree.leaves(self.strategy.batch_shardings)[0]
         return loader.train_batches(
             self.source,
             batch_size=self.data.batch_size,
@@ -73,7 +73,7 @@ class Program(NamedTuple):
             start=start,
             stop=stop,
             steps_per_dispatch=steps_per_dispatch,
-            rows=loader.process_rows(placed, self.data.batch_size),
+            rows=loader.process_rows(batch_sharding, self.data.batch_size),
             threads=self.data.threads,
             buffer=self.data.buffer,
             transform=augment.transform(self.data, self.source, self.seed, self.skips),

@@ -25,7 +25,7 @@ SHOWN = 8  # arrays in the table of the largest
 
 
 def _console() -> Console:
-    """Colours on a terminal only: a notebook claims to be one, and would get HTML between its lines."""
+    """A console with colours on a terminal only: rich would print HTML into a notebook."""
     return Console(
         highlight=False,
         markup=False,  # a path is no markup: `runs [1]`, `:bug:`
@@ -37,10 +37,10 @@ def _console() -> Console:
     )
 
 
-def start(
+def print_header(
     name: str, mesh: jax.sharding.Mesh, state: Any, shardings: Any, num_steps: int, batch_size: int
 ) -> None:
-    """Devices, mesh, parameters, bytes per device, and the largest arrays with their shardings."""
+    """Print devices, mesh, parameters, bytes per device, and the largest arrays with their shardings."""
     console = _console()
     device = mesh.devices.flat[0]
     console.print(
@@ -57,53 +57,57 @@ def start(
         f" {tree.human_bytes(tree.bytes_per_device(state.opt_state, shardings.opt_state))} of optimizer"
         f" state; {num_steps} steps of {batch_size} examples"
     )
-    placed = tree.named_leaves(shardings)
+    shardings_by_name = tree.named_leaves(shardings)
     largest = sorted(tree.named_leaves(state).items(), key=lambda item: -tree.num_bytes(item[1]))
     table = Table(box=None, pad_edge=False)
     for column in ("array", "shape", "dtype", "sharding", "per device"):
         table.add_column(column)
     for path, leaf in largest[:SHOWN]:
-        spec = [" ".join(s) if isinstance(s, tuple) else s or "-" for s in placed[path].spec]
+        spec = [
+            " ".join(s) if isinstance(s, tuple) else s or "-" for s in shardings_by_name[path].spec
+        ]
         table.add_row(
             path,
             str(list(leaf.shape)),
             str(leaf.dtype),
             ", ".join(spec) if any(s != "-" for s in spec) else "replicated",
-            tree.human_bytes(tree.bytes_per_device(leaf, placed[path])),
+            tree.human_bytes(tree.bytes_per_device(leaf, shardings_by_name[path])),
         )
     console.print(table)
 
 
-def usage(work: Mapping[str, int], seconds: float, devices: Sequence[Any]) -> dict[str, float]:
+def utilisation(
+    work: Mapping[str, int], seconds: float, devices: Sequence[Any]
+) -> dict[str, float]:
     """Utilisation of the devices, as far as it is known.
 
-    work: model FLOPs of a step, by dtype. train/mfu: the part of the step's time that they would take at the
-    peak of the chip. train/memory_gb: the most that a device of this process has held, in GB of 1e9 bytes.
+    work: model FLOPs of a step, by dtype. train/mfu: the share of the step's time that they would take at the
+    peak of the chip. train/memory_gb: peak memory of a device of this process, in GB of 1e9 bytes.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     num = len(devices)
     if work:
-        found["train/tflops_per_device"] = sum(work.values()) / num / seconds / 1e12
+        metrics["train/tflops_per_device"] = sum(work.values()) / num / seconds / 1e12
         chip = chips.chip(devices[0].device_kind)
         if chip is not None and all(dtype in chip.flops for dtype in work):
-            least = sum(flops / chip.flops[dtype] for dtype, flops in work.items()) / num
-            found["train/mfu"] = least / seconds
+            ideal = sum(flops / chip.flops[dtype] for dtype, flops in work.items()) / num
+            metrics["train/mfu"] = ideal / seconds
     local = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     peaks = [stats["peak_bytes_in_use"] for stats in local if stats]
     if peaks:
-        found["train/memory_gb"] = max(peaks) / 1e9
-    return found
+        metrics["train/memory_gb"] = max(peaks) / 1e9
+    return metrics
 
 
-def number(value: float | None, form: str = ".4f") -> str:
-    """A metric; `null`, as in the files, where there is none."""
+def format_metric(value: float | None, form: str = ".4f") -> str:
+    """A metric as text; `null`, as in the files, where there is none."""
     return "null" if value is None else f"{value:{form}}"
 
 
 class Bar:
     """A rich progress bar on a terminal, one plain line for each report elsewhere.
 
-    first: steps of the first dispatch, which ran before the bar was made and is not timed.
+    first: steps of the first dispatch, which ran before the bar was created and is not timed.
     chip: the device, if it is in the table. work: model FLOPs of a step, by dtype, once they are counted.
     """
 
@@ -131,13 +135,13 @@ class Bar:
             self._bar.start()
 
     def report(self, step: int, metrics: Mapping[str, float | None]) -> dict[str, float]:
-        """Shows the metrics of the steps since the last report; returns speed metrics, none where no step
-        was timed.
+        """Show the metrics of the steps since the last report; returns metrics of speed, {} if no step was
+        timed.
         """
-        now = time.perf_counter()
-        elapsed, num = now - self._time, step - self._at
-        self._at, self._time = step, now
-        text, speed, end = f"loss {number(metrics['train/loss'])}", {}, ""
+        time_now = time.perf_counter()
+        elapsed, num = time_now - self._time, step - self._at
+        self._at, self._time = step, time_now
+        text, speed, eta = f"loss {format_metric(metrics['train/loss'])}", {}, ""
         if metrics["train/loss"] is None:
             text += f" (no step since the last line counts: {self._uncounted(metrics)})"
         elif skipped := metrics.get("train/skipped_steps"):
@@ -147,9 +151,9 @@ class Bar:
             speed = {
                 "train/examples_per_second": self._batch_size / seconds,
                 "train/step_seconds": seconds,
-            } | usage(self.work, seconds, self._devices)
+            } | utilisation(self.work, seconds, self._devices)
             text += f"  {speed['train/examples_per_second']:,.0f} examples/s  {seconds * 1e3:.2f} ms/step"
-            end = f"  ETA {(self._num_steps - step) * seconds:.0f} s"
+            eta = f"  ETA {(self._num_steps - step) * seconds:.0f} s"
         if "train/mfu" in speed:
             text += f"  MFU {speed['train/mfu']:.1%}"
         if "train/memory_gb" in speed:
@@ -160,7 +164,7 @@ class Bar:
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         else:
-            agree.say(f"step {step}/{self._num_steps}  {text}{end}")
+            agree.say(f"step {step}/{self._num_steps}  {text}{eta}")
         return speed
 
     def _uncounted(self, metrics: Mapping[str, float | None]) -> str:
@@ -168,12 +172,12 @@ class Bar:
         return f"{skipped:.0f} skipped, not finite" if skipped else "their examples weigh nothing"
 
     def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Shows an evaluation."""
-        shown = "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
+        """Show the metrics of an evaluation."""
+        text = "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
         if None in metrics.values():
-            shown += "  (null: no example of the evaluation split has a weight there)"
-        self._eval = f"  {shown}"
-        self.say(f"step {step}  {shown}")
+            text += "  (null: no example of the evaluation split has a weight there)"
+        self._eval = f"  {text}"
+        self.say(f"step {step}  {text}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -184,24 +188,24 @@ class Bar:
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
-        """Leaves the time that the body takes (evaluation, saving) out of the speed."""
+        """Exclude the time of the body (evaluation, saving) from the speed."""
         began = time.perf_counter()
         try:
             yield
-        finally:  # a report in the body has counted what was before it
+        finally:  # a report in the body has counted the time before it
             self._time += time.perf_counter() - max(began, self._time)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restore the terminal."""
         if self._bar:
             self._bar.stop()
 
 
-def end(summary: dict[str, Any], directory: Any) -> None:
-    """Metrics, where the time went, where the files are."""
+def print_summary(summary: dict[str, Any], directory: Any) -> None:
+    """Print metrics, seconds by phase and the files of a finished run."""
     console = _console()
     metrics = "  ".join(
-        f"{name} {number(value, '.4g')}"
+        f"{name} {format_metric(value, '.4g')}"
         for name, value in summary["metrics"].items()
         if name.split("/")[-1] in ("loss", "accuracy")
     )
@@ -214,6 +218,6 @@ def end(summary: dict[str, Any], directory: Any) -> None:
     console.print(f"seconds: {seconds}")
     lines = "metrics/" if is_remote(directory) else "metrics.jsonl"
     console.print(
-        f"files: {rundir.shown(directory)}/ (config.json, {lines}, tensorboard/, checkpoints/,"
+        f"files: {rundir.short_path(directory)}/ (config.json, {lines}, tensorboard/, checkpoints/,"
         " summary.json)"
     )

@@ -12,30 +12,34 @@ from typing import Any
 from etils import epath
 
 from spmd.core import paths
-from spmd.core.storage import children, is_remote, json_text, ready, write_whole
+from spmd.core.storage import check_usable, is_remote, json_text, list_directory, write_atomically
 from spmd.train import lock
 
 
 def _write(path: epath.Path, value: Any) -> None:
-    write_whole(path, json_text(value, indent=1) + "\n")
+    write_atomically(path, json_text(value, indent=1) + "\n")
 
 
 def locate(directory: str, name: str) -> epath.Path:
-    """The run directory; a local path is made absolute (Orbax wants it), a bucket's stays as it is."""
-    given = directory or f"runs/{name}"
-    ready(given, "run.dir")
-    path = given if is_remote(given) else os.path.abspath(os.path.expanduser(given))
-    if why := paths.refused(path):
-        raise Refused(f"run directory {path!a} {why}; choose another with --run.dir")
+    """The run directory; a local path is made absolute, as Orbax requires."""
+    name_or_path = directory or f"runs/{name}"
+    check_usable(name_or_path, "run.dir")
+    path = (
+        name_or_path
+        if is_remote(name_or_path)
+        else os.path.abspath(os.path.expanduser(name_or_path))
+    )
+    if reason := paths.why_unusable(path):
+        raise Refused(f"run directory {path!a} {reason}; choose another with --run.dir")
     return epath.Path(path)
 
 
 class Refused(ValueError):
-    """The directory holds something that this run must not touch, or can hold none."""
+    """The directory holds other content than this run, or cannot hold a run."""
 
 
-def shown(path: epath.Path) -> str:
-    """The path as a user would type it: relative where it lies in the working directory."""
+def short_path(path: epath.Path) -> str:
+    """The path as a user would type it: relative inside the working directory."""
     try:
         return str(path.relative_to(os.getcwd()))
     except ValueError:
@@ -55,25 +59,25 @@ def inspect(
     defaults: Mapping[str, Any] | None = None,
     located: Collection[str] = (),
 ) -> dict[str, list[Any]]:
-    """Checks that a run may begin or go on in `path`; reads only.
+    """Check that a run may begin or continue in `path`; reads only.
 
     Args:
       path: the run directory, which need not exist.
       identity, defaults, located: as in same_identity.
-      fresh: a run that is there will be moved aside.
-      amend: its optimizer may be set otherwise; see AMENDABLE.
+      fresh: an existing run will be moved aside.
+      amend: its optimizer may have other settings; see AMENDABLE.
 
     Returns:
       `{field: [there, now]}`, the fields that are amended.
 
     Raises:
-      Refused: the directory holds something else, or another run.
+      Refused: the directory holds other content, or another run.
     """
-    with _reaching(path):
+    with _translate_errors(path):
         if path.exists() and not path.is_dir():
             raise Refused(f"run directory {path} is a file; choose another with --run.dir")
-        names = [p.name for p in children(path)] if path.exists() else []
-    entries = [n for n in names if not _passing(n)]
+        names = [p.name for p in list_directory(path)] if path.exists() else []
+    entries = [n for n in names if not _is_temporary(n)]
     if entries and "config.json" not in names:
         raise Refused(
             f"{path} is not empty and holds no run (no config.json; it has"
@@ -88,8 +92,8 @@ def inspect(
     return same_identity(path, identity, defaults, located, amend=amend)
 
 
-def _passing(name: str) -> bool:
-    """Whether a file is no part of a run: the lock, and what a killed process was writing."""
+def _is_temporary(name: str) -> bool:
+    """Whether a file is no part of a run: the lock, or a file that a killed process was writing."""
     return name in lock.FILES or name.endswith(".part")
 
 
@@ -99,31 +103,31 @@ def holds_run(path: epath.Path) -> bool:
 
 
 def move_aside(path: epath.Path) -> epath.Path:
-    """Renames the run directory, with the time in its name; returns the new path."""
+    """Rename the run directory, with the time in its name; returns the new path."""
     base = f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = (base, *(f"{base}-{n}" for n in range(2, 1000)))
-    aside = next(path.parent / name for name in names if not (path.parent / name).exists())
-    with writing(path):
-        path.rename(aside)
-    print(f"moved the old run to {shown(aside)}")
-    return aside
+    target = next(path.parent / name for name in names if not (path.parent / name).exists())
+    with translate_write_errors(path):
+        path.rename(target)
+    print(f"moved the old run to {short_path(target)}")
+    return target
 
 
 def create(path: epath.Path) -> None:
-    """Creates the run directory where there are directories; Refused when it cannot be."""
+    """Create the run directory, except in an object store; Refused when that fails."""
     if not is_remote(path):
-        with writing(path):
+        with translate_write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
 
 
-def record(
+def write_config(
     path: epath.Path,
     name: str,
     config: dict[str, Any],
     identity: dict[str, Any],
     amended: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes config.json.
+    """Write config.json.
 
     Args:
       config: the resolved configuration as JSON types.
@@ -131,11 +135,11 @@ def record(
       amended: `{"step": ..., "changes": {field: [before, after]}}`, in their order.
     """
     text = {"experiment": name, "identity": identity, "config": config}
-    with writing(path):
+    with translate_write_errors(path):
         _write(path / "config.json", text | ({"amended": [*amended]} if amended else {}))
 
 
-def recorded(path: epath.Path) -> dict[str, Any]:
+def read_config(path: epath.Path) -> dict[str, Any]:
     """Content of config.json, {} where it cannot be read."""
     try:
         return {**json.loads((path / "config.json").read_text())}
@@ -144,8 +148,8 @@ def recorded(path: epath.Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _reaching(path: epath.Path) -> Iterator[None]:
-    """The first contact with an object store, whose client has errors of its own: no key, no right."""
+def _translate_errors(path: epath.Path) -> Iterator[None]:
+    """Raise Refused for the errors of an object store's client: no credentials, no permission."""
     try:
         yield
     except Refused:
@@ -153,35 +157,35 @@ def _reaching(path: epath.Path) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        said = str(error).strip().split("\n")[0] or type(error).__name__
-        raise Refused(f"cannot reach run directory {path}: {said}") from None
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise Refused(f"cannot reach run directory {path}: {reason}") from None
 
 
 @contextlib.contextmanager
-def writing(path: epath.Path) -> Iterator[None]:
+def translate_write_errors(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         missing = is_remote(path) and isinstance(error, FileNotFoundError)
-        why = "there is no such bucket" if missing else error.strerror or error
+        reason = "there is no such bucket" if missing else error.strerror or error
         raise Refused(
-            f"cannot write run directory {path}: {why}; choose another with --run.dir"
+            f"cannot write run directory {path}: {reason}; choose another with --run.dir"
         ) from None
 
 
 def read_identity(path: epath.Path) -> dict[str, Any]:
-    """The identity that config.json holds; ValueError where it is none."""
-    known = path / "config.json"
+    """The identity in config.json; ValueError where there is none."""
+    file = path / "config.json"
     try:
-        return {**json.loads(known.read_text())["identity"]}
+        return {**json.loads(file.read_text())["identity"]}
     except (ValueError, KeyError, TypeError):
         raise Refused(
-            f"{known} is not a run's configuration; choose another directory with"
+            f"{file} is not a run's configuration; choose another directory with"
             " --run.dir, or move this one aside with --run.fresh"
         ) from None
 
 
-# What a run may change on the way, with --run.amend: nothing that the shapes of the state depend on.
+# Fields that a run may change with --run.amend: none that determines shapes of the state.
 AMENDABLE = "optimizer."
 _FIXED = ("optimizer.class", "optimizer.ema")
 
@@ -194,14 +198,14 @@ def same_identity(
     *,
     amend: bool = False,
 ) -> dict[str, list[Any]]:
-    """Compares the identity of the directory's run with this one's.
+    """Compare the identity of the directory's run with `identity`.
 
     Args:
       identity: flat identity fields.
-      defaults: what a field had that is newer than the directory.
-      located: fields that only say where the data lies; they do not count where the directory knows its
-        content, which spmd.train.dataset compares.
-      amend: allows another setting of the optimizer.
+      defaults: values of fields that are newer than the directory.
+      located: fields that name the location of data; they do not count where the directory has a digest of
+        its content, which spmd.train.dataset compares.
+      amend: allows other settings of the optimizer.
 
     Returns:
       `{field: [there, now]}`, the fields that are amended.
@@ -209,7 +213,7 @@ def same_identity(
     Raises:
       Refused: with the differing fields, when it is another run.
     """
-    diff = differences(read_identity(path), identity, defaults, located)
+    diff = find_differences(read_identity(path), identity, defaults, located)
     amendable = {k for k in diff if k.startswith(AMENDABLE) and k not in _FIXED}
     if diff.keys() <= (amendable if amend else set()):
         return diff
@@ -221,7 +225,11 @@ def same_identity(
         )
     raise Refused(
         "\n".join(
-            [f"{path} holds a run of another identity (there -> now):", *_shown(diff), *advice]
+            [
+                f"{path} holds a run of another identity (there -> now):",
+                *_difference_lines(diff),
+                *advice,
+            ]
         )
     )
 
@@ -234,26 +242,26 @@ def same_saved(
     located: Collection[str] = (),
     changes: Collection[str] = (),
 ) -> None:
-    """Checks that a checkpoint belongs to the run of its directory.
+    """Check that a checkpoint belongs to the run of its directory.
 
     Args:
-      about: what was saved beside its arrays; older versions saved no identity.
-      changes: fields that this start amends; those amended before are in config.json.
+      about: metadata saved with its arrays; older versions saved no identity.
+      changes: fields that this start amends; earlier amendments are in config.json.
 
     Raises:
       Refused: with the differing fields, when another run saved it.
     """
     if not isinstance(saved := about.get("identity"), dict):
         return
-    amended = {field for each in recorded(path).get("amended", ()) for field in each["changes"]}
-    diff = differences(saved, identity, defaults, located)
+    amended = {field for each in read_config(path).get("amended", ()) for field in each["changes"]}
+    diff = find_differences(saved, identity, defaults, located)
     diff = {k: v for k, v in diff.items() if k not in amended | {*changes}}
     if diff:
         raise Refused(
             "\n".join(
                 [
                     f"{path}: the checkpoint was saved by another run (there -> now):",
-                    *_shown(diff),
+                    *_difference_lines(diff),
                     "another process has written into this directory; take the checkpoint away, or use"
                     " --run.fresh or another --run.dir",
                 ]
@@ -261,39 +269,41 @@ def same_saved(
         )
 
 
-def _shown(diff: Mapping[str, Sequence[Any]]) -> list[str]:
-    return [f"  {k}: {there} -> {now}" for k, (there, now) in diff.items()]
+def _difference_lines(diff: Mapping[str, Sequence[Any]]) -> list[str]:
+    return [f"  {k}: {before} -> {now}" for k, (before, now) in diff.items()]
 
 
-def differences(
+def find_differences(
     before: Mapping[str, Any],
     identity: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
     located: Collection[str] = (),
 ) -> dict[str, list[Any]]:
     """`{field: [before, now]}` of two identities; arguments as in same_identity."""
-    passed = {k for k in {*before, *identity} if k.startswith(CONTENT)}
-    if passed & before.keys():
-        passed |= {*located}
-    then = {k: v for k, v in before.items() if k not in passed}
-    now = json.loads(json_text({k: v for k, v in identity.items() if k not in passed}))
-    newer = now.keys() - then.keys()
-    then |= {k: v for k, v in json.loads(json_text(defaults or {})).items() if k in newer}
+    ignored = {k for k in {*before, *identity} if k.startswith(CONTENT)}
+    if ignored & before.keys():
+        ignored |= {*located}
+    earlier = {k: v for k, v in before.items() if k not in ignored}
+    current = json.loads(json_text({k: v for k, v in identity.items() if k not in ignored}))
+    newer = current.keys() - earlier.keys()
+    earlier |= {k: v for k, v in json.loads(json_text(defaults or {})).items() if k in newer}
     missing = "(absent)"
-    pairs = {k: [then.get(k, missing), now.get(k, missing)] for k in sorted({*then, *now})}
+    pairs = {
+        k: [earlier.get(k, missing), current.get(k, missing)] for k in sorted({*earlier, *current})
+    }
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def summary(path: epath.Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None without one, or where it is torn."""
+    """The summary of a finished run; None without one, or where it is incomplete."""
     file = path / "summary.json"
     if not file.exists():
         return None
     try:
-        found = {**json.loads(file.read_text())}
-        return found | {name: found[name] for name in ("steps", "metrics", "seconds")}
+        content = {**json.loads(file.read_text())}
+        return content | {name: content[name] for name in ("steps", "metrics", "seconds")}
     except (ValueError, KeyError, TypeError):
-        print(f"{shown(file)} cannot be read; it is written anew from the newest checkpoint")
+        print(f"{short_path(file)} cannot be read; it is written anew from the newest checkpoint")
         return None
 
 
@@ -302,10 +312,10 @@ def write_summary(path: epath.Path, value: dict[str, Any]) -> None:
     _write(path / "summary.json", value)
 
 
-def lines(file: epath.Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines, none if there is no such file."""
-    found: list[dict[str, Any]] = []
+def read_lines(file: epath.Path) -> list[dict[str, Any]]:
+    """The complete lines of a file of JSON lines; [] without the file."""
+    lines: list[dict[str, Any]] = []
     for text in file.read_text().splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError, TypeError):  # the torn last line of a killed process
-            found.append({**json.loads(text)})
-    return found
+            lines.append({**json.loads(text)})
+    return lines

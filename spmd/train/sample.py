@@ -1,4 +1,4 @@
-"""Text from a language model: sharded cache, one token at a time, the same on every mesh."""
+"""Generate text with a language model: sharded cache, one token at a time, the same on every mesh."""
 
 # B prompts, T time, V vocab
 
@@ -27,11 +27,11 @@ class Choice:
     """How the next token is drawn from the logits."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divides the logits; 0 always takes the most likely token."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0 is all."""
+    """Draw from the k most likely tokens only; 0 is all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability (Holtzman et al. 2020)."""
+    """Draw from the most likely tokens that together reach this probability (Holtzman et al. 2020)."""
 
     def __post_init__(self) -> None:
         check(self.temperature >= 0, f"--temperature {self.temperature} must not be negative")
@@ -39,30 +39,32 @@ class Choice:
         check(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
 
     def filtered(self, logits_BV: jax.Array) -> jax.Array:
-        """Logits over the temperature, -inf where a token is out of the question."""
+        """Logits over the temperature, -inf where a token is excluded."""
         logits_BV = logits_BV / max(self.temperature, 1e-6)
-        none = jnp.array(-jnp.inf, logits_BV.dtype)
+        minus_infinity = jnp.array(-jnp.inf, logits_BV.dtype)
         if 0 < self.top_k < logits_BV.shape[1]:
             least_B1 = jax.lax.top_k(logits_BV, self.top_k)[0][:, -1:]
-            logits_BV = jnp.where(logits_BV < least_B1, none, logits_BV)
+            logits_BV = jnp.where(logits_BV < least_B1, minus_infinity, logits_BV)
         if self.top_p < 1:
             sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
             share_BV = jax.nn.softmax(sorted_BV, axis=-1)
-            before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV  # of the likelier ones
-            kept_BV = before_BV < self.top_p  # the likeliest always is
-            least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, -none), axis=-1, keepdims=True)
-            logits_BV = jnp.where(logits_BV < least_B1, none, logits_BV)
+            mass_before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV  # of the likelier ones
+            is_kept_BV = mass_before_BV < self.top_p  # the likeliest always is
+            least_B1 = jnp.min(
+                jnp.where(is_kept_BV, sorted_BV, -minus_infinity), axis=-1, keepdims=True
+            )
+            logits_BV = jnp.where(logits_BV < least_B1, minus_infinity, logits_BV)
         return logits_BV
 
     def __call__(self, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-        """int32 [B], each row by its own key."""
+        """Tokens int32 [B], each row drawn by its own key."""
         if not self.temperature:
             return logits_BV.argmax(-1).astype(jnp.int32)
         drawn_B = jax.vmap(jax.random.categorical)(keys_B, self.filtered(logits_BV))
         return drawn_B.astype(jnp.int32)
 
 
-def tokens(
+def generate(
     snapshot: Snapshot,
     prompts: Sequence[np.ndarray],
     *,
@@ -72,43 +74,53 @@ def tokens(
     end: int | None = None,
     vocab: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Continues each prompt (int [N], N > 0); yields int32 [len(prompts)], the next token of each.
+    """Continue prompts; yields int32 [len(prompts)], the next token of each.
 
-    Ends after num_tokens, or when every row has had its `end` token; a row goes on with `end` then. What is
-    drawn depends on the seed, the row and the number of the token, never on the mesh. vocab: how many tokens
-    there are, where the model's table is padded; the others are never drawn. ValueError when model or lengths
-    do not allow it.
+    Ends after num_tokens, or when every row has had its `end` token, which fills the rest of a row. A draw
+    depends on the seed, the row and the number of the token, never on the mesh.
+
+    Args:
+        snapshot: a language model.
+        prompts: tokens int [N], N > 0, of each row.
+        num_tokens: most tokens to generate.
+        choice: how tokens are drawn.
+        seed: of the draws.
+        end: token that ends a text.
+        vocab: number of tokens, if less than the rows of the model's table; others are never drawn.
+
+    Raises:
+        ValueError: the model cannot decode, or the lengths exceed its positions.
     """
-    left = room(snapshot, prompts)
+    remaining = remaining_positions(snapshot, prompts)
     _check_prompts(snapshot, prompts)
     check(num_tokens >= 1, f"--tokens {num_tokens} must be at least 1")
     longest = max(map(len, prompts))
     check(
-        num_tokens <= left,
+        num_tokens <= remaining,
         f"a prompt of {longest} tokens and --tokens {num_tokens} exceed the model's"
-        f" {longest + left} positions; ask for at most {left}, or shorten the prompt",
+        f" {longest + remaining} positions; ask for at most {remaining}, or shorten the prompt",
     )
     steps = _Steps(snapshot, choice, num_tokens, seed, vocab)
     token_B, position_B, cache = steps.begin(prompts, longest + num_tokens)
-    done = np.zeros(len(prompts), bool)
+    finished = np.zeros(len(prompts), bool)
     for i in range(num_tokens):
-        now_B = token_B
-        if i + 1 < num_tokens:  # under way while this token is read
-            token_B, cache = steps.next(now_B, position_B, cache, i + 1)
+        current_B = token_B
+        if i + 1 < num_tokens:  # computed while this token is read
+            token_B, cache = steps.next(current_B, position_B, cache, i + 1)
             position_B = steps.later(position_B)
-        found = np.asarray(now_B)[: len(prompts)].copy()
+        tokens = np.asarray(current_B)[: len(prompts)].copy()
         if end is not None:
-            found[done] = end
-            done |= found == end
-        yield found
-        if done.all():
+            tokens[finished] = end
+            finished |= tokens == end
+        yield tokens
+        if finished.all():
             return
 
 
-def room(snapshot: Snapshot, prompts: Sequence[np.ndarray]) -> int:
-    """How many tokens the model's positions leave after the longest prompt; ValueError when none."""
+def remaining_positions(snapshot: Snapshot, prompts: Sequence[np.ndarray]) -> int:
+    """Number of positions after the longest prompt; ValueError when there is none."""
     check(bool(prompts) and all(len(p) for p in prompts), "a prompt must have at least one token")
-    longest, limit = max(map(len, prompts)), _limit(snapshot.program.task, snapshot)
+    longest, limit = max(map(len, prompts)), _max_length(snapshot.program.task, snapshot)
     check(
         longest < limit,
         f"a prompt of {longest} tokens leaves nothing of the model's {limit} positions; shorten it",
@@ -118,15 +130,15 @@ def room(snapshot: Snapshot, prompts: Sequence[np.ndarray]) -> int:
 
 def _check_prompts(snapshot: Snapshot, prompts: Sequence[np.ndarray]) -> None:
     """ValueError for a token that the model does not have."""
-    tokens = next((ids for ids in snapshot.program.ranges.values() if not ids.target), None)
-    if tokens is not None:
-        expected = Expected("given", ranges={"prompt": tokens})
+    token_ids = next((ids for ids in snapshot.program.ranges.values() if not ids.target), None)
+    if token_ids is not None:
+        expected = Expected("given", ranges={"prompt": token_ids})
         for i, prompt in enumerate(prompts):
             ids = np.array([i])
             expected.check_ranges({"prompt": np.asarray(prompt)[None], "example_id": ids})
 
 
-def _limit(task: Any, snapshot: Snapshot) -> int:
+def _max_length(task: Any, snapshot: Snapshot) -> int:
     """The longest sequence of the model; ValueError for a model that cannot decode."""
 
     def length(module: Any) -> jax.Array:
@@ -141,7 +153,7 @@ def _limit(task: Any, snapshot: Snapshot) -> int:
 
 
 class _Steps:
-    """The jitted halves: all of the prompts at once, then a token of each row."""
+    """The jitted steps: the prompts at once, then one token of each row."""
 
     def __init__(
         self, snapshot: Snapshot, choice: Choice, num_tokens: int, seed: int, vocab: int | None
@@ -149,16 +161,16 @@ class _Steps:
         mesh, task = snapshot.program.mesh, snapshot.program.task
         self._variables, self._ways = snapshot.variables, meshes.batch_shards(mesh)
         self._rows = NamedSharding(mesh, sharding.batch_spec())
-        whole = NamedSharding(mesh, P())
+        replicated = NamedSharding(mesh, P())
         placement = sharding.placement(mesh, sharding.whole_sequences())
         seed_key = jax.random.key(seed)
 
-        def drawn(logits_BV: jax.Array, number: jax.Array) -> jax.Array:
+        def draw(logits_BV: jax.Array, number: jax.Array) -> jax.Array:
             row_B = jnp.arange(logits_BV.shape[0])
             keys_B = scope.example_keys(jax.random.fold_in(seed_key, number), row_B)
             return choice(logits_BV[:, :vocab], keys_B)
 
-        def first(params, model_state, tokens_BT, positions_BT, length: int):
+        def decode_prompts(params, model_state, tokens_BT, positions_BT, length: int):
             def run(module: Any) -> Any:
                 cache = module.cache(tokens_BT.shape[0], length)
                 return module.decode(tokens_BT, positions_BT, cache)
@@ -167,17 +179,19 @@ class _Steps:
                 logits_BTV, cache = task.call(params, model_state, run)
             last_B11 = positions_BT.max(-1).reshape(-1, 1, 1)
             logits_BV = jnp.take_along_axis(logits_BTV, last_B11, axis=1).squeeze(1)
-            return drawn(logits_BV, jnp.zeros((), jnp.int32)), cache
+            return draw(logits_BV, jnp.zeros((), jnp.int32)), cache
 
-        def following(params, model_state, token_B, position_B, cache, number):
+        def decode_next(params, model_state, token_B, position_B, cache, number):
             run = lambda module: module.decode(token_B[:, None], position_B[:, None], cache)
             with scope.bind(**placement):
                 logits_BTV, cache = task.call(params, model_state, run)
-            return drawn(logits_BTV.squeeze(1), number), cache
+            return draw(logits_BTV.squeeze(1), number), cache
 
         # Every process can read all tokens.
-        self._first = jax.jit(first, static_argnames="length", out_shardings=(whole, None))
-        self._next = jax.jit(following, out_shardings=(whole, None), donate_argnums=4)
+        self._first = jax.jit(
+            decode_prompts, static_argnames="length", out_shardings=(replicated, None)
+        )
+        self._next = jax.jit(decode_next, out_shardings=(replicated, None), donate_argnums=4)
         self.later = jax.jit(lambda position_B: position_B + 1)
 
     def begin(self, prompts: Sequence[np.ndarray], length: int) -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""The state of a program at one step, outside the loop: looked at, evaluated, predicted with."""
+"""The state of a program at one step, to inspect, evaluate and predict with outside the loop."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ from spmd.train.program import Program
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Snapshot:
-    """A program and one state of it, on the program's mesh."""
+    """A program and a state of it, on the program's mesh."""
 
     program: Program
     state: base.TrainState
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps taken."""
         return int(self.state.step)
 
     @property
     def variables(self) -> tuple[Any, Any]:
-        """(params, model_state): what is evaluated."""
+        """(params, model_state) as they are evaluated."""
         return self.program.strategy.eval_variables(self.state)
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
-        """Every array of the state by its path name, `params/head/kernel`, where it lies on the mesh."""
+        """Every array of the state by its path name, `params/head/kernel`, sharded over the mesh."""
         return tree.named_leaves(self.state)
 
     def evaluate(self) -> dict[str, float]:
-        """`{"eval/accuracy": ...}` over the whole evaluation split."""
-        measured = self._evaluator(*self.variables)
-        nothing = [name for name, value in measured.items() if value is None]
+        """`{"eval/accuracy": ...}` over the evaluation split."""
+        metrics = self._evaluator(*self.variables)
+        unweighted = [name for name, value in metrics.items() if value is None]
         check(
-            not nothing,
-            f"no example of the evaluation split has a weight in {', '.join(nothing)}: nothing is measured",
+            not unweighted,
+            f"no example of the evaluation split has a weight in {', '.join(unweighted)}: nothing is"
+            " measured",
         )
-        return measured
+        return metrics
 
     def predict(self, examples: Mapping[str, Any]) -> Any:
         """Predictions of the task for N examples, as numpy: for classes the logits float [N, classes].

@@ -13,13 +13,13 @@ from typing import Any
 from etils import epath
 
 from spmd.core.fields import check
-from spmd.core.storage import is_remote, json_text, write_whole
+from spmd.core.storage import is_remote, json_text, write_atomically
 
 
-def ready(project: str) -> None:
-    """ValueError when the package is asked for and missing."""
+def check_installed(project: str) -> None:
+    """ValueError when a project is given and the package is missing."""
     spec = importlib.util.find_spec("wandb") if project else None
-    # A folder ./wandb, as other runs leave it, is found too, as a package without a file.
+    # A folder ./wandb, as runs leave it, has a spec too, but no file.
     check(
         not project or (spec is not None and spec.origin is not None),
         "--log.wandb needs a package that is not installed: pip install wandb",
@@ -34,13 +34,13 @@ class Tracker:
     """
 
     def __init__(self, directory: epath.Path, project: str, config: dict[str, Any]):
-        ready(project)
+        check_installed(project)
         wandb: Any = importlib.import_module("wandb")
         local = not is_remote(directory)
         try:
             self._run = wandb.init(
                 project=project,
-                id=_id(directory),
+                id=_run_id(directory),
                 name=directory.name,
                 resume="allow",
                 dir=str(directory) if local and not os.environ.get("WANDB_DIR") else None,
@@ -60,18 +60,18 @@ class Tracker:
         self._run.log({"step": step} | metrics)
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Send the remaining metrics."""
         self._run.finish()
 
 
-def _id(directory: epath.Path) -> str:
-    """The id of this run directory's run, made at its first start."""
+def _run_id(directory: epath.Path) -> str:
+    """The id of the run directory's run, chosen at its first start."""
     file = directory / "wandb.json"
     if file.exists():
         try:
             return str(json.loads(file.read_text())["id"])
         except (ValueError, KeyError, TypeError):
             print(f"{file} cannot be read: a new run of Weights & Biases begins", file=sys.stderr)
-    found = uuid.uuid4().hex[:12]
-    write_whole(file, json_text({"id": found}) + "\n")
-    return found
+    run_id = uuid.uuid4().hex[:12]
+    write_atomically(file, json_text({"id": run_id}) + "\n")
+    return run_id

@@ -36,7 +36,7 @@ from spmd.train.program import Program
 
 
 class Settings(NamedTuple):
-    """When a run evaluates, saves, logs and stops; see the config classes."""
+    """Settings of evaluation, checkpoints, logs and stopping; see the config classes."""
 
     train: TrainConfig
     evals: EvalConfig
@@ -46,12 +46,12 @@ class Settings(NamedTuple):
 
 
 class Directory(NamedTuple):
-    """A run directory as the loop uses it.
+    """A run directory, as the loop uses it.
 
     config, identity: saved with each checkpoint. resumes: whether the directory holds this run already.
-    accept: as Checkpoints.restore takes it. begin: called by process 0 with the first step's number, before
+    accept: as in Checkpoints.restore. begin: called by process 0 with the first step's number, before
     anything is written. holds: called by process 0 before each save; raises ValueError when the directory
-    belongs to another run by now.
+    does not belong to this run any more.
     """
 
     path: epath.Path
@@ -64,20 +64,20 @@ class Directory(NamedTuple):
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved; `signal` says by what.
+    """The run was stopped by a signal, and has saved.
 
-    directory: where it has saved; None when it had not yet taken a step.
+    directory: of the run; None when it had not yet taken a step.
     """
 
     def __init__(self, signum: int, step: int, directory: epath.Path | None):
-        by = f"stopped by {signal.Signals(signum).name}"
+        cause = f"stopped by {signal.Signals(signum).name}"
         if directory:
-            saved = rundir.shown(directory)
-            text = f"{by} at step {step}, state saved in {saved}; the same command resumes it"
+            saved = rundir.short_path(directory)
+            text = f"{cause} at step {step}, state saved in {saved}; the same command resumes it"
         elif step:
-            text = f"{by} before the next step; the checkpoint of step {step} stands"
+            text = f"{cause} before the next step; the checkpoint of step {step} stands"
         else:
-            text = f"{by} before the first step; nothing was written"
+            text = f"{cause} before the first step; nothing was written"
         super().__init__(text)
         self.signum = signum
 
@@ -97,7 +97,7 @@ class Trainer:
         self.program, self.run, self.settings = program, run, settings
         self.stop, self.watchdog, self.closing = stop, watchdog, closing
         self.step = 0
-        self.votes = Votes(program.mesh) if agree.joined() else None
+        self.votes = Votes(program.mesh) if agree.has_peers() else None
         self.clock = Clock(self._enter)
         self.measured: Measured = {}  # by the evaluation of this step, if there was one
         self.compiled: set[int] = set()  # numbers of steps for which a dispatch has been compiled
@@ -111,7 +111,7 @@ class Trainer:
     # ---- before the first step
 
     def open_state(self) -> None:
-        """The newest checkpoint on this mesh, or a fresh state; prints the header of the run."""
+        """Restore the newest checkpoint on this mesh, or initialise; prints the header of the run."""
         program, strategy = self.program, self.program.strategy
         self.checkpoints = Checkpoints(
             self.run.path / "checkpoints", self.settings.checkpoint, writing=self.run.resumes
@@ -119,7 +119,9 @@ class Trainer:
         self.closing.callback(self.checkpoints.close)
         abstract, shardings = program.abstract_state(), strategy.state_shardings
         steps = program.num_steps
-        progress.start(program.name, program.mesh, abstract, shardings, steps, program.examples)
+        progress.print_header(
+            program.name, program.mesh, abstract, shardings, steps, program.examples
+        )
         if program.privacy:
             agree.say(program.privacy.about(steps))
         if not (self.run.resumes and self.checkpoints.exist()):
@@ -130,27 +132,27 @@ class Trainer:
             self.state = self.checkpoints.restore(abstract, shardings, accept=self.run.accept)
         self.step = int(self.state.step)
         if program.privacy:
-            about = self.checkpoints.about(self.step)
-            program.privacy.same_noise(about.get("noise_multiplier"))
+            metadata = self.checkpoints.about(self.step)
+            program.privacy.same_noise(metadata.get("noise_multiplier"))
         agree.say(f"resuming at step {self.step} of {steps}")
         if self.step:
             self.stop.stands = f"the checkpoint of step {self.step} stands"
 
     def open_input(self) -> None:
-        """Training batches from the current step on, and the evaluation."""
+        """Open training batches from the current step on, and the evaluation."""
         program, train, log = self.program, self.settings.train, self.settings.log
         # With several steps per dispatch the strategy's step is a scan over them.
-        several = train.steps_per_dispatch > 1
-        self.strategy = base.scanned(program.strategy) if several else program.strategy
+        is_scanned = train.steps_per_dispatch > 1
+        self.strategy = base.scanned(program.strategy) if is_scanned else program.strategy
         self.batch_sharding = jax.tree.leaves(self.strategy.batch_shardings)[0]
         self.batches = program.host_batches(self.step, program.num_steps, train.steps_per_dispatch)
-        opened = program.open_evaluation()
+        eval_source = program.open_evaluation()
         skips = {"train": program.skips or Skips(), "eval": program.data.skips("evaluation")}
-        self.skipped = dataset.Skipped({"train": program.source, "eval": opened}, skips)
+        self.skipped = dataset.Skipped({"train": program.source, "eval": eval_source}, skips)
         self.evaluate = evaluator(
             program.task,
             program.mesh,
-            opened,
+            eval_source,
             program.data.eval_batch_size,
             skips["eval"],
             program.expected("evaluation"),
@@ -159,15 +161,13 @@ class Trainer:
         self.profile = Profile(log.profile, self.run.path, *steps)
 
     def take_first_steps(self) -> None:
-        """The first dispatch, awaited: a run that cannot step ends here, before anything is written."""
+        """Run the first dispatch and wait for it: a run that fails does so before anything is written."""
         if self.step < self.program.num_steps:
             self.closing.callback(self.profile.discard)
             self.profile.start_at(self.step, lambda: None)
             self.first = self._dispatch()
             num, _, on_device = self.first
-            with self.clock(
-                "step"
-            ):  # the only wait for the newest step: running out of memory shows here
+            with self.clock("step"):  # running out of memory shows here
                 metrics = {k: np.atleast_1d(np.asarray(v)) for k, v in on_device.items()}
             if self.settings.train.nonfinite == "stop":
                 check_finite(self.step + num, metrics)
@@ -176,13 +176,13 @@ class Trainer:
         agree.from_first(lambda: self.run.begin(self.step), "writing config.json")
 
     def open_output(self) -> None:
-        """Metrics, progress bar, and when to evaluate and save."""
+        """Open metrics and progress bar, and set when to evaluate and save."""
         program, settings, step = self.program, self.settings, self.step
         self.closing.callback(self.profile.close)
         self.writer = Writer(self.run.path, step, settings.log, self.run.config)
         self.closing.callback(self.writer.close)
-        started = self.first[0] if self.first else 0
-        self.bar = progress.Bar(program.num_steps, step, program.examples, program.mesh, started)
+        untimed = self.first[0] if self.first else 0
+        self.bar = progress.Bar(program.num_steps, step, program.examples, program.mesh, untimed)
         self.closing.callback(self.bar.close)
         nonfinite = settings.train.nonfinite
         self.logs = Log(self.writer, self.bar, settings.log, nonfinite, step, self.votes)
@@ -202,9 +202,9 @@ class Trainer:
             if self.votes is not None:
                 batch = loader.put(host, self.batch_sharding, program.data.batch_size)
         num = host["weight"].shape[0] if self.settings.train.steps_per_dispatch > 1 else 1
-        # jit returns once it has compiled
-        traced = jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1)
-        with self.clock("step" if num in self.compiled else "compile"), traced:
+        # jit returns once it has compiled.
+        annotation = jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1)
+        with self.clock("step" if num in self.compiled else "compile"), annotation:
             self.compiled.add(num)
             self.state, metrics = self.strategy.step(self.state, batch)
             if self.votes is not None:
@@ -218,7 +218,7 @@ class Trainer:
             self.profile.start_at(self.step, self.logs.drain)
         (num, host, metrics), self.first = self.first or self._dispatch(), None
         if self.bar.chip and not self.bar.work:  # 0.2 s, while the devices run their first step
-            self.bar.work = flops.of_step(self.program.task, self.program.abstract_batch())
+            self.bar.work = flops.count_step(self.program.task, self.program.abstract_batch())
         self.before, self.step = self.step, self.step + num
         self.writer.examples(self.before, host["example_id"])
         with self.clock("step"):
@@ -246,7 +246,7 @@ class Trainer:
         return self.votes.agreed
 
     def _interrupted(self, phase: str = "evaluation") -> bool:
-        """Whether to leave an evaluation: called between its batches, by all processes."""
+        """Whether to abandon an evaluation: called between its batches, by all processes."""
         self.watchdog.beat(phase, self.step)
         if self.votes is not None:
             self.votes.ask(self.stop.signum)

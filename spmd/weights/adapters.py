@@ -1,7 +1,7 @@
-"""A task of which only some parameters are trained: frozen arrays, low-rank adapters beside matrices.
+"""Tasks with frozen parameters and low-rank adapters.
 
-What is frozen is no parameter of the new task: it lies in the model state, under `frozen`, cut over the mesh
-as it was. So no strategy, optimizer, average or checkpoint needs to know.
+Frozen arrays are no parameters of the adapted task: they are part of its model state, under `frozen`, with
+the same shardings. So no strategy, optimizer, average or checkpoint treats them specially.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from spmd.core import narrow, tree
 from spmd.core.fields import check
 from spmd.parallel import scope
 from spmd.tasks import FROZEN, Task
-from spmd.weights.config import InitConfig, matching
+from spmd.weights.config import InitConfig, match_names
 
 PyTree = Any
 ADAPTERS = ("lora_a", "lora_b")
@@ -44,16 +44,18 @@ class Shape(NamedTuple):
 
 
 def adapt(task: Task, config: InitConfig) -> Task:
-    """`task` with the parameters that `config` freezes in its model state, and with its adapters; ValueError
-    when a pattern matches nothing, or when nothing is left to train.
+    """A task whose frozen parameters are model state, and whose adapters are parameters.
+
+    Raises:
+        ValueError: a pattern matches nothing, or no parameter is left to train.
     """
     if not (config.freeze or config.lora):
         return task
     abstract, state = jax.eval_shape(task.init, jax.random.key(0))
     check(FROZEN not in state, f"the model has a state of its own named {FROZEN!r}; rename it")
     shapes = tree.named_leaves(abstract)
-    matrices = _adapted(shapes, task.dims, config) if config.lora else {}
-    frozen = set(shapes) if config.lora else matching(shapes, config.freeze, "init.freeze")
+    matrices = _adapted_matrices(shapes, task.dims, config) if config.lora else {}
+    frozen = set(shapes) if config.lora else match_names(shapes, config.freeze, "init.freeze")
     check(
         bool(matrices) or len(frozen) < len(shapes),
         f"init.freeze={' '.join(config.freeze)} leaves no parameter to train",
@@ -63,20 +65,22 @@ def adapt(task: Task, config: InitConfig) -> Task:
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         params, state = task.init(key)
         leaves = tree.named_leaves(params)
-        trained = _picked(params, lambda name: name not in frozen)
+        trained = _pick(params, lambda name: name not in frozen)
         for name, shape in matrices.items():
-            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            pair = _drawn(own, shape, config.lora, leaves[name].dtype)
-            trained = _with(trained, _leaf_path(params, name), pair)
-        return trained, state | {FROZEN: _picked(params, frozen.__contains__)}
+            adapter_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            pair = _draw_adapter(adapter_key, shape, config.lora, leaves[name].dtype)
+            trained = _insert(trained, _leaf_path(params, name), pair)
+        return trained, state | {FROZEN: _pick(params, frozen.__contains__)}
 
     def plain(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        rest = {k: v for k, v in state.items() if k != FROZEN}
-        return task.plain(_joined(params, state[FROZEN], matrices, scale), rest)
+        model_state = {k: v for k, v in state.items() if k != FROZEN}
+        return task.plain(_join(params, state[FROZEN], matrices, scale), model_state)
 
     def loss(params, state, batch, step_key, scale):
-        used = state | {FROZEN: scope.varying(state[FROZEN])}  # as the trained ones are
-        total, (sums, new) = task.loss(*plain(params, used), batch, step_key, scale)
+        frozen_state = state | {
+            FROZEN: scope.varying(state[FROZEN])
+        }  # typed as trained parameters are
+        total, (sums, new) = task.loss(*plain(params, frozen_state), batch, step_key, scale)
         return total, (sums, new | {FROZEN: state[FROZEN]})
 
     def dims_of(name: str) -> tuple[Any, ...] | None:
@@ -92,87 +96,92 @@ def adapt(task: Task, config: InitConfig) -> Task:
         evaluate=lambda p, s, batch: task.evaluate(*plain(p, s), batch),
         predict=lambda p, s, batch: task.predict(*plain(p, s), batch),
         call=lambda p, s, fn: task.call(*plain(p, s), fn),
-        staged=_unstaged,
+        staged=_refuse_stages,
     )
 
 
-def _unstaged() -> Any:
+def _refuse_stages() -> Any:
     raise ValueError(
         "mesh.stage: a pipeline trains all layers, and init.freeze or init.lora leave some out; use"
         " --mesh.fsdp or --mesh.tensor for these, or --mesh.stage 1"
     )
 
 
-def merged(kernel: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, scale: float) -> jax.Array:
-    """kernel + scale a @ b, added in float32 at least, as the kernel's type; of a narrow kernel in float32
-    where the adapters are (in training), so that the gradient of the sum is.
+def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, scale: float) -> jax.Array:
+    """kernel + scale a @ b, added in float32 at least, in the kernel's type.
+
+    For a narrow kernel the result has the adapters' type, float32 in training, as then does its gradient.
     """
-    wide = tree.at_least_float32(kernel.dtype)
+    sum_dtype = tree.at_least_float32(kernel.dtype)
     dtype = a.dtype if narrow.is_narrow(kernel.dtype) else kernel.dtype
-    return (kernel.astype(wide) + scale * shape.product(a, b).astype(wide)).astype(dtype)
+    return (kernel.astype(sum_dtype) + scale * shape.product(a, b).astype(sum_dtype)).astype(dtype)
 
 
-def shape_of(x: Any, dims: tuple[str | None, ...] | None) -> Shape:
-    """How a kernel of these logical dims is a stack of matrices."""
+def stack_shape(x: Any, dims: tuple[str | None, ...] | None) -> Shape:
+    """The shape of a kernel with these logical dims as a stack of matrices."""
     inputs, outputs = optim.matrix_axes(dims or (None,) * len(x.shape))
     stack = tuple(i for i in range(len(x.shape)) if i not in (*inputs, *outputs))
     return Shape(*(tuple(x.shape[i] for i in axes) for axes in (stack, inputs, outputs)))
 
 
-def _adapted(shapes: Mapping[str, Any], dims: optim.Dims, config: InitConfig) -> dict[str, Shape]:
-    """The matrices that get adapters, by name."""
+def _adapted_matrices(
+    shapes: Mapping[str, Any], dims: optim.Dims, config: InitConfig
+) -> dict[str, Shape]:
+    """Name -> shape of the matrices that have adapters."""
 
     def is_matrix(name: str) -> bool:
-        known = dims.get(name)
-        return bool(optim.matrix_axes(known)[0]) if known else len(shapes[name].shape) >= 2
+        leaf_dims = dims.get(name)
+        return bool(optim.matrix_axes(leaf_dims)[0]) if leaf_dims else len(shapes[name].shape) >= 2
 
     def is_hidden(name: str) -> bool:
-        known = dims.get(name)
-        return not known or optim.is_hidden_matrix(known)
+        leaf_dims = dims.get(name)
+        return not leaf_dims or optim.is_hidden_matrix(leaf_dims)
 
     if config.lora_match:
-        names = [n for n in matching(shapes, config.lora_match, "init.lora_match") if is_matrix(n)]
+        names = [
+            n for n in match_names(shapes, config.lora_match, "init.lora_match") if is_matrix(n)
+        ]
     else:
         names = [n for n in shapes if is_matrix(n) and is_hidden(n)]
-    given = f"init.lora_match={' '.join(config.lora_match)}" if config.lora_match else "the model"
+    subject = f"init.lora_match={' '.join(config.lora_match)}" if config.lora_match else "the model"
     check(
         bool(names),
-        f"{given} has no hidden matrix for adapters; name some with init.lora_match, of:"
+        f"{subject} has no hidden matrix for adapters; name some with init.lora_match, of:"
         f" {', '.join(filter(is_matrix, shapes))}",
     )
-    found = {}
+    matrices = {}
     for name in sorted(names):
-        shape = shape_of(shapes[name], dims.get(name))
+        shape = stack_shape(shapes[name], dims.get(name))
         check(
             tuple(shapes[name].shape) == (*shape.stack, *shape.inputs, *shape.outputs),
             f"{name} of dims {dims.get(name)} has no adapters: its stacked dims do not stand first",
         )
-        smaller = min(math.prod(shape.inputs), math.prod(shape.outputs))
+        max_rank = min(math.prod(shape.inputs), math.prod(shape.outputs))
         check(
-            config.lora <= smaller,
-            f"init.lora={config.lora} is more than {name} of shape {list(shapes[name].shape)} has rank:"
-            f" at most {smaller}, or leave it out with init.lora_match",
+            config.lora <= max_rank,
+            f"init.lora={config.lora} is more than the rank of {name} of shape {list(shapes[name].shape)}:"
+            f" at most {max_rank}, or leave it out with init.lora_match",
         )
-        found[name] = shape
-    return found
+        matrices[name] = shape
+    return matrices
 
 
 def _adapter_dims(matrices: Mapping[str, Shape], dims: optim.Dims) -> dict[str, Any]:
-    """Logical dims of the adapters: those of their matrix, none for the rank."""
-    found: dict[str, Any] = {}
+    """Logical dims of the adapters: those of their matrix, None for the rank."""
+    adapter_dims: dict[str, Any] = {}
     for name, shape in matrices.items():
-        known = dims.get(name)
-        if known is None:
-            found |= {f"{name}/{part}": None for part in ADAPTERS}
+        kernel_dims = dims.get(name)
+        if kernel_dims is None:
+            adapter_dims |= {f"{name}/{part}": None for part in ADAPTERS}
             continue
         stack, inside = len(shape.stack), len(shape.stack) + len(shape.inputs)
-        found[f"{name}/lora_a"] = (*known[:inside], None)
-        found[f"{name}/lora_b"] = (*known[:stack], None, *known[inside:])
-    return found
+        adapter_dims[f"{name}/lora_a"] = (*kernel_dims[:inside], None)
+        adapter_dims[f"{name}/lora_b"] = (*kernel_dims[:stack], None, *kernel_dims[inside:])
+    return adapter_dims
 
 
-def _drawn(key: jax.Array, shape: Shape, rank: int, dtype: Any) -> dict[str, jax.Array]:
-    """An adapter that adds nothing yet: a is drawn, b is 0."""
+def _draw_adapter(key: jax.Array, shape: Shape, rank: int, dtype: Any) -> dict[str, jax.Array]:
+    """An initial adapter, whose product is 0: a is drawn, b is 0."""
     std = math.prod(shape.inputs) ** -0.5
     a = std * jax.random.normal(
         key, (*shape.stack, *shape.inputs, rank), tree.at_least_float32(dtype)
@@ -186,44 +195,44 @@ def _drawn(key: jax.Array, shape: Shape, rank: int, dtype: Any) -> dict[str, jax
 # ---- nested dicts
 
 
-def _picked(params: PyTree, keep: Any, prefix: str = "") -> PyTree:
-    """The leaves whose names `keep` takes; no empty dicts."""
-    found = {}
+def _pick(params: PyTree, keep: Any, prefix: str = "") -> PyTree:
+    """The leaves whose names `keep` accepts, without empty dicts."""
+    picked = {}
     for key, value in params.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            if inner := _picked(value, keep, f"{name}/"):
-                found[key] = inner
+            if inner := _pick(value, keep, f"{name}/"):
+                picked[key] = inner
         elif keep(name):
-            found[key] = value
-    return found
+            picked[key] = value
+    return picked
 
 
 def _leaf_path(params: PyTree, name: str) -> tuple[Any, ...]:
-    """The keys that lead to the leaf of a path name."""
+    """The keys of the leaf with a path name."""
     flat = jax.tree_util.tree_leaves_with_path(params)
     return next(tuple(k.key for k in path) for path, _ in flat if tree.path_name(path) == name)
 
 
-def _with(params: PyTree, path: tuple[Any, ...], value: Any) -> PyTree:
+def _insert(params: PyTree, path: tuple[Any, ...], value: Any) -> PyTree:
     """A copy with `value` at `path`."""
     first, *rest = path
-    inner = _with(params.get(first, {}), tuple(rest), value) if rest else value
+    inner = _insert(params.get(first, {}), tuple(rest), value) if rest else value
     return params | {first: inner}
 
 
-def _joined(
+def _join(
     trained: PyTree, frozen: PyTree, matrices: Mapping[str, Shape], scale: float, prefix: str = ""
 ) -> PyTree:
-    """The parameters of the model itself, adapters added to their matrices."""
-    found = {}
+    """The parameters of the unadapted model, adapters added to their matrices."""
+    joined = {}
     for key in {**frozen, **trained}:
         name = f"{prefix}{key}"
         if key not in frozen or key not in trained:
-            found[key] = trained[key] if key in trained else frozen[key]
+            joined[key] = trained[key] if key in trained else frozen[key]
         elif name in matrices:
             a, b = (trained[key][part] for part in ADAPTERS)
-            found[key] = merged(frozen[key], a, b, matrices[name], scale)
+            joined[key] = merge(frozen[key], a, b, matrices[name], scale)
         else:
-            found[key] = _joined(trained[key], frozen[key], matrices, scale, f"{name}/")
-    return found
+            joined[key] = _join(trained[key], frozen[key], matrices, scale, f"{name}/")
+    return joined

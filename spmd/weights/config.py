@@ -1,4 +1,4 @@
-"""Where a run starts, and what of it is trained: weights of another run, frozen arrays, low-rank adapters."""
+"""Configuration of initial weights, frozen arrays and low-rank adapters."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from spmd.core.fields import check, closest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Where the weights come from, and which are trained.
+    """Source of the weights, and which of them are trained.
 
-    Patterns are those of a shell, on names like `layers/1/kernel`; `*` stands for `/` too.
+    Patterns are those of a shell, on names like `layers/1/kernel`; `*` matches `/` too.
     """
 
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
     """Directory to take the weights from: a run, a step of it (RUN/checkpoints/300), or Hugging Face
     safetensors; empty draws them at random."""
     skip: tuple[str, ...] = ()
-    """Patterns of arrays that are drawn at random all the same, as 'head/*' for other classes."""
+    """Patterns of arrays that are drawn at random nevertheless, as 'head/*' for other classes."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that are not trained: no gradient, no optimizer state, no decay."""
     lora: int = 0
-    """Rank of adapters that are trained in place of all else (LoRA, Hu et al. 2021, arXiv 2106.09685);
+    """Rank of adapters, which are then the only trained parameters (LoRA, Hu et al. 2021, arXiv 2106.09685);
     0 is off."""
     lora_alpha: float = 0.0
     """Adapters are scaled by alpha / rank; 0 is alpha = rank."""
     lora_match: tuple[str, ...] = ()
-    """Patterns of the matrices that get adapters; empty: all but embeddings, heads and first layers."""
+    """Patterns of matrices with adapters; empty: all but embeddings, heads and first layers."""
 
     def __post_init__(self) -> None:
         check(self.lora >= 0, f"init.lora={self.lora} must not be negative")
         check(self.lora_alpha >= 0, f"init.lora_alpha={self.lora_alpha} must not be negative")
         check(
             not (self.lora and self.freeze),
-            f"init.lora={self.lora} trains nothing but adapters, so init.freeze has nothing left to freeze:"
+            f"init.lora={self.lora} freezes all parameters but its adapters, so init.freeze has no effect:"
             " give one of them",
         )
         check(
             bool(self.lora) or not (self.lora_match or self.lora_alpha),
-            "init.lora_match and init.lora_alpha say how adapters are made: give init.lora, their rank",
+            "init.lora_match and init.lora_alpha are options of adapters: give init.lora, their rank",
         )
         check(
             bool(self.from_) or not self.skip,
@@ -52,11 +52,11 @@ class InitConfig:
         )
 
 
-def matching(names: Iterable[str], patterns: Iterable[str], field: str) -> set[str]:
-    """The names that a pattern matches, with or without `params/` before them; ValueError for a pattern that
-    matches none. field: whose patterns they are.
+def match_names(names: Iterable[str], patterns: Iterable[str], field: str) -> set[str]:
+    """The names that a pattern matches, with or without the prefix `params/`; ValueError for a pattern that
+    matches none. field: the field of the patterns, for messages.
     """
-    names, found = list(names), set[str]()
+    names, matches = list(names), set[str]()
     for pattern in patterns:
         bare = pattern.removeprefix("params/")
         hits = {name for name in names if fnmatch.fnmatchcase(name, bare)}
@@ -65,5 +65,5 @@ def matching(names: Iterable[str], patterns: Iterable[str], field: str) -> set[s
             f"{field}: no array matches {pattern!r}.{closest(bare, names)} There are:"
             f" {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}",
         )
-        found |= hits
-    return found
+        matches |= hits
+    return matches

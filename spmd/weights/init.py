@@ -1,4 +1,4 @@
-"""The weights of another run, read onto the mesh of this one."""
+"""Initial weights from another run or from safetensors, read onto the mesh."""
 
 from __future__ import annotations
 
@@ -17,61 +17,70 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.core import digest, tree
 from spmd.core.fields import check
-from spmd.core.storage import is_remote, ready
+from spmd.core.storage import check_usable, is_remote
 from spmd.runtime import agree
 from spmd.tasks import FROZEN
 from spmd.train.checkpoint import reading, steps
 from spmd.train.program import Program
 from spmd.weights import adapters as adapt
-from spmd.weights.config import InitConfig, matching
+from spmd.weights.config import InitConfig, match_names
 from spmd.weights.huggingface import files, read
 
 T = TypeVar("T")
-# `params/layers/1/kernel` or `model_state/norm/mean` of the model itself -> shape, dtype, sharding
+# `params/layers/1/kernel` or `model_state/norm/mean` of the unadapted model -> shape, dtype, sharding
 Wanted = dict[str, jax.ShapeDtypeStruct]
 
 
-def start(config: InitConfig, model: Any, program: Program, state: Any) -> Any:
-    """`state` with the weights of config.from_, cast to its types; what config.skip matches stays as it is.
+def load_weights(config: InitConfig, model: Any, program: Program, state: Any) -> Any:
+    """Replace the weights of a state by those of config.from_, cast to its types.
 
-    model: the experiment's, whose family says what its arrays are called at Hugging Face.
-    Every array goes from the files to where it lies on the mesh. ValueError, with the differing arrays, when
-    they are of another model.
+    Each device reads its shards from the files. Arrays that config.skip matches are kept.
+
+    Args:
+        config: source and patterns.
+        model: the experiment's model, whose family determines the names of its arrays at Hugging Face.
+        program: of the experiment.
+        state: its initial state.
+
+    Raises:
+        ValueError: the weights are of another model; names the differing arrays.
     """
-    wanted = _wanted(program)
-    source = _source(config.from_, model)
+    wanted = _model_arrays(program)
+    source = _open_source(config.from_, model)
     names = {name.removeprefix("params/") for name in (*wanted, *source.arrays)}
-    skipped = matching(sorted(names), config.skip, "init.skip")
+    skipped = match_names(sorted(names), config.skip, "init.skip")
     wanted = {n: leaf for n, leaf in wanted.items() if n.removeprefix("params/") not in skipped}
     source.check(wanted, skipped)
     old = tree.named_leaves(state)
-    for name in wanted:  # its memory is needed for what comes instead
-        old[_place(name, old)].delete()
-    leaves = _together(lambda: source.read(wanted))
+    for name in wanted:  # its memory is needed for the replacement
+        old[_state_name(name, old)].delete()
+    leaves = _call_together(lambda: source.read(wanted))
     agree.say(f"starting from {source.about}")
-    new = {_place(name, old): leaf for name, leaf in leaves.items()}
+    new = {_state_name(name, old): leaf for name, leaf in leaves.items()}
     put = lambda prefix, part: tree.map_named(lambda n, x: new.get(f"{prefix}/{n}", x), part)
     state = dataclasses.replace(state, model_state=put("model_state", state.model_state))
     return program.strategy.with_params(state, put("params", state.params))
 
 
-def _wanted(program: Program) -> Wanted:
-    """The arrays of the model itself, as they lie on the mesh: trained, frozen, statistics; no adapters."""
+def _model_arrays(program: Program) -> Wanted:
+    """The arrays of the unadapted model, with shardings: trained, frozen, statistics; no adapters."""
     abstract, shardings = program.abstract_state(), program.strategy.state_shardings
-    placed = tree.named_leaves(shardings)
-    found = {}
+    shardings_by_name = tree.named_leaves(shardings)
+    arrays = {}
     for name, leaf in tree.named_leaves(abstract).items():
         part, _, rest = name.partition("/")
         if part not in ("params", "model_state") or name.split("/")[-1] in adapt.ADAPTERS:
             continue
         inner = rest.removeprefix(f"{FROZEN}/")
-        its = name if inner == rest else f"params/{inner}"
-        found[its] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
-    return found
+        model_name = name if inner == rest else f"params/{inner}"
+        arrays[model_name] = jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=shardings_by_name[name]
+        )
+    return arrays
 
 
-def _place(name: str, state: dict[str, Any]) -> str:
-    """Where an array of the model itself lies in the state."""
+def _state_name(name: str, state: dict[str, Any]) -> str:
+    """The name in the state of an array of the unadapted model."""
     frozen = f"model_state/{FROZEN}/{name.removeprefix('params/')}"
     return frozen if frozen in state else name
 
@@ -90,55 +99,57 @@ class StoredRun(NamedTuple):
 
     @property
     def arrays(self) -> list[str]:
-        """The arrays of its model itself."""
+        """Names of the arrays of its unadapted model."""
         return sorted(self.shapes)
 
     @property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """(shape, dtype) of the arrays of its model itself, by the names that they have here."""
-        found = {}
+        """(shape, dtype) of the arrays of its unadapted model, by the names of this program."""
+        shapes = {}
         for name, leaf in self.stored.items():
             part, *rest = name.split(".")
             if part == "model_state" and rest[0] == FROZEN:
                 part, rest = "params", rest[1:]
             if part in ("params", "model_state") and rest[-1] not in adapt.ADAPTERS:
-                found["/".join([part, *rest])] = leaf
-        return found
+                shapes["/".join([part, *rest])] = leaf
+        return shapes
 
     def check(self, wanted: Wanted, skipped: set[str]) -> None:
-        """ValueError with the arrays that differ; another precision is none."""
-        there = {
+        """ValueError with the arrays that differ; another precision is no difference."""
+        stored = {
             n: leaf for n, leaf in self.shapes.items() if n.removeprefix("params/") not in skipped
         }
         diff = []
-        for name in sorted({*there, *wanted}):
-            ours, theirs = wanted.get(name), there.get(name)
-            if ours is None or theirs is None or not _fits(ours, *theirs):
-                here = "(absent)" if ours is None else f"{ours.dtype}{list(ours.shape)}"
-                said = "(absent)" if theirs is None else f"{theirs[1]}{list(theirs[0])}"
-                diff.append(f"  {name}: {said} there, {here} here")
+        for name in sorted({*stored, *wanted}):
+            expected, saved = wanted.get(name), stored.get(name)
+            if expected is None or saved is None or not _fits(expected, *saved):
+                expected_text = (
+                    "(absent)" if expected is None else f"{expected.dtype}{list(expected.shape)}"
+                )
+                saved_text = "(absent)" if saved is None else f"{saved[1]}{list(saved[0])}"
+                diff.append(f"  {name}: {saved_text} there, {expected_text} here")
         if diff:
             raise ValueError(read.another_model(self.path, diff))
 
     def read(self, wanted: Wanted) -> dict[str, jax.Array]:
-        """The arrays: averaged where the run kept an average, adapters added."""
+        """The arrays: the moving average where the run has one, adapters added."""
         abstract: dict[str, Any] = {}
         for name, leaf in wanted.items():
             for stored in self._names(name):
                 is_kernel = stored.split(".")[-1] not in adapt.ADAPTERS
-                placed = leaf.sharding if is_kernel else _whole(leaf.sharding)
-                abstract[stored] = jax.ShapeDtypeStruct(*self.stored[stored], sharding=placed)
+                sharding = leaf.sharding if is_kernel else _replicate(leaf.sharding)
+                abstract[stored] = jax.ShapeDtypeStruct(*self.stored[stored], sharding=sharding)
         leaves = self._verified(abstract)
-        found = {}
+        arrays = {}
         for name, leaf in wanted.items():
             kernel, *pair = (leaves.pop(stored) for stored in self._names(name))
             if pair:
                 kernel = self._merged(kernel, *pair)
-            found[name] = jax.device_put(kernel.astype(leaf.dtype), leaf.sharding)
-        return found
+            arrays[name] = jax.device_put(kernel.astype(leaf.dtype), leaf.sharding)
+        return arrays
 
     def _names(self, name: str) -> list[str]:
-        """Where it is stored: one name, or those of a matrix and its adapters."""
+        """The stored names of an array: one, or those of a matrix and its adapters."""
         dotted = name.removeprefix("params/").replace("/", ".")
         if name.startswith("model_state/"):
             return [dotted]
@@ -150,33 +161,33 @@ class StoredRun(NamedTuple):
         return [frozen if frozen in self.stored else f"{trained}.{dotted}"]
 
     def _merged(self, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        """With its adapters [stack, inputs, rank] and [stack, rank, outputs]; how many dims each has says
-        which is which.
+        """The kernel with its adapters [stack, inputs, rank] and [stack, rank, outputs]; the numbers of dims
+        of all three determine those of stack, inputs and outputs.
         """
         stack, inside = a.ndim + b.ndim - 2 - kernel.ndim, a.ndim - 1
         size = kernel.shape
         shape = adapt.Shape(size[:stack], size[stack:inside], size[inside:])
-        return adapt.merged(kernel, a, b, shape, self.scale)
+        return adapt.merge(kernel, a, b, shape, self.scale)
 
     def _verified(self, abstract: dict[str, Any]) -> dict[str, jax.Array]:
-        """The arrays from disk, in all processes or in none."""
+        """The arrays from disk, checked against their digests."""
         names = sorted(self.stored.keys() - {reading.DIGESTS})
         request = dict.fromkeys(self.stored, ...) | abstract  # Orbax leaves `...` out
         if reading.DIGESTS in self.stored:
-            placed = _whole(next(iter(abstract.values())).sharding)
+            sharding = _replicate(next(iter(abstract.values())).sharding)
             request[reading.DIGESTS] = jax.ShapeDtypeStruct(
-                (len(names), 2), np.uint32, sharding=placed
+                (len(names), 2), np.uint32, sharding=sharding
             )
         try:
             leaves = reading.load(self.path, request)
         except Exception as error:
-            said = reading.first_line(error)
-            raise ValueError(f"init.from: cannot read {self.path}: {said}") from None
+            reason = reading.first_line(error)
+            raise ValueError(f"init.from: cannot read {self.path}: {reason}") from None
         leaves = {name: leaf for name, leaf in leaves.items() if leaf is not ...}
         if reading.DIGESTS in leaves:
             rows = [names.index(name) for name in sorted(abstract)]
             digests = np.asarray(leaves.pop(reading.DIGESTS))[rows]
-            bad = reading.differ(digest.differing(leaves, digests))
+            bad = reading.describe_differences(digest.find_differences(leaves, digests))
             check(
                 not bad,
                 f"init.from: the checkpoint {self.path} is bad: {bad}; give another step of that run",
@@ -184,50 +195,50 @@ class StoredRun(NamedTuple):
         return leaves
 
 
-def _whole(placed: Any) -> Any:
-    return NamedSharding(placed.mesh, P()) if isinstance(placed, NamedSharding) else placed
+def _replicate(sharding: Any) -> Any:
+    return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
 
 
-def _together(function: Callable[[], T]) -> T:
+def _call_together(function: Callable[[], T]) -> T:
     """Call `function`; ValueError in all processes when it fails in one."""
-    found, said = None, ""
+    result, mistake = None, ""
     try:
-        found = function()
+        result = function()
     except (ValueError, OSError) as error:
-        said = str(error)
-    for told in agree.gather(said, "reading weights"):
-        check(not told, told)
-    assert found is not None
-    return found
+        mistake = str(error)
+    for message in agree.gather(mistake, "reading weights"):
+        check(not message, message)
+    assert result is not None
+    return result
 
 
-def _source(directory: str, model: Any) -> StoredRun | read.Weights:
-    """The weights in the directory of init.from; ValueError when there is nothing to start from."""
-    ready(directory, "init.from")
+def _open_source(directory: str, model: Any) -> StoredRun | read.Weights:
+    """The weights in the directory of init.from; ValueError when it holds none."""
+    check_usable(directory, "init.from")
     path = epath.Path(
         directory if is_remote(directory) else os.path.abspath(os.path.expanduser(directory))
     )
-    if not is_remote(path) and files.present(Path(path)):
-        return _together(lambda: read.find(Path(path), model))
-    return _run(directory, path)
+    if not is_remote(path) and files.has_weights(Path(path)):
+        return _call_together(lambda: read.find(Path(path), model))
+    return _open_run(directory, path)
 
 
-def _run(directory: str, path: epath.Path) -> StoredRun:
-    """The newest checkpoint of a run, or the one that `path` is."""
+def _open_run(directory: str, path: epath.Path) -> StoredRun:
+    """The newest checkpoint of a run, or the step `path`."""
 
     def look() -> dict[str, Any]:
         check(path.is_dir(), f"init.from={directory!r}: there is no such directory")
-        others = [] if is_remote(path) else files.unread(Path(path))
+        unreadable = [] if is_remote(path) else files.unreadable_files(Path(path))
         check(
-            not others or (path / "checkpoints").is_dir(),
-            f"init.from={directory!r} holds {', '.join(others[:4])}, which is not read: save the model as"
+            not unreadable or (path / "checkpoints").is_dir(),
+            f"init.from={directory!r} holds {', '.join(unreadable[:4])}, which is not read: save the model as"
             " safetensors (save_pretrained of transformers does)",
         )
-        # A run may be called 300 as well: then it holds checkpoints.
+        # The name of a run may be a number too: then it holds checkpoints.
         is_step = path.name.isdigit() and not (path / "checkpoints").is_dir()
         step = path if is_step else path / "checkpoints"
         if not is_step:
-            present = steps.listed(step)
+            present = steps.list_steps(step)
             check(
                 bool(present),
                 f"init.from={directory!r} holds no checkpoint: give the directory of a run, or one step of"
@@ -235,11 +246,11 @@ def _run(directory: str, path: epath.Path) -> StoredRun:
             )
             step = step / str(present[-1])
         try:
-            bad, stored = steps.check_manifest(step), reading.stored(step)
+            bad, stored = steps.check_manifest(step), reading.stored_types(step)
         except Exception as error:
             bad, stored = f"unreadable: {reading.first_line(error)}", {}
         check(not bad, f"init.from: the checkpoint {step} is bad: {bad}; give another step")
-        config = (steps.about(step).get("config") or {}).get("init") or {}
+        config = (steps.read_metadata(step).get("config") or {}).get("init") or {}
         rank = config.get("lora") or 0
         return {
             "path": str(step),
@@ -247,15 +258,15 @@ def _run(directory: str, path: epath.Path) -> StoredRun:
             "scale": (config.get("lora_alpha") or rank) / max(rank, 1),
         }
 
-    found = agree.from_first(look, "looking at init.from")
-    stored = {k: (tuple(shape), dtype) for k, (shape, dtype) in found["stored"].items()}
+    facts = agree.from_first(look, "looking at init.from")
+    stored = {k: (tuple(shape), dtype) for k, (shape, dtype) in facts["stored"].items()}
     ema = any(name.startswith("ema.") for name in stored)
     adapters = any(name.split(".")[-1] in adapt.ADAPTERS for name in stored)
-    also = [*["moving average"] * ema, *["adapters merged"] * adapters]
-    about = found["path"] + (f" ({', '.join(also)})" if also else "")
-    return StoredRun(epath.Path(found["path"]), stored, ema, found["scale"], about)
+    notes = [*["moving average"] * ema, *["adapters merged"] * adapters]
+    about = facts["path"] + (f" ({', '.join(notes)})" if notes else "")
+    return StoredRun(epath.Path(facts["path"]), stored, ema, facts["scale"], about)
 
 
-def _fits(ours: jax.ShapeDtypeStruct, shape: tuple[int, ...], dtype: str) -> bool:
-    floats = jnp.issubdtype(ours.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
-    return tuple(ours.shape) == shape and (floats or str(ours.dtype) == dtype)
+def _fits(expected: jax.ShapeDtypeStruct, shape: tuple[int, ...], dtype: str) -> bool:
+    floats = jnp.issubdtype(expected.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
+    return tuple(expected.shape) == shape and (floats or str(expected.dtype) == dtype)

@@ -60,7 +60,7 @@ def load(place, *words):
 
 def drawn(snapshot, prompts=PROMPTS, **options):
     options = {"num_tokens": 12, "choice": GREEDY} | options
-    return np.stack(list(sample.tokens(snapshot, prompts, **options)), axis=1)
+    return np.stack(list(sample.generate(snapshot, prompts, **options)), axis=1)
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def ranges(task, model, features):
     """The ranges that a task gives for a batch of these shapes."""
     built = task.build(model)
     batch = {k: jax.ShapeDtypeStruct(*v) for k, v in (LOADER | features).items()}
-    return batches.ranges(built, jax.eval_shape(built.init, jax.random.key(0)), batch)
+    return batches.index_ranges(built, jax.eval_shape(built.init, jax.random.key(0)), batch)
 
 
 def test_ranges_come_from_the_output_and_from_the_model():

@@ -57,7 +57,7 @@ def test_is_what_numpy_says(dtype):
     with jax.enable_x64(True):
         for shape in SHAPES:
             x = random_array(rng, shape, dtype)
-            np.testing.assert_array_equal(jax.jit(digest.one)(jnp.asarray(x)), oracle(x))
+            np.testing.assert_array_equal(jax.jit(digest.digest_block)(jnp.asarray(x)), oracle(x))
 
 
 @pytest.mark.parametrize(
@@ -76,24 +76,24 @@ def test_is_the_same_on_every_mesh(config, num, spec, dtype):
     placed = NamedSharding(mesh.make(config, jax.devices()[:num]), spec)
     whole = NamedSharding(placed.mesh, P())
     leaves = {"b": jax.device_put(x, placed), "a": jax.device_put(np.int32(3), whole)}
-    np.testing.assert_array_equal(digest.of(leaves), [oracle(np.int32(3)), oracle(x)])
+    np.testing.assert_array_equal(digest.compute(leaves), [oracle(np.int32(3)), oracle(x)])
 
 
 def test_every_single_bit_and_every_exchange_is_noticed():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((8, 8)).astype(np.float32)
-    stored = digest.of({"x": jnp.asarray(x)})
+    stored = digest.compute({"x": jnp.asarray(x)})
     for bit in range(x.size * 32):
         changed = x.copy()
         changed.reshape(-1).view(np.uint32)[bit // 32] ^= np.uint32(1 << bit % 32)
-        assert digest.differing({"x": jnp.asarray(changed)}, stored) == ["x"]
+        assert digest.find_differences({"x": jnp.asarray(changed)}, stored) == ["x"]
     for _ in range(100):
         i, j = rng.choice(x.size, 2, replace=False)
         changed = x.copy().reshape(-1)
         changed[[i, j]] = changed[[j, i]]
-        assert digest.differing({"x": jnp.asarray(changed.reshape(8, 8))}, stored) == ["x"]
-    assert digest.differing({"x": jnp.asarray(x)}, stored) == []
-    assert digest.differing({"x": jnp.asarray(x.T.copy())}, stored) == ["x"]
+        assert digest.find_differences({"x": jnp.asarray(changed.reshape(8, 8))}, stored) == ["x"]
+    assert digest.find_differences({"x": jnp.asarray(x)}, stored) == []
+    assert digest.find_differences({"x": jnp.asarray(x.T.copy())}, stored) == ["x"]
 
 
 @pytest.mark.parametrize("spec", [P(), P("fsdp", "data")])
@@ -101,5 +101,5 @@ def test_makes_no_array_of_the_size_of_the_leaf(spec):
     placed = NamedSharding(mesh.make(MeshConfig(data=2, fsdp=4), jax.devices()), spec)
     for dtype in (jnp.float32, jnp.bfloat16):
         leaf = jax.ShapeDtypeStruct((2048, 1024), dtype, sharding=placed)
-        compiled = digest._parts(placed).lower(leaf).compile()
+        compiled = digest._device_digests(placed).lower(leaf).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2**16

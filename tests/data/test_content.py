@@ -39,7 +39,7 @@ def text(*files, **kwargs):
 
 
 def known(config, split="train"):
-    return content.of(config, {split: lambda: config.open(split)})
+    return content.describe(config, {split: lambda: config.open(split)})
 
 
 # ---- what does not change it
@@ -64,7 +64,7 @@ def test_the_same_content(case, place):
     before = known(text())
     now = known(SAME[case]())
     if case == "another glob":  # the order of reading is that of the globs
-        assert content.difference(before["train"], now["train"]) == [
+        assert content.describe_difference(before["train"], now["train"]) == [
             "  in another order: b.jsonl, a.jsonl"
         ]
     else:
@@ -106,9 +106,9 @@ def test_another_content(case, place):
     before = known(text())
     change()
     now = known(text("set/*.jsonl", "*.jsonl") if case == "added above" else text())
-    (line,) = content.difference(before["train"], now["train"])
+    (line,) = content.describe_difference(before["train"], now["train"])
     assert re.fullmatch(message, line), line
-    assert content.digest(before["train"]) != content.digest(now["train"])
+    assert content.digest_content(before["train"]) != content.digest_content(now["train"])
 
 
 def test_the_cache_of_tokens_follows_what_keeps_its_size_and_its_time(place):
@@ -119,25 +119,25 @@ def test_the_cache_of_tokens_follows_what_keeps_its_size_and_its_time(place):
 
 def test_only_the_ends_of_large_files_are_read(place, monkeypatch):
     monkeypatch.setattr(content, "EDGE", 100)
-    ends = content.of_files(["set/a.jsonl"])
+    ends = content.describe_files(["set/a.jsonl"])
     damaged("set/a.jsonl", 500)
-    content._known.clear()
-    assert content.of_files(["set/a.jsonl"]) == ends
+    content._MEMORY.clear()
+    assert content.describe_files(["set/a.jsonl"]) == ends
     damaged("set/a.jsonl", -50)
-    assert content.of_files(["set/a.jsonl"]) != ends
+    assert content.describe_files(["set/a.jsonl"]) != ends
 
 
 def test_digests_of_large_sets_are_remembered_on_disk(place, monkeypatch):
     monkeypatch.setattr(content, "_REMEMBER", 1)
-    want = content.of_files(["set/a.jsonl", "set/b.jsonl"], "cache")
-    content._known.clear()
-    monkeypatch.setattr(content, "_ends", None)  # nothing is read again
-    assert content.of_files(["set/a.jsonl", "set/b.jsonl"], "cache") == want
+    want = content.describe_files(["set/a.jsonl", "set/b.jsonl"], "cache")
+    content._MEMORY.clear()
+    monkeypatch.setattr(content, "_digest_ends", None)  # nothing is read again
+    assert content.describe_files(["set/a.jsonl", "set/b.jsonl"], "cache") == want
     (file,) = Path("cache/content").iterdir()
     file.write_text("{")
-    content._known.clear()
+    content._MEMORY.clear()
     with pytest.raises(TypeError):
-        content.of_files(["set/a.jsonl", "set/b.jsonl"], "cache")
+        content.describe_files(["set/a.jsonl", "set/b.jsonl"], "cache")
 
 
 def test_ten_thousand_files_take_two_seconds(tmp_path):
@@ -146,9 +146,9 @@ def test_ten_thousand_files_take_two_seconds(tmp_path):
     paths = [str(tmp_path / f"{i}.txt") for i in range(10_000)]
     seconds = []
     for _ in range(3):
-        content._known.clear()
+        content._MEMORY.clear()
         began = time.perf_counter()
-        assert len(content.of_files(paths)) == 10_000
+        assert len(content.describe_files(paths)) == 10_000
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 2
 
@@ -200,7 +200,9 @@ def test_arrays_are_known_by_their_bytes(monkeypatch):
     assert known(arrays()) == before
     for other in (changed(x, (77, 1)), x.astype(np.float32), x[:199]):
         y = np.arange(len(other))
-        (line, *_) = content.difference(before["train"], known(arrays(x=other, y=y))["train"])
+        (line, *_) = content.describe_difference(
+            before["train"], known(arrays(x=other, y=y))["train"]
+        )
         assert line.startswith("  changed: x")
     monkeypatch.setattr(content, "ARRAY", 100)  # large ones by both ends, and rows between
     monkeypatch.setattr(content, "EDGE", 100)
@@ -264,8 +266,8 @@ def test_an_embedded_set_prepared_anew_is_the_same(tmp_path, monkeypatch, edge):
     def rewrite(change):
         writer = ArrayRecordWriter(str(shard), "group_size:1")
         for i, record in enumerate(found):
-            (whole,) = records._parts(record)
-            features = change(i, records._parts(whole))
+            (whole,) = records._split_message(record)
+            features = change(i, records._split_message(whole))
             body = b"".join(b"\n" + varint(len(x)) + x for x in features)
             writer.write(b"\n" + varint(len(body)) + body)
         writer.close()
@@ -275,7 +277,9 @@ def test_an_embedded_set_prepared_anew_is_the_same(tmp_path, monkeypatch, edge):
     for at in (0, len(found) - 1):
         label = lambda x: x[:-1] + bytes([x[-1] ^ 1]) if b"label" in x else x
         now = rewrite(lambda i, xs, at=at, label=label: [label(x) if i == at else x for x in xs])
-        assert content.difference(before["train"], now["train"]) == [f"  changed: {shard.name}"]
+        assert content.describe_difference(before["train"], now["train"]) == [
+            f"  changed: {shard.name}"
+        ]
     assert rewrite(lambda i, features: features) == before
 
 

@@ -18,7 +18,7 @@ import spmd
 from spmd.data import formats, loader
 from spmd.data.text import Mixture, Text, corpus
 from spmd.data.text.tokenizer import Bytes, Chars, FromFile
-from spmd.data.text.windows import Turns, Windows, part
+from spmd.data.text.windows import Turns, Windows, slice_tokens
 
 ROOT = Path(__file__).parent.parent.parent
 FEATURES = ["tokens", "targets", "segments", "positions"]
@@ -80,7 +80,7 @@ def test_a_part_of_the_tokens_is_the_text_cut_there(documents, data):
     start = data.draw(st.integers(0, len(flat) - 1))
     stop = data.draw(st.integers(start + 1, len(flat)))
     source = windows_of(documents, 4)
-    cut = Windows(*part(source.tokens, source.starts, start, stop), 4)
+    cut = Windows(*slice_tokens(source.tokens, source.starts, start, stop), 4)
     inside = flat[start:stop]
     kept = [[t for d, t in inside if d == n] for n in sorted({d for d, _ in inside})]
     want = oracle(kept, 4, 0)
@@ -108,7 +108,7 @@ WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=7)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(WEIGHTS)
 def test_after_any_number_of_examples_each_part_is_within_one_of_its_share(weights):
-    which, before = Turns(weights).at(np.arange(3 * sum(weights)))
+    which, before = Turns(weights).assign(np.arange(3 * sum(weights)))
     counts = np.cumsum(which[:, None] == np.arange(len(weights)), axis=0)
     share = np.array(weights) / sum(weights)
     assert np.abs(counts - share * np.arange(1, len(which) + 1)[:, None]).max() < 1
@@ -227,7 +227,7 @@ def test_a_long_text_is_encoded_in_pieces_as_it_is_whole(tmp_path, monkeypatch, 
     monkeypatch.setattr(formats, "PIECE", 50)
     monkeypatch.setattr(formats, "CHUNK", 200)
     config = text(tmp_path, "a.txt", tokenizer=bpe, cache_dir=str(tmp_path / "pieces"))
-    seen = list(corpus.of_files(config.files, "text", "").pieces())
+    seen = list(corpus.file_documents(config.files, "text", "").pieces())
     assert len(seen) > 10 and "".join(p.text for p in seen) == POEM
     assert [p.first for p in seen].count(True) == [p.last for p in seen].count(True) == 1
     for a, b in zip(whole, everything(config), strict=True):
@@ -398,11 +398,13 @@ MISTAKES = {
 def test_a_file_is_read_once_whatever_names_it(tmp_path):
     (tmp_path / "a.txt").write_text(POEM)
     (tmp_path / "link.txt").symlink_to("a.txt")
-    every = corpus.of_files([str(tmp_path / "*.txt"), str(tmp_path / "a*")], "text", "data.files")
+    every = corpus.file_documents(
+        [str(tmp_path / "*.txt"), str(tmp_path / "a*")], "text", "data.files"
+    )
     assert len(every.content) == 1
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(POEM.encode()))
     with pytest.raises(ValueError, match=r"a\.txt and .*a\.txt\.gz, one the other compressed"):
-        corpus.of_files([str(tmp_path / "a*")], "text", "data.files")
+        corpus.file_documents([str(tmp_path / "a*")], "text", "data.files")
 
 
 @pytest.mark.parametrize("case", MISTAKES)

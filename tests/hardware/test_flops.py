@@ -22,12 +22,12 @@ f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def total(function, *shapes):
-    return flops.of_call(function, *map(f32, shapes)).total()
+    return flops.count_call(function, *map(f32, shapes)).total()
 
 
 def test_the_step_of_an_mlp():
     program = spmd.load("digits", ["--data.batch-size", "32"]).build(jax.devices()[:1])
-    counted = flops.of_step(program.task, program.abstract_batch())
+    counted = flops.count_step(program.task, program.abstract_batch())
     products = 64 * 256 + 256 * 128 + 128 * 10
     assert counted == {"float32": 3 * 2 * 32 * products}
 
@@ -38,8 +38,8 @@ def test_it_is_the_same_under_the_strategy_that_runs_it():
     """
     program = spmd.load("digits", []).build(jax.devices()[:1])
     batch = program.abstract_batch()
-    step = flops.of_call(program.strategy.step, program.abstract_state(), batch).total()
-    assert flops.of_step(program.task, batch).total() - step == 2 * 64 * 64 * 256
+    step = flops.count_call(program.strategy.step, program.abstract_state(), batch).total()
+    assert flops.count_step(program.task, batch).total() - step == 2 * 64 * 64 * 256
 
 
 class Net(nnx.Module):
@@ -61,7 +61,7 @@ def test_the_step_of_a_cnn():
         "weight": f32((4,)),
         "example_id": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
-    counted = flops.of_step(Classification().build(Net), batch)
+    counted = flops.count_step(Classification().build(Net), batch)
     forward = 4 * (8 * 8 * 8 * 9 * 3 + 6 * 6 * 16 * 9 * (8 // 4) + 16 * 10)
     assert counted == {"float32": 3 * 2 * forward}
 
@@ -97,7 +97,7 @@ def test_a_language_model_in_any_form(form, chunks):
     batch = {"tokens": token, "targets": token, "segments": token, "positions": token}
     batch |= {"example_id": jax.ShapeDtypeStruct((B,), jnp.int32), "weight": f32((B,))}
     products = L * (2 * D * D + 2 * D * D // 2 + 3 * D * F) + D * V
-    counted = flops.of_step(LanguageModel(chunks=chunks).build(model), batch)
+    counted = flops.count_step(LanguageModel(chunks=chunks).build(model), batch)
     assert counted == {"float32": 6 * B * T * products + 12 * L * B * D * T * T}
 
 
@@ -133,7 +133,9 @@ def test_ragged_products_of_experts():
         return jax.lax.ragged_dot(x, w, sizes)
 
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
-    assert flops.of_call(experts, f32((32, 8)), f32((4, 8, 16)), sizes).total() == 2 * 32 * 8 * 16
+    assert (
+        flops.count_call(experts, f32((32, 8)), f32((4, 8, 16)), sizes).total() == 2 * 32 * 8 * 16
+    )
 
 
 def test_what_each_device_does_is_summed(devices):
@@ -148,4 +150,4 @@ def test_dtypes_are_kept_apart():
     def mixed(x, w):
         return (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32) @ w
 
-    assert flops.of_call(mixed, f32((4, 8)), f32((8, 8))) == {"bfloat16": 512, "float32": 512}
+    assert flops.count_call(mixed, f32((4, 8)), f32((8, 8))) == {"bfloat16": 512, "float32": 512}

@@ -57,7 +57,7 @@ def test_every_product_of_axes_is_found_in_every_form(dims, data):
         found = groups.devices(text, math.prod(dims))
         assert found is not None
         np.testing.assert_array_equal(found, wanted, form)
-        assert groups.spanned(found, axes) == named
+        assert groups.spanned_axes(found, axes) == named
 
 
 @pytest.mark.parametrize(
@@ -83,10 +83,12 @@ def test_forms_of_replica_groups(text, wanted):
 
 def test_groups_that_are_no_product_of_axes_have_no_name():
     axes = {"data": 2, "tensor": 4}
-    assert groups.spanned(np.array([[0, 1], [2, 3], [4, 5], [6, 7]]), axes) == ()  # half of tensor
-    assert groups.spanned(np.array([[0, 5], [1, 4]]), axes) == ()  # a diagonal
-    assert groups.spanned(np.array([[0, 9]]), axes) == ()  # no such device
-    assert groups.spanned(None, axes) == ()
+    assert (
+        groups.spanned_axes(np.array([[0, 1], [2, 3], [4, 5], [6, 7]]), axes) == ()
+    )  # half of tensor
+    assert groups.spanned_axes(np.array([[0, 5], [1, 4]]), axes) == ()  # a diagonal
+    assert groups.spanned_axes(np.array([[0, 9]]), axes) == ()  # no such device
+    assert groups.spanned_axes(None, axes) == ()
 
 
 def test_an_unknown_form_is_named():
@@ -96,7 +98,7 @@ def test_an_unknown_form_is_named():
 
 def test_a_permute_crosses_the_axes_along_which_it_sends():
     ring = "{" + ",".join(f"{{{i},{(i + 3) % 24}}}" for i in range(24)) + "}"
-    along = lambda text: groups.crossed(groups.pairs(text), AXES)
+    along = lambda text: groups.crossed_axes(groups.pairs(text), AXES)
     assert along("{{0,1},{1,2}}") == ("tensor",)
     assert along("{{0,3},{3,6},{6,9}}") == ("fsdp",)
     assert along(ring) == ("data", "fsdp")

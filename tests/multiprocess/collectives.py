@@ -79,7 +79,7 @@ def main() -> None:
     assert agree.from_first(lambda: tree.human_bytes(1024), "test") == "1.0 KiB"
     with pytest.raises(ValueError, match="mine") as error:
         agree.from_first(lambda: (_ for _ in ()).throw(ValueError("mine")), "test")
-    assert (error.type is agree.SaidByFirst) == (index > 0)
+    assert (error.type is agree.FirstProcessMistake) == (index > 0)
     print("agreement: reached", flush=True)
 
 

@@ -99,7 +99,7 @@ def test_votes_are_the_highest_signal(devices):
 
 
 def test_short_dispatches_do_not_all_carry_a_vote(devices, monkeypatch):
-    monkeypatch.setattr(stop, "_APART", 1e9)
+    monkeypatch.setattr(stop, "_SECONDS_APART", 1e9)
     votes = Votes(mesh.make(mesh.MeshConfig(), devices))
     for signum in (0, 15):
         vote = votes.cast(signum)["stop"]
@@ -107,6 +107,6 @@ def test_short_dispatches_do_not_all_carry_a_vote(devices, monkeypatch):
         votes.read(np.asarray(vote))
         assert votes.agreed == signum
         assert [len(votes.cast(2)) for _ in range(17)] == [0] * 16 + [1]
-    monkeypatch.setattr(stop, "_APART", 0)
+    monkeypatch.setattr(stop, "_SECONDS_APART", 0)
     votes.read(np.asarray(votes._highest(votes._vote(0, 0))))
     assert all(votes.cast(0) for _ in range(3))

@@ -26,7 +26,7 @@ OURS = {"SPMD_COORDINATOR": "h:1234", "SPMD_NUM_PROCESSES": "4", "SPMD_PROCESS_I
 
 
 def place(env, **fields):
-    found = detect.member(RuntimeConfig(**fields), env)
+    found = detect.find_member(RuntimeConfig(**fields), env)
     return found and (found.coordinator, found.num_processes, found.process_id, found.local)
 
 

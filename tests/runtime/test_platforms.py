@@ -71,7 +71,7 @@ def test_what_the_machine_has(files, pci, env, tpu, gpu, tmp_path):
     ],
 )
 def test_the_choice(installed, gpu, tpu, kept, note):
-    found, said = platforms.found(installed, gpu=gpu, tpu=tpu)
+    found, said = platforms.default_platforms(installed, gpu=gpu, tpu=tpu)
     assert found == kept and note in said and bool(note) == bool(said)
 
 
@@ -99,10 +99,10 @@ HERE = {"installed": {"cuda", "tpu"}, "gpu": True, "tpu": True}
 )
 def test_a_platform_that_was_asked_for(asked, here, kept, said):
     if not said:
-        assert platforms.chosen(asked, **HERE | here) == kept
+        assert platforms.check_requested(asked, **HERE | here) == kept
         return
     with pytest.raises(ValueError) as error:
-        platforms.chosen(asked, **HERE | here)
+        platforms.check_requested(asked, **HERE | here)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

@@ -92,7 +92,7 @@ def flip(file, bit: int) -> None:
 
 
 def quarantined(run):
-    return steps.quarantined(epath.Path(run) / "checkpoints")
+    return steps.list_quarantine(epath.Path(run) / "checkpoints")
 
 
 def test_a_good_run_comes_back_on_another_mesh_and_nothing_is_moved(run, capsys):

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from spmd.train import lock, owner
-from spmd.train.lease import Gone, Lease
+from spmd.train.lease import Lease, LeaseLost
 from spmd.train.owner import Busy
 from tests import bucket as buckets
 
@@ -40,7 +40,7 @@ def place(request, tmp_path, monkeypatch):
 
 def elsewhere(**facts):
     """An owner on another machine."""
-    return owner.this() | {"host": "there", "pid": 7, "machine": uuid.uuid4().hex} | facts
+    return owner.this_process() | {"host": "there", "pid": 7, "machine": uuid.uuid4().hex} | facts
 
 
 class Held:
@@ -72,10 +72,10 @@ def test_one_that_is_renewed_is_refused_and_named(place, held):
     held(place, elsewhere())
     start = time.monotonic()
     with pytest.raises(Busy, match=r"in use by process 7 on there, since 20"):
-        held(place, owner.this())
+        held(place, owner.this_process())
     assert time.monotonic() - start < 0.8
     held.leases[0].release()
-    held(place, owner.this())
+    held(place, owner.this_process())
     held.leases[1].release()
     assert not place.exists() and not held.lost
 
@@ -83,7 +83,7 @@ def test_one_that_is_renewed_is_refused_and_named(place, held):
 def test_a_dead_owner_delays_by_its_term_at_most(place, held):
     abandoned(place, elsewhere())
     start = time.monotonic()
-    held(place, owner.this())
+    held(place, owner.this_process())
     assert 0.8 < time.monotonic() - start < 1.5  # the machine may be busy
     time.sleep(0.5)
     assert not held.lost
@@ -96,15 +96,18 @@ def test_who_is_dead_on_this_machine_or_by_the_launchers_word_delays_nobody(
     child.wait()
     monkeypatch.setenv("SPMD_RUN_TOKEN", "launch")
     monkeypatch.setenv("SPMD_RUN_ATTEMPT", "0")
-    for dead in (owner.this() | {"pid": child.pid}, owner.this() | {"process_started": "1"}):
+    for dead in (
+        owner.this_process() | {"pid": child.pid},
+        owner.this_process() | {"process_started": "1"},
+    ):
         abandoned(place, dead)
         start = time.monotonic()
-        held(place, owner.this()).release()
+        held(place, owner.this_process()).release()
         assert time.monotonic() - start < 0.7
     abandoned(place, elsewhere())
     monkeypatch.setenv("SPMD_RUN_ATTEMPT", "1")
     start = time.monotonic()
-    held(place, owner.this())
+    held(place, owner.this_process())
     assert time.monotonic() - start < 0.7
 
 
@@ -124,9 +127,9 @@ def test_an_owner_that_was_away_too_long_leaves_and_harms_nobody(place, held):
     first._place.renew = lambda count: away.wait(20)  # the store does not answer
     time.sleep(1.0)
     assert [code for _, code in held.lost] == [75] and "could not be renewed" in held.lost[0][0]
-    second = held(place, owner.this())
+    second = held(place, owner.this_process())
     away.set()
-    with pytest.raises(Gone):
+    with pytest.raises(LeaseLost):
         renew(9)
     first.release()
     assert second._place.look().owner["pid"] == os.getpid()
@@ -190,7 +193,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     held = first._held
     assert isinstance(held, lock._Flock)
     held.close()  # as a kill does
-    lock._HERE.clear()
+    lock._LOCKS.clear()
     lock.Lock(epath.Path(tmp_path)).release()
     os.write(write, b"x")
     os.waitpid(child, 0)
@@ -198,11 +201,11 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
 
 def test_the_name_of_a_dead_owner_is_not_told_for_that_of_the_new_one(tmp_path, monkeypatch):
     file = epath.Path(tmp_path / "lock")
-    dead = owner.this() | {"process_started": "1", "pid": 1}
+    dead = owner.this_process() | {"process_started": "1", "pid": 1}
     file.write_text(json.dumps(dead))
     with open(file, "r+") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
-        threading.Timer(0.3, lambda: file.write_text(json.dumps(owner.this()))).start()
+        threading.Timer(0.3, lambda: file.write_text(json.dumps(owner.this_process()))).start()
         with pytest.raises(Busy, match=f"process {os.getpid()} on"):
             lock.Lock(epath.Path(tmp_path))
 

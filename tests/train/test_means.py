@@ -151,9 +151,9 @@ def test_refused_before_the_first_step(tmp_path, train, capsys, spoil, words, me
 
 def test_means_by_weight():
     values = np.array([1, np.nan, 3, 5], np.float32)
-    assert log.mean(values, np.array([1, 0, 1, 0])) == 2
-    assert log.mean(values, np.array([3, 0, 1, 0])) == 1.5
-    assert log.mean(values, np.zeros(4)) is None
+    assert log.weighted_mean(values, np.array([1, 0, 1, 0])) == 2
+    assert log.weighted_mean(values, np.array([3, 0, 1, 0])) == 1.5
+    assert log.weighted_mean(values, np.zeros(4)) is None
 
 
 def test_speed_is_of_the_steps_that_were_timed(monkeypatch, capsys):

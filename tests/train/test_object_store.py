@@ -103,6 +103,6 @@ def test_a_store_out_of_reach_is_one_message(run_cli):
 def test_the_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # find_spec fails, as without it
     with pytest.raises(ValueError, match="pip install gcsfs"):
-        storage.ready("gs://bucket/run", "run.dir")
+        storage.check_usable("gs://bucket/run", "run.dir")
     assert main(["eval", "--experiment", "digits", "--run.dir", "gs://bucket/run"]) == 2
     assert "pip install gcsfs" in capsys.readouterr().err

@@ -113,9 +113,9 @@ def saves_and_restores(directory: str) -> None:
     assert not rundir.inspect(run, {}, fresh=False)
     rundir.create(run)
     save(run)
-    assert steps.sealed(run / "checkpoints" / "3")
+    assert steps.has_manifest(run / "checkpoints" / "3")
     np.testing.assert_array_equal(restored(run), np.arange(600.0))
-    assert steps.quarantined(run / "checkpoints") == {}
+    assert steps.list_quarantine(run / "checkpoints") == {}
     for descriptor in Path("/proc/self/fd").iterdir() if os.path.isdir("/proc/self/fd") else ():
         with contextlib.suppress(FileNotFoundError):  # the one of the listing itself
             assert not os.readlink(descriptor).startswith(os.path.realpath(run)), "left open"

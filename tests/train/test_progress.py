@@ -11,7 +11,7 @@ from etils import epath
 import spmd
 from spmd.hardware import chips
 from spmd.train import metrics
-from spmd.train.progress import usage
+from spmd.train.progress import utilisation
 
 
 def device(kind, stats=None, process=0):
@@ -22,7 +22,7 @@ def device(kind, stats=None, process=0):
 def test_a_chip_of_the_table():
     work = {"bfloat16": 197 * 10**12}  # what two v5e do in half a second each
     two = [device("TPU v5 lite", {"peak_bytes_in_use": n * 10**9}) for n in (2, 3)]
-    assert usage(work, 1.0, two) == pytest.approx(
+    assert utilisation(work, 1.0, two) == pytest.approx(
         {"train/tflops_per_device": 98.5, "train/mfu": 0.5, "train/memory_gb": 3.0}
     )
 
@@ -30,19 +30,21 @@ def test_a_chip_of_the_table():
 def test_each_dtype_has_its_own_peak():
     h100 = chips.CHIPS["NVIDIA H100 80GB HBM3"].flops
     work = {"bfloat16": h100["bfloat16"], "float32": h100["float32"]}
-    assert usage(work, 4.0, [device("NVIDIA H100 80GB HBM3")])["train/mfu"] == pytest.approx(0.5)
+    assert utilisation(work, 4.0, [device("NVIDIA H100 80GB HBM3")])["train/mfu"] == pytest.approx(
+        0.5
+    )
 
 
 def test_an_unknown_chip_or_dtype_has_no_mfu():
-    assert "train/mfu" not in usage(
+    assert "train/mfu" not in utilisation(
         {"float32": 1}, 1.0, [device("NVIDIA H100 80GB HBM3 MIG 1g.10gb")]
     )
-    assert "train/mfu" not in usage({"float64": 1}, 1.0, [device("TPU v4")])
+    assert "train/mfu" not in utilisation({"float64": 1}, 1.0, [device("TPU v4")])
 
 
 def test_memory_of_other_hosts_is_not_asked_for():
     both = [device("TPU v4", {"peak_bytes_in_use": 10**9}), device("TPU v4", None, process=1)]
-    assert usage({}, 1.0, both) == {"train/memory_gb": 1.0}
+    assert utilisation({}, 1.0, both) == {"train/memory_gb": 1.0}
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -53,7 +55,7 @@ def test_a_run_logs_mfu_where_the_chip_is_known(tmp_path, monkeypatch, capsys, k
     words = ["--simulate", "2", "--train.steps", "4", "--log.every", "2"]
     words += ["--optimizer.warmup-steps", "0"]
     spmd.load("digits", [*words, "--run.dir", str(tmp_path)]).train()
-    lines = [x for x in metrics.read(epath.Path(tmp_path)) if "train/loss" in x]
+    lines = [x for x in metrics.read_lines(epath.Path(tmp_path)) if "train/loss" in x]
     assert [x["step"] for x in lines] == [2, 4]
     assert all(("train/mfu" in x) == known for x in lines)
     assert ("MFU" in capsys.readouterr().out) == known
@@ -64,7 +66,9 @@ def test_a_run_logs_mfu_where_the_chip_is_known(tmp_path, monkeypatch, capsys, k
 
 
 def test_a_cpu_has_tflops_only():
-    assert set(usage({"float32": 10**9}, 0.1, jax.devices("cpu"))) == {"train/tflops_per_device"}
+    assert set(utilisation({"float32": 10**9}, 0.1, jax.devices("cpu"))) == {
+        "train/tflops_per_device"
+    }
 
 
 @pytest.mark.parametrize("kind", chips.CHIPS)

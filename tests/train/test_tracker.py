@@ -56,4 +56,4 @@ def test_a_folder_of_that_name_is_not_the_package(tmp_path, monkeypatch, capsys)
     from spmd.train import tracker
 
     with pytest.raises(ValueError, match="pip install wandb"):
-        tracker.ready("trials")
+        tracker.check_installed("trials")

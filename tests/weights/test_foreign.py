@@ -81,30 +81,30 @@ SAME = {  # fields that change nothing
 
 @pytest.mark.parametrize("family", MODELS)
 def test_what_is_exported_and_what_changes_nothing_agree(family):
-    own = config.config_of(MODELS[family], family, "float32")
-    assert config.differences(MODELS[family], family, own) == []
-    assert config.differences(MODELS[family], family, own | SAME) == []
+    own = config.build_config(MODELS[family], family, "float32")
+    assert config.find_differences(MODELS[family], family, own) == []
+    assert config.find_differences(MODELS[family], family, own | SAME) == []
 
 
 @pytest.mark.parametrize("family, field", [(f, name) for f in OTHER for name in OTHER[f]])
 def test_another_function_is_refused_by_name(family, field):
-    own = config.config_of(MODELS[family], family, "float32")
-    lines = config.differences(MODELS[family], family, own | {field: OTHER[family][field]})
+    own = config.build_config(MODELS[family], family, "float32")
+    lines = config.find_differences(MODELS[family], family, own | {field: OTHER[family][field]})
     assert any(field.removeprefix("rope_scaling") in line for line in lines), lines
 
 
 def test_an_absent_field_is_the_default_there():
-    own = config.config_of(MODELS["gpt2"], "gpt2", "float32")
+    own = config.build_config(MODELS["gpt2"], "gpt2", "float32")
     del own["n_head"]
-    assert config.differences(MODELS["gpt2"], "gpt2", own) == [
+    assert config.find_differences(MODELS["gpt2"], "gpt2", own) == [
         "n_head: 12 (the default) there, 4 here"
     ]
-    assert config.differences(MODELS["gpt2"], "gpt2", own | {"num_attention_heads": 4}) == []
-    own = config.config_of(MODELS["llama"], "llama", "float32")
+    assert config.find_differences(MODELS["gpt2"], "gpt2", own | {"num_attention_heads": 4}) == []
+    own = config.build_config(MODELS["llama"], "llama", "float32")
     own["rope_parameters"] = None
-    assert config.differences(MODELS["llama"], "llama", own) == []
+    assert config.find_differences(MODELS["llama"], "llama", own) == []
     bases = own | {"rope_scaling": {"rope_theta": 5e5}, "rope_theta": 1e4}
-    (line,) = config.differences(MODELS["llama"], "llama", bases)
+    (line,) = config.find_differences(MODELS["llama"], "llama", bases)
     assert line == "rope_theta: 10000.0; rope_scaling.rope_theta: 500000.0 there, which disagree"
 
 
@@ -166,21 +166,21 @@ def sharded(place, *, index=True):
 
 def refused(place):
     with pytest.raises(ValueError) as error:
-        files.tensors(place, "llama")
+        files.read_tensors(place, "llama")
     return str(error.value)
 
 
 def test_a_single_file_wins_over_an_index_and_its_parts(place):
     sharded(place)
     save_file(tensors(1.0), place / files.SINGLE)
-    found, aside = files.tensors(place, "llama")
+    found, aside = files.read_tensors(place, "llama")
     assert {entry.file for entry in found.values()} == {files.SINGLE}
     assert files.INDEX in aside and PARTS[0] in aside and aside.endswith("left aside")
 
 
 def test_parts_without_an_index_are_all_there_or_refused(place):
     sharded(place, index=False)
-    assert {entry.file for entry in files.tensors(place, "llama")[0].values()} == {*PARTS}
+    assert {entry.file for entry in files.read_tensors(place, "llama")[0].values()} == {*PARTS}
     (place / PARTS[1]).unlink()
     assert f"lacks {PARTS[1]} of its 2 parts" in refused(place)
     save_file(tensors(), place / "other.safetensors")

@@ -288,4 +288,4 @@ def test_every_field_of_their_classes_is_known(tiny):
     for kind, family in (("gpt2", "gpt2"), ("llama", "llama"), ("mixtral", "mixtral")):
         model = tiny(MODELS[kind]).experiment.model
         fields = theirs(model).config.to_dict()
-        assert config.differences(model, family, fields) == []
+        assert config.find_differences(model, family, fields) == []

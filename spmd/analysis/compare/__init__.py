@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spmd import strategies
-from spmd.core.fields import check, closest, defaults, located_in
+from spmd.core.fields import check, closest, defaults, located_names
 from spmd.core.storage import json_text
 from spmd.experiment import overrides
 
@@ -103,7 +103,7 @@ def _train(entry: str, exp: Experiment, charge: Any) -> StrategyResult:
     except NonFinite as error:
         failed, path = str(error).partition(";")[0], rundir.locate(exp.run.dir, exp.name)
     lines: dict[int, dict[str, float]] = {}
-    for line in metrics.read(path):
+    for line in metrics.read_lines(path):
         lines.setdefault(int(line["step"]), {}).update(line)
     return StrategyResult(entry, str(path), [lines[step] for step in sorted(lines)], charge, failed)
 
@@ -115,7 +115,7 @@ def _check_free(exp: Experiment, num_steps: int) -> None:
     path = rundir.locate(exp.run.dir, exp.name)
     if exp.run.fresh or not (path / "config.json").exists():
         return
-    rundir.same_identity(path, exp.identity(), defaults(exp), located_in(exp))
+    rundir.same_identity(path, exp.identity(), defaults(exp), located_names(exp))
     done = rundir.summary(path)
     if done:
         was = json.loads((path / "config.json").read_text())["config"]

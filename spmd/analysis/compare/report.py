@@ -15,7 +15,7 @@ from spmd.analysis.compare.cost import Charge
 from spmd.analysis.plan import report
 from spmd.analysis.plan.shardings import new_table
 from spmd.core import tree
-from spmd.core.storage import write_whole
+from spmd.core.storage import write_atomically
 from spmd.train import rundir
 
 if TYPE_CHECKING:
@@ -136,7 +136,9 @@ class Comparison:
             "",
         ]
         files = "compare.csv, compare.png" if drawable() else f"compare.csv; compare.png: {INSTALL}"
-        lines.append(f"files: {rundir.shown(epath.Path(self.directory))}/ ({files}, a run each)")
+        lines.append(
+            f"files: {rundir.short_path(epath.Path(self.directory))}/ ({files}, a run each)"
+        )
         return "\n".join(lines)
 
     __repr__ = __str__  # a notebook shows it beside the picture
@@ -191,7 +193,7 @@ class Comparison:
     def write(self) -> None:
         """Writes compare.csv, and compare.png if matplotlib is installed."""
         folder = epath.Path(self.directory)
-        write_whole(folder / "compare.csv", self.csv())
+        write_atomically(folder / "compare.csv", self.csv())
         if drawable():
             (folder / "compare.png").write_bytes(self.png())
 

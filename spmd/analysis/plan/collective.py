@@ -73,7 +73,7 @@ def merge_equal(collectives: Iterable[EstimatedCollective]) -> list[EstimatedCol
 
 def ledger(collectives: Iterable[EstimatedCollective]) -> dict[hlo.Key, hlo.Total]:
     """(axes, kind) -> sum over a step, as hlo.ledger for a compiled program."""
-    return hlo.summed(
+    return hlo.sum_totals(
         ((each.axes, each.kind), hlo.Total(each.count, each.count * each.bytes, each.wire_bytes))
         for each in collectives
     )

@@ -98,7 +98,7 @@ def from_program(
     """
     all_axes = tuple(axis for axis in layout.mesh if layout.size(axis) > 1)
     collectives = []
-    for c in hlo.alike(program.collectives):
+    for c in hlo.merge_alike(program.collectives):
         if c.bytes <= SCALAR:
             continue
         axes, count = c.axes or all_axes, c.count

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from spmd.core import tree
 from spmd.core.fields import check
-from spmd.core.storage import cache_root, json_text, write_whole
+from spmd.core.storage import cache_root, json_text, write_atomically
 from spmd.hardware import hlo
 from spmd.hardware.targets import Target
 
@@ -172,7 +172,7 @@ def compile_step(program: Any, target: Target) -> Compiled:
         host_memory=_host_memory(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json_text(result.json()))
+    write_atomically(path, json_text(result.json()))
     return result
 
 

@@ -154,7 +154,7 @@ def from_program(program: Program, model: Any, *, chunks: int = 1) -> Facts:
     counted = (
         transformer_flops(transformer, *shape)
         if transformer
-        else flops.of_step(program.task, batch)
+        else flops.count_step(program.task, batch)
     )
     dtype = getattr(model, "dtype", "float32" if narrow.is_narrow(param) else "")
     return Facts(
@@ -189,7 +189,7 @@ def _leaves(program: Program) -> tuple[StateArray, ...]:
         like = params[param].shape if param else None
         drop = -1
         if like is not None and leaf.shape != like:
-            reduced = sharding.reduced_dim(name, leaf.shape, like)
+            reduced = sharding.missing_dim(name, leaf.shape, like)
             like, drop = (None, -1) if reduced is None else (like, reduced)
         leaf_dims = dims.get(param) if like is not None else None
         leaf_dims = leaf_dims or ((None,) * len(like) if like is not None else None)
@@ -243,8 +243,8 @@ def matmul_flops(model: Transformer, length: int) -> dict[str, float]:
 
 
 def transformer_flops(model: Transformer, batch_size: int, length: int) -> dict[str, int]:
-    """Model FLOPs of a step, counted as by flops.of_step (frozen weights as if they were trained), but with
-    attention included where a fused kernel hides it from the jaxpr.
+    """Model FLOPs of a step, as flops.count_step counts them (frozen weights as if they were trained), but
+    with attention included where a fused kernel hides it from the jaxpr.
     """
     matmuls = matmul_flops(model, length)
     block = sum(count for name, count in matmuls.items() if name != "logits")

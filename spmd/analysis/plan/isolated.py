@@ -102,7 +102,7 @@ def _compile(request: dict[str, Any]) -> Compiled:
     target = targets.parse(request["target"])
     base = registry.from_file(files.find(request["file"]))
     classes = {cls.__name__: cls for cls in (*STRATEGIES.values(), *OPTIMIZERS.values())}
-    exp = fields.restored(base, request["config"], classes)
+    exp = fields.restore(base, request["config"], classes)
     exp = exp.unread(0 if target.topology else target.num_devices)
     # Only what is read from the program is cached, not the program itself.
     exp = dataclasses.replace(exp, run=dataclasses.replace(exp.run, compile_cache="off"))

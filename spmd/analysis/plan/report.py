@@ -240,7 +240,7 @@ def _ledger(plan: Plan) -> str:
 
 def _calls(program: hlo.CompiledProgram) -> str:
     table = new_table("collective", "axis", ">count", ">bytes", "dtype", "overlapped", "line")
-    collectives = hlo.alike(program.collectives)
+    collectives = hlo.merge_alike(program.collectives)
     for c in collectives[:CALLS]:
         table.add_row(
             c.kind,

@@ -208,7 +208,7 @@ def _dims(dims: Mapping[str, Dims | None], state_params: Any) -> Callable[..., D
         param_dims = dims.get(param)
         if param_dims is None or params[param].shape == shape:
             return param_dims
-        drop = sharding.reduced_dim(name, shape, params[param].shape)
+        drop = sharding.missing_dim(name, shape, params[param].shape)
         return None if drop is None else (*param_dims[:drop], *param_dims[drop + 1 :])
 
     return leaf_dims

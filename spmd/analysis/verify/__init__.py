@@ -87,7 +87,7 @@ def run(
     """
     with jax.enable_x64(True):
         reference = build(DECISIVE, None)
-        dtypes = flops.of_step(reference.task, reference.abstract_batch())
+        dtypes = flops.count_step(reference.task, reference.abstract_batch())
         tolerance = max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
         verifier = Verifier(
             build, reference, min(num_steps, reference.num_steps), tolerance or 1e-9

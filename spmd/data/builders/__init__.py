@@ -14,7 +14,7 @@ EMBEDDED = {
 RUNNING = {"stdlib_source": re.match(r"\d+\.\d+\.\d+", platform.python_version())[0]}  # type: ignore[index]
 
 
-def builder(name: str, data_dir: str) -> Any:
+def make_builder(name: str, data_dir: str) -> Any:
     """The TFDS builder of an embedded set."""
     import importlib
 

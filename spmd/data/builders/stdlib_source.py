@@ -42,7 +42,7 @@ class StdlibSource(tfds.core.GeneratorBasedBuilder):
         files = [library / f"{name}.py" for name in sorted(sys.stdlib_module_names)]
         files = [f for f in files if f.is_file() and not f.name.startswith("_sysconfigdata")]
         test = [hashlib.sha256(f.name.encode()).digest()[0] < 26 for f in files]
-        pick = lambda wanted: [f for f, t in zip(files, test, strict=True) if t is wanted]
+        pick = lambda in_test: [f for f, t in zip(files, test, strict=True) if t is in_test]
         return {
             "train": self._generate_examples(pick(False)),
             "test": self._generate_examples(pick(True)),

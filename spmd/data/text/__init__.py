@@ -41,7 +41,7 @@ class Sequences(DataConfig):
     dir: str = free("")
     """TFDS data directory; empty is $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     cache_dir: str = free("")
-    """Where tokens are kept; empty is $SPMD_CACHE_DIR, else ~/.cache/spmd."""
+    """Cache of tokens; empty is $SPMD_CACHE_DIR, else ~/.cache/spmd."""
     features: tyro.conf.Suppress[Features] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class Text(Sequences):
     field: str = "text"
     """Field of the JSONL files, or feature of the TFDS set, that holds the text."""
     eval_fraction: float = 0.1
-    """Part of the tokens, from the end, kept for evaluation where no other text is named for it."""
+    """Fraction of the tokens, at the end, for evaluation where no other text is named for it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,7 +138,7 @@ class Text(Sequences):
         return TFDS(name=self.name, dir=self.dir, cache_dir=self.cache_dir)
 
     def documents(self) -> dict[Split, Documents]:
-        """Where the text of each split lies; `eval` is absent when it is a part of the training text."""
+        """The documents of each split; `eval` is absent when it is a part of the training text."""
         from spmd.data.text import corpus
 
         check(
@@ -147,33 +147,37 @@ class Text(Sequences):
             " TFDS set",
         )
         if self.files:
-            given = {"train": self.files, "eval": self.eval_files}
+            splits = {"train": self.files, "eval": self.eval_files}
             options = {"train": "data.files", "eval": "data.eval_files"}
-            read = lambda globs, option: corpus.of_files(
+            read = lambda globs, option: corpus.file_documents(
                 globs, self.field, option, self.format, self.cache_dir
             )
-            found = {s: read(g, options[s]) for s, g in given.items() if g}
+            documents = {s: read(g, options[s]) for s, g in splits.items() if g}
         else:
-            given = {"train": self.train_split, "eval": self.eval_split}
-            found = {s: corpus.of_tfds(self.tfds(), g, self.field) for s, g in given.items() if g}
-        return found  # type: ignore[return-value]
+            splits = {"train": self.train_split, "eval": self.eval_split}
+            documents = {
+                s: corpus.tfds_documents(self.tfds(), g, self.field) for s, g in splits.items() if g
+            }
+        return documents  # type: ignore[return-value]
 
     def open_tokenizer(self) -> Tokenizer:
-        """`chars` has the characters of all the text, evaluation included, as nanoGPT does."""
+        """The tokenizer; `chars` has the characters of all text, evaluation included, as in nanoGPT."""
         from spmd.data.text import corpus
-        from spmd.data.text.tokenizer import bytes_or_file
+        from spmd.data.text.tokenizer import load_tokenizer
 
         if self.tokenizer != "chars":
-            return bytes_or_file(self.tokenizer, self.end)
+            return load_tokenizer(self.tokenizer, self.end)
         check(self.end in ("auto", "none"), f"data.end={self.end!r}: with chars give auto or none")
-        return corpus.characters(list(self.documents().values()), self.cache_dir, self.skip_bad)
+        return corpus.character_tokenizer(
+            list(self.documents().values()), self.cache_dir, self.skip_bad
+        )
 
     def open(self, split: Split) -> Windows:
         """Windows over the tokens, mapped from the cache. ValueError when the text does not fill one."""
         from spmd.data.text.windows import Windows
 
         text = self._tokens(split)
-        # Evaluation may be short: its only window is padded.
+        # Evaluation text may be short: its only window is padded.
         least = self.sequence_length + 1 if split == "train" else 2
         check(
             len(text.tokens) >= least,
@@ -191,38 +195,38 @@ class Text(Sequences):
         return documents.get(split, documents["train"]).content
 
     def _lacking(self, text: Tokens) -> str:
-        """Files and records of which nothing was read, for a message."""
-        from spmd.data.text.corpus import few
+        """A note on empty files and bad records, for a message."""
+        from spmd.data.text.corpus import shorten_list
 
-        empty = [name for one in self.documents().values() for name in one.empty]
-        without = f" (without a byte: {few(empty)})" if empty else ""
-        return without + (f" (bad records: {few(text.bad)})" if text.bad else "")
+        empty = [name for documents in self.documents().values() for name in documents.empty]
+        note = f" (without a byte: {shorten_list(empty)})" if empty else ""
+        return note + (f" (bad records: {shorten_list(text.bad)})" if text.bad else "")
 
     def _tokens(self, split: Split) -> Tokens:
         from spmd.data.text import corpus
-        from spmd.data.text.windows import part
+        from spmd.data.text.windows import slice_tokens
 
         tokenizer, documents = self.open_tokenizer(), self.documents()
         if "eval" in documents:
-            return corpus.tokens(documents[split], tokenizer, self.cache_dir, self.skip_bad)
-        whole = corpus.tokens(documents["train"], tokenizer, self.cache_dir, self.skip_bad)
-        num = len(whole.tokens)
+            return corpus.tokenize(documents[split], tokenizer, self.cache_dir, self.skip_bad)
+        text = corpus.tokenize(documents["train"], tokenizer, self.cache_dir, self.skip_bad)
+        num = len(text.tokens)
         cut = int(num * (1 - self.eval_fraction))
         bounds = (0, cut) if split == "train" else (cut, num)
-        tokens, starts = part(whole.tokens, whole.starts, *bounds)
-        return corpus.Tokens(tokens, starts, whole.bad)
+        tokens, starts = slice_tokens(text.tokens, text.starts, *bounds)
+        return corpus.Tokens(tokens, starts, text.bad)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture(Sequences):
     """Several texts, read in turn by weight.
 
-    After any number of examples each part is within one example of its share; each goes through its windows
-    in its own shuffle, as often as its share asks for. Evaluation reads that of all parts once.
+    After any number of examples each part is within one example of its share; the windows of each part are
+    shuffled by themselves, and repeated as its share requires. Evaluation reads that of all parts once.
     """
 
     parts: tyro.conf.Suppress[tuple[Text, ...]]
-    """The texts; sequence_length, tokenizer, end, stride, cache_dir and skip_bad are the mixture's own."""
+    """The texts; sequence_length, tokenizer, end, stride, cache_dir and skip_bad are those of the mixture."""
     weights: tuple[float, ...]
     """Share of the examples for each part; they need not add up to one."""
 
@@ -243,11 +247,13 @@ class Mixture(Sequences):
 
     def texts(self) -> list[Text]:
         """The parts as they are read."""
-        own = {
+        shared = {
             name: getattr(self, name)
             for name in ("sequence_length", "tokenizer", "end", "stride", "cache_dir", "skip_bad")
         }
-        return [dataclasses.replace(text, **own, dir=text.dir or self.dir) for text in self.parts]
+        return [
+            dataclasses.replace(text, **shared, dir=text.dir or self.dir) for text in self.parts
+        ]
 
     def open_tokenizer(self) -> Tokenizer:
         """That of all parts."""
@@ -255,14 +261,14 @@ class Mixture(Sequences):
 
     def open(self, split: Split) -> Mixed:
         """The windows of all parts; in training their order is the mixture."""
-        from spmd.data.cache import Bad
+        from spmd.data.cache import BadRecords
         from spmd.data.text.windows import Mixed
 
-        opened = Mixed([text.open(split) for text in self.texts()], self.weights)
-        bad = Bad(self.skip_bad)
-        for why in opened.skipped:
-            bad.add(why)
-        return opened
+        source = Mixed([text.open(split) for text in self.texts()], self.weights)
+        bad = BadRecords(self.skip_bad)
+        for reason in source.skipped:
+            bad.add(reason)
+        return source
 
     def content(self, split: Split, source: Callable[[], Source]) -> Content:
         """The files of all parts, part by part."""

@@ -16,9 +16,9 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # GPT-2, Llama 3, 
 
 
 class Tokenizer(Protocol):
-    """Text <-> token ids below `vocab_size`. `begin` and `end` stand around a document, where there are such.
+    """Text <-> token ids below `vocab_size`. begin, end: tokens around a document, if there are any.
 
-    `key` changes when the tokens of a text do.
+    key: identifies the tokenizer; changes whenever the tokens of a text may.
     """
 
     vocab_size: int
@@ -27,11 +27,11 @@ class Tokenizer(Protocol):
     key: str
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, int [N], without begin and end. ValueError for text it cannot express."""
+        """The ids of each text, int [N], without begin and end. ValueError for unknown characters."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`, without begin and end; what is no text becomes U+FFFD."""
+        """The text of `ids`, without begin and end; invalid ids become U+FFFD."""
         ...
 
     def unsettled(self, token: int) -> bool:
@@ -62,7 +62,7 @@ class Bytes:
         return ids[ids < 255].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def unsettled(self, token: int) -> bool:
-        """Never: bytes of a character that is not whole are a U+FFFD at the end."""
+        """Never: the bytes of an incomplete character are a U+FFFD at the end."""
         del token
         return False
 
@@ -95,8 +95,8 @@ class Chars:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids beyond the vocabulary become U+FFFD."""
-        known = self.characters
-        return "".join(known[i] if i < len(known) else "\ufffd" for i in map(int, ids))
+        characters = self.characters
+        return "".join(characters[i] if i < len(characters) else "\ufffd" for i in map(int, ids))
 
     def unsettled(self, token: int) -> bool:
         """Never: a token is a character."""
@@ -109,7 +109,7 @@ def _codes(text: str) -> np.ndarray:
 
 
 class FromFile:
-    """A Hugging Face tokenizer.json. Special tokens that stand in a text are encoded as the text they are."""
+    """A Hugging Face tokenizer.json. Special tokens inside a text are encoded as plain text."""
 
     def __init__(self, path: str, end: str = "auto"):
         file = Path(path).expanduser()
@@ -128,18 +128,18 @@ class FromFile:
 
         content = file.read_bytes()
         try:
-            inner: Any = tokenizers.Tokenizer.from_buffer(content)
+            tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
-        inner.no_truncation()
-        inner.no_padding()
-        around = inner.encode("").ids  # what the file's own post-processor puts around a text
-        inner.encode_special_tokens = True
-        self._inner = inner
-        vocabulary = inner.get_vocab(with_added_tokens=True)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        affixes = tokenizer.encode("").ids  # tokens that the file's post-processor adds to a text
+        tokenizer.encode_special_tokens = True
+        self._inner = tokenizer
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.end = self._end(path, vocabulary, end)
-        self.begin = around[0] if around and around[0] != self.end else None
+        self.begin = affixes[0] if affixes and affixes[0] != self.end else None
         self._special = {i for i in (self.begin, self.end) if i is not None}
         self.key = f"{hashlib.sha256(content).hexdigest()} {self.begin} {self.end}"
 
@@ -156,8 +156,8 @@ class FromFile:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """uint32 ids; the texts are spread over the cores."""
-        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, np.uint32) for one in found]
+        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids beyond the vocabulary are left out."""
@@ -166,15 +166,15 @@ class FromFile:
         )
 
     def unsettled(self, token: int) -> bool:
-        """Whether it is one of SentencePiece's bytes, which make characters only all together."""
+        """Whether it is a byte token of SentencePiece, of which several make a character."""
         return bool(_BYTE.fullmatch(self._inner.id_to_token(token) or ""))
 
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def bytes_or_file(name: str, end: str) -> Tokenizer:
-    """The tokenizer of `bytes` or of a file; end: auto, none, or the token that ends a document."""
+def load_tokenizer(name: str, end: str) -> Tokenizer:
+    """The tokenizer `bytes`, or that of a file; end: auto, none, or the token that ends a document."""
     if name != "bytes":
         return FromFile(name, end)
     check(end in ("auto", "none"), f"data.end={end!r}: with data.tokenizer=bytes give auto or none")

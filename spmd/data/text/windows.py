@@ -20,10 +20,10 @@ CYCLE = 10_000  # at most so many examples until a mixture's pattern repeats
 
 
 class Windows:
-    """Example i is the window of `length` tokens from i * stride on, and the token after each of them.
+    """Windows of `length` tokens: example i begins at token i * stride; targets are the next tokens.
 
     tokens [M], starts_D: where documents begin, ascending from 0. The last window is padded. skipped: why
-    each document that was passed over could not be read; it has no tokens.
+    documents without tokens could not be read.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Windows:
         self.tokens, self.starts, self.length = tokens, starts_D, length
         self.skipped = tuple(skipped)
         self._stride = stride or length
-        beyond = len(tokens) - 1 - length  # tokens that a first window leaves to predict
-        self._num = (1 + max(-(-beyond // self._stride), 0)) if len(tokens) > 1 else 0
+        remaining = len(tokens) - 1 - length  # tokens that a first window leaves to predict
+        self._num = (1 + max(-(-remaining // self._stride), 0)) if len(tokens) > 1 else 0
         check(
             self._num < 2**31,
             f"data.stride={stride} makes {self._num} windows of {len(tokens)} tokens, more than can"
@@ -86,14 +86,16 @@ class Windows:
         return begins_NT
 
 
-def part(tokens: np.ndarray, starts_D: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, ...]:
-    """Tokens `start` to `stop`, and where documents begin in them; a document that is cut begins anew."""
+def slice_tokens(
+    tokens: np.ndarray, starts_D: np.ndarray, start: int, stop: int
+) -> tuple[np.ndarray, ...]:
+    """Tokens `start` to `stop`, and where documents begin in them; a document that is split begins anew."""
     inside = starts_D[(starts_D > start) & (starts_D < stop)] - start
     return tokens[start:stop], np.concatenate([[0], inside]).astype(np.int64)
 
 
 class Mixed:
-    """Sources one after the other, read in turn by weight: see `order`."""
+    """Concatenated sources, read in turn by weight: see `order`."""
 
     def __init__(self, parts: Sequence[Windows], weights: Sequence[float]):
         self.parts = parts
@@ -103,23 +105,23 @@ class Mixed:
     @property
     def skipped(self) -> tuple[str, ...]:
         """Why documents of the parts could not be read."""
-        return tuple(why for part in self.parts for why in part.skipped)
+        return tuple(reason for part in self.parts for reason in part.skipped)
 
     def __len__(self) -> int:
         return int(self._ends_K[-1])
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Examples `indices` int64 [N], numbered through all parts."""
-        which_N = np.searchsorted(self._ends_K, indices, side="right")
-        found: dict[str, np.ndarray] = {}
+        part_N = np.searchsorted(self._ends_K, indices, side="right")
+        batch: dict[str, np.ndarray] = {}
         for k, source in enumerate(self.parts):
-            here = which_N == k
-            if not here.any():
+            rows = part_N == k
+            if not rows.any():
                 continue
-            for name, x in source.take(indices[here] - (self._ends_K[k] - len(source))).items():
-                out = found.setdefault(name, np.empty((len(indices), *x.shape[1:]), x.dtype))
-                out[here] = x
-        return found
+            for name, x in source.take(indices[rows] - (self._ends_K[k] - len(source))).items():
+                array = batch.setdefault(name, np.empty((len(indices), *x.shape[1:]), x.dtype))
+                array[rows] = x
+        return batch
 
     def order(self, seed: int) -> MixedOrder:
         """The order of training: the loader asks for it."""
@@ -130,26 +132,26 @@ class Mixed:
 
 
 class MixedOrder:
-    """Stream position -> example: the part whose turn it is, and that part's own shuffle of its epoch."""
+    """Stream position -> example: the part whose turn it is, and its own shuffle."""
 
     def __init__(self, turns: Turns, orders: Sequence[Order], first_K: np.ndarray):
         self._turns, self._orders, self._first_K = turns, orders, first_K
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        which_N, before_N = self._turns.at(positions)
-        out = np.empty_like(positions)
+        part_N, count_N = self._turns.assign(positions)
+        examples = np.empty_like(positions)
         for k, order in enumerate(self._orders):
-            here = which_N == k
-            if here.any():
-                out[here] = order[before_N[here]] + self._first_K[k]
-        return out
+            rows = part_N == k
+            if rows.any():
+                examples[rows] = order[count_N[rows]] + self._first_K[k]
+        return examples
 
 
 class Turns:
-    """Whose turn it is: after any number of examples each part is within one of its share.
+    """Order of parts such that after any number of examples each part is within one of its share.
 
     Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): of the parts that are
-    far enough behind, the one whose turn is due first. It repeats when all shares are whole.
+    far enough behind, take the one whose turn is due first. The order repeats once all shares are integers.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -164,18 +166,22 @@ class Turns:
         num = len(shares)
         slack = Fraction(1, max(2 * num - 2, 1))
         due_K = [int(s * cycle) for s in shares]
-        which, counts = [], [[0] * num]
+        turns, counts = [], [[0] * num]
         for n in range(1, cycle + 1):
-            had = counts[-1]
-            ready = [k for k in range(num) if n * due_K[k] - had[k] * cycle >= slack * cycle]
-            left = lambda k, n=n, had=had: (1 - slack + had[k]) * cycle - n * due_K[k]
-            turn = min(ready, key=lambda k, left=left: left(k) / due_K[k]) if num > 1 else 0
-            which.append(turn)
-            counts.append([c + (k == turn) for k, c in enumerate(had)])
-        self._cycle, self._which, self._counts = cycle, np.array(which), np.array(counts)
+            counts_before = counts[-1]
+            eligible = [
+                k for k in range(num) if n * due_K[k] - counts_before[k] * cycle >= slack * cycle
+            ]
+            deadline = lambda k, n=n, counts=counts_before: (
+                ((1 - slack + counts[k]) * cycle - n * due_K[k]) / due_K[k]
+            )
+            turn = min(eligible, key=deadline) if num > 1 else 0
+            turns.append(turn)
+            counts.append([c + (k == turn) for k, c in enumerate(counts_before)])
+        self._cycle, self._turns, self._counts = cycle, np.array(turns), np.array(counts)
 
-    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def assign(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the part at each position [N], how many of that part came before)."""
         rounds_N, offset_N = np.divmod(positions, self._cycle)
-        which_N = self._which[offset_N]
-        return which_N, rounds_N * self._counts[-1][which_N] + self._counts[offset_N, which_N]
+        part_N = self._turns[offset_N]
+        return part_N, rounds_N * self._counts[-1][part_N] + self._counts[offset_N, part_N]

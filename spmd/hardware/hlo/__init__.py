@@ -12,9 +12,9 @@ from spmd.hardware.hlo.program import (
     CompiledProgram,
     Key,
     Total,
-    alike,
     ledger,
-    summed,
+    merge_alike,
+    sum_totals,
 )
 from spmd.hardware.hlo.reader import read
 
@@ -24,8 +24,8 @@ __all__ = [
     "CompiledProgram",
     "Key",
     "Total",
-    "alike",
     "ledger",
+    "merge_alike",
     "read",
-    "summed",
+    "sum_totals",
 ]

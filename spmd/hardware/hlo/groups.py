@@ -53,11 +53,11 @@ def _mesh_groups(text: str) -> np.ndarray:
             dims.append(high // low)
     within = [dim_of[(name, outer)] for name, outer, size in parts if size > 1]
     rest = [dim for dim in range(len(dims)) if dim not in within]
-    devices = _ordered(order, math.prod(dims)).reshape(dims).transpose(*rest, *within)
+    devices = _mesh_devices(order, math.prod(dims)).reshape(dims).transpose(*rest, *within)
     return devices.reshape(-1, math.prod(dims[dim] for dim in within))
 
 
-def _ordered(order: str, num: int) -> np.ndarray:
+def _mesh_devices(order: str, num: int) -> np.ndarray:
     match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
     if match is None:
         return np.array(_ints(order)) if order else np.arange(num)
@@ -65,7 +65,7 @@ def _ordered(order: str, num: int) -> np.ndarray:
     return devices.transpose(_ints(match[2])).ravel() if match[2] else devices.ravel()
 
 
-def spanned(groups: np.ndarray | None, axes: Mapping[str, int]) -> tuple[str, ...]:
+def spanned_axes(groups: np.ndarray | None, axes: Mapping[str, int]) -> tuple[str, ...]:
     """Mesh axes whose product is each group; () if the groups are no product of axes."""
     if groups is None or groups.max(initial=0) >= math.prod(axes.values()):
         return ()
@@ -75,7 +75,7 @@ def spanned(groups: np.ndarray | None, axes: Mapping[str, int]) -> tuple[str, ..
     return names if math.prod(axes[axis] for axis in names) == groups.shape[1] else ()
 
 
-def crossed(pairs: np.ndarray, axes: Mapping[str, int]) -> tuple[str, ...]:
+def crossed_axes(pairs: np.ndarray, axes: Mapping[str, int]) -> tuple[str, ...]:
     """Mesh axes along which a permute sends. pairs: [pairs, (source, target)]."""
     if pairs.max(initial=0) >= math.prod(axes.values()):
         return ()

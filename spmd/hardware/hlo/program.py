@@ -78,13 +78,13 @@ Key = tuple[tuple[str, ...], str]  # mesh axes, kind
 
 def ledger(program: CompiledProgram) -> dict[Key, Total]:
     """(axes, kind) -> sum over the program, the largest first."""
-    return summed(
+    return sum_totals(
         ((c.axes, c.kind), Total(c.count, c.count * c.bytes, c.count * c.wire_bytes))
         for c in program.collectives
     )
 
 
-def summed(totals: Iterable[tuple[Key, Total]]) -> dict[Key, Total]:
+def sum_totals(totals: Iterable[tuple[Key, Total]]) -> dict[Key, Total]:
     """Sums totals by key, the most bytes on the wire first."""
     sums: dict[Key, Total] = {}
     for key, total in totals:
@@ -92,10 +92,10 @@ def summed(totals: Iterable[tuple[Key, Total]]) -> dict[Key, Total]:
     return dict(sorted(sums.items(), key=lambda item: -item[1].wire_bytes))
 
 
-def alike(collectives: Iterable[Collective]) -> list[Collective]:
+def merge_alike(collectives: Iterable[Collective]) -> list[Collective]:
     """Merges collectives that differ only in how often they run; the most bytes first."""
     counts = defaultdict[Collective, float](int)
     for c in collectives:
         counts[dataclasses.replace(c, count=0, op_name="" if c.source else c.op_name)] += c.count
-    merged = [dataclasses.replace(c, count=count) for c, count in counts.items()]
-    return sorted(merged, key=lambda c: -c.count * c.wire_bytes)
+    results = [dataclasses.replace(c, count=count) for c, count in counts.items()]
+    return sorted(results, key=lambda c: -c.count * c.wire_bytes)

@@ -97,10 +97,10 @@ class _Reader:
             branch.walk(name, count)
             sent = sum(c.count * c.bytes for c in branch.collectives)
             branches.append((sent, branch.flops, len(branches), branch))
-        *_, most = max(branches)
-        self.collectives += most.collectives
-        self.flops += most.flops
-        self.endless += most.endless
+        *_, branch = max(branches)
+        self.collectives += branch.collectives
+        self.flops += branch.flops
+        self.endless += branch.endless
 
     def _collective(
         self,
@@ -153,7 +153,7 @@ class _Reader:
             pairs = groups.pairs(
                 instruction.attribute(r"source_target_pairs=(\{(?:\{[^}]*\},?)*\})")
             )
-            axes = groups.crossed(pairs, self.axes)
+            axes = groups.crossed_axes(pairs, self.axes)
             if (pairs[:, 0] == pairs[:, 1]).all():  # each device sends to itself
                 return (), 1
             return axes, math.prod(self.axes[axis] for axis in axes) if axes else len(pairs)
@@ -165,7 +165,9 @@ class _Reader:
 def _spans(replica_groups: str, axes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
     num_devices = math.prod(size for _, size in axes)
     devices = groups.devices(replica_groups, num_devices)
-    return groups.spanned(devices, dict(axes)), num_devices if devices is None else devices.shape[1]
+    return groups.spanned_axes(
+        devices, dict(axes)
+    ), num_devices if devices is None else devices.shape[1]
 
 
 def _bits(dtype: str) -> int:

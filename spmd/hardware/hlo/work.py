@@ -31,11 +31,11 @@ def flops(instruction: Instruction, computation: Computation) -> int:
 
 def _window(text: str) -> list[tuple[int, ...]]:
     """(size, stride, padding before, dilation of the array, dilation of the kernel) of each spatial dim."""
-    given = dict(part.split("=") for part in text.split())
-    dims = len(given.get("size", "").split("x")) if given.get("size") else 0
+    values = dict(part.split("=") for part in text.split())
+    dims = len(values.get("size", "").split("x")) if values.get("size") else 0
 
     def option(name: str, default: str) -> list[int]:
-        parts = given[name].split("x") if name in given else [default] * dims
+        parts = values[name].split("x") if name in values else [default] * dims
         return [int(part.split("_")[0]) for part in parts]
 
     options = (
@@ -58,6 +58,8 @@ def _pairs(size: int, out: int, kernel: int, stride: int, pad: int, grow: int, s
     place = np.arange(out) * stride - pad
     total = 0
     for k in range(kernel):
-        at = place + k * spread
-        total += int(np.sum((at >= 0) & (at <= (size - 1) * grow) & (at % grow == 0)))
+        position = place + k * spread
+        total += int(
+            np.sum((position >= 0) & (position <= (size - 1) * grow) & (position % grow == 0))
+        )
     return total

@@ -1,4 +1,4 @@
-"""Ring attention over a sharded sequence: keys and values travel from device to device."""
+"""Ring attention over a sharded sequence: keys and values are sent from device to device."""
 
 # B batch, T time, C time of one device, c half of it, s of keys, t of queries, H query heads,
 # G key and value heads, R = H / G, K head_dim
@@ -26,8 +26,8 @@ def attend_ring(
 ) -> jax.Array:
     """Exact causal attention [B, T, H, K], the softmax at least in float32.
 
-    Keys and values travel round the devices; each device folds them into the softmax of its queries (Liu et
-    al. 2023, arXiv 2310.01889). With consecutive shards the causal mask would leave the first device idle.
+    Keys and values are sent round the devices; each device folds them into the softmax of its queries (Liu
+    et al. 2023, arXiv 2310.01889). With consecutive shards the causal mask would leave the first device idle.
     So time is split into 2 n chunks, and device i computes chunks i and 2 n - 1 - i: each step has the work
     of two pairs of chunks on every device (zigzag; Llama 3, arXiv 2407.21783, section 3.3.2). The chunks are
     exchanged within attention, so that no other layer needs to know.
@@ -153,7 +153,7 @@ def _forward(axes, q, k, v, segments):
 
 
 def _backward(axes, residuals, gradient):
-    """Gradients of q, k and v; those of keys and values travel with them, and one step further: home."""
+    """Gradients of q, k and v; those of keys and values travel with them and are returned to their device."""
     q, k, v, segments, out, partition = residuals
     dtype, num, rank = (
         tree.at_least_float32(q.dtype),

@@ -48,7 +48,7 @@ def attend_ulysses(
     allowed = [n for n in range(1, common + 1) if common % (n * tensor) == 0]
     check(
         num in allowed,
-        f"model.context=ulysses gives each device whole heads: the {heads} heads and {kv_heads} key and value"
+        f"model.context=ulysses shards attention by heads: the {heads} heads and {kv_heads} key and value"
         f" heads do not divide by mesh.context={num}"
         + (f" x mesh.tensor={tensor}" if tensor > 1 else "")
         + f"; mesh.context may be {', '.join(map(str, allowed)) or 'none'}, or use --model.context ring",

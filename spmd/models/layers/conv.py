@@ -23,7 +23,7 @@ class Conv(nnx.Module):
         size: side of the kernel.
         channels: input channels C.
         features: output channels F.
-        dtype: compute type; empty is the parameters' own.
+        dtype: compute type; empty is that of the parameters.
     """
 
     def __init__(self, rngs: nnx.Rngs, size: int, channels: int, features: int, dtype: str = ""):

@@ -35,7 +35,7 @@ class Embedding(nnx.Module):
         """Rows [B, T, D] as `dtype`; NaN for an index that the table does not have."""
         # The table is gathered over fsdp as any weight is before its use. The result is constrained to be
         # unsharded along time: each device takes the rows that it holds and a sum joins them. With residuals
-        # sharded over the axis of the vocabulary, the whole table would be gathered instead.
+        # sharded over the axis of the vocabulary, the table would be gathered instead.
         table_VD = scope.constrain(self.table[...], self.dim, "embed")
         time = "time" if index_BT.shape[1] > 1 else None
         return scope.constrain(lookup(dtype, table_VD, index_BT), "batch", time, "embed")

@@ -74,7 +74,7 @@ class Dense(nnx.Module):
         dims: logical dims of the kernel.
         bias: whether a bias is added.
         init: draws the kernel.
-        dtype: compute type; empty is the parameters' own.
+        dtype: compute type; empty is that of the parameters.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reading a saved step, in one process by itself: its arrays, what they are, whether they are good."""
+"""Read a saved step, without other processes: its arrays, their types, whether they are good."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from spmd.core.fields import check
 from spmd.runtime import agree
 from spmd.train.checkpoint import steps
 
-DIGESTS = "digests"  # a leaf of our own beside those of the state
+DIGESTS = "digests"  # an additional leaf beside those of the state
 
-# What another try, or another machine, may read: no reason to put a checkpoint aside.
+# Errors that another attempt, or another machine, may not have: no reason to quarantine a checkpoint.
 _PASSING = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|PERMISSION_DENIED|Permission denied|UNAVAILABLE"
     r"|UNAUTHENTICATED|DEADLINE_EXCEEDED",
@@ -32,55 +32,55 @@ FULL = re.compile(
 )
 
 
-def differ(names: list[str]) -> str:
+def describe_differences(names: list[str]) -> str:
     """Message about leaves whose digests differ from the stored ones; "" for none."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"the digest of {', '.join(names[:3])}{more} differs" if names else ""
+    suffix = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"the digest of {', '.join(names[:3])}{suffix} differs" if names else ""
 
 
-def examined(path: epath.Path) -> tuple[str, str]:
-    """(what is wrong with a step or "", what it consists of); on the host, one array at a time."""
-    # before any backend starts: this is no work for an accelerator, which may be in use
+def verify(path: epath.Path) -> tuple[str, str]:
+    """Verify a step on the host, one array at a time: (its fault or "", a description)."""
+    # Before any backend starts: verification needs no accelerator, which may be in use.
     jax.config.update("jax_platforms", "cpu")
     try:
         if bad := steps.check_manifest(path):
             return bad, ""
         with jax.enable_x64(True):
-            return _verified(path)
+            return _verify_arrays(path)
     except Exception as error:
-        check(not passes(error), f"cannot read {path} now: {first_line(error)}")
+        check(not is_transient(error), f"cannot read {path} now: {first_line(error)}")
         return f"unreadable: {first_line(error)}", ""
 
 
-def _verified(path: epath.Path) -> tuple[str, str]:
-    leaves = stored(path)
+def _verify_arrays(path: epath.Path) -> tuple[str, str]:
+    leaves = stored_types(path)
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     size = 0
 
-    def one(name: str) -> jax.Array:
+    def read_leaf(name: str) -> jax.Array:
         abstract: dict[str, Any] = dict.fromkeys(leaves, ...)  # Orbax leaves these out
         abstract[name] = jax.ShapeDtypeStruct(*leaves[name], sharding=host)
         return load(path, abstract)[name]
 
     names = sorted(leaves.keys() - {DIGESTS})
-    digests = np.asarray(one(DIGESTS)) if DIGESTS in leaves else None
+    digests = np.asarray(read_leaf(DIGESTS)) if DIGESTS in leaves else None
     wrong = []
     for i, name in enumerate(names):
-        leaf = one(name)
+        leaf = read_leaf(name)
         size += leaf.nbytes
         if digests is not None:
-            wrong += digest.differing({name: leaf}, digests[i : i + 1])
-    has = ["digests" if digests is not None else "", "manifest" if steps.sealed(path) else ""]
-    by = " and ".join(filter(None, has))
-    how = f"verified by {by}" if digests is not None else "readable, without digests to verify it"
-    return differ(wrong), f"{len(names)} arrays, {tree.human_bytes(size)}, {how}"
+            wrong += digest.find_differences({name: leaf}, digests[i : i + 1])
+    verdict = "readable, without digests to verify it"
+    if digests is not None:
+        verdict = f"verified by digests{' and manifest' if steps.has_manifest(path) else ''}"
+    return describe_differences(wrong), f"{len(names)} arrays, {tree.human_bytes(size)}, {verdict}"
 
 
 def align_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """`{name here: name there}` of arrays whose place in the optimizer's chain differs.
+    """`{wanted name: stored name}` of arrays whose position in the optimizer's chain differs.
 
-    optax numbers the parts of a chain, those without a state too: clipping that is switched on moves the
-    momentum from opt_state.0 to opt_state.1. Empty where the names agree, or do not with other numbers.
+    optax numbers all parts of a chain, even those without state: switching clipping on moves the momentum
+    from opt_state.0 to opt_state.1. Empty where the names agree, or do not agree under any numbering.
     """
 
     def by_order(names: Iterable[str]) -> dict[tuple[str, ...], str]:
@@ -92,10 +92,10 @@ def align_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
         key = lambda n, p: (p[0], f"#{order.index(int(p[1]))}", *p[2:]) if n in chain else tuple(p)
         return {key(n, p): n for n, p in parts.items()}
 
-    there, here = by_order(stored), by_order(wanted)
-    if there.keys() != here.keys():
+    stored_keys, wanted_keys = by_order(stored), by_order(wanted)
+    if stored_keys.keys() != wanted_keys.keys():
         return {}
-    return {name: there[key] for key, name in here.items() if there[key] != name}
+    return {name: stored_keys[key] for key, name in wanted_keys.items() if stored_keys[key] != name}
 
 
 # Fields of the state that an older version kept in the parameters' type, and that are float32 now.
@@ -103,10 +103,11 @@ _WIDENED = ("opt_state.", "model_state.", "strategy_state.")
 
 
 def find_widened(
-    stored: dict[str, tuple[tuple[int, ...], str]], wanted: dict[str, tuple[tuple[int, ...], str]]
+    stored: dict[str, tuple[tuple[int, ...], str]],
+    wanted: dict[str, tuple[tuple[int, ...], str]],
 ) -> dict[str, str]:
-    """`{name: type there}` of what lies in bfloat16 beside bfloat16 parameters of an older version, and is
-    float32 here: float32 has every bfloat16, so nothing is lost.
+    """`{name: stored type}` of arrays that an older version saved in bfloat16, as the parameters are, and
+    that are float32 now: float32 has every bfloat16, so nothing is lost.
     """
     return {
         name: stored[name][1]
@@ -127,29 +128,29 @@ def inspect(
     """
     try:
         bad = steps.check_manifest(path)
-        leaves = {} if bad else stored(path)
+        leaves = {} if bad else stored_types(path)
     except Exception as error:
-        check(not passes(error), f"cannot read {path} now: {first_line(error)}")
+        check(not is_transient(error), f"cannot read {path} now: {first_line(error)}")
         bad, leaves = f"unreadable: {first_line(error)}", {}
     if bad:
         return {"bad": bad, "verified": False, "names": {}, "widened": {}}
     for name in leaves:
         check(
-            steps.safe(name.replace("/", "\0")),
+            steps.is_safe_name(name.replace("/", "\0")),
             f"{path} holds an array named {name!r}, which could lead out of a directory: refused",
         )
-    accept(steps.about(path))
+    accept(steps.read_metadata(path))
     verified = leaves.pop(DIGESTS, None)
     names = align_names(leaves, wanted)
-    there = {
+    stored = {
         name: leaves[names.get(name, name)] for name in wanted if names.get(name, name) in leaves
     }
-    there |= {name: leaf for name, leaf in leaves.items() if name not in names.values()}
-    here = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
-    widened = find_widened(there, here)
-    _same_model(path, there | {name: here[name] for name in widened}, here)
-    found = {"bad": "", "verified": verified is not None}
-    return found | {"names": names, "widened": widened}
+    stored |= {name: leaf for name, leaf in leaves.items() if name not in names.values()}
+    expected = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
+    widened = find_widened(stored, expected)
+    _same_model(path, stored | {name: expected[name] for name in widened}, expected)
+    result = {"bad": "", "verified": verified is not None}
+    return result | {"names": names, "widened": widened}
 
 
 def _same_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -165,39 +166,39 @@ def _same_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]
 
 
 def load(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The leaves of a step that `abstract` asks for; ValueError when they cannot be read."""
+    """The leaves of a step that `abstract` names; ValueError when they cannot be read."""
     from orbax.checkpoint import v1 as ocp
 
-    with paths.plain(path) as place:
-        return dict(_ask(lambda: ocp.load(place, abstract)))
+    with paths.plain_path(path) as place:
+        return dict(_call_orbax(lambda: ocp.load(place, abstract)))
 
 
-def stored(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def stored_types(path: epath.Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """`{name: (shape, dtype)}` of the leaves of a step; ValueError when that cannot be read."""
     from orbax.checkpoint import v1 as ocp
 
-    with paths.plain(path) as place:
-        found = _ask(lambda: ocp.metadata(place).metadata)
-    if found is None:  # Orbax's way to say so
+    with paths.plain_path(path) as place:
+        metadata = _call_orbax(lambda: ocp.metadata(place).metadata)
+    if metadata is None:  # without an error, if there is no description
         raise ValueError("Orbax finds no description of the arrays")
-    return {k: (tuple(v.shape), str(v.dtype)) for k, v in found.items()}
+    return {k: (tuple(v.shape), str(v.dtype)) for k, v in metadata.items()}
 
 
-def _ask(function: Callable[[], Any]) -> Any:
-    """Call Orbax without waiting for other processes, so that none hangs when another fails."""
-    with _alone(), _silent():
+def _call_orbax(function: Callable[[], Any]) -> Any:
+    """Call Orbax without its barriers over processes, so that none hangs when another fails."""
+    with _single_process_context(), _silence():
         try:
             return function()
         except Exception as error:
-            kind = ConnectionError if passes(error) else ValueError
-            said = first_line(error)
+            kind = ConnectionError if is_transient(error) else ValueError
+            reason = first_line(error)
         gc.collect()  # of coroutines that hold each other
-    raise kind(said)
+    raise kind(reason)
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without the tracebacks that Python prints, one for each read that Orbax abandons when one fails."""
+def _silence() -> Iterator[None]:
+    """Suppress the tracebacks that Python prints for the reads that Orbax abandons when one fails."""
     tasks, hook = logging.getLogger("asyncio"), sys.unraisablehook
     disabled = tasks.disabled
     sys.unraisablehook, tasks.disabled = lambda _: None, True
@@ -209,7 +210,7 @@ def _silent() -> Iterator[None]:
 
 
 def _ignore_late_answers() -> None:
-    """TensorStore answers abandoned reads at any later time, into an event loop that is closed."""
+    """Ignore TensorStore's late answers to abandoned reads, into an event loop that is closed."""
     hook = sys.unraisablehook
     if getattr(hook, "__name__", "") == "but_late_answers":
         return
@@ -221,7 +222,7 @@ def _ignore_late_answers() -> None:
     sys.unraisablehook = but_late_answers
 
 
-def _alone() -> Any:
+def _single_process_context() -> Any:
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
@@ -232,7 +233,7 @@ def _alone() -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of what the first cause of an error says, in one line."""
+    """The beginning of the message of an error's first cause, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
@@ -241,7 +242,7 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def passes(error: BaseException) -> bool:
-    """Whether an error says nothing of the files themselves."""
+def is_transient(error: BaseException) -> bool:
+    """Whether an error does not come from the files themselves, and may not occur again."""
     kinds = (PermissionError, MemoryError, TimeoutError, ConnectionError)
     return isinstance(error, kinds) or bool(_PASSING.search(f"{error} {first_line(error)}"))

@@ -1,4 +1,4 @@
-"""The saved steps on disk: which there are, what their files must be, where bad ones go. Imports no jax."""
+"""The saved steps on disk: listing, manifests, quarantine of bad ones. Imports no jax."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 
 from etils import epath
 
-from spmd.core.storage import is_remote, json_text, stamp, write_whole
+from spmd.core.storage import is_remote, json_text, size_and_time, write_atomically
 
 MANIFEST = "manifest.json"
 _ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file with our custom metadata in it
-_COMMITTED = "commit_success.txt"  # Orbax's last word in a bucket
-_SMALL = 2**20  # files up to here are hashed; larger ones are array data, which the digests cover
+_COMMITTED = "commit_success.txt"  # the last file that Orbax writes in a bucket
+_SMALL = 2**20  # bytes: files up to this size are hashed; larger ones are array data, with digests
 _UNFINISHED = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
-_STEP = re.compile(r"0|[1-9][0-9]*")  # as it is written: 0300 is a copy of somebody's
+_STEP = re.compile(r"0|[1-9][0-9]*")  # as Orbax writes it: 0300 is a user's copy
 _NAME = re.compile(r"[\w.\-]+")
 
 
-def safe(name: str) -> bool:
-    """Whether a leaf's path name is plain: none that leads out of a directory, none that hides."""
+def is_safe_name(name: str) -> bool:
+    """Whether a leaf's path name can be a file name: no part leads out of the directory or is hidden."""
     return all(_NAME.fullmatch(part) and part.strip(".") for part in name.split("/"))
 
 
-def listed(directory: epath.Path) -> list[int]:
+def list_steps(directory: epath.Path) -> list[int]:
     """The complete steps of a directory of checkpoints, ascending."""
     if not directory.exists():
         return []
-    found = [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
-    if is_remote(directory):  # a bucket cannot rename: there a file says that all is written
-        found = [p for p in found if (p / _COMMITTED).exists()]
-    return sorted(int(p.name) for p in found)
+    step_directories = [p for p in directory.iterdir() if _STEP.fullmatch(p.name)]
+    if is_remote(directory):  # a bucket cannot rename: a file marks complete steps
+        step_directories = [p for p in step_directories if (p / _COMMITTED).exists()]
+    return sorted(int(p.name) for p in step_directories)
 
 
-def clean(directory: epath.Path) -> None:
-    """Removes what killed or failed processes left unfinished."""
+def remove_unfinished(directory: epath.Path) -> None:
+    """Remove steps that killed or failed processes left unfinished."""
     if directory.exists():
         for path in directory.iterdir():
             if _UNFINISHED.fullmatch(path.name):
@@ -46,19 +46,19 @@ def clean(directory: epath.Path) -> None:
 
 
 def delete(directory: epath.Path, step: int) -> None:
-    """Removes a step; killed amid it, no half of a step is left under its name."""
+    """Remove a step; a process killed meanwhile leaves no incomplete step under its name."""
     path = directory / str(step)
     if is_remote(path):
         (path / _COMMITTED).unlink()
         _remove(path)
         return
-    gone = directory / f"{step}.deleted"
-    path.rename(gone)
-    _remove(gone)
+    doomed = directory / f"{step}.deleted"
+    path.rename(doomed)
+    _remove(doomed)
 
 
 def _remove(path: epath.Path) -> None:
-    """Tried again for a second, since a failed save's threads may still be writing, and at the next start."""
+    """Remove a directory; tries for a second, since a failed save's threads may still be writing."""
     for _ in range(10):
         with contextlib.suppress(OSError):
             path.rmtree()
@@ -68,21 +68,21 @@ def _remove(path: epath.Path) -> None:
 
 def _files(path: epath.Path) -> dict[str, epath.Path]:
     """Every file below `path` but the manifest, by relative name."""
-    found: dict[str, epath.Path] = {}
+    files: dict[str, epath.Path] = {}
     for child in sorted(path.iterdir()):
         if child.is_dir():
-            found |= {f"{child.name}/{name}": file for name, file in _files(child).items()}
+            files |= {f"{child.name}/{name}": file for name, file in _files(child).items()}
         elif child.name not in (MANIFEST, f"{MANIFEST}.part"):
-            found[child.name] = child
-    return found
+            files[child.name] = child
+    return files
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _facts(file: epath.Path) -> dict[str, Any]:
-    size, _ = stamp(file)
+def _file_facts(file: epath.Path) -> dict[str, Any]:
+    size, _ = size_and_time(file)
     return {"size": size} | ({"sha256": _sha256(file.read_bytes())} if size <= _SMALL else {})
 
 
@@ -91,20 +91,20 @@ def _seal(files: dict[str, Any]) -> str:
 
 
 def write_manifest(path: epath.Path) -> None:
-    """Lists the files of a complete step, in the step."""
-    files = {name: _facts(file) for name, file in _files(path).items()}
+    """Write a list of the files of a complete step into the step."""
+    files = {name: _file_facts(file) for name, file in _files(path).items()}
     text = json_text({"files": files, "sha256": _seal(files)}, indent=1) + "\n"
-    write_whole(path / MANIFEST, text)
+    write_atomically(path / MANIFEST, text)
 
 
-def sealed(path: epath.Path) -> bool:
-    """Whether a step has a manifest; not when the process was killed right after saving."""
+def has_manifest(path: epath.Path) -> bool:
+    """Whether a step has a manifest; it has none if the process was killed right after saving."""
     return (path / MANIFEST).exists()
 
 
 def check_manifest(path: epath.Path) -> str:
     """Differences from the manifest of a step; "" when there are none, or no manifest."""
-    if not sealed(path):
+    if not has_manifest(path):
         return ""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -113,20 +113,20 @@ def check_manifest(path: epath.Path) -> str:
         return f"{MANIFEST} is no manifest"
     if _seal(expected) != seal:
         return f"{MANIFEST} has been changed"
-    found = _files(path)
+    files = _files(path)
     for name, facts in expected.items():
-        if name not in found:
+        if name not in files:
             return f"file {name} is missing"
-        now = _facts(found[name])
-        if now["size"] != facts["size"]:
-            return f"file {name} has {now['size']} bytes instead of {facts['size']}"
-        if now != facts:
+        facts_now = _file_facts(files[name])
+        if facts_now["size"] != facts["size"]:
+            return f"file {name} has {facts_now['size']} bytes instead of {facts['size']}"
+        if facts_now != facts:
             return f"file {name} has another sha256"
-    extra = [name for name in found if name not in expected]
+    extra = [name for name in files if name not in expected]
     return f"file {extra[0]} does not belong there" if extra else ""
 
 
-def about(path: epath.Path) -> dict[str, Any]:
+def read_metadata(path: epath.Path) -> dict[str, Any]:
     """Metadata saved with the arrays of a step: its metrics, data position, configuration."""
     try:
         return {**json.loads((path / _ABOUT).read_bytes())["custom_metadata"]}
@@ -134,32 +134,32 @@ def about(path: epath.Path) -> dict[str, Any]:
         return {}
 
 
-def size(path: epath.Path) -> int:
+def num_bytes(path: epath.Path) -> int:
     """Bytes of a step."""
-    return sum(stamp(file)[0] for file in _files(path).values())
+    return sum(size_and_time(file)[0] for file in _files(path).values())
 
 
 def quarantine(directory: epath.Path, step: int, reason: str) -> str:
-    """Moves a bad step to quarantine/ beside `directory`, with the reason; returns what became of it."""
+    """Move a bad step to quarantine/ beside `directory`, with the reason; returns a phrase that says so."""
     place = directory.parent / "quarantine"
     try:
         place.mkdir(exist_ok=True)
         names = [str(step), *(f"{step}.{n}" for n in range(1, 10_000))]
-        to = next(place / name for name in names if not (place / name).exists())
-        (directory / str(step)).rename(to)
-        (to / "reason.txt").write_text(reason + "\n")
+        target = next(place / name for name in names if not (place / name).exists())
+        (directory / str(step)).rename(target)
+        (target / "reason.txt").write_text(reason + "\n")
     except OSError as error:
         return f"left in place ({error.strerror or error})"
-    return f"moved to {to}"
+    return f"moved to {target}"
 
 
-def quarantined(directory: epath.Path) -> dict[str, str]:
-    """`{name: reason}` of what is in quarantine."""
+def list_quarantine(directory: epath.Path) -> dict[str, str]:
+    """`{name: reason}` of the steps in quarantine."""
     place = directory.parent / "quarantine"
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for path in sorted(place.iterdir()) if place.exists() else []:
         try:
-            found[path.name] = (path / "reason.txt").read_text().strip()
+            reasons[path.name] = (path / "reason.txt").read_text().strip()
         except OSError:
-            found[path.name] = "(no reason.txt)"
-    return found
+            reasons[path.name] = "(no reason.txt)"
+    return reasons

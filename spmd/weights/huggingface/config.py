@@ -1,7 +1,7 @@
-"""config.json of Hugging Face: what is written there, and what a foreign one may say.
+"""config.json of Hugging Face: written from a model, and compared with it.
 
-Every field is compared with the model, or has one supported value, or is known to change no output. Any other
-is refused by name: a model of another function has other fields.
+A field is compared with the model, or has a supported value, or changes no output. Any other is refused by
+name, since it may belong to a model with another function.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ ALIASES = {
     "mixtral": {"num_local_experts": "num_experts"},
 }
 
-# What the class at Hugging Face takes for a field that config.json does not have.
+# Defaults of the classes at Hugging Face for fields that config.json does not have.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "vocab_size": 50257,
@@ -123,11 +123,11 @@ SAME = {  # "gelu" is the exact one, by erf
     "swish": "silu",
 }
 ROPE = ("rope_parameters", "rope_scaling")
-APART = {"architectures", "sliding_window", *ROPE}  # looked at in their own way
+APART = {"architectures", "sliding_window", *ROPE}  # compared separately
 
 
-def config_of(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
-    """The fields of config.json that say what the model computes, as transformers reads them."""
+def build_config(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
+    """The fields of config.json that determine the output of the model, as transformers reads them."""
     common = {
         "model_type": family,
         "vocab_size": model.vocab,
@@ -190,89 +190,91 @@ def _llama_config(model: Transformer) -> dict[str, Any]:
     }
 
 
-def differences(model: Transformer, family: str, there: Mapping[str, Any]) -> list[str]:
+def find_differences(model: Transformer, family: str, foreign: Mapping[str, Any]) -> list[str]:
     """Fields of a config.json that the model contradicts, or whose meaning is unknown.
 
     Returns a line for each field. A field that is null is one that is not there, as in transformers.
     """
-    if there.get("model_type", family) != family:
-        return [f"model_type: {there['model_type']} there, {family} here"]
-    given = {name: value for name, value in there.items() if value is not None}
+    if foreign.get("model_type", family) != family:
+        return [f"model_type: {foreign['model_type']} there, {family} here"]
+    fields = {name: value for name, value in foreign.items() if value is not None}
     return [
-        *_of_sizes(model, family, given),
-        *_of_rope(family, given),
-        *_others(model, family, given),
+        *_compare_sizes(model, family, fields),
+        *_compare_rope(family, fields),
+        *_compare_others(model, family, fields),
     ]
 
 
-def _of_sizes(model: Transformer, family: str, given: Mapping[str, Any]) -> Iterator[str]:
-    """The fields that the model has too, with the defaults of the class for those that are not given."""
-    here = config_of(model, family, "")
-    values = _with_defaults(model, family, given)
-    for name in sorted(here.keys() & values.keys() - HARMLESS - APART):
-        ours, theirs = here[name], values[name]
-        if SAME.get(str(ours), ours) != SAME.get(str(theirs), theirs):
+def _compare_sizes(model: Transformer, family: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about fields that the model has too; missing ones have the defaults of the class."""
+    model_fields = build_config(model, family, "")
+    values = _with_defaults(model, family, fields)
+    for name in sorted(model_fields.keys() & values.keys() - HARMLESS - APART):
+        expected, value = model_fields[name], values[name]
+        if SAME.get(str(expected), expected) != SAME.get(str(value), value):
             inside = name == "rope_theta" and any(
-                name in value for value in _rope_dicts(given).values()
+                name in value for value in _rope_dicts(fields).values()
             )
-            default = "" if name in given or inside else " (the default)"
-            yield f"{name}: {theirs}{default} there, {ours} here"
+            default = "" if name in fields or inside else " (the default)"
+            yield f"{name}: {value}{default} there, {expected} here"
     for name, alias in ALIASES[family].items():
-        if name in given and given.get(alias, given[name]) != given[name]:
-            yield f"{name}: {given[name]} there, but {alias}: {given[alias]}, which means the same"
+        if name in fields and fields.get(alias, fields[name]) != fields[name]:
+            yield f"{name}: {fields[name]} there, but {alias}: {fields[alias]}, which means the same"
 
 
-def _with_defaults(model: Transformer, family: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    aliases = {name: given[alias] for name, alias in ALIASES[family].items() if alias in given}
-    values = {**DEFAULTS[family], **aliases, **given}
+def _with_defaults(model: Transformer, family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    aliases = {name: fields[alias] for name, alias in ALIASES[family].items() if alias in fields}
+    values = {**DEFAULTS[family], **aliases, **fields}
     if family == "gpt2":
         return {"n_inner": 4 * values["n_embd"], **values}
     heads = values["num_attention_heads"]
-    wide = values["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else model.width
-    values = {"num_key_value_heads": heads, "head_dim": wide, **values}
-    inside = [value["rope_theta"] for value in _rope_dicts(given).values() if "rope_theta" in value]
-    return values | {"rope_theta": inside[0] if inside else values["rope_theta"]}
+    head_dim = (
+        values["hidden_size"] // heads if isinstance(heads, int) and heads > 0 else model.width
+    )
+    values = {"num_key_value_heads": heads, "head_dim": head_dim, **values}
+    bases = [value["rope_theta"] for value in _rope_dicts(fields).values() if "rope_theta" in value]
+    return values | {"rope_theta": bases[0] if bases else values["rope_theta"]}
 
 
-def _rope_dicts(given: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {name: given[name] for name in ROPE if isinstance(given.get(name), Mapping)}
+def _rope_dicts(fields: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: fields[name] for name in ROPE if isinstance(fields.get(name), Mapping)}
 
 
-def _of_rope(family: str, given: Mapping[str, Any]) -> Iterator[str]:
-    """Rotary angles other than the plain ones, and places that name two bases."""
-    names = [name for name in (*ROPE, "rope_theta") if name in given]
+def _compare_rope(family: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about scaled rotary angles, and contradicting bases."""
+    names = [name for name in (*ROPE, "rope_theta") if name in fields]
     if family == "gpt2":
-        yield from (f"{name}: {given[name]} there, which gpt2 does not have" for name in names)
+        yield from (f"{name}: {fields[name]} there, which gpt2 does not have" for name in names)
         return
-    bases = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
-    for name, value in _rope_dicts(given).items():
+    bases = {"rope_theta": fields["rope_theta"]} if "rope_theta" in fields else {}
+    for name, value in _rope_dicts(fields).items():
         kind = value.get("rope_type", value.get("type", "default"))
         if kind != "default":
             yield f"rope_type: {kind} there, which the model does not have"
             continue
         bases |= {f"{name}.rope_theta": value["rope_theta"]} if "rope_theta" in value else {}
-        known = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
-        for inner in sorted(value.keys() - known):
+        plain_fields = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
+        for inner in sorted(value.keys() - plain_fields):
             if value[inner] is not None and (inner, value[inner]) != ("partial_rotary_factor", 1.0):
                 yield f"{name}.{inner}: {value[inner]} there, which the model does not have"
     for name in ROPE:
-        if name in given and not isinstance(given[name], Mapping):
-            yield f"{name}: {given[name]} there, which is no object"
+        if name in fields and not isinstance(fields[name], Mapping):
+            yield f"{name}: {fields[name]} there, which is no object"
     if len(set(bases.values())) > 1:
         yield (
             "; ".join(f"{name}: {base}" for name, base in bases.items()) + " there, which disagree"
         )
 
 
-def _others(model: Transformer, family: str, given: Mapping[str, Any]) -> Iterator[str]:
-    """Fields that the model has no word for: one supported value, or refused."""
-    here = config_of(model, family, "").keys()
+def _compare_others(model: Transformer, family: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about fields without a counterpart in the model, unless their value is supported."""
+    model_fields = build_config(model, family, "").keys()
     aliases = set(ALIASES[family].values())
-    for name, value in sorted(given.items()):
+    for name, value in sorted(fields.items()):
         if name in HARMLESS or name in aliases or name in ROPE or name == "rope_theta":
             continue
         if name == "architectures":
-            yield from _of_architectures(family, value)
+            yield from _compare_architectures(family, value)
         elif name == "auto_map":
             custom = [k for k in value if "Tokenizer" not in k and "Processor" not in k]
             if custom:
@@ -286,22 +288,22 @@ def _others(model: Transformer, family: str, given: Mapping[str, Any]) -> Iterat
         elif name == "layer_types":
             if set(value) != {"full_attention"}:
                 yield f"layer_types: {value} there, but every layer of the model is full_attention"
-        elif name in here:
+        elif name in model_fields:
             continue  # compared with the model
         elif name in SUPPORTED:
             if value not in SUPPORTED[name]:
-                ours = " or ".join(map(str, SUPPORTED[name]))
-                yield f"{name}: {value} there, but the model computes that of {ours}"
+                supported = " or ".join(map(str, SUPPORTED[name]))
+                yield f"{name}: {value} there, but the model computes that of {supported}"
         else:
-            known = {*HARMLESS, *here, *SUPPORTED}
+            names = {*HARMLESS, *model_fields, *SUPPORTED}
             yield (
-                f"{name}: {value} there, a field that is not known here.{closest(name, known)} Take it out"
+                f"{name}: {value} there, a field that is not known here.{closest(name, names)} Take it out"
                 " if the model computes the same without it"
             )
 
 
-def _of_architectures(family: str, value: Any) -> Iterator[str]:
+def _compare_architectures(family: str, value: Any) -> Iterator[str]:
     names = value if isinstance(value, list) else [value]
-    strange = [name for name in names if not str(name).lower().startswith(family)]
-    if strange:
-        yield f"architectures: {', '.join(map(str, strange))} there, which is not of {family}"
+    foreign = [name for name in names if not str(name).lower().startswith(family)]
+    if foreign:
+        yield f"architectures: {', '.join(map(str, foreign))} there, which is not of {family}"

@@ -1,4 +1,4 @@
-"""Which safetensors of a directory hold a model: one source for each tensor, or an error that names both."""
+"""The safetensors files of a model in a directory: one source for each tensor, or an error."""
 
 from __future__ import annotations
 
@@ -19,46 +19,48 @@ UNREAD = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, under the name that it has there."""
+    """A tensor in a file."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
 
 
-def present(path: Path) -> bool:
+def has_weights(path: Path) -> bool:
     """Whether there are safetensors in a directory."""
     return path.is_dir() and (any(path.glob("*.safetensors")) or (path / INDEX).exists())
 
 
-def unread(path: Path) -> list[str]:
-    """Files of weights in formats that are not read; those of PyTorch are pickles, which run code."""
-    found = {p.name for pattern in UNREAD for p in path.glob(pattern)} if path.is_dir() else set()
-    return sorted(found)
+def unreadable_files(path: Path) -> list[str]:
+    """Files of weights in formats that are not read; PyTorch's are pickles, which execute code."""
+    names_found = (
+        {p.name for pattern in UNREAD for p in path.glob(pattern)} if path.is_dir() else set()
+    )
+    return sorted(names_found)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file, {} without one; ValueError for anything else, a key twice included."""
+    """The object in a file, {} without the file; ValueError for anything else, and for duplicate keys."""
     if not file.exists():
         return {}
     try:
-        found = json.loads(file.read_text(), object_pairs_hook=_unique)
-        return {**found}
+        content = json.loads(file.read_text(), object_pairs_hook=_check_unique)
+        return {**content}
     except (ValueError, TypeError) as error:
         raise ValueError(f"init.from: {file} is no JSON object: {error}") from None
 
 
-def tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]:
-    """The tensors of a directory by their full name, from the headers of its files, and what is left aside.
+def read_tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]:
+    """The tensors of a directory by full name, from the headers of its files, and a note on unused files.
 
-    `model.safetensors` wins over an index and its parts, as in transformers. ValueError when a file is
-    missing or truncated, when two files hold a tensor, or when the index says that it is in another.
+    `model.safetensors` has precedence over an index and its parts, as in transformers. ValueError when a file
+    is missing or truncated, when two files hold a tensor, or when the index names another file for it.
     """
-    files, listed, aside = _chosen(path)
-    found: dict[str, StoredTensor] = {}
-    seen: dict[str, str] = {}  # full name -> where, for a message
+    files, listed, note = _choose_files(path)
+    tensors: dict[str, StoredTensor] = {}
+    origins: dict[str, str] = {}  # full name -> where, for a message
     for file in files:
-        for name, entry in _header(path / file):
+        for name, entry in _read_header(path / file):
             if name.endswith(names.BUFFERS):
                 continue
             check(
@@ -73,29 +75,29 @@ def tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]:
             )
             full = full_name(name, family)
             check(
-                full not in seen,
-                f"init.from: {path} holds {full} twice: {seen.get(full)} and {name} in {file}; remove one",
+                full not in origins,
+                f"init.from: {path} holds {full} twice: {origins.get(full)} and {name} in {file}; remove one",
             )
-            seen[full] = f"{name} in {file}"
-            found[full] = entry
-    absent = sorted(listed.keys() - {s.rpartition(" in ")[0] for s in seen.values()})
-    absent = [name for name in absent if not name.endswith(names.BUFFERS)]
+            origins[full] = f"{name} in {file}"
+            tensors[full] = entry
+    missing = sorted(listed.keys() - {s.rpartition(" in ")[0] for s in origins.values()})
+    missing = [name for name in missing if not name.endswith(names.BUFFERS)]
     check(
-        not absent,
-        f"init.from: {path / INDEX} says that {', '.join(absent[:3])} is in"
-        f" {', '.join(sorted({listed[name] for name in absent[:3]}))}, which does not hold it",
+        not missing,
+        f"init.from: {path / INDEX} says that {', '.join(missing[:3])} is in"
+        f" {', '.join(sorted({listed[name] for name in missing[:3]}))}, which does not hold it",
     )
-    return found, aside
+    return tensors, note
 
 
 def full_name(name: str, family: str) -> str:
-    """With the prefix, which base models are stored without."""
+    """The name of a tensor with its prefix, which base models lack."""
     prefix = names.PREFIX[family]
     return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
 
-def _chosen(path: Path) -> tuple[list[str], dict[str, str], str]:
-    """(files to read, the file of each tensor by the index, what is left aside)."""
+def _choose_files(path: Path) -> tuple[list[str], dict[str, str], str]:
+    """(files to read, the file of each tensor by the index, a note on unused files)."""
     check(
         not (path / ADAPTER).exists(),
         f"init.from: {path} holds an adapter ({ADAPTER}), which is not read: merge it into its model first"
@@ -108,8 +110,8 @@ def _chosen(path: Path) -> tuple[list[str], dict[str, str], str]:
     )
     present = sorted(p.name for p in path.glob("*.safetensors"))
     if (path / SINGLE).is_file():
-        others = [*[INDEX] * (path / INDEX).exists(), *(f for f in present if f != SINGLE)]
-        return [SINGLE], {}, f"{_some(others)} beside it left aside" if others else ""
+        unused = [*[INDEX] * (path / INDEX).exists(), *(f for f in present if f != SINGLE)]
+        return [SINGLE], {}, f"{_shorten_list(unused)} beside it left aside" if unused else ""
     index = read_json(path / INDEX)
     if not index:
         _check_parts(path, present)
@@ -125,37 +127,39 @@ def _chosen(path: Path) -> tuple[list[str], dict[str, str], str]:
             (path / file).is_file(),
             f"init.from: {path / file}, which the index names, is missing",
         )
-    others = [f for f in present if f not in files]
+    unused = [f for f in present if f not in files]
     return (
         files,
         listed,
-        f"{_some(others)}, which the index does not name, left aside" if others else "",
+        f"{_shorten_list(unused)}, which the index does not name, left aside" if unused else "",
     )
 
 
 def _check_parts(path: Path, files: list[str]) -> None:
-    """ValueError unless the files, without an index, are one, or the parts 1 to n of one model."""
+    """ValueError unless the files, without an index, are a single one, or parts 1 to n of a model."""
     parts = [PART.fullmatch(file) for file in files]
-    whole = {(m[1], m[3]) for m in parts if m}
-    if len(files) == 1 and not whole:
+    models = {(m[1], m[3]) for m in parts if m}
+    if len(files) == 1 and not models:
         return
     check(
-        len(whole) == 1 and all(parts),
-        f"init.from: {path} holds {_some(files)} and no {INDEX}: which of them is the model? Leave one, or"
-        f" name it {SINGLE}",
+        len(models) == 1 and all(parts),
+        f"init.from: {path} holds {_shorten_list(files)} and no {INDEX}: which of them is the model? Leave"
+        f" one, or name it {SINGLE}",
     )
-    (base, count), digits = next(iter(whole)), len(files[0].split("-")[-3])
-    wanted = [f"{base}-{i:0{digits}}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
-    missing = [file for file in wanted if file not in files]
-    check(not missing, f"init.from: {path} lacks {_some(missing)} of its {int(count)} parts")
+    (base, count), digits = next(iter(models)), len(files[0].split("-")[-3])
+    expected = [f"{base}-{i:0{digits}}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
+    missing = [file for file in expected if file not in files]
+    check(
+        not missing, f"init.from: {path} lacks {_shorten_list(missing)} of its {int(count)} parts"
+    )
 
 
-def _header(file: Path) -> list[tuple[str, StoredTensor]]:
+def _read_header(file: Path) -> list[tuple[str, StoredTensor]]:
     from safetensors import safe_open
 
     try:
-        with safe_open(file, "np") as opened:
-            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+        with safe_open(file, "np") as reader:
+            views = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (no dict)
             return [
                 (name, StoredTensor(file.name, tuple(view.get_shape()), view.get_dtype()))
                 for name, view in views.items()
@@ -166,19 +170,19 @@ def _header(file: Path) -> list[tuple[str, StoredTensor]]:
         ) from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"it has the key {twice!r} twice")
-    return found
+        duplicate = next(key for key in content if keys.count(key) > 1)
+        raise ValueError(f"it has the key {duplicate!r} twice")
+    return content
 
 
 def _is_name(file: Any) -> bool:
     return isinstance(file, str) and Path(file).name == file
 
 
-def _some(files: Iterable[str]) -> str:
+def _shorten_list(files: Iterable[str]) -> str:
     files = list(files)
     return ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")

@@ -1,4 +1,4 @@
-"""Where each array of a Transformer lies in the files of Hugging Face: names and layouts."""
+"""Names and layouts of a Transformer's arrays in the files of Hugging Face."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 class Part(NamedTuple):
-    """An array of ours in a tensor, each of whose axes is one or more dims of a layer's array, in order."""
+    """An array of a Transformer in a tensor, whose axes are each one or more dims of a layer's array."""
 
     array: str
     axes: tuple[tuple[int, ...], ...]
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     def block(
         self, tensor: Any, offset: int, shape: Sequence[int], index: Sequence[slice]
     ) -> np.ndarray:
-        """The block `index` of a layer's array of this shape, of which no more is read than needed.
+        """The block `index` of a layer's array of this shape; reads no more than the block.
 
         tensor: sliceable. offset: where the array begins along the tensor's last axis.
         """
@@ -57,8 +57,8 @@ class Part(NamedTuple):
             for dims in self.axes
             for d in dims
         ]
-        found = tensor[tuple(ranges)].reshape(sizes)[tuple(inner)]
-        return found.transpose(np.argsort(order))
+        block = tensor[tuple(ranges)].reshape(sizes)[tuple(inner)]
+        return block.transpose(np.argsort(order))
 
     def flat(self, array: np.ndarray) -> np.ndarray:
         """A layer's array as the tensor's part."""
@@ -67,8 +67,8 @@ class Part(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of the files. at: where it lies in its arrays, (), (layer,) or (layer, expert); parts: side by
-    side on its last axis.
+    """A tensor of the files. at: its index in its arrays, (), (layer,) or (layer, expert); parts: arrays side
+    by side on its last axis.
     """
 
     name: str
@@ -81,8 +81,8 @@ class Tensor(NamedTuple):
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
         """From those of a layer's arrays."""
-        each = [part.shape_there(self.inner(shapes[part.array])) for part in self.parts]
-        return (*each[0][:-1], sum(shape[-1] for shape in each))
+        shapes_of_parts = [part.shape_there(self.inner(shapes[part.array])) for part in self.parts]
+        return (*shapes_of_parts[0][:-1], sum(shape[-1] for shape in shapes_of_parts))
 
 
 ROWS, COLUMNS = ((0,), (1,)), ((1,), (0,))  # a matrix as it is, and transposed
@@ -90,24 +90,24 @@ ROWS, COLUMNS = ((0,), (1,)), ((1,), (0,))  # a matrix as it is, and transposed
 
 def tensors(model: Transformer, family: str) -> Iterator[Tensor]:
     """All tensors of a model, in the order of their layers."""
-    one = lambda name, array, axes: Tensor(name, (), (Part(array, axes),))
+    single = lambda name, array, axes: Tensor(name, (), (Part(array, axes),))
     if family == "gpt2":
-        yield one("transformer.wte.weight", "embed/table", ROWS)
-        yield one("transformer.wpe.weight", "position/table", ROWS)
+        yield single("transformer.wte.weight", "embed/table", ROWS)
+        yield single("transformer.wpe.weight", "position/table", ROWS)
     else:
-        yield one("model.embed_tokens.weight", "embed/table", ROWS)
+        yield single("model.embed_tokens.weight", "embed/table", ROWS)
     for layer in range(model.layers):
         for name, expert, parts in _block(model, family):
             blocks = tuple(Part(f"blocks/{array}", axes) for array, axes in parts)
             prefix = "transformer.h" if family == "gpt2" else "model.layers"
             yield Tensor(f"{prefix}.{layer}.{name}", (layer, *expert), blocks)
     if family == "gpt2":
-        yield one("transformer.ln_f.weight", "norm/scale", ((0,),))
-        yield one("transformer.ln_f.bias", "norm/bias", ((0,),))
+        yield single("transformer.ln_f.weight", "norm/scale", ((0,),))
+        yield single("transformer.ln_f.bias", "norm/bias", ((0,),))
     else:
-        yield one("model.norm.weight", "norm/scale", ((0,),))
+        yield single("model.norm.weight", "norm/scale", ((0,),))
     if not model.tied:
-        yield one("lm_head.weight", "head/kernel", COLUMNS)
+        yield single("lm_head.weight", "head/kernel", COLUMNS)
 
 
 def _block(model: Transformer, family: str) -> Iterator[tuple[str, tuple[int, ...], list[Any]]]:
@@ -117,13 +117,13 @@ def _block(model: Transformer, family: str) -> Iterator[tuple[str, tuple[int, ..
     if family == "mixtral":
         yield "block_sparse_moe.gate.weight", (), [("mlp/router/kernel", COLUMNS)]
         for i in range(model.experts.num):
-            for there, here in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
-                name = f"block_sparse_moe.experts.{i}.{there}.weight"
-                yield name, (i,), [(f"mlp/{here}/kernel", COLUMNS)]
+            for foreign_name, layer_name in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+                name = f"block_sparse_moe.experts.{i}.{foreign_name}.weight"
+                yield name, (i,), [(f"mlp/{layer_name}/kernel", COLUMNS)]
 
 
 def _gpt2() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """Its Conv1D keeps matrices as [inputs, outputs], queries, keys and values side by side."""
+    """Names of a GPT-2 layer: matrices [inputs, outputs]; queries, keys and values are side by side."""
     heads = ("query", "key", "value")
     vector = ((0,),)
     yield "ln_1.weight", [("attention_norm/scale", vector)]
@@ -134,26 +134,29 @@ def _gpt2() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     yield "attn.c_proj.bias", [("attention/out/bias", vector)]
     yield "ln_2.weight", [("mlp_norm/scale", vector)]
     yield "ln_2.bias", [("mlp_norm/bias", vector)]
-    for there, here in (("c_fc", "up"), ("c_proj", "down")):
-        yield f"mlp.{there}.weight", [(f"mlp/{here}/kernel", ROWS)]
-        yield f"mlp.{there}.bias", [(f"mlp/{here}/bias", vector)]
+    for foreign_name, layer_name in (("c_fc", "up"), ("c_proj", "down")):
+        yield f"mlp.{foreign_name}.weight", [(f"mlp/{layer_name}/kernel", ROWS)]
+        yield f"mlp.{foreign_name}.bias", [(f"mlp/{layer_name}/bias", vector)]
 
 
 def _llama(bias: bool, dense: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """Matrices as [outputs, inputs]; rotary pairs are the halves of a head, as ours are."""
+    """Names of a Llama layer: matrices [outputs, inputs]; rotary pairs are the halves of a head, as here."""
     yield "input_layernorm.weight", [("attention_norm/scale", ((0,),))]
-    for letter, here in (("q", "query"), ("k", "key"), ("v", "value")):
-        yield f"self_attn.{letter}_proj.weight", [(f"attention/{here}/kernel", ((1, 2), (0,)))]
+    for letter, layer_name in (("q", "query"), ("k", "key"), ("v", "value")):
+        yield (
+            f"self_attn.{letter}_proj.weight",
+            [(f"attention/{layer_name}/kernel", ((1, 2), (0,)))],
+        )
         if bias:
-            yield f"self_attn.{letter}_proj.bias", [(f"attention/{here}/bias", ((0, 1),))]
+            yield f"self_attn.{letter}_proj.bias", [(f"attention/{layer_name}/bias", ((0, 1),))]
     yield "self_attn.o_proj.weight", [("attention/out/kernel", ((2,), (0, 1)))]
     if bias:
         yield "self_attn.o_proj.bias", [("attention/out/bias", ((0,),))]
     yield "post_attention_layernorm.weight", [("mlp_norm/scale", ((0,),))]
-    for here in ("gate", "up", "down") if dense else ():
-        yield f"mlp.{here}_proj.weight", [(f"mlp/{here}/kernel", COLUMNS)]
+    for layer_name in ("gate", "up", "down") if dense else ():
+        yield f"mlp.{layer_name}_proj.weight", [(f"mlp/{layer_name}/kernel", COLUMNS)]
         if bias:
-            yield f"mlp.{here}_proj.bias", [(f"mlp/{here}/bias", ((0,),))]
+            yield f"mlp.{layer_name}_proj.bias", [(f"mlp/{layer_name}/bias", ((0,),))]
 
 
 def family_of(model: Any) -> str:
@@ -164,16 +167,16 @@ def family_of(model: Any) -> str:
     )
     differ: dict[str, list[str]] = {}
     for family, fields in FAMILIES.items():
-        wanted = fields | {"qk_norm": False, "logit_cap": 0.0}
+        expected = fields | {"qk_norm": False, "logit_cap": 0.0}
         if family == "mixtral":
-            wanted |= {"experts.shared": 0, "experts.bias_rate": 0.0}
+            expected |= {"experts.shared": 0, "experts.bias_rate": 0.0}
         else:
-            wanted |= {"experts.num": 0}
-        found = {name: operator.attrgetter(name)(model) for name in wanted}
+            expected |= {"experts.num": 0}
+        actual = {name: operator.attrgetter(name)(model) for name in expected}
         differ[family] = [
-            f"model.{name}={found[name]}"
-            for name, value in wanted.items()
-            if found[name] != (model.heads if value == "heads" else value)
+            f"model.{name}={actual[name]}"
+            for name, value in expected.items()
+            if actual[name] != (model.heads if value == "heads" else value)
         ]
         if family == "mixtral" and not model.experts.num:
             differ[family].append("model.experts.num=0")

@@ -1,4 +1,4 @@
-"""A model's parameters as a directory that transformers' from_pretrained loads."""
+"""Write a model's parameters as a directory that transformers' from_pretrained loads."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from spmd.core.storage import json_text
 from spmd.weights.huggingface import config, names
 from spmd.weights.huggingface.files import INDEX
 
-SHARD = 2 * 2**30  # bytes of a file; so much of the host's memory is needed
+SHARD = 2 * 2**30  # bytes of a file, and of the host's memory that writing needs
 
 
 def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> list[str]:
-    """Writes config.json and safetensors of at most `shard` bytes (or one tensor); returns the file names.
+    """Write config.json and safetensors of at most `shard` bytes (or one tensor); returns the file names.
 
-    All or nothing: written beside, then renamed. ValueError when the directory exists, or when the model is
-    of no family that is known there.
+    The directory is renamed once it is complete. ValueError when it exists, or when the model belongs to none
+    of FAMILIES.
     """
     family = names.family_of(model)
     path = Path(os.path.abspath(os.path.expanduser(directory)))
@@ -34,44 +34,44 @@ def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> lis
         raise ValueError("run.py export needs: pip install safetensors") from None
     leaves = tree.named_leaves(params)
     shards = _shards(model, family, leaves, shard)
-    total = sum(_bytes(t, leaves) for its in shards for t in its)
+    total = sum(_bytes(t, leaves) for tensors in shards for t in tensors)
     part = path.parent / f"{path.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        where = {}
-        for i, its in enumerate(shards, 1):
-            several = f"model-{i:05}-of-{len(shards):05}.safetensors"
-            file = several if len(shards) > 1 else "model.safetensors"
-            content = {t.name: _tensor(t, model, leaves) for t in its}
+        file_of = {}
+        for i, tensors in enumerate(shards, 1):
+            numbered = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            file = numbered if len(shards) > 1 else "model.safetensors"
+            content = {t.name: _tensor(t, model, leaves) for t in tensors}
             save_file(content, part / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(content, file)
+            file_of |= dict.fromkeys(content, file)
         if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": where}
+            index = {"metadata": {"total_size": total}, "weight_map": file_of}
             (part / INDEX).write_text(json_text(index, indent=1) + "\n")
         dtype = str(leaves["embed/table"].dtype)
-        fields = config.config_of(model, family, dtype)
+        fields = config.build_config(model, family, dtype)
         (part / "config.json").write_text(json_text(fields, indent=1) + "\n")
         part.rename(path)
     except OSError as error:
         raise ValueError(f"--to {directory}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return sorted({*where.values()})
+    return sorted({*file_of.values()})
 
 
 def _shards(model: Any, family: str, leaves: Any, limit: int) -> list[list[names.Tensor]]:
-    """Tensors in order, filled into files."""
-    found: list[list[names.Tensor]] = [[]]
+    """The tensors of each file, in order."""
+    shards: list[list[names.Tensor]] = [[]]
     size = 0
     for tensor in names.tensors(model, family):
-        more = _bytes(tensor, leaves)
-        if found[-1] and size + more > limit:
-            found.append([])
+        size_of_tensor = _bytes(tensor, leaves)
+        if shards[-1] and size + size_of_tensor > limit:
+            shards.append([])
             size = 0
-        found[-1].append(tensor)
-        size += more
-    return found
+        shards[-1].append(tensor)
+        size += size_of_tensor
+    return shards
 
 
 def _bytes(tensor: names.Tensor, leaves: Any) -> int:
@@ -83,7 +83,7 @@ def _bytes(tensor: names.Tensor, leaves: Any) -> int:
 
 
 def _tensor(tensor: names.Tensor, model: Any, leaves: Any) -> np.ndarray:
-    """Gathered on the host, without the rows that tables have here beyond the vocabulary."""
+    """A tensor gathered on the host, without the padding rows of tables."""
     parts = []
     for part in tensor.parts:
         leaf = leaves[part.array]

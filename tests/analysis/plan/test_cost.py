@@ -136,7 +136,7 @@ def test_peak_is_near_the_compiled_one(case):
 def test_flops_of_the_transformer_are_those_of_its_jaxpr(kind):
     model = Transformer(vocab=64, length=16, layers=3, heads=4, embed=32, **BLOCKS[kind])
     program = published.program(model, 16, 5)
-    counted = flops.of_step(program.task, program.abstract_batch())
+    counted = flops.count_step(program.task, program.abstract_batch())
     assert facts.transformer_flops(model, 5, 16) == dict(counted)
 
 

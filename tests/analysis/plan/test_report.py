@@ -167,9 +167,9 @@ def test_a_budget_names_the_collective_and_its_line(compiled):
     program = compiled.compiled.program
     total = sum(c.count * c.wire_bytes for c in program.collectives if "data" in c.axes)
     holds = spmd.CommsBudget(forbid=("all-to-all",), max_bytes={"data": f"{int(total) + 1} B"})
-    assert budget.violations(holds, program) == []
+    assert budget.find_violations(holds, program) == []
     exceeded = spmd.CommsBudget(forbid=("all-reduce",), max_bytes={"data": "1 KB", "tensor": "1 B"})
-    forbidden, over = budget.violations(exceeded, program)
+    forbidden, over = budget.find_violations(exceeded, program)
     assert forbidden.startswith("all-reduce is forbidden, the step has")
     assert "spmd/models/mlp.py:" in forbidden
     assert f"may send 1,000 bytes in a step (1 KB), it sends {int(total):,}" in over
@@ -186,7 +186,7 @@ def test_check_ends_with_1_when_the_budget_is_broken(run_main):
 def test_equal_collectives_are_shown_as_one():
     made = hlo.Collective("all-reduce", ("data",), 2, 8, 3, "f32", "a", "spmd/a.py:1", False)
     other = hlo.Collective("all-reduce", ("data",), 2, 64, 1, "f32", "b", "spmd/a.py:2", False)
-    joined = hlo.alike([made, other, made])
+    joined = hlo.merge_alike([made, other, made])
     assert [(c.bytes, c.count) for c in joined] == [(64, 1), (8, 6)]
 
 
