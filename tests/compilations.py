@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from spmd.core.storage import private
+from spmd.core.storage import make_private
 
 MAX_BYTES = 2 * 2**30  # of what is kept; beyond it the oldest entries go
 MIN_SECONDS = 0.05  # what compiles faster is not worth a file
@@ -20,7 +20,7 @@ MIN_SECONDS = 0.05  # what compiles faster is not worth a file
 def start(kept: Path, directory: Path) -> None:
     """Fills a new cache directory with the entries of `kept`."""
     directory.mkdir(mode=0o700, parents=True)
-    if private(kept):
+    if make_private(kept):
         return  # compiled programs are code: nothing is run that others may write
     for entry in kept.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another session may prune
@@ -34,7 +34,7 @@ def keep(directory: Path, kept: Path) -> None:
     """Adds the complete entries of a cache directory to `kept`."""
     from jax._src.compilation_cache import decompress_executable
 
-    if private(kept):
+    if make_private(kept):
         return
     for entry in directory.glob("*-cache"):
         if (kept / entry.name).exists():

@@ -214,9 +214,9 @@ def test_reopening_notices_every_file_that_is_lost_or_cut(tmp_path):
     step = run / "checkpoints" / "3"
     leaves = {"params.w": state()["params"]["w"], "step": state()["step"]}
     leaves["digests"] = jax.ShapeDtypeStruct((2, 2), np.uint32)
-    assert index.reopened(step, leaves) == ""
-    assert index.reopened(step, leaves | {"more": leaves["step"]})
-    assert "instead of int32[]" in index.lacks(step, leaves | {"params.w": leaves["step"]})
+    assert index.check_complete(step, leaves) == ""
+    assert index.check_complete(step, leaves | {"more": leaves["step"]})
+    assert "instead of int32[]" in index.check_arrays(step, leaves | {"params.w": leaves["step"]})
     counted = 0
     for file in Path(step).rglob("*"):
         # the arrays: the merged index, the data; Orbax's own description of them
@@ -228,10 +228,10 @@ def test_reopening_notices_every_file_that_is_lost_or_cut(tmp_path):
                 continue  # the merged index has what stands there
             for harm in (b"", content[: len(content) // 2]):
                 file.write_bytes(harm)
-                assert index.reopened(step, leaves), (file, len(harm))
+                assert index.check_complete(step, leaves), (file, len(harm))
                 counted += 1
             file.write_bytes(content)
-    assert counted >= 8 and index.reopened(step, leaves) == ""
+    assert counted >= 8 and index.check_complete(step, leaves) == ""
 
 
 def test_reading_a_damaged_run_changes_nothing(tmp_path):
