@@ -28,7 +28,7 @@ def run(name: str, words: Sequence[str]) -> int:
     exp, options = registry.load(name, words, CompareOptions)
     from spmd.analysis import compare
     from spmd.runtime import EXIT_FAILED
-    from spmd.train.checkpoint.store import SaveFailed
+    from spmd.train.checkpoint.failures import SaveFailed
     from spmd.train.trainer import Stopped
 
     entries = options.strategies.split(",")

@@ -15,7 +15,7 @@ def run(name: str, words: Sequence[str]) -> int:
     exp, _ = registry.load(name, words)
     from spmd.runtime import EXIT_AGAIN, EXIT_FAILED, EXIT_MISTAKE, agree
     from spmd.runtime.join import Absent
-    from spmd.train.checkpoint.store import SaveFailed
+    from spmd.train.checkpoint.failures import SaveFailed
     from spmd.train.log import NonFinite
     from spmd.train.trainer import Stopped
 

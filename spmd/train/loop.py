@@ -10,7 +10,7 @@ from spmd.runtime import agree
 from spmd.runtime.stop import Stop, catch_signals
 from spmd.runtime.watchdog import Watchdog
 from spmd.train import progress
-from spmd.train.checkpoint.store import translate_disk_full
+from spmd.train.checkpoint.failures import translate_disk_full
 from spmd.train.program import Program
 from spmd.train.trainer import Directory, Settings, Trainer
 

@@ -17,7 +17,8 @@ from spmd.cli import main
 from spmd.core import paths
 from spmd.train import CheckpointConfig, rundir
 from spmd.train.checkpoint import index, steps
-from spmd.train.checkpoint.store import Checkpoints, SaveFailed
+from spmd.train.checkpoint.failures import SaveFailed
+from spmd.train.checkpoint.store import Checkpoints
 
 # What a directory may be called, and what some library takes for a pattern, an address or an option.
 NAMES = {

@@ -6,7 +6,7 @@ import concurrent.futures
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,13 +20,9 @@ from spmd.core.fields import check
 from spmd.core.storage import is_remote, without_nonfinite
 from spmd.runtime import agree
 from spmd.train import CheckpointConfig
-from spmd.train.checkpoint import index, reading, steps
+from spmd.train.checkpoint import failures, index, reading, steps
 
 PyTree = Any
-
-
-class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; the message names the one that is kept and what to do."""
 
 
 def _flatten(state: PyTree) -> dict[str, Any]:
@@ -171,10 +167,10 @@ class Checkpoints:
         if self._pending is None:
             return
         step, future = self._pending
-        outcomes = agree.gather(_await_save(step, future), f"saving step {step}")
+        outcomes = agree.gather(failures.await_save(step, future), f"saving step {step}")
         self._pending = None
         if reason := next(filter(None, outcomes), ""):
-            raise _save_failed(self._directory, f"save step {step}", reason)
+            raise failures.save_failed(self._directory, f"save step {step}", reason)
 
     def close(self) -> None:
         """Wait for a pending save of this process, and release the thread."""
@@ -226,15 +222,8 @@ class Checkpoints:
                     f"the checkpoint of step {candidate} in {self._directory} is bad: {bad}; without --step"
                     " the newest good one is taken"
                 )
-            if self._writing:
-                action = agree.from_first(
-                    lambda candidate=candidate, bad=bad: steps.quarantine(
-                        self._directory, candidate, bad
-                    ),
-                    "quarantine",
-                )
-            else:
-                action = "skipped, and left as it is"
+            action = self._set_aside(candidate, bad)
+            if not self._writing:
                 skipped.append(f"step {candidate}: {bad}")
             agree.say(f"the checkpoint of step {candidate} is bad: {bad}; {action}")
         check(
@@ -246,6 +235,12 @@ class Checkpoints:
             lambda: steps.list_quarantine(self._directory), "listing quarantine"
         )
         raise ValueError(self._none_left(quarantined))
+
+    def _set_aside(self, step: int, bad: str) -> str:
+        """Quarantine a bad step, if `writing`; returns a phrase that says what was done."""
+        if not self._writing:
+            return "skipped, and left as it is"
+        return agree.from_first(lambda: steps.quarantine(self._directory, step, bad), "quarantine")
 
     def _read(
         self,
@@ -307,45 +302,3 @@ def _abstract_digests(num: int, like: Any) -> dict[str, Any]:
     """The digests of `num` leaves, replicated over the devices of the sharding `like`."""
     replicated = NamedSharding(like.mesh, P()) if isinstance(like, NamedSharding) else like
     return {reading.DIGESTS: jax.ShapeDtypeStruct((num, 2), np.uint32, sharding=replicated)}
-
-
-def _await_save(step: int, future: concurrent.futures.Future[None]) -> str:
-    """Wait for this process's part of a save, or for the failure of another; returns the error or ""."""
-    key = f"spmd/save/{step}"
-    while not concurrent.futures.wait([future], 1.0 if agree.has_peers() else None).done:
-        with contextlib.suppress(Exception):  # nothing said yet
-            return agree.store().key_value_try_get(key)
-    error = future.exception()
-    if error is None:
-        return ""
-    if agree.has_peers():
-        agree.store().key_value_set(key, reading.first_line(error), allow_overwrite=True)
-    return reading.first_line(error)
-
-
-def _save_failed(directory: epath.Path, action: str, reason: str) -> SaveFailed:
-    """The exception to raise; removes the incomplete step, which would only fill the disk."""
-    if agree.is_first():
-        steps.remove_unfinished(directory)
-    disk_error = reading.FULL.search(reason)
-    present = steps.list_steps(directory)
-    remaining = (
-        f"the checkpoint of step {present[-1]} stands" if present else "no checkpoint stands"
-    )
-    remedy = "Make room" if disk_error else "Remove the cause"
-    return SaveFailed(
-        f"cannot {action}: {disk_error[0] if disk_error else reason}; {remaining}. {remedy} and type the same"
-        " command"
-    )
-
-
-@contextlib.contextmanager
-def translate_disk_full(directory: epath.Path) -> Iterator[None]:
-    """Raise SaveFailed for the OSError of a full or read-only disk."""
-    try:
-        yield
-    except OSError as error:
-        if not reading.FULL.search(str(error)):
-            raise
-        action = f"write {error.filename or directory}"
-        raise _save_failed(directory / "checkpoints", action, str(error)) from error
