@@ -18,7 +18,7 @@
 # read the trained model back and predict. All of it runs on a CPU in half a minute, without network data.
 #
 # Cells may be run again: a finished run is found in its directory and not trained anew, and the stop button
-# saves the state, so that the next call goes on from there.
+# saves the state, so that the next call resumes there.
 #
 # The words are those of the command line. `--simulate 8` gives eight CPU devices; without it, the real ones
 # are taken. The mesh holds two copies (`data`) of parameters that are cut in four (`fsdp`).

@@ -34,12 +34,12 @@ def shared_fields() -> str:
         table = classes_of(places[0])
         if table:
             lines.append((f"--{prefix}", "|".join(table), "", "Changes the class."))
-        seen: set[str] = set()
+        names: set[str] = set()
         for place in table.values() if table else places:
             for f in fields_of(place):
-                if f.name in seen or f.nested or "Suppress" in f.kind:
+                if f.name in names or f.nested or "Suppress" in f.kind:
                     continue
-                seen.add(f.name)
+                names.add(f.name)
                 lines.append(_line(f"--{prefix}.{f.name.rstrip('_')}", f))
     width = max(len(flag) for flag, *_ in lines)
     return "\n".join(

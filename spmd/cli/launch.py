@@ -29,7 +29,7 @@ USAGE = """usage: run.py launch WHERE [stop|logs] --experiment NAME [--option va
 
 def usage() -> str:
     """The usage text, with a line per place."""
-    lines = [f"  {where:8}{text}" for where, (*_, text) in WHERE.items()]
+    lines = [f"  {place:8}{text}" for place, (*_, text) in WHERE.items()]
     return USAGE + "\n".join(lines) + "\n\noptions of a place: run.py launch WHERE --help\n"
 
 

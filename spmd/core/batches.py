@@ -21,7 +21,7 @@ class Ids(NamedTuple):
     """The range of a feature that holds indices: 0 to high - 1, and low to -1 where low is negative.
 
     high: number of things that are indexed. things: what they are, for messages.
-    low: -1 where the task declares that -1 stands for "unlabelled".
+    low: -1 where -1 means "unlabelled".
     target: read by the loss only; a prediction ignores it.
     """
 
@@ -190,9 +190,9 @@ class Expected(NamedTuple):
         minus = ", or -1 for none" if ids.low < 0 else ""
         advice = ""
         if value < 0 and ids.low == 0:
-            advice = "; no value stands for 'unlabelled' here, so leave such examples out"
+            advice = "; no value means 'unlabelled' here, so leave such examples out"
         elif value < 0:
-            advice = "; only -1 stands for no target"
+            advice = "; only -1 means no target"
         raise ValueError(
             f"feature {name!r} is {value} in example {int(example_N[row])} of the {self.split} data"
             f"{place}: it must be in 0..{ids.high - 1} ({ids.high} {ids.things}){minus}{advice}"

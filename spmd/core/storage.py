@@ -46,7 +46,7 @@ def make_private(path: Path) -> str:
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"is writable by others (mode {stat.S_IMODE(status.st_mode):04o}; chmod 700 it)"
     if any(f.st_mode & stat.S_IWOTH and not f.st_mode & stat.S_ISVTX for f in folders):
-        return "lies in a directory in which anyone may replace it"
+        return "is in a directory in which anyone may replace it"
     return ""
 
 
@@ -79,7 +79,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 
 def without_nonfinite(value: Any) -> Any:
-    """JSON types in which None stands for each float that is not finite."""
+    """JSON types, with None for each float that is not finite."""
     if isinstance(value, dict):
         return {key: without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

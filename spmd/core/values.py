@@ -62,7 +62,7 @@ def _in_range(value: Any) -> bool:
 
 
 def number(text: str) -> float:
-    """The float that a word of the command line stands for; ValueError unless it is finite."""
+    """The float of a word of the command line; ValueError unless it is finite."""
     try:
         value = float(text)
     except ValueError:

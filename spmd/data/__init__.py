@@ -24,7 +24,7 @@ Features = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 class Source(Protocol):
-    """Random access to a data set, by whole batches."""
+    """Random access to a data set, by batches."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -83,17 +83,17 @@ class DataConfig:
         self._check_augment()
 
     def _check_augment(self) -> None:
-        how = self.augment
-        check(how.crop >= 0, f"data.augment.crop={how.crop} must not be negative")
-        check(how.mixup >= 0, f"data.augment.mixup={how.mixup} must not be negative")
-        if not how.active:
+        augment = self.augment
+        check(augment.crop >= 0, f"data.augment.crop={augment.crop} must not be negative")
+        check(augment.mixup >= 0, f"data.augment.mixup={augment.mixup} must not be negative")
+        if not augment.active:
             return
         height, width, _ = self.features[self.image()][0]
         check(
-            how.crop < min(height, width),
-            f"data.augment.crop={how.crop} must be less than the image's {height} x {width} pixels",
+            augment.crop < min(height, width),
+            f"data.augment.crop={augment.crop} must be less than the image's {height} x {width} pixels",
         )
-        if how.mixup:
+        if augment.mixup:
             check(
                 bool(self.labels()),
                 "data.augment.mixup needs a label, an integer feature of shape [];"
@@ -110,12 +110,12 @@ class DataConfig:
 
     def image(self) -> str:
         """Name of the one feature of shape [H, W, C]; ValueError when there is none, or more."""
-        found = [name for name, (shape, _) in self.features.items() if len(shape) == 3]
+        images = [name for name, (shape, _) in self.features.items() if len(shape) == 3]
         check(
-            len(found) == 1,
+            len(images) == 1,
             f"data.augment needs one image, a feature of shape [H, W, C]; the features are {self._shown()}",
         )
-        return found[0]
+        return images[0]
 
     def labels(self) -> list[str]:
         """Names of the integer features of shape []."""
@@ -230,6 +230,6 @@ class Arrays(DataConfig):
         from spmd.data import content
         from spmd.data.sources import ArraySource
 
-        opened = source()
-        assert isinstance(opened, ArraySource)
-        return content.describe_arrays(opened.arrays)
+        arrays = source()
+        assert isinstance(arrays, ArraySource)
+        return content.describe_arrays(arrays.arrays)

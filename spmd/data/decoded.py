@@ -109,8 +109,8 @@ class _Decoder:
         except Exception as error:  # of the reader or of a decoder, whatever its kind
             bad = self._store_singly(rows)
             if not bad:
-                where = f"{self._name}s {rows.start} to {rows.stop - 1}"
-                raise ValueError(f"{where}: {_message(error)}") from error
+                examples = f"{self._name}s {rows.start} to {rows.stop - 1}"
+                raise ValueError(f"{examples}: {_message(error)}") from error
             for i in bad:
                 for array in self._arrays.values():
                     array[i] = 0

@@ -225,7 +225,7 @@ def put(
     dim = len(sharding.spec) - 1
     rows = process_rows(batch_only(sharding), batch_size)
 
-    def whole(x: np.ndarray) -> jax.Array:
+    def assemble(x: np.ndarray) -> jax.Array:
         shape = (*x.shape[:dim], batch_size, *x.shape[dim + 1 :])
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -236,7 +236,7 @@ def put(
 
         return jax.make_array_from_callback(shape, sharding, part)
 
-    return {name: whole(x) for name, x in batch.items()}
+    return {name: assemble(x) for name, x in batch.items()}
 
 
 def batch_only(sharding: NamedSharding) -> NamedSharding:

@@ -118,9 +118,9 @@ class TpuVm(base.CloudOptions):
 
     def _acquire(self, vm: Machines) -> bool:
         """Creates or reuses the resource and waits until it is ACTIVE; False if the request failed."""
-        seen, created = None, False
-        while (state := vm.state(patient=seen is not None)) != "ACTIVE":
-            if state != seen:
+        last_state, created = None, False
+        while (state := vm.state(patient=last_state is not None)) != "ACTIVE":
+            if state != last_state:
                 _say(f"{vm.name} is {state or 'not created yet'}")
             if state in GONE and created:
                 _say(f"the request failed; see: {vm.describe.shell()}")
@@ -133,7 +133,7 @@ class TpuVm(base.CloudOptions):
                     return False
             else:
                 time.sleep(self.poll)
-            seen = state
+            last_state = state
         _say(f"{vm.name} is ACTIVE")
         return True
 

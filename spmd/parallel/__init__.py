@@ -1,1 +1,1 @@
-"""Mesh, shardings, scope and collectives: how arrays lie on devices, and how they are exchanged."""
+"""Mesh, shardings, scope and collectives: how arrays are sharded over devices, and exchanged."""

@@ -78,9 +78,9 @@ def spec_of(
         if (
             dim is not None and dim not in rules
         ):  # first, since a search calls this thousands of times
-            known = ", ".join(rules)
+            names = ", ".join(rules)
             raise ValueError(
-                f"{name}: unknown logical dim {dim!r}.{closest(dim, rules)} Known: {known}"
+                f"{name}: unknown logical dim {dim!r}.{closest(dim, rules)} Known: {names}"
             )
         axes = tuple(a for a in (rules[dim] if dim else ()) if mesh.shape[a] > 1)
         for axis in axes:

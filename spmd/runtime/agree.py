@@ -142,7 +142,7 @@ def exit_on_lost_peer() -> Iterator[None]:
     try:
         yield
     except PeerLost as error:
-        print(f"error: {error}; the last checkpoint stands", file=sys.stderr)
+        print(f"error: {error}; the last checkpoint is kept", file=sys.stderr)
         leave(EXIT_AGAIN)
     except jax.errors.JaxRuntimeError as error:
         if not has_peers() or not _GONE.search(str(error)):
@@ -150,7 +150,7 @@ def exit_on_lost_peer() -> Iterator[None]:
         time.sleep(3)  # the lifeline, which knows which process was lost, normally exits first
         reason = str(error).strip().split("\n")[0][:300]
         print(
-            f"error: another process was lost ({reason}); the last checkpoint stands, start the run again",
+            f"error: another process was lost ({reason}); the last checkpoint is kept, start the run again",
             file=sys.stderr,
         )
         leave(EXIT_AGAIN)

@@ -181,9 +181,9 @@ def _call_roll(member: Member, bind: str, hello: dict[str, Any], deadline: float
 def _listen(bind: str) -> socket.socket:
     host, port = split_address(bind)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = host == "::" and socket.has_dualstack_ipv6()
+    dual_stack = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
+        return socket.create_server((host, port), family=family, dualstack_ipv6=dual_stack)
     except OSError as error:
         raise ValueError(
             f"the coordinator cannot listen on {bind}: {error.strerror}; choose another with"
@@ -237,7 +237,7 @@ def _refusal(hello: dict[str, Any], hellos: dict[int, dict[str, Any]], member: M
     index = hello["id"]
     if hello["of"] != member.num_processes:
         return (
-            f"process {index} ({hello['host']}) was told of {hello['of']} processes, process 0 of"
+            f"process {index} ({hello['host']}) was configured for {hello['of']} processes, process 0 for"
             f" {member.num_processes}; give all the same runtime.num_processes"
         )
     if index in hellos or not 0 <= index < member.num_processes:
@@ -253,8 +253,8 @@ def _absent_message(hellos: dict[int, dict[str, Any]], num_processes: int) -> st
     missing = [i for i in range(num_processes) if i not in hellos]
     names = ", ".join(f"{i} ({hellos[i]['host']})" for i in sorted(hellos))
     return (
-        f"of {num_processes} processes, {len(missing)} did not come in time:"
-        f" {', '.join(map(str, missing))}. Those that came: {names}. A longer wait:"
+        f"of {num_processes} processes, {len(missing)} did not join in time:"
+        f" {', '.join(map(str, missing))}. Those that joined: {names}. A longer wait:"
         " --runtime.join-timeout SECONDS"
     )
 

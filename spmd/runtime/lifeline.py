@@ -93,8 +93,8 @@ class Lifeline:
             os._exit(code)
         event = "has left" if "code" in line and "gone" not in line else "is gone"
         text = (
-            f"error: process {lost} ({name}) {event}; this one cannot go on without it. The last"
-            " checkpoint stands: start the run again"
+            f"error: process {lost} ({name}) {event}; this one cannot continue without it. The last"
+            " checkpoint is kept: start the run again"
         )
         if code == EXIT_MISTAKE:  # a start like this one would end like this one
             text = f"process {lost} ({name}) has ended the run; its own message says why"

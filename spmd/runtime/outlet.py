@@ -47,8 +47,8 @@ def silence(descriptor: int) -> None:
 class _Outlet:
     """A proxy of a text stream that calls `gone` instead of raising once its reader has closed."""
 
-    def __init__(self, stream: Any, gone: Callable[[int], None]):
-        self._stream, self._gone = stream, gone
+    def __init__(self, stream: Any, on_close: Callable[[int], None]):
+        self._stream, self._on_close = stream, on_close
 
     def write(self, text: str) -> int:
         self._try(lambda: self._stream.write(text))
@@ -64,14 +64,14 @@ class _Outlet:
             if error.errno not in _GONE:
                 raise
             silence(self._stream.fileno())
-            self._gone(getattr(signal, _GONE[error.errno]))
+            self._on_close(getattr(signal, _GONE[error.errno]))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
-def guard(gone: Callable[[int], None]) -> Iterator[None]:
+def guard(on_close: Callable[[int], None]) -> Iterator[None]:
     """Call `gone` with SIGHUP or SIGPIPE when the reader of standard output or error closes.
 
     Without a terminal, as in `ssh host python run.py ...`, no signal announces the end of a session.
@@ -80,7 +80,7 @@ def guard(gone: Callable[[int], None]) -> Iterator[None]:
         yield
         return
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Outlet(stream, gone) for stream in streams)
+    sys.stdout, sys.stderr = (_Outlet(stream, on_close) for stream in streams)
     try:
         yield
     finally:

@@ -26,14 +26,14 @@ _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 class Stop:
     """State of a request to stop.
 
-    signum: the first signal that this process received, 0 for none. phase: the current activity. stands: a
+    signum: the first signal that this process received, 0 for none. phase: the current activity. outcome: a
     sentence about the checkpoint that remains if no other is saved. The loop sets the last two.
     """
 
     def __init__(self, wake: int):
         self.signum = 0
         self.phase = "starting"
-        self.stands = "nothing was saved yet"
+        self.outcome = "nothing was saved yet"
         self._wake = wake
 
     def agreed(self, signum: int) -> None:
@@ -91,15 +91,15 @@ def _watch(read: int, stop: Stop, grace: float) -> None:
         seconds_left = None if deadline is None else max(deadline - time.monotonic(), 0)
         if not select.select([read], [], [], seconds_left)[0]:
             _say(
-                f"the grace period of {grace:g} s is over, at: {stop.phase}; {stop.stands}. The same command"
-                " goes on from there (--runtime.grace SECONDS)"
+                f"the grace period of {grace:g} s is over, at: {stop.phase}; {stop.outcome}. The same command"
+                " resumes from there (--runtime.grace SECONDS)"
             )
             os._exit(EXIT_AGAIN)
         signum = os.read(read, 1)[0]
         if not signum:
             return
         if deadline is not None and signum == signal.SIGINT:
-            _say(f"left at once; {stop.stands}")
+            _say(f"exited at once; {stop.outcome}")
             os._exit(130)
         if deadline is None and signum in (*_SIGNALS, getattr(signal, "SIGPIPE", None)):
             deadline = time.monotonic() + grace

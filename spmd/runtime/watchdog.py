@@ -75,7 +75,7 @@ class Watchdog:
         phase, step = self._at
         lines = [
             f"no progress for {self._limit:g} s, at: {phase}, step {step}; leaving with exit code"
-            f" {EXIT_AGAIN}, the last checkpoint stands (--runtime.hang-timeout)"
+            f" {EXIT_AGAIN}, the last checkpoint is kept (--runtime.hang-timeout)"
         ]
         if agree.has_peers():
             self._tell()

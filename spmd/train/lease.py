@@ -100,35 +100,35 @@ class Lease:
             self._renewed = _now()
             with contextlib.suppress(FileExistsError):
                 self._place.create(self._name)
-            seen = self._place.look()
-            if seen is None:
+            lease = self._place.look()
+            if lease is None:
                 continue
-            if seen.owner.get("token") == self._name["token"]:
+            if lease.owner.get("token") == self._name["token"]:
                 if first is not None and not waited:
                     # Another start that read the expired lease may be about to delete this one instead.
                     waited = True
                     time.sleep(max(self._seconds / 30, 0.3))
                     continue
-                return self._place.adopt(seen)
+                return self._place.adopt(lease)
             waited = False
-            relation = owner.relation(seen.owner, self._name)
+            relation = owner.relation(lease.owner, self._name)
             now = _now()
-            if first is None or first[0].made != seen.made:
-                first = seen, now
+            if first is None or first[0].made != lease.made:
+                first = lease, now
             if relation == "ended" or now - first[1] > self._seconds * _EXPIRED:
-                self._place.remove(seen)
+                self._place.remove(lease)
                 continue
-            renewed = seen.version != first[0].version
+            renewed = lease.version != first[0].version
             if relation == "alive" or (renewed and relation != "ending"):
-                raise owner.Busy(self._where, seen.owner)
+                raise owner.Busy(self._where, lease.owner)
             if relation == "ending":
                 if now - began > owner.ENDING + self._seconds:
-                    raise owner.Busy(self._where, seen.owner)
-                first = (seen, now) if renewed else first
+                    raise owner.Busy(self._where, lease.owner)
+                first = (lease, now) if renewed else first
             if not announced:
                 announced = True
                 print(
-                    f"{self._where} has an owner ({owner.describe(seen.owner)}): waiting up to"
+                    f"{self._where} has an owner ({owner.describe(lease.owner)}): waiting up to"
                     f" {self._seconds:.0f} s for a sign of life",
                     file=sys.stderr,
                     flush=True,
@@ -152,8 +152,8 @@ class Lease:
 
     def _taken(self) -> str:
         with contextlib.suppress(Exception):
-            if seen := self._place.look():
-                return f"was taken over by {owner.describe(seen.owner)}"
+            if lease := self._place.look():
+                return f"was taken over by {owner.describe(lease.owner)}"
         return "was given free by another process"
 
     def _watch(self) -> None:
@@ -200,7 +200,7 @@ def _leave(reason: str, code: int) -> None:
     from spmd.runtime import agree
 
     with contextlib.suppress(OSError):
-        os.write(2, f"\nerror: {reason}; the last checkpoint stands\n".encode())
+        os.write(2, f"\nerror: {reason}; the last checkpoint is kept\n".encode())
     agree.leave(code)
 
 

@@ -58,7 +58,7 @@ def check_finite(step: int, host: dict[str, np.ndarray]) -> None:
     norm = next(v for k, v in host.items() if k.endswith("grad_norm"))
     raise NonFinite(
         f"loss or gradient is not finite at step {first_bad} (loss {host['loss'][bad[0]]}, gradient norm"
-        f" {norm[bad[0]]}); nothing of that step was saved. To go on from the newest checkpoint, type"
+        f" {norm[bad[0]]}); nothing of that step was saved. To continue from the newest checkpoint, type"
         " the same command with --run.amend and a lower --optimizer.learning-rate or an"
         " --optimizer.clip-norm, or skip such steps with --train.nonfinite skip"
     )

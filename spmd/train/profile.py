@@ -30,9 +30,7 @@ class Profile:
         self._waiting = bool(window)
         if self._waiting and (self._last <= step or self._first > num_steps):
             self._waiting = False
-            agree.say(
-                f"no profile: --log.profile {window} lies outside steps {step + 1}:{num_steps}"
-            )
+            agree.say(f"no profile: --log.profile {window} is outside steps {step + 1}:{num_steps}")
 
     def start_at(self, step: int, drain: Callable[[], None]) -> None:
         """Starts the trace when the dispatch after `step` reaches the window."""

@@ -220,8 +220,8 @@ def same_identity(
     advice = ["use --run.dir DIR for a second run, or --run.fresh to move that one aside"]
     if amendable == diff.keys():
         advice.append(
-            "or --run.amend to go on with the optimizer set so, from the newest checkpoint; the run records"
-            " the change"
+            "or --run.amend to continue with these settings of the optimizer, from the newest checkpoint; the"
+            " run records the change"
         )
     raise Refused(
         "\n".join(

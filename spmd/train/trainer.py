@@ -75,7 +75,7 @@ class Stopped(Exception):
             saved = rundir.short_path(directory)
             text = f"{cause} at step {step}, state saved in {saved}; the same command resumes it"
         elif step:
-            text = f"{cause} before the next step; the checkpoint of step {step} stands"
+            text = f"{cause} before the next step; the checkpoint of step {step} is kept"
         else:
             text = f"{cause} before the first step; nothing was written"
         super().__init__(text)
@@ -136,7 +136,7 @@ class Trainer:
             program.privacy.same_noise(metadata.get("noise_multiplier"))
         agree.say(f"resuming at step {self.step} of {steps}")
         if self.step:
-            self.stop.stands = f"the checkpoint of step {self.step} stands"
+            self.stop.outcome = f"the checkpoint of step {self.step} is kept"
 
     def open_input(self) -> None:
         """Open training batches from the current step on, and the evaluation."""
@@ -281,7 +281,7 @@ class Trainer:
             if program.privacy:
                 extra["noise_multiplier"] = program.privacy.noise_multiplier
             self.checkpoints.save(self.state, self.step, self.measured, extra)
-            self.stop.stands = "the last complete checkpoint stands"
+            self.stop.outcome = "the last complete checkpoint is kept"
 
     # ---- the end
 
@@ -294,7 +294,7 @@ class Trainer:
         self._save()
         with self.clock("checkpoint"):
             self.checkpoints.wait()
-        self.stop.stands = f"the checkpoint of step {self.step} stands"
+        self.stop.outcome = f"the checkpoint of step {self.step} is kept"
         if self.stopping() and not (self.step == self.program.num_steps and self.measured):
             self.logs.flush(self.step)
             raise Stopped(self.stopping(), self.step, self.run.path)

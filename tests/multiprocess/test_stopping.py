@@ -156,4 +156,4 @@ def test_those_that_did_not_come_are_named(start_group):
     group = start_group(2, *args)
     assert group.wait() == [75, 75], group.text()
     for err in group.err:
-        assert "of 3 processes, 1 did not come in time: 2. Those that came: 0 (" in err
+        assert "of 3 processes, 1 did not join in time: 2. Those that joined: 0 (" in err

@@ -19,7 +19,7 @@ from tests.command import REPOSITORY
 CATCH = (
     "import time; from spmd.runtime.stop import catching\n"
     "with catching({grace}) as stop:\n"
-    "    stop.phase, stop.stands = 'evaluation', 'the checkpoint of step 7 stands'\n"
+    "    stop.phase, stop.outcome = 'evaluation', 'the checkpoint of step 7 is kept'\n"
     "    print('ready', flush=True)\n"
     "    while {condition}: time.sleep(0.05)\n"
     "print('left in order', stop.signum, flush=True)\n"
@@ -43,7 +43,7 @@ def test_the_first_ctrl_c_asks_and_the_second_leaves():
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "left at once; the checkpoint of step 7 stands" in stderr
+    assert "exited at once; the checkpoint of step 7 is kept" in stderr
 
 
 def test_a_second_sigterm_changes_nothing():
@@ -60,7 +60,7 @@ def test_the_grace_period_ends():
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 75
     assert "the grace period of 0.5 s is over, at: evaluation" in stderr
-    assert "the checkpoint of step 7 stands" in stderr
+    assert "the checkpoint of step 7 is kept" in stderr
 
 
 def test_the_watchdog_ends_a_process_that_hangs_but_not_one_that_compiles():

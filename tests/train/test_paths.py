@@ -203,7 +203,7 @@ def test_a_save_that_cannot_be_read_again_is_not_reported_complete(tmp_path, mon
     monkeypatch.setattr(paths, "plain", lambda path, **_: contextlib.nullcontext(path))
     with opened(moved) as checkpoints:
         checkpoints.save(state(), 3, {}, {})
-        with pytest.raises(SaveFailed, match=r"not complete.*checkpoint of step 1 stands"):
+        with pytest.raises(SaveFailed, match=r"not complete.*checkpoint of step 1 is kept"):
             checkpoints.wait()
         assert checkpoints.steps() == [1]
     assert sorted(p.name for p in (moved / "checkpoints").iterdir()) == ["1"]

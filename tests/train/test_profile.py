@@ -60,5 +60,5 @@ def test_a_window_outside_the_run_is_said(tmp_path, capsys, window):
     train(tmp_path, "--train.steps", "4")
     train(tmp_path, "--train.steps", "10", "--log.profile", window)
     said = [x for x in capsys.readouterr().out.splitlines() if "profile" in x]
-    assert said == [f"no profile: --log.profile {window} lies outside steps 5:10"]
+    assert said == [f"no profile: --log.profile {window} is outside steps 5:10"]
     assert not (tmp_path / "profile").exists()

@@ -75,7 +75,7 @@ def test_a_write_that_fails_stops_the_run_with_one_line(run_cli, start_cli, tmp_
     assert "Make room and type the same command" in said[0]
     assert "Traceback" not in stderr
     saved = steps_in(tmp_path / "out/checkpoints")  # nothing half-written among them
-    assert saved and f"the checkpoint of step {saved[-1]} stands" in said[0]
+    assert saved and f"the checkpoint of step {saved[-1]} is kept" in said[0]
     assert not (tmp_path / "out/summary.json").exists()
     assert run_cli("runs", "check", "out").returncode == 0
     resumed = run_cli(*args, "--train.steps", saved[-1] + 40)

@@ -153,8 +153,11 @@ def parse_entries(exp: Experiment, given: Sequence[str]) -> dict[str, Experiment
         "compare: which strategies? Type --strategies auto,allreduce, or with options"
         f" allreduce,local:period=50; known: {names}",
     )
-    twice = [entry for entry in entries if entries.count(entry) > 1]
-    check(not twice, f"--strategies has {twice[0] if twice else ''} twice; give it once")
+    duplicates = [entry for entry in entries if entries.count(entry) > 1]
+    check(
+        not duplicates,
+        f"--strategies has {duplicates[0] if duplicates else ''} twice; give it once",
+    )
     return {entry: _named(entry, lambda entry=entry: _variant(exp, entry)) for entry in entries}
 
 

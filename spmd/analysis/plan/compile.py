@@ -182,8 +182,10 @@ def _state(program: Any) -> dict[str, int]:
 
     def size(field: str) -> int:
         leaves = tree.named_leaves(getattr(state, field))
-        placed = tree.named_leaves(getattr(shardings, field))
-        return sum(tree.bytes_per_device(leaf, placed[name]) for name, leaf in leaves.items())
+        shardings_by_name = tree.named_leaves(getattr(shardings, field))
+        return sum(
+            tree.bytes_per_device(leaf, shardings_by_name[name]) for name, leaf in leaves.items()
+        )
 
     return {field.name: size(field.name) for field in dataclasses.fields(state)}
 

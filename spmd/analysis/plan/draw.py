@@ -30,11 +30,11 @@ def plot(report: ShardingReport, place: str) -> None:
 
 def _draw(report: ShardingReport, console: Console) -> None:
     """Draws the largest array of each sharding, the largest first."""
-    seen: dict[Any, Array] = {}
+    shards: dict[Any, Array] = {}
     for array in sorted(report.arrays, key=lambda array: -array.bytes):
         if array.group == GROUPS["params"] and array.shape:
-            seen.setdefault((array.dims, array.sharding.spec), array)
-    for array in list(seen.values())[:DRAWN]:
+            shards.setdefault((array.dims, array.sharding.spec), array)
+    for array in list(shards.values())[:DRAWN]:
         console.print(f"\n{escape(array.name)}: the devices of each block", soft_wrap=True)
         _blocks(array, console)
 

@@ -101,9 +101,11 @@ def _stack(
         shapes.append(_rect(x, 22, size * scale, BAR, colour, f"{name}: {label(size)}"))
         x += size * scale
     if limit:
-        at = 1 + limit * scale
-        shapes.append(f'<path d="M{at - 1:.1f} 16V{26 + BAR}" stroke="#D55E00" stroke-width="2"/>')
-        shapes.append(_text(at - 4, 14, f"{limit_name}: {label(limit)}", "end"))
+        position = 1 + limit * scale
+        shapes.append(
+            f'<path d="M{position - 1:.1f} 16V{26 + BAR}" stroke="#D55E00" stroke-width="2"/>'
+        )
+        shapes.append(_text(position - 4, 14, f"{limit_name}: {label(limit)}", "end"))
     y = 22 + BAR + 22
     for i, (name, size) in enumerate(parts.items()):
         shapes.append(_rect(1, y - 11, 12, 12, COLOURS[i % len(COLOURS)], name))

@@ -196,15 +196,15 @@ def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
 
 
 def _head(plan: Plan) -> str:
-    how = "estimated"
+    method = "estimated"
     if plan.compiled is not None:
-        how = f"{plan.compiled.how} in {plan.compiled.seconds:.0f} s"
+        method = f"{plan.compiled.how} in {plan.compiled.seconds:.0f} s"
     failed = f"\nnot compiled: {plan.failed}" if plan.failed else ""
     strategy = f", strategy {plan.strategy}" if plan.strategy != "auto" else ""
     return (
         f"{plan.facts.name} on {plan.target.name}: {plan.facts.num_params:,} parameters,"
         f" {plan.target.num_devices} devices, {plan.layout}{strategy}, {plan.facts.tokens:,}"
-        f" {'tokens' if plan.facts.length > 1 else 'examples'} per step; {how}{failed}"
+        f" {'tokens' if plan.facts.length > 1 else 'examples'} per step; {method}{failed}"
     )
 
 

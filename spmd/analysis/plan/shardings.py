@@ -246,6 +246,6 @@ def _replicated(array: Array, strategy: StrategyConfig) -> str:
     if not best:
         return ""
     fsdp = mesh.shape["fsdp"]
-    why = f"mesh.fsdp={fsdp} divides none of its dims" if fsdp > 1 else "no mesh axis shards it"
+    reason = f"mesh.fsdp={fsdp} divides none of its dims" if fsdp > 1 else "no mesh axis shards it"
     under = "" if isinstance(strategy, Auto) else " and strategy auto"
-    return f"{why}; mesh.fsdp={best}{under} would"
+    return f"{reason}; mesh.fsdp={best}{under} would"

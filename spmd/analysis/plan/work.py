@@ -154,11 +154,11 @@ def _flops(facts: Facts, layout: Layout) -> _Flops:
     matmuls = matmul_flops(model, facts.length)
     logits = matmuls.pop("logits")
     attention, fused = _attention(facts, layout, matmuls.pop("attended"))
-    again = recomputed(facts, layout)
+    rematerialised = recomputed(facts, layout)
     dense = sum(matmuls.values())
-    weights = dense * 3 + sum(matmuls[name] for name in matmuls if name in again)
+    weights = dense * 3 + sum(matmuls[name] for name in matmuls if name in rematerialised)
     kernel = attention * (
-        (3.5 if fused else 3) + ("attended" in again or (fused and layout.remat != "none"))
+        (3.5 if fused else 3) + ("attended" in rematerialised or (fused and layout.remat != "none"))
     )
     # With several chunks, the backward pass recomputes the logits of each.
     return _Flops(dense, attention, weights, kernel, logits, 3 if facts.chunks == 1 else 4)

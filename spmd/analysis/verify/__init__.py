@@ -261,8 +261,8 @@ class Verifier:
         return cases
 
     def _compare_step(self, precision: Precision, case: Case, moment: Moment) -> None:
-        placed = place(moment.before, case.carried, case.program.strategy)
-        new, metrics = _step(case.program, placed, moment.batch)
+        state = place(moment.before, case.carried, case.program.strategy)
+        new, metrics = _step(case.program, state, moment.batch)
         leaves = compare.leaves(moment.want, compare.outputs(new, metrics))
         case.result.add(precision.name, leaves)
         if precision.decides and self._differ(leaves):
@@ -300,10 +300,10 @@ class Verifier:
         self, program: Program, carried: base.TrainState | None, moment: Moment
     ) -> list[named.Named]:
         """The named tensors of the program's step."""
-        placed = place(moment.before, carried, program.strategy)
+        state = place(moment.before, carried, program.strategy)
         rows = jax.device_put(moment.batch, program.strategy.batch_shardings)
         with scope.bind(watched=True):
-            return named.tensors(program.strategy, placed, rows)
+            return named.tensors(program.strategy, state, rows)
 
     def _suffices(self, axis: str, size: int, moment: Moment) -> bool:
         """Whether the step differs on a mesh of this axis only."""

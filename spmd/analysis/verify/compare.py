@@ -168,14 +168,14 @@ def activations(want: list[Named], got: list[Named]) -> list[tuple[str, Compared
         reference, mesh = pair
         copies = mesh.ndim > reference.ndim
         loops = tensor.lead.count("loop")
-        for at in np.ndindex(*reference.shape[:loops]):
-            expected = np.asarray(reference[at], np.float64)
-            values = [np.asarray(m[at], np.float64) for m in (mesh if copies else [mesh])]
+        for index in np.ndindex(*reference.shape[:loops]):
+            expected = np.asarray(reference[index], np.float64)
+            values = [np.asarray(m[index], np.float64) for m in (mesh if copies else [mesh])]
             difference = max((_norm(value - expected) for value in values), key=_nan_as_infinity)
             same = all(np.array_equal(value, values[0], equal_nan=True) for value in values)
-            iteration = iter(at)
+            iteration = iter(index)
             place = tuple(next(iteration) if i is None else i for i in tensor.place)
-            label = tensor.name + (f"[{','.join(map(str, at))}]" if at else "")
+            label = tensor.name + (f"[{','.join(map(str, index))}]" if index else "")
             norm = _norm(expected)
             leaf = ComparedLeaf(norm, _norm(values[0]), _relative(difference, norm), same)
             rows.append((place, label, leaf))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def causal_mask(time: int) -> jax.Array:
-    """[1, T, T]: True where a key stands at its query or before it."""
+    """[1, T, T]: True where a key is at its query or before it."""
     index_T = jnp.arange(time, dtype=jnp.int32)
     return index_T.reshape(1, 1, -1) <= index_T.reshape(1, -1, 1)
 

@@ -37,7 +37,7 @@ def save_failed(directory: epath.Path, action: str, reason: str) -> SaveFailed:
     disk_error = reading.FULL.search(reason)
     present = steps.list_steps(directory)
     remaining = (
-        f"the checkpoint of step {present[-1]} stands" if present else "no checkpoint stands"
+        f"the checkpoint of step {present[-1]} is kept" if present else "there is no checkpoint"
     )
     remedy = "Make room" if disk_error else "Remove the cause"
     return SaveFailed(

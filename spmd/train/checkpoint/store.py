@@ -203,7 +203,7 @@ class Checkpoints:
             ValueError: a good checkpoint is of another model (names the differing leaves, whose dtypes Orbax
                 would cast silently), none is good, or `step` is bad.
         """
-        wanted, placed = _flatten(like), _flatten(shardings)
+        wanted, leaf_shardings = _flatten(like), _flatten(shardings)
         present = self.steps()
         if not present:
             raise ValueError(f"no checkpoint in {self._directory}; train first")
@@ -214,7 +214,7 @@ class Checkpoints:
             )
         skipped: list[str] = []
         for candidate in [step] if step is not None else present[::-1]:
-            leaves, bad = self._read(candidate, wanted, placed, accept)
+            leaves, bad = self._read(candidate, wanted, leaf_shardings, accept)
             if not bad:
                 return _unflatten(leaves, like)
             if step is not None:
@@ -246,7 +246,7 @@ class Checkpoints:
         self,
         step: int,
         wanted: dict[str, Any],
-        placed: dict[str, Any],
+        shardings: dict[str, Any],
         accept: Callable[[dict[str, Any]], None],
     ) -> tuple[dict[str, Any], str]:
         """(the leaves, "") or ({}, what is wrong), the same in all processes."""
@@ -256,9 +256,9 @@ class Checkpoints:
         if facts["bad"]:
             return {}, facts["bad"]
         names, narrow = facts["names"], facts["widened"]  # name here -> name, type there
-        abstract = _abstract(wanted, placed, names, narrow)
+        abstract = _abstract(wanted, shardings, names, narrow)
         if facts["verified"]:
-            abstract |= _abstract_digests(len(wanted), next(iter(placed.values())))
+            abstract |= _abstract_digests(len(wanted), next(iter(shardings.values())))
         leaves: dict[str, Any] = {}
         reason = transient = ""
         try:
@@ -287,12 +287,12 @@ class Checkpoints:
 
 
 def _abstract(
-    wanted: dict[str, Any], placed: dict[str, Any], names: dict[str, str], types: dict[str, str]
+    wanted: dict[str, Any], shardings: dict[str, Any], names: dict[str, str], types: dict[str, str]
 ) -> dict[str, Any]:
     """Shapes and dtypes to read `wanted` as, by its names in the checkpoint, on the shardings `placed`."""
     return {
         names.get(k, k): jax.ShapeDtypeStruct(
-            v.shape, jax.numpy.dtype(types.get(k, v.dtype)), sharding=placed[k]
+            v.shape, jax.numpy.dtype(types.get(k, v.dtype)), sharding=shardings[k]
         )
         for k, v in wanted.items()
     }

@@ -184,5 +184,5 @@ def family_of(model: Any) -> str:
             differ[family].append(f"model.head_dim={model.head_dim}")
         if not differ[family]:
             return family
-    said = "; ".join(f"not {family} for {', '.join(d)}" for family, d in differ.items())
-    raise ValueError(f"the model is of no family that Hugging Face weights are known of: {said}")
+    reasons = "; ".join(f"not {family} for {', '.join(d)}" for family, d in differ.items())
+    raise ValueError(f"the model is of no family that Hugging Face weights are known of: {reasons}")

@@ -126,9 +126,9 @@ class Weights(NamedTuple):
 def another_model(path: Any, diff: list[str]) -> str:
     """Message about a directory whose arrays are not those of the model; diff: a line for each."""
     more = [f"  ... and {len(diff) - SHOWN} more"] if len(diff) > SHOWN else []
-    said = f"init.from: {path} is of another model, or incomplete:"
+    head = f"init.from: {path} is of another model, or incomplete:"
     end = "make the model alike, or leave arrays out with init.skip"
-    return "\n".join([said, *diff[:SHOWN], *more, end])
+    return "\n".join([head, *diff[:SHOWN], *more, end])
 
 
 def find(path: Path, model: Any) -> Weights:
