@@ -45,7 +45,7 @@ def silence(descriptor: int) -> None:
 
 
 class _Outlet:
-    """A proxy of a text stream that calls `gone` instead of raising once its reader has closed."""
+    """A proxy of a text stream that calls `on_close` instead of raising once its reader has closed."""
 
     def __init__(self, stream: Any, on_close: Callable[[int], None]):
         self._stream, self._on_close = stream, on_close
@@ -72,7 +72,7 @@ class _Outlet:
 
 @contextlib.contextmanager
 def guard(on_close: Callable[[int], None]) -> Iterator[None]:
-    """Call `gone` with SIGHUP or SIGPIPE when the reader of standard output or error closes.
+    """Call `on_close` with SIGHUP or SIGPIPE when the reader of standard output or error closes.
 
     Without a terminal, as in `ssh host python run.py ...`, no signal announces the end of a session.
     """

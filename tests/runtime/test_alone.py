@@ -17,8 +17,8 @@ from spmd.runtime.stop import Votes
 from tests.command import REPOSITORY
 
 CATCH = (
-    "import time; from spmd.runtime.stop import catching\n"
-    "with catching({grace}) as stop:\n"
+    "import time; from spmd.runtime.stop import catch_signals\n"
+    "with catch_signals({grace}) as stop:\n"
     "    stop.phase, stop.outcome = 'evaluation', 'the checkpoint of step 7 is kept'\n"
     "    print('ready', flush=True)\n"
     "    while {condition}: time.sleep(0.05)\n"
