@@ -10,7 +10,7 @@ import jax
 
 from spmd.core.fields import check, free
 from spmd.parallel import collectives, scope
-from spmd.strategies import base, compress, reduce, update
+from spmd.strategies import base, exchange, reduce, update
 from spmd.strategies.compress import Compression
 from spmd.strategies.config import StrategyConfig
 
@@ -57,31 +57,33 @@ def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
 
     ValueError for models that it cannot take.
     """
-    axes = reduce.axes_of(parts, "allreduce")
-    reduce.check_measured(parts, config.compress.kind)
-    reducer = reducer_of(parts, config, axes)
+    axes = reduce.reduction_axes(parts, "allreduce")
+    reduce.check_noise_scale(parts, config.compress.kind)
+    reducer = build_reducer(parts, config, axes)
     placed = reduce.param_shardings(parts)
     shardings = dataclasses.replace(
         base.shardings_of(parts, params=placed, moments=placed, fsdp=True),
         strategy_state=reduce.state_shardings(parts, axes, reducer),
     )
-    gradients = reduce.gradients(parts, axes)
+    gradients = reduce.build_gradients(parts, axes)
     checked = config.reduction == "psum" and config.compress.kind == "none"
     specs = jax.tree.map(lambda s: s.spec, placed)
-    reduced = reduce.reduced(parts, axes, reducer, specs, check_vma=checked)
+    reduction = reduce.build_reduction(parts, axes, reducer, specs, check_vma=checked)
+
+    init = functools.partial(reduce.init_state, reducer, reduce.num_devices(parts, axes))
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
         grads, sums, model_state = gradients(
             state.params, state.model_state, batch, base.step_key(state)
         )
-        grads, carried = reduced(grads, state.strategy_state)
+        grads, carried = reduction(grads, state.strategy_state)
         return update.update_state(parts, state, grads, sums, model_state, carried)
 
-    return base.build_strategy(parts, shardings, step, reducer.init)
+    return base.build_strategy(parts, shardings, step, init)
 
 
-def reducer_of(parts: base.Parts, config: AllReduce, axes: tuple[str, ...]) -> reduce.Reducer:
-    """The sum that `config` asks for."""
+def build_reducer(parts: base.Parts, config: AllReduce, axes: tuple[str, ...]) -> reduce.Reducer:
+    """The Reducer of strategy.reduction and strategy.compress."""
     bucket_bytes = config.bucket_mb * reduce.MiB
     match config.reduction:
         case "psum":
@@ -90,17 +92,19 @@ def reducer_of(parts: base.Parts, config: AllReduce, axes: tuple[str, ...]) -> r
             ring = functools.partial(
                 collectives.ring_all_reduce, axes=axes, bidirectional=config.bidirectional
             )
-            total = lambda grads: collectives.by_bucket(ring, grads, bucket_bytes)
+            total = lambda grads: collectives.reduce_buckets(ring, grads, bucket_bytes)
         case "reduce_scatter":
             both = functools.partial(collectives.scatter_gather, axes=axes)
-            total = lambda grads: collectives.by_bucket(both, grads, bucket_bytes)
+            total = lambda grads: collectives.reduce_buckets(both, grads, bucket_bytes)
         case "hierarchical":
             levels = functools.partial(
                 collectives.hierarchical,
                 inner=tuple(axis for axis in axes if axis != "replica"),
                 outer=tuple(axis for axis in axes if axis == "replica"),
             )
-            total = lambda grads: collectives.by_bucket(levels, grads, bucket_bytes)
+            total = lambda grads: collectives.reduce_buckets(levels, grads, bucket_bytes)
     if config.compress.kind == "none":
-        return reduce.plain(total)
-    return compress.reducer(config.compress, compress.way(parts, axes, total, total), bucket_bytes)
+        return reduce.stateless(total)
+    sums = exchange.PlainSums(total, total)
+    group = reduce.communicator(parts, axes)
+    return exchange.build_reducer(config.compress, group, sums, bucket_bytes)

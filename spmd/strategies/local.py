@@ -58,7 +58,7 @@ class Local(RoundsConfig):
         check(self.replicas >= 1, f"strategy.replicas={self.replicas} must be at least 1")
 
     def build(self, parts: base.Parts) -> base.Strategy:
-        sent = merge.of(self.compress, parts, self.replicas)
+        sent = merge.build(self.compress, parts, self.replicas)
         return build(parts, self.replicas, Outer(self.period, self._outer_tx(), sent))
 
     @property

@@ -1,6 +1,6 @@
 """Merge of the replicas in an outer step: their differences to the consensus are averaged over `replica`.
 
-Compressed, each replica sends its share of the mean plus what it has left out so far (compress.py). The
+Compressed, each replica sends its share of the mean plus its earlier errors (exchange.py). The
 methods run in a vmap over the replicas, whose collectives the compiler makes: so the result depends on the
 replicas only, not on how they lie on the mesh, and the arrays of one of them may be cut (FSDP, tensor
 parallelism). Several replicas of one device each send for themselves.
@@ -10,6 +10,7 @@ parallelism). Several replicas of one device each send for themselves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from spmd.parallel import collectives
 from spmd.parallel.mesh import BATCH_AXES
-from spmd.strategies import base, compress, reduce
+from spmd.strategies import base, exchange, reduce
 from spmd.strategies.compress import Compression
 
 PyTree = Any
@@ -64,15 +66,16 @@ def weighted_mean(
     return jax.tree.map(lambda leaf_R: weighted(leaf_R, weight_R), x_R), {}
 
 
-def of(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
-    """The Merge that strategy.compress asks for; batch statistics are sent as they are."""
+def build(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
+    """The Merge of strategy.compress; batch statistics are sent uncompressed."""
     if config.kind == "none":
         return stateless(weighted_mean)
-    total = lambda leaves: {n: jax.lax.psum(x, REPLICAS) for n, x in leaves.items()}
-    by = compress.shared(parts.mesh, (AXIS,))
-    way = compress.Way((REPLICAS,), num_replicas, total, total, by=by)
-    reducer = compress.reducer(config, way, _BUCKET_BYTES)
-    axes = {"own": 0, "common": None}
+    all_reduce = lambda leaves: {n: jax.lax.psum(x, REPLICAS) for n, x in leaves.items()}
+    sums = exchange.PlainSums(all_reduce, all_reduce)
+    group = collectives.Communicator((REPLICAS,), num_replicas)
+    group = collectives.divide_among_copies(group, parts.mesh, (AXIS,))
+    reducer = exchange.build_reducer(config, group, sums, _BUCKET_BYTES)
+    axes = {reduce.PER_DEVICE: 0, reduce.COMMON: None}
     send = jax.vmap(
         reducer.reduce,
         in_axes=(0, axes),
@@ -84,9 +87,10 @@ def of(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
     def mean(
         x_R: PyTree, weight_R: jax.Array, key: jax.Array, state: PyTree
     ) -> tuple[PyTree, base.Metrics, PyTree]:
-        plain, found = weighted_mean(x_R["statistics"], weight_R, key)
+        statistics, metrics = weighted_mean(x_R["statistics"], weight_R, key)
         sent_R = jax.tree.map(lambda leaf_R: leaf_R * shares(weight_R, leaf_R), x_R["params"])
         params, state = send(sent_R, state)
-        return {"params": params, "statistics": plain}, found, state
+        return {"params": params, "statistics": statistics}, metrics, state
 
-    return Merge(mean, reducer.init, reduce.state_shardings(parts, (AXIS,), reducer))
+    init = functools.partial(reduce.init_state, reducer, num_replicas)
+    return Merge(mean, init, reduce.state_shardings(parts, (AXIS,), reducer))

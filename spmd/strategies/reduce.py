@@ -1,45 +1,84 @@
-"""Base of the explicit strategies: each device's gradient by shard_map, then a Reducer that sums them."""
+"""Base of the explicit strategies: each device's gradient in a shard_map, then a Reducer that sums them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd.core import tree
 from spmd.core.fields import check
-from spmd.parallel import scope, sharding
+from spmd.parallel import collectives, scope, sharding
 from spmd.strategies import base
 
 PyTree = Any
 Leaves = dict[str, jax.Array]  # by path name
-Sum = Callable[[Leaves], Leaves]
 MiB = 2**20
 # Cut the model and its batch within each replica, by rules; collectives over them are the compiler's.
 WITHIN = ("fsdp", "stage", "context", "expert", "tensor")
 
 
-class Reducer(NamedTuple):
-    """The second part of a step, run inside shard_map over the axes of the batch.
+# Keys of a reducer's state, in checkpoints too.
+PER_DEVICE = "own"  # different on each device: stacked, [N, ...], outside of the shard_map
+COMMON = "common"  # equal on all devices
 
-    init: params -> state: {} or {"own": leaves of which each device has its own, their first dim, "common":
-    leaves that are the same on all}. reduce: (gradients of this device, state) -> (their sum over the
-    devices, as the strategy wants it, state); its "own" without the first dim.
+
+class Reducer(NamedTuple):
+    """Second part of a step, run by each device in a shard_map (or vmap) over the axes of the batch.
+
+    init: parameters -> the state of a device, {} or {PER_DEVICE: ..., COMMON: ...}.
+    reduce: (gradients of this device, state) -> (their sum over the devices, all or a shard of it, state).
+    specs: (parameters, their specs within a replica) -> specs of the state of a device within a replica.
     """
 
     init: Callable[[PyTree], PyTree]
     reduce: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+    specs: Callable[[PyTree, PyTree], PyTree]
 
 
-def plain(total: Callable[[PyTree], PyTree]) -> Reducer:
-    """A sum that carries nothing."""
-    return Reducer(init=lambda params: {}, reduce=lambda grads, state: (total(grads), state))
+def stateless(sum_: Callable[[PyTree], PyTree]) -> Reducer:
+    """A Reducer that carries nothing from step to step."""
+    return Reducer(
+        init=lambda params: {},
+        reduce=lambda grads, state: (sum_(grads), state),
+        specs=lambda params, specs: {},
+    )
 
 
-def axes_of(parts: base.Parts, strategy: str) -> tuple[str, ...]:
+def init_state(reducer: Reducer, num_devices: int, params: PyTree) -> PyTree:
+    """The reducer's state of all devices, to begin with."""
+    stack = lambda x: jnp.broadcast_to(x, (num_devices, *x.shape))
+    return map_per_device(lambda part: jax.tree.map(stack, part), reducer.init(params))
+
+
+def state_shardings(parts: base.Parts, axes: tuple[str, ...], reducer: Reducer) -> PyTree:
+    """Shardings of `init_state`: what differs by device is sharded over `axes` first."""
+    params, _ = base.abstract_params(parts)
+    param_specs = jax.tree.map(lambda s: s.spec, param_shardings(parts))
+    specs = reducer.specs(params, param_specs)
+    specs = map_per_device(lambda part: jax.tree.map(lambda spec: P(axes, *spec), part), specs)
+    return jax.tree.map(lambda spec: NamedSharding(parts.mesh, spec), specs)
+
+
+def communicator(parts: base.Parts, axes: tuple[str, ...]) -> collectives.Communicator:
+    """The devices along `axes`, for use within a shard_map over them."""
+    group = collectives.Communicator(axes, num_devices(parts, axes))
+    if not shares_model(parts):
+        return group
+    return collectives.divide_among_copies(group, parts.mesh, axes)
+
+
+def num_devices(parts: base.Parts, axes: tuple[str, ...]) -> int:
+    """Devices along `axes`."""
+    return math.prod(parts.mesh.shape[axis] for axis in axes)
+
+
+def reduction_axes(parts: base.Parts, strategy: str) -> tuple[str, ...]:
     """The mesh axes over which gradients are summed; ValueError for models that cannot be shown a part of the
     batch.
     """
@@ -52,8 +91,8 @@ def axes_of(parts: base.Parts, strategy: str) -> tuple[str, ...]:
     return tuple(axis for axis in ("replica", "data") if parts.mesh.shape[axis] > 1)
 
 
-def within(parts: base.Parts) -> bool:
-    """Whether the devices of a replica share a model."""
+def shares_model(parts: base.Parts) -> bool:
+    """Whether several devices share the model of a replica."""
     return any(parts.mesh.shape[axis] > 1 for axis in WITHIN)
 
 
@@ -63,7 +102,7 @@ def param_shardings(parts: base.Parts) -> PyTree:
     return sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=True)
 
 
-def check_measured(parts: base.Parts, kind: str) -> None:
+def check_noise_scale(parts: base.Parts, kind: str) -> None:
     """ValueError where the noise scale would be told from gradients that compression has changed."""
     check(
         not parts.noise_scale or kind == "none",
@@ -71,35 +110,35 @@ def check_measured(parts: base.Parts, kind: str) -> None:
     )
 
 
-def gradients(parts: base.Parts, axes: tuple[str, ...]) -> Callable[..., Any]:
-    """(params, model_state, batch, step_key) -> (each replica's gradient, its first dim; metric sums over all
-    devices; model_state). Parameters are those of a replica.
+def build_gradients(parts: base.Parts, axes: tuple[str, ...]) -> Callable[..., Any]:
+    """A function (params, model_state, batch, step_key) -> (gradients [N, ...] of the replicas, metric sums
+    over all devices, model_state), with the parameters sharded as within a replica.
     """
     grads_of = base.grads_of(parts)
 
     def local(params, model_state, batch, step_key):
-        with bound(parts, axes):
+        with bind_scope(parts, axes):
             scale = parts.task.scale(jax.tree.map(scope.batch_sum, parts.task.weigh(batch)))
             grads, sums, model_state = grads_of(params, model_state, batch, step_key, scale)
-            return first_dim(grads), jax.tree.map(scope.batch_sum, sums), model_state
+            return add_device_dim(grads), jax.tree.map(scope.batch_sum, sums), model_state
 
     # Kernels, and shard_maps within a replica, say nothing of how their results vary.
-    return _mapped(
+    return _shard_map(
         parts,
         local,
         in_specs=(P(), P(), P(axes), P()),
         out_specs=(P(axes), P(), P()),
         check_vma=False,
-        over=axes if within(parts) else parts.mesh.axis_names,
+        over=axes if shares_model(parts) else parts.mesh.axis_names,
     )
 
 
-def _mapped(parts: base.Parts, fn: Any, *, over: Sequence[str], **how: Any) -> Any:
+def _shard_map(parts: base.Parts, fn: Any, *, over: Sequence[str], **how: Any) -> Any:
     """A shard_map over some axes; over none there is nothing to map."""
     return jax.shard_map(fn, **how, **sharding.manual(parts.mesh, over)) if over else fn
 
 
-def reduced(
+def build_reduction(
     parts: base.Parts,
     axes: tuple[str, ...],
     reducer: Reducer,
@@ -107,87 +146,74 @@ def reduced(
     *,
     check_vma: bool = False,
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
-    """(gradients as of `gradients`, state) -> (summed, as out_specs says, state).
+    """A function (gradients of `build_gradients`, state) -> (their sums, sharded by out_specs, state).
 
-    Each device sums its part of its replica's gradients. A reducer with a state looks at whole arrays, and
-    the compiler cuts its work.
+    Each device sums its shards of its replica's gradients.
 
     check_vma: off by default, since gathers and rings are typed as differing by device, though they do not;
     that they do not is tested.
     """
 
     def local(grads, state):
-        with bound(parts, axes):
-            grads, state = (without_first_dim(grads), unpacked(state, without_first_dim))
+        with bind_scope(parts, axes):
+            grads, state = (drop_device_dim(grads), map_per_device(drop_device_dim, state))
             grads, state = reducer.reduce(grads, state)
-            return grads, unpacked(state, first_dim)
+            return grads, map_per_device(add_device_dim, state)
 
-    parted = jax.tree.map(lambda s: P(axes, *s.spec), param_shardings(parts))
-    summed = jax.tree.map(lambda spec: only(spec, axes), out_specs)
+    grad_specs = jax.tree.map(lambda s: P(axes, *s.spec), param_shardings(parts))
+    sum_specs = jax.tree.map(lambda spec: keep_axes(spec, axes), out_specs)
 
     def apply(grads, state):
-        held = {part: P(axes) if part == "own" else P() for part in state}
-        whole = within(parts) and bool(state)
-        return _mapped(
+        state_specs = {key: P(axes) if key == PER_DEVICE else P() for key in state}
+        # A stateful reducer gets the whole arrays of its replica; the compiler partitions its work.
+        over_axes = shares_model(parts) and bool(state)
+        return _shard_map(
             parts,
             local,
-            in_specs=(P(axes) if whole else parted, held),
-            out_specs=(summed if whole else out_specs, held),
+            in_specs=(P(axes) if over_axes else grad_specs, state_specs),
+            out_specs=(sum_specs if over_axes else out_specs, state_specs),
             check_vma=check_vma,
-            over=axes if whole else parts.mesh.axis_names,
+            over=axes if over_axes else parts.mesh.axis_names,
         )(grads, state)
 
     return apply
 
 
-def state_shardings(parts: base.Parts, axes: tuple[str, ...], reducer: Reducer) -> PyTree:
-    """Shardings of the reducer's state: errors as a replica's parameters, chunks replicated within it,
-    common state replicated everywhere.
-    """
-    params, _ = base.abstract_params(parts)
-    state = jax.eval_shape(reducer.init, params)
-    cut = tree.named_leaves(param_shardings(parts))
-    place = lambda *spec: NamedSharding(parts.mesh, P(*spec))
-    if not state:
-        return {}
-    own = {
-        "errors": {name: place(axes, *cut[name].spec) for name in state["own"]["errors"]},
-        "chunks": [place(axes) for _ in state["own"]["chunks"]],
-    }
-    return {"own": own, "common": jax.tree.map(lambda _: place(), state["common"])}
+def keep_axes(spec: P, axes: tuple[str, ...]) -> P:
+    """The spec with the entries of `axes` only."""
+    return P(*(entry if entry in (axes, *axes) else None for entry in spec))
 
 
-def only(spec: P, axes: tuple[str, ...]) -> P:
-    """The spec without what other axes cut."""
-    return P(*(cut if cut in (axes, *axes) else None for cut in spec))
-
-
-def bound(parts: base.Parts, axes: tuple[str, ...]) -> Any:
+def bind_scope(parts: base.Parts, axes: tuple[str, ...]) -> Any:
     """The scope of what runs on a part of the batch."""
-    placed = sharding.placement(parts.mesh) | {"partial": True} if within(parts) else {}
+    placed = sharding.placement(parts.mesh) | {"partial": True} if shares_model(parts) else {}
     return scope.bind(axes=axes, **{"platform": parts.mesh.devices.flat[0].platform} | placed)
 
 
-def first_dim(part: PyTree) -> PyTree:
-    """[...] -> [1, ...]: this device's."""
+def add_device_dim(part: PyTree) -> PyTree:
+    """[...] -> [1, ...]."""
     return jax.tree.map(lambda x: x[None], part)
 
 
-def without_first_dim(part: PyTree) -> PyTree:
+def drop_device_dim(part: PyTree) -> PyTree:
     """[1, ...] -> [...]."""
     return jax.tree.map(lambda x: x[0], part)
 
 
-def unpacked(state: Mapping[str, PyTree], change: Callable[[PyTree], PyTree]) -> dict[str, PyTree]:
-    """A reducer's state with `change` on what each device has of its own."""
-    return {part: change(held) if part == "own" else held for part, held in state.items()}
+def map_per_device(
+    fn: Callable[[PyTree], PyTree], state: Mapping[str, PyTree]
+) -> dict[str, PyTree]:
+    """A reducer's state with `fn` of the part that differs by device."""
+    return {key: fn(part) if key == PER_DEVICE else part for key, part in state.items()}
 
 
-def by_name(sum_: Callable[[Leaves, PyTree], tuple[Leaves, PyTree]]) -> Callable[..., Any]:
-    """A reduce function of named leaves as one of a pytree."""
+def on_named_leaves(
+    reduce: Callable[[Leaves, PyTree], tuple[Leaves, PyTree]],
+) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
+    """A reduce function of {path name: gradient} as one of the gradients' tree."""
 
-    def reduce(grads: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        leaves, state = sum_(tree.named_leaves(grads), state)
-        return tree.map_named(lambda name, _: leaves[name], grads), state
+    def reduce_tree(grads: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        sums, state = reduce(tree.named_leaves(grads), state)
+        return tree.map_named(lambda name, _: sums[name], grads), state
 
-    return reduce
+    return reduce_tree

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from spmd.core import tree
 from spmd.core.fields import check
 from spmd.parallel import collectives, scope, sharding
-from spmd.strategies import base, compress, reduce, update
+from spmd.strategies import base, exchange, reduce, update
 from spmd.strategies.compress import Compression
 from spmd.strategies.config import StrategyConfig
 
@@ -47,43 +47,47 @@ class Server(StrategyConfig):
 
 
 def build(parts: base.Parts, config: Server) -> base.Strategy:
-    """Parameters, moments and average cut over all replicas; small arrays, and those that do not divide, lie
-    on every device. ValueError for meshes and models that it cannot take.
+    """Parameters, moments and average sharded over all replicas; small arrays, and those that do not divide,
+    are replicated. ValueError for meshes and models that it cannot take.
     """
-    axes = reduce.axes_of(parts, "server")
+    axes = reduce.reduction_axes(parts, "server")
     params, _ = base.abstract_params(parts)
     owners = sharding.owner_shardings(params, parts.task.dims, parts.mesh, axes or ("data",))
     specs = jax.tree.map(lambda s: s.spec, owners)
-    reduce.check_measured(parts, config.compress.kind)
-    reducer = reducer_of(parts, config, axes, owners)
+    reduce.check_noise_scale(parts, config.compress.kind)
+    reducer = build_reducer(parts, config, axes, owners)
     queue = Queue(config.staleness)
     shardings = dataclasses.replace(
         base.shardings_of(parts, params=owners, moments=owners, fsdp=True),
         strategy_state=queue.shardings(owners) | reduce.state_shardings(parts, axes, reducer),
     )
-    gradients = reduce.gradients(parts, axes)
-    push = reduce.reduced(parts, axes, reducer, specs)
-    pull = pull_of(parts, axes, specs)
+    gradients = reduce.build_gradients(parts, axes)
+    push = reduce.build_reduction(parts, axes, reducer, specs)
+    pull = build_pull(parts, axes, specs)
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
-        held, queued = queue.through(state.strategy_state, state.params)
+        stale, queued = queue.exchange(state.strategy_state, state.params)
         grads, sums, model_state = gradients(
-            pull(held), state.model_state, batch, base.step_key(state)
+            pull(stale), state.model_state, batch, base.step_key(state)
         )
-        grads, carried = push(
-            grads, {k: v for k, v in state.strategy_state.items() if k in ("own", "common")}
-        )
+        carried = {
+            key: part
+            for key, part in state.strategy_state.items()
+            if key in (reduce.PER_DEVICE, reduce.COMMON)
+        }
+        grads, carried = push(grads, carried)
         return update.update_state(parts, state, grads, sums, model_state, queued | carried)
 
-    carry = lambda params: queue.first(params) | reducer.init(params)
-    return base.build_strategy(parts, shardings, step, carry)
+    num = reduce.num_devices(parts, axes)
+    init = lambda params: queue.init(params) | reduce.init_state(reducer, num, params)
+    return base.build_strategy(parts, shardings, step, init)
 
 
-def pull_of(parts: base.Parts, axes: tuple[str, ...], specs: PyTree) -> Any:
-    """Parameters cut by `specs` -> those of a replica."""
+def build_pull(parts: base.Parts, axes: tuple[str, ...], specs: PyTree) -> Any:
+    """A function that gathers parameters sharded by `specs` into those of a replica."""
 
     def gather(x: jax.Array, spec: P) -> jax.Array:
-        dim = cut_dim(spec, axes)
+        dim = sharded_dim(spec, axes)
         return x if dim is None else jax.lax.all_gather(x, axes, axis=dim, tiled=True)
 
     return jax.shard_map(
@@ -95,63 +99,62 @@ def pull_of(parts: base.Parts, axes: tuple[str, ...], specs: PyTree) -> Any:
     )
 
 
-def reducer_of(
+def build_reducer(
     parts: base.Parts, config: Server, axes: tuple[str, ...], owners: PyTree
 ) -> reduce.Reducer:
-    """The push."""
-    dims = {name: cut_dim(s.spec, axes) for name, s in tree.named_leaves(owners).items()}
+    """The Reducer of the push: each owner receives the sum of its shards."""
+    dims = {name: sharded_dim(s.spec, axes) for name, s in tree.named_leaves(owners).items()}
 
-    def total(grads: reduce.Leaves) -> reduce.Leaves:
+    def reduce_scatter(grads: reduce.Leaves) -> reduce.Leaves:
         return {n: collectives.reduce_scatter(g, axes, dims[n]) for n, g in grads.items()}
 
-    def whole(grads: reduce.Leaves) -> reduce.Leaves:
+    def all_reduce(grads: reduce.Leaves) -> reduce.Leaves:
         return {name: scope.batch_sum(g) for name, g in grads.items()}
 
     if config.compress.kind == "none":
-        return reduce.Reducer(
-            init=lambda params: {},
-            reduce=reduce.by_name(lambda grads, state: (total(grads), state)),
-        )
-    return compress.reducer(config.compress, compress.way(parts, axes, total, whole, dims), 0)
+        plain = reduce.on_named_leaves(lambda grads, state: (reduce_scatter(grads), state))
+        return reduce.stateless(lambda grads: plain(grads, {})[0])
+    sums = exchange.PlainSums(all_reduce, reduce_scatter, dims)
+    return exchange.build_reducer(config.compress, reduce.communicator(parts, axes), sums, 0)
 
 
-def cut_dim(spec: P, axes: tuple[str, ...]) -> int | None:
-    """Which dim is cut over `axes`; None: none."""
-    return next((i for i, cut in enumerate(spec) if cut in (axes, *axes)), None)
+def sharded_dim(spec: P, axes: tuple[str, ...]) -> int | None:
+    """The dim that is sharded over `axes`; None: none is."""
+    return next((i for i, entry in enumerate(spec) if entry in (axes, *axes)), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Queue:
-    """The parameters of the last `staleness` updates, cut as the parameters are. A ring buffer: an update
-    overwrites the oldest, nothing is moved.
+    """Ring buffer of the parameters of the last `staleness` updates, sharded as the parameters are: an update
+    overwrites the oldest.
 
     It counts updates itself: a step that was skipped (TrainState.step counts it) must not move it.
     """
 
     staleness: int
 
-    def first(self, params: PyTree) -> PyTree:
-        """Before the first update they have always been what they are."""
+    def init(self, params: PyTree) -> PyTree:
+        """Fill the queue with the initial parameters."""
         if not self.staleness:
             return {}
         copies = lambda p: jnp.broadcast_to(p, (self.staleness, *p.shape))
         return {"queue": jax.tree.map(copies, params), "oldest": jnp.zeros((), jnp.int32)}
 
-    def through(self, held: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+    def exchange(self, queued: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
         """(strategy state, parameters) -> (parameters `staleness` updates ago, the queue's next state)."""
         if not self.staleness:
             return params, {}
-        slot = held["oldest"]
+        slot = queued["oldest"]
         take = lambda q: jax.lax.dynamic_index_in_dim(q, slot, keepdims=False)
         put = lambda q, p: jax.lax.dynamic_update_index_in_dim(q, p, slot, 0)
-        queued = {
-            "queue": jax.tree.map(put, held["queue"], params),
+        pushed = {
+            "queue": jax.tree.map(put, queued["queue"], params),
             "oldest": (slot + 1) % self.staleness,
         }
-        return jax.tree.map(take, held["queue"]), queued
+        return jax.tree.map(take, queued["queue"]), pushed
 
     def shardings(self, owners: PyTree) -> PyTree:
-        """Shardings of `first`."""
+        """Shardings of `init`."""
         if not self.staleness:
             return {}
         mesh = jax.tree.leaves(owners)[0].mesh

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from spmd.parallel import collectives
 from spmd.parallel import mesh as meshes
 from spmd.parallel.mesh import MeshConfig
+from spmd.strategies import compress
 
 pytestmark = pytest.mark.usefixtures("devices")
 AXES = ("replica", "data")
@@ -91,7 +92,7 @@ def test_all_reduces_of_pytrees(name, num, shapes, dtypes, bucket, seed):
     rng = np.random.default_rng(seed)
     make = lambda: [drawn(rng, s, np.dtype(d)) for s, d in zip(shapes, dtypes, strict=False)]
     blocks = [make() for _ in range(num)]
-    reduce = lambda grads: collectives.by_bucket(ALL_REDUCES[name], grads, bucket)
+    reduce = lambda grads: collectives.reduce_buckets(ALL_REDUCES[name], grads, bucket)
     for got in each(reduce, num, blocks):
         for leaf, parts in zip(got, zip(*blocks, strict=True), strict=True):
             assert_sum(leaf, parts)
@@ -170,12 +171,21 @@ def test_int8(num, chunk, block, seed):
     blocks = [drawn(rng, (num, chunk), np.dtype("float32")) for _ in range(num)]
     blocks[0][0] = 0  # a block of zeros
     sent = [np.stack([np_quantised(row, block) for row in x]) for x in blocks]
-    scatter = lambda x: collectives.int8_reduce_scatter(x, AXES, block)
+    group = collectives.Communicator(AXES, num)
+    int8 = compress.with_error_feedback(compress.int8(block))
+
+    def scatter(x):
+        message, feedback = int8.encode(x, int8.init(x))
+        return int8.decode(group.all_to_all(message), x).sum(axis=0), feedback.errors
+
+    def gather(x):
+        message, feedback = int8.encode(x, int8.init(x))
+        return int8.decode(group.all_gather(message), x), feedback.errors
+
     for i, (mine, error) in enumerate(each(scatter, num, blocks)):
         np.testing.assert_allclose(mine, np.sum([x[i] for x in sent], axis=0), atol=2e-6)
         np.testing.assert_allclose(sent[i] + error, blocks[i], atol=1e-6)
         assert abs(error).max() <= abs(blocks[i]).max() / 127 / 2 * 1.001
-    gather = lambda x: collectives.int8_all_gather(x, AXES, block)
     want = np.stack([np_quantised(x[0], block) for x in blocks])
     for i, (whole, error) in enumerate(each(gather, num, [x[0] for x in blocks])):
         np.testing.assert_allclose(whole, want, atol=1e-6)
@@ -185,8 +195,10 @@ def test_int8(num, chunk, block, seed):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_so(bad):
     x = jnp.array([1.0, bad, 2.0, 3.0])
-    whole, _ = collectives.int8_all_gather(x, (), 2)
-    assert not np.isfinite(whole[0, :2]).any() and np.isfinite(whole[0, 2:]).all()
+    int8 = compress.int8(2)
+    message, _ = int8.encode(x, {})
+    decoded = int8.decode(message, x)
+    assert not np.isfinite(decoded[:2]).any() and np.isfinite(decoded[2:]).all()
 
 
 def test_buckets():

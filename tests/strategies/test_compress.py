@@ -43,7 +43,7 @@ def pushed(strategy, parts):
     axes = ("replica", "data")
     params, _ = base.abstract_params(parts)
     if isinstance(strategy, Local):
-        made = merge.of(strategy.compress, parts, N)
+        made = merge.build(strategy.compress, parts, N)
 
         def mean(grads, state):
             given = {"params": jax.tree.map(lambda g: N * g, grads), "statistics": {}}
@@ -53,12 +53,14 @@ def pushed(strategy, parts):
         return made.init(params), jax.jit(mean)
     if isinstance(strategy, Server):
         owners = strategy.build(parts).state_shardings.params
-        reducer = server.reducer_of(parts, strategy, axes, owners)
+        reducer = server.build_reducer(parts, strategy, axes, owners)
         specs = jax.tree.map(lambda s: s.spec, owners)
     else:
-        reducer, specs = allreduce.reducer_of(parts, strategy, axes), P()
+        reducer, specs = allreduce.build_reducer(parts, strategy, axes), P()
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
-    return reducer.init(zeros), jax.jit(reduce.reduced(parts, axes, reducer, specs))
+    return reduce.init_state(reducer, N, zeros), jax.jit(
+        reduce.build_reduction(parts, axes, reducer, specs)
+    )
 
 
 def drawn(parts, seed):
