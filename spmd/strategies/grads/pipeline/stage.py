@@ -203,8 +203,8 @@ class Stage:
                 put(sum_, pick(sum_, number) + new, number)
                 for sum_, new in zip(carry.grads[0], grads, strict=True)
             ]
-            states = put_state(carry.states, state, number, microbatch, is_last)
             grads = self.leaves.constrain(chunk_grads, other_grads)
+            states = put_state(carry.states, state, number, microbatch, is_last)
             return grads, add(sums, layer_sums), states, self._constrain(cotangent)
 
         def rest() -> tuple[Any, PyTree, PyTree, jax.Array]:
