@@ -271,6 +271,20 @@ def parts_for(model, cut, *, accumulate=1, dtype="float32", optimizer=None, priv
     )
 
 
+def assert_same_values(got, want, limit=1e-9):
+    """Leaf by leaf, in float64: max |got - want| <= limit * max |want|.
+
+    A leaf that is zero but for rounding (the gradient of a bias before a norm, of the keys' bias) has no
+    magnitude of its own: its limit is that of a leaf 1e6 times smaller than the largest.
+    """
+    assert got.keys() == want.keys()
+    largest = {name: np.max(np.abs(leaf), initial=0.0) for name, leaf in want.items()}
+    floor = 1e-6 * max(largest.values())
+    for name, leaf in want.items():
+        error = np.max(np.abs(got[name] - leaf), initial=0.0)
+        assert error <= limit * max(largest[name], floor), (name, error, largest[name])
+
+
 def facts_of(name: str, *words: str) -> facts.Facts:
     """Facts about an experiment, for the closed forms of a plan."""
     exp = spmd.load(name, ["--simulate", "1", "--train.steps", "9000", *words]).experiment

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,11 +16,21 @@ import pytest
 from spmd import optim
 from spmd.core import tree
 from spmd.models.mlp import MLP
-from spmd.parallel import mesh
+from spmd.parallel import mesh, scope
 from spmd.parallel.mesh import MeshConfig
-from spmd.strategies import AllReduce, Auto, Local, base
+from spmd.strategies import AllReduce, Auto, Local, base, update
 from spmd.strategies.privacy import Mechanism
-from tests.cases import BATCH, LAYOUTS, MODELS, PIPELINES, STEPS, batch_at, data_of, parts_for
+from tests.cases import (
+    BATCH,
+    LAYOUTS,
+    MODELS,
+    PIPELINES,
+    STEPS,
+    assert_same_values,
+    batch_at,
+    data_of,
+    parts_for,
+)
 from tests.marks import slow_but
 
 RTOL = {"float32": 1e-5, "float64": 1e-10}
@@ -40,6 +50,29 @@ OPTIMIZERS = {
 }
 
 
+class Trajectory(NamedTuple):
+    """A run. leaves: of the final state. grads: of the first step, in float64. last: of the last step (params
+    and optimizer state before it, gradients, params after it), for OPTIMIZERS.
+    """
+
+    losses: np.ndarray
+    leaves: dict[str, np.ndarray]
+    grads: dict[str, np.ndarray]
+    last: Any = None
+
+    @property
+    def norms(self) -> dict[str, float]:
+        return {name: np.linalg.norm(leaf) for name, leaf in self.leaves.items()}
+
+    def params(self) -> dict[str, np.ndarray]:
+        return {name: x for name, x in self.leaves.items() if name.startswith("params/")}
+
+
+def host(part):
+    """{path name: float64 array} of a pytree."""
+    return {name: np.asarray(x, np.float64) for name, x in tree.named_leaves(part).items()}
+
+
 def trajectory(
     model,
     strategy,
@@ -52,7 +85,7 @@ def trajectory(
     optimizer=None,
     privacy=None,
 ):
-    """Losses by step and the norm of every leaf of the final state."""
+    """Runs a layout; in float64 with the gradients among the metrics, as verify runs it."""
     cut = mesh.make(config, jax.devices()[:num_devices])
     how = {"accumulate": accumulate, "dtype": dtype, "optimizer": optimizer, "privacy": privacy}
     built = strategy.build(parts_for(model, cut, **how))
@@ -64,19 +97,29 @@ def trajectory(
         for drawn, like in zip(jax.tree.leaves(state.params), jax.tree.leaves(first), strict=True):
             np.testing.assert_allclose(drawn, like, atol=1e-6)
         state = built.with_params(state, first)
-    losses = []
+    losses, grads, last = [], {}, None
     for step in range(steps):
         batch = jax.device_put(data_of(model)(step), built.batch_shardings)
-        state, metrics = built.step(state, batch)
+        if step == steps - 1 and optimizer in OPTIMIZERS.values():
+            last = jax.tree.map(np.array, (state.params, state.opt_state))
+        with scope.bind(watched=dtype == "float64"):
+            state, metrics = built.step(state, batch)
         losses.append(metrics["loss"])
+        if step == 0 or last:
+            grads[step] = gradients(metrics)
         jax.block_until_ready(losses[-1])
+    if last:
+        last = (*last, grads[steps - 1], host(state.params))
     if isinstance(strategy, Local):  # one device has no replicas: of PLAIN they have the same state
         one = jax.tree.map(lambda x: x[0], state.opt_state)
         state = dataclasses.replace(state, strategy_state={}, opt_state=one)
-    norms = {
-        k: np.linalg.norm(np.asarray(v, np.float64)) for k, v in tree.named_leaves(state).items()
-    }
-    return np.array(losses), norms
+    return Trajectory(np.array(losses), host(state), grads[0], last)
+
+
+def gradients(metrics):
+    """Gradients among the metrics of a watched step."""
+    start = base.WATCHED_GRADIENTS
+    return {n.removeprefix(start): x for n, x in host(metrics).items() if n.startswith(start)}
 
 
 @functools.cache
@@ -94,17 +137,37 @@ def reference(name, accumulate, dtype, optimizer=None, steps=STEPS, privacy=None
     )
 
 
-def assert_same(got, want, rtol, of_leaves=0.0):
+def assert_same(got, want, rtol, of_leaves=0.0, params=True):
     """Losses by step, and leaf by leaf (to `of_leaves`, where given) the norms of the final state, but for
-    what only the strategy has.
+    what only the strategy has. In float64 by values too: the gradients of the first step, and `params`.
     """
-    (losses, norms), (want_losses, want_norms) = got, want
-    norms = {name: norm for name, norm in norms.items() if not name.startswith("strategy_state/")}
-    np.testing.assert_allclose(losses, want_losses, rtol=rtol)
-    assert norms.keys() == want_norms.keys()
+    leaves = {n: norm for n, norm in got.norms.items() if not n.startswith("strategy_state/")}
+    np.testing.assert_allclose(got.losses, want.losses, rtol=rtol)
+    assert leaves.keys() == want.norms.keys()
     rtol = of_leaves or rtol
-    for leaf, norm in want_norms.items():
-        np.testing.assert_allclose(norms[leaf], norm, rtol=rtol, atol=rtol * 1e-2, err_msg=leaf)
+    for leaf, norm in want.norms.items():
+        np.testing.assert_allclose(leaves[leaf], norm, rtol=rtol, atol=rtol * 1e-2, err_msg=leaf)
+    if got.losses.dtype == np.float64:
+        assert_same_values(got.grads, want.grads)
+        if params:
+            assert_same_values(got.params(), want.params())
+
+
+def assert_same_update(run, optimizer, name):
+    """The last step's parameters are those that one device makes of the same gradients and state."""
+    params, opt_state, grads, after = run.last
+    with jax.enable_x64(True):
+        grads = tree.map_named(lambda leaf, _: jax.numpy.asarray(grads[leaf]), params)
+        want, _ = update_of(optimizer, name)(grads, opt_state, params)
+        assert_same_values(after, host(want))
+
+
+@functools.cache
+def update_of(optimizer, name):
+    """The jitted update of one device."""
+    one = mesh.make(MeshConfig(), jax.devices()[:1])
+    tx = parts_for(MODELS[name], one, dtype="float64", optimizer=optimizer).tx
+    return jax.jit(lambda *args: update.apply_gradients(tx, *args, lambda: jax.random.key(0)))
 
 
 def optimizer_of(strategy):
@@ -232,7 +295,7 @@ def test_language_model_equals_one_device(layout, context, dtype):
         model = dataclasses.replace(MODELS["lm"], context=context)
         got = trajectory(model, *LAYOUTS[layout], **how)
     assert_same(got, want, RTOL[dtype])
-    assert want[0][-1] < want[0][0]
+    assert want.losses[-1] < want.losses[0]
 
 
 IN_STAGES = ("ring2_context2", "local4_context2")
@@ -286,7 +349,7 @@ def test_experts_equal_one_device(layout, dtype):
         want = reference(name, 1, **how)
         got = trajectory(MODELS[name], *LAYOUTS[layout], **how)
     assert_same(got, want, RTOL[dtype])
-    assert name == "moe_local" or want[1]["model_state/blocks/mlp/offset"] > 0
+    assert name == "moe_local" or want.norms["model_state/blocks/mlp/offset"] > 0
 
 
 @pytest.mark.parametrize(
@@ -305,7 +368,7 @@ def test_experts_in_a_pipeline_equal_one_device(layout):
         want = reference(name, **how)
         got = trajectory(MODELS[name], *PIPELINES[layout], **how)
     assert_same(got, want, 1e-10)
-    assert name == "moe_local" or want[1]["model_state/blocks/mlp/offset"] > 0
+    assert name == "moe_local" or want.norms["model_state/blocks/mlp/offset"] > 0
 
 
 @pytest.mark.parametrize(
@@ -326,8 +389,10 @@ def test_optimizers_see_whole_arrays(layout, optimizer):
         how = {"dtype": "float64", "optimizer": OPTIMIZERS[optimizer], "steps": 12}
         want = reference("mlp", 1, **how)
         got = trajectory(MODELS["mlp"], *LAYOUTS[layout], **how)
-    assert_same(got, want, 1e-10)
-    assert want[0][-1] < want[0][0]
+    # A relative step of what is zero but for rounding is none: their values from identical gradients.
+    assert_same(got, want, 1e-10, params=False)
+    assert_same_update(got, OPTIMIZERS[optimizer], "mlp")
+    assert want.losses[-1] < want.losses[0]
 
 
 PRIVATE = [(name, layout) for name in ("mlp", "lm") for layout in PRIVATE_LAYOUTS]
@@ -345,7 +410,7 @@ def test_private_steps_equal_one_device(name, layout):
         got = trajectory(MODELS[name], *LAYOUTS[layout], accumulate=2, **how)
         plain = reference("mlp", 1, "float64", steps=4)
     assert_same(got, want, 1e-10)
-    assert abs(plain[0][-1] - want[0][-1]) > 1e-4
+    assert abs(plain.losses[-1] - want.losses[-1]) > 1e-4
 
 
 @pytest.mark.parametrize("strategy", [Auto(), Auto(zero=1), AllReduce()])
@@ -387,10 +452,10 @@ def test_the_average_follows_its_recursion(strategy, dtype):
 
 def test_the_reference_learns_and_its_parts_matter():
     """Parity of nothing with nothing would pass too: weights, dropout and accumulation show."""
-    losses, _ = reference("mlp", 1, "float32")
+    losses = reference("mlp", 1, "float32").losses
     assert losses[-5:].mean() < losses[:5].mean()
-    no_dropout, _ = trajectory(MLP(inputs=64, hidden=(64, 64)), Auto(), MeshConfig(), 1, steps=2)
-    assert abs(no_dropout[0] - losses[0]) > 1e-4
+    no_dropout = trajectory(MLP(inputs=64, hidden=(64, 64)), Auto(), MeshConfig(), 1, steps=2)
+    assert abs(no_dropout.losses[0] - losses[0]) > 1e-4
 
 
 @pytest.mark.parametrize("strategy", slow_but([Auto()], [Auto(), AllReduce()], gate=[AllReduce()]))

@@ -20,7 +20,7 @@ from spmd.models.transformer import Transformer
 from spmd.parallel import mesh, scope, sharding
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import base
-from tests.cases import TASKS, data_of
+from tests.cases import TASKS, assert_same_values, data_of
 from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -93,8 +93,10 @@ def gradients(name, sizes, microbatches, *schedule):
 
 
 def assert_same(got, want):
-    """Leaf by leaf; that of the keys' bias is zero but for rounding, and counts against the largest."""
-    assert got.keys() == want.keys()
+    """Leaf by leaf, the norm of the difference and its largest element; the gradient of the keys' bias is
+    zero but for rounding, and counts against the largest.
+    """
+    assert_same_values(got, want)
     norms = {leaf: np.linalg.norm(value) for leaf, value in want.items()}
     floor = 1e-6 * max(norms.values())
     for leaf, value in want.items():
