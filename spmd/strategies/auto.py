@@ -38,9 +38,9 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
     grads_of = base.grads_of(parts)
     params, _ = base.abstract_params(parts)
     place = lambda fsdp: sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=fsdp)
-    cut = place(True)
+    sharded = place(True)
     shardings = base.shardings_of(
-        parts, params=cut if zero == 3 else place(False), moments=cut, fsdp=zero == 3
+        parts, params=sharded if zero == 3 else place(False), moments=sharded, fsdp=zero == 3
     )
     rules = sharding.sequence_parallel() if sequence_parallel else sharding.RULES
     placement = sharding.placement(parts.mesh, rules)
@@ -52,7 +52,7 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
                 state.params, state.model_state, batch, base.step_key(state), scale
             )
         # Says where the sum of the gradients is wanted: a shard, so reduce-scatter instead of all-reduce.
-        grads = jax.lax.with_sharding_constraint(grads, cut)
+        grads = jax.lax.with_sharding_constraint(grads, sharded)
         return update.update_state(parts, state, grads, sums, model_state)
 
     return base.build_strategy(parts, shardings, step)

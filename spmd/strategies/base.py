@@ -137,21 +137,21 @@ def shardings_of(
     mesh = parts.mesh
     shapes, model_state = abstract_params(parts)
     opt_state = jax.eval_shape(parts.tx.init, shapes)
-    whole = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     dims = parts.task.state_dims
 
     def beside(name: str, leaf: Any) -> NamedSharding:
         if name not in dims:
-            return whole
+            return replicated
         spec = sharding.spec_of(name, leaf.shape, dims[name], mesh, fsdp=fsdp)
         return NamedSharding(mesh, spec)
 
     return TrainState(
-        step=whole,
+        step=replicated,
         params=params,
         model_state=tree.map_named(beside, model_state),
         opt_state=sharding.opt_shardings(parts.tx, opt_state, shapes, moments, mesh),
-        key=whole,
+        key=replicated,
         strategy_state={},
         ema=moments if parts.ema else {},
     )
@@ -195,9 +195,9 @@ def check_private(parts: Parts) -> None:
 def pipelined(parts: Parts) -> direct.GradsOf:
     """The gradient function of a pipeline; ValueError for what it cannot cut."""
     stages = parts.mesh.shape["stage"]
-    for asked, name in ((parts.privacy, "privacy"), (parts.noise_scale, "train.noise_scale")):
+    for enabled, name in ((parts.privacy, "privacy"), (parts.noise_scale, "train.noise_scale")):
         check(
-            not asked,
+            not enabled,
             f"{name} needs gradients of parts of the batch, which a pipeline (mesh.stage={stages}) sums up as"
             " it goes; use mesh.stage=1",
         )

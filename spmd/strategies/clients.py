@@ -21,17 +21,17 @@ def _rng(*numbers: int) -> np.random.Generator:
 
 def label_of(batch: dict[str, Any]) -> str:
     """Name of the one integer feature of shape [B]; ValueError when there is none, or more."""
-    found = [
+    names = [
         name
         for name, x in batch.items()
         if len(x.shape) == 1 and np.issubdtype(x.dtype, np.integer) and name != "example_id"
     ]
     check(
-        len(found) == 1,
+        len(names) == 1,
         "strategy federated deals the examples out by their label, and needs one integer feature of shape []:"
-        f" the data has {', '.join(found) or 'none'}",
+        f" the data has {', '.join(names) or 'none'}",
     )
-    return found[0]
+    return names[0]
 
 
 def labels(source: Any) -> np.ndarray:
@@ -49,10 +49,10 @@ def deal(label_N: np.ndarray, num_clients: int, alpha: float, seed: int) -> list
     rng = _rng(seed, _DEAL)
     owner_N = np.empty(len(label_N), np.int64)
     for label in np.unique(label_N):
-        mine = rng.permutation(np.flatnonzero(label_N == label))
+        members = rng.permutation(np.flatnonzero(label_N == label))
         share_C = rng.dirichlet(np.full(num_clients, alpha))
-        ends = np.round(np.cumsum(share_C) * len(mine)).astype(np.int64)
-        owner_N[mine] = np.searchsorted(ends, np.arange(len(mine)), side="right").clip(
+        ends = np.round(np.cumsum(share_C) * len(members)).astype(np.int64)
+        owner_N[members] = np.searchsorted(ends, np.arange(len(members)), side="right").clip(
             max=num_clients - 1
         )
     sizes = np.bincount(owner_N, minlength=num_clients)
@@ -98,22 +98,24 @@ class ClientOrder:
         """[S, L] example indices."""
         rows = self._period * self._batch_size // self._num_slots
         table_SL = np.full((self._num_slots, rows), -1, np.int64)
-        for slot, (client, gone) in enumerate(zip(*self.clients(number), strict=True)):
-            if gone:
+        for slot, (client, dropped_out) in enumerate(zip(*self.clients(number), strict=True)):
+            if dropped_out:
                 continue
-            rng, mine = _rng(self._seed, _SHUFFLE, number, client), self._owned[client]
-            passes = min(self._epochs, -(-rows // len(mine)))
-            given = np.concatenate([rng.permutation(mine) for _ in range(passes)])[:rows]
-            table_SL[slot, : len(given)] = given
+            rng, owned = _rng(self._seed, _SHUFFLE, number, client), self._owned[client]
+            passes = min(self._epochs, -(-rows // len(owned)))
+            examples = np.concatenate([rng.permutation(owned) for _ in range(passes)])[:rows]
+            table_SL[slot, : len(examples)] = examples
         return table_SL
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         steps, rows = np.divmod(positions, self._batch_size)
-        numbers, within = np.divmod(steps, self._period)
-        each = self._batch_size // self._num_slots
-        slots, places = np.divmod(rows, each)
+        numbers, steps_within = np.divmod(steps, self._period)
+        rows_per_slot = self._batch_size // self._num_slots
+        slots, offsets = np.divmod(rows, rows_per_slot)
         out = np.empty_like(positions)
         for number in np.unique(numbers):
-            here = numbers == number
-            out[here] = self._table(int(number))[slots[here], within[here] * each + places[here]]
+            in_round = numbers == number
+            out[in_round] = self._table(int(number))[
+                slots[in_round], steps_within[in_round] * rows_per_slot + offsets[in_round]
+            ]
         return out

@@ -189,8 +189,8 @@ def powersgd_all_reduce(rank: int, all_reduce: Callable[[Leaves], Leaves]) -> Re
 
 
 def _state(feedback: Feedback, chunks: PyTree = ()) -> PyTree:
-    own = {"errors": feedback.errors, "chunks": list(chunks)}
-    return {PER_DEVICE: own, COMMON: feedback.inner}
+    per_device = {"errors": feedback.errors, "chunks": list(chunks)}
+    return {PER_DEVICE: per_device, COMMON: feedback.inner}
 
 
 def _feedback(state: PyTree) -> Feedback:

@@ -132,7 +132,7 @@ def build(
     if limit:
         check_fits(parts, num_slots)
         rows = parts.batch["weight"].shape[0] // num_slots
-        most = float(rows * period * len(parts.task.coefficients))
-        mean = functools.partial(secure.mean, limit=limit, most=most)
+        max_weight = float(rows * period * len(parts.task.coefficients))
+        mean = functools.partial(secure.mean, limit=limit, max_weight=max_weight)
     outer = Outer(period, tx, merge.stateless(mean), proximal=proximal, forget=True)
     return local.build(parts, num_slots, outer)

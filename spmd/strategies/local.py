@@ -172,7 +172,7 @@ class Replicas:
         step_all = map_over_replicas(
             self.parts, build_replica_step(self.parts, self.param_shardings, self.outer), self.num
         )
-        held = state.strategy_state
+        replica_state = state.strategy_state
         shared = Shared(
             base.step_key(state),
             {name: x for name, x in state.model_state.items() if name == FROZEN},
@@ -180,16 +180,16 @@ class Replicas:
         )
         (params, model_state, opt_state), local = step_all(
             shared,
-            (held["params"], held["model_state"], state.opt_state),
+            (replica_state["params"], replica_state["model_state"], state.opt_state),
             self.split_rows(batch),
             jnp.arange(self.num),
         )
-        held = held | {
+        replica_state = replica_state | {
             "params": params,
             "model_state": model_state,
-            "weight": held["weight"] + local.weight,
+            "weight": replica_state["weight"] + local.weight,
         }
-        new = dataclasses.replace(state, opt_state=opt_state, strategy_state=held)
+        new = dataclasses.replace(state, opt_state=opt_state, strategy_state=replica_state)
         if self.outer.period == 1:
             new, metrics = self.merge(new)
         else:

@@ -68,8 +68,8 @@ class Privacy:
             return batch_size
         if not self.expected_batch_size:
             rows = batch_size // parts
-            each = math.floor((math.sqrt(ROOM**2 + 4 * rows) - ROOM) ** 2 / 4)
-            return parts * max(1, each)
+            per_part = math.floor((math.sqrt(ROOM**2 + 4 * rows) - ROOM) ** 2 / 4)
+            return parts * max(1, per_part)
         check(
             self.expected_batch_size <= batch_size,
             f"privacy.expected_batch_size={self.expected_batch_size} is more than the data.batch_size="
@@ -118,7 +118,7 @@ class Privacy:
         if not self.on:
             return None
         mean = self.sampled(batch_size, parts)
-        made = Mechanism(
+        mechanism = Mechanism(
             -(-num_examples // parts),
             mean // parts,
             batch_size // parts,
@@ -128,7 +128,7 @@ class Privacy:
             parts,
         )
         if not num_examples:
-            return made
+            return mechanism
         check(
             mean <= num_examples,
             f"privacy: a step would sample {mean} of {num_examples} examples; use"
@@ -140,9 +140,9 @@ class Privacy:
             f" ({1 / num_examples:.1e}): to publish one of them whole would satisfy it",
         )
         if self.epsilon:
-            noise = enough_noise(made, num_steps, self.epsilon)
-            made = dataclasses.replace(made, noise_multiplier=noise)
-        return made
+            noise = enough_noise(mechanism, num_steps, self.epsilon)
+            mechanism = dataclasses.replace(mechanism, noise_multiplier=noise)
+        return mechanism
 
     def order(self, source: Any, seed: int, batch_size: int, parts: int = 1) -> Poisson:
         """The order in which `source` is read."""
@@ -211,8 +211,8 @@ class Poisson:
         self, seed: int, num_examples: int, expected: int, batch_size: int, parts: int = 1
     ):
         self._seed, self._n, self._batch_size, self._parts = seed, num_examples, batch_size, parts
-        most = -(-num_examples // parts)
-        self._probability = expected / parts / most
+        per_part = -(-num_examples // parts)
+        self._probability = expected / parts / per_part
 
     def _step(self, step: int) -> np.ndarray:
         """[batch_size] indices of one step."""
@@ -221,14 +221,14 @@ class Poisson:
         bits = np.random.Philox(np.random.SeedSequence([self._seed, step, int.from_bytes(b"dp")]))
         draw = np.random.Generator(bits)
         rows = self._batch_size // self._parts
-        found = np.full((self._parts, rows), -1)
+        examples_PR = np.full((self._parts, rows), -1)
         for part in range(self._parts):
             first = (part + step) % self._parts
             size = len(range(first, self._n, self._parts))
             num = draw.binomial(size, self._probability)
             chosen = draw.choice(size, num, replace=False)[:rows]
-            found[part, : len(chosen)] = first + self._parts * chosen
-        return found.ravel()
+            examples_PR[part, : len(chosen)] = first + self._parts * chosen
+        return examples_PR.ravel()
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         import numpy as np
@@ -236,8 +236,8 @@ class Poisson:
         steps, rows = np.divmod(positions, self._batch_size)
         out = np.empty_like(positions)
         for step in np.unique(steps):
-            here = steps == step
-            out[here] = self._step(int(step))[rows[here]]
+            in_step = steps == step
+            out[in_step] = self._step(int(step))[rows[in_step]]
         return out
 
 

@@ -144,9 +144,9 @@ def take_outer_step(
 
     stack: [...] -> [R, ...], a copy for each replica.
     """
-    held = state.strategy_state
+    replica_state = state.strategy_state
     consensus = {"params": state.params, "statistics": unfrozen(state.model_state)}
-    replicas = {"params": held["params"], "statistics": held["model_state"]}
+    replicas = {"params": replica_state["params"], "statistics": replica_state["model_state"]}
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
 
     def difference(old: jax.Array, x_R: jax.Array) -> jax.Array:
@@ -163,15 +163,15 @@ def take_outer_step(
 
     differences = jax.tree.map(difference, consensus, replicas)
     delta, metrics, merge_state = outer.merge.mean(
-        differences, held["weight"], base.step_key(state), held["merge"]
+        differences, replica_state["weight"], base.step_key(state), replica_state["merge"]
     )
     params, outer_state = update.apply_gradients(
         outer.tx,
         delta["params"],
-        held["outer"],
+        replica_state["outer"],
         state.params,
         lambda: base.step_key(state),
-        len(held["weight"]),  # a number that no replica has
+        len(replica_state["weight"]),  # a number that no replica has
     )
     statistics = jax.tree.map(
         moved, consensus["statistics"], delta["statistics"], replicas["statistics"]
@@ -179,10 +179,10 @@ def take_outer_step(
     opt_state = state.opt_state
     if outer.forget:
         opt_state = _with_schedule_counts_of(stack(parts.tx.init(params)), opt_state)
-    held = held | {
+    replica_state = replica_state | {
         "params": stack(params),
         "model_state": stack(statistics),
-        "weight": jnp.zeros_like(held["weight"]),
+        "weight": jnp.zeros_like(replica_state["weight"]),
         "outer": outer_state,
         "merge": merge_state,
     }
@@ -191,7 +191,7 @@ def take_outer_step(
         params=params,
         model_state=state.model_state | statistics,
         opt_state=opt_state,
-        strategy_state=held,
+        strategy_state=replica_state,
     )
     return new, metrics
 

@@ -88,11 +88,11 @@ def check_fits(parts: base.Parts, num_replicas: int) -> None:
         f" may be {', '.join(str(n) for n in range(1, num_replicas + 1) if num_replicas % n == 0)}",
     )
     batch_size = jax.tree.leaves(parts.batch)[0].shape[0]
-    ways = math.prod(parts.mesh.shape[axis] for axis in INSIDE)
-    least = num_replicas * ways * parts.accumulate
+    num_shards = math.prod(parts.mesh.shape[axis] for axis in INSIDE)
+    multiple = num_replicas * num_shards * parts.accumulate
     check(
-        batch_size % least == 0,
-        f"data.batch_size={batch_size} does not divide over {num_replicas} replicas of the strategy x {ways}"
-        f" batch shards inside each x train.accumulate={parts.accumulate}; use"
-        f" {multiples(batch_size, least)}",
+        batch_size % multiple == 0,
+        f"data.batch_size={batch_size} does not divide over {num_replicas} replicas of the strategy x"
+        f" {num_shards} batch shards inside each x train.accumulate={parts.accumulate}; use"
+        f" {multiples(batch_size, multiple)}",
     )

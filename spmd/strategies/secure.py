@@ -25,22 +25,22 @@ from spmd.core import tree
 PyTree = Any
 
 
-def bits(num_clients: int, limit: float) -> int:
+def fraction_bits(num_clients: int, limit: float) -> int:
     """Binary places of numbers up to `limit`, so that the sum over all clients does not overflow."""
     return 30 - math.ceil(math.log2(num_clients * limit))
 
 
-def fixed(x: jax.Array, places: int) -> jax.Array:
-    """As integers modulo 2^32 with so many binary places; uint32."""
+def to_fixed_point(x: jax.Array, places: int) -> jax.Array:
+    """Integers modulo 2^32 with so many binary places, uint32."""
     return jax.lax.bitcast_convert_type(jnp.round(x * 2.0**places).astype(jnp.int32), jnp.uint32)
 
 
-def real(x: jax.Array, places: int, dtype: Any) -> jax.Array:
-    """The reverse of `fixed`."""
+def from_fixed_point(x: jax.Array, places: int, dtype: Any) -> jax.Array:
+    """Inverse of `to_fixed_point`."""
     return jax.lax.bitcast_convert_type(x, jnp.int32).astype(dtype) / 2.0**places
 
 
-def inputs(x_S: jax.Array, present_S: jax.Array, key: jax.Array) -> jax.Array:
+def mask_inputs(x_S: jax.Array, present_S: jax.Array, key: jax.Array) -> jax.Array:
     """Messages of the clients to the server, uint32 [S, ...]: x plus the client's masks.
 
     present: bool [S]; in the place of an absent client stand its masks towards the present ones, which these
@@ -60,33 +60,35 @@ def inputs(x_S: jax.Array, present_S: jax.Array, key: jax.Array) -> jax.Array:
 
         return jax.lax.fori_loop(0, num_clients, add, jnp.zeros(shape, jnp.uint32))
 
-    def one(client: jax.Array, x: jax.Array, present: jax.Array) -> jax.Array:
+    def send(client: jax.Array, x: jax.Array, present: jax.Array) -> jax.Array:
         masked = mask(client, present_S | present)
         return masked + jnp.where(present, x, jnp.uint32(0))
 
-    return jax.vmap(one)(jnp.arange(num_clients), x_S, present_S)
+    return jax.vmap(send)(jnp.arange(num_clients), x_S, present_S)
 
 
 def mean(
-    x_S: PyTree, weight_S: jax.Array, key: jax.Array, *, limit: float, most: float
+    x_S: PyTree, weight_S: jax.Array, key: jax.Array, *, limit: float, max_weight: float
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-    """The weighted mean [...] of [S, ...] by weights [S], whole numbers up to `most`, 0 of who dropped out.
+    """The weighted mean [...] of [S, ...] by weights [S], integers up to `max_weight`, 0 for drop-outs.
 
-    limit: of the absolute value of x; what is larger is cut, and counted in the metric secure_clipped.
+    limit: of the absolute value of x; larger ones are clipped, and counted in the metric secure_clipped.
     """
     num_clients = len(weight_S)
-    places = bits(num_clients, limit)
+    places = fraction_bits(num_clients, limit)
     present_S = weight_S > 0
-    enough = 2 * present_S.sum() > num_clients
-    summed = lambda x_S, key: inputs(x_S, present_S, key).sum(axis=0, dtype=jnp.uint32)
+    quorum = 2 * present_S.sum() > num_clients
+    summed = lambda x_S, key: mask_inputs(x_S, present_S, key).sum(axis=0, dtype=jnp.uint32)
     weight = summed(weight_S.astype(jnp.uint32), jax.random.fold_in(key, 0))
     clipped = jnp.zeros((), jnp.float32)
     means = {}
     for index, (name, leaf_S) in enumerate(tree.named_leaves(x_S).items(), 1):
-        part_S = (weight_S / most).astype(leaf_S.dtype).reshape(-1, *(1,) * (leaf_S.ndim - 1))
-        uploaded_S = fixed(jnp.clip(leaf_S, -limit, limit) * part_S, places)
-        total = real(summed(uploaded_S, jax.random.fold_in(key, index)), places, leaf_S.dtype)
-        share = jnp.where(enough, most / jnp.maximum(weight, 1).astype(leaf_S.dtype), 0)
+        part_S = (weight_S / max_weight).astype(leaf_S.dtype).reshape(-1, *(1,) * (leaf_S.ndim - 1))
+        uploaded_S = to_fixed_point(jnp.clip(leaf_S, -limit, limit) * part_S, places)
+        total = from_fixed_point(
+            summed(uploaded_S, jax.random.fold_in(key, index)), places, leaf_S.dtype
+        )
+        share = jnp.where(quorum, max_weight / jnp.maximum(weight, 1).astype(leaf_S.dtype), 0)
         means[name] = total * share
         clipped += jnp.sum(jnp.abs(leaf_S) > limit).astype(jnp.float32)
     return tree.map_named(lambda name, _: means[name], x_S), {"secure_clipped": clipped}

@@ -158,5 +158,5 @@ class Queue:
         if not self.staleness:
             return {}
         mesh = jax.tree.leaves(owners)[0].mesh
-        lead = lambda s: NamedSharding(s.mesh, P(None, *s.spec))
-        return {"queue": jax.tree.map(lead, owners), "oldest": NamedSharding(mesh, P())}
+        stack = lambda s: NamedSharding(s.mesh, P(None, *s.spec))
+        return {"queue": jax.tree.map(stack, owners), "oldest": NamedSharding(mesh, P())}

@@ -29,9 +29,9 @@ def update_state(
     """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
     on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
 
-    strategy_state: what the strategy carries on; None: as it was.
+    strategy_state: the strategy's new state; None: unchanged.
     """
-    if parts.privacy is not None:  # here, since every strategy's sum is whole and comes by once
+    if parts.privacy is not None:  # once per step, on the whole sum of any strategy
         grads = direct.add_noise(grads, base.step_key(state), parts.privacy.deviation)
     metrics = {
         name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
@@ -61,7 +61,7 @@ def update_state(
         ema=update_average(parts, state, params),
     )
     if parts.skip:
-        # Donation makes a host-side skip impossible. To choose costs a pass over the state.
+        # Donation makes a host-side skip impossible. The selection costs a pass over the state.
         new = tree.select(finite, new, state)
     return dataclasses.replace(new, step=state.step + 1), metrics
 
@@ -78,9 +78,10 @@ def add_weights(metrics: base.Metrics, sums: PyTree, counts: jax.Array) -> base.
       The metrics, and weights [number of metrics], in the order of their sorted names.
     """
     dtype = tree.at_least_float32(metrics["loss"].dtype)
-    one = jnp.ones((), dtype)
+    unit = jnp.ones((), dtype)
     weights = [
-        sums[name][1].astype(dtype) if name in sums else one for name in base.weighed_names(metrics)
+        sums[name][1].astype(dtype) if name in sums else unit
+        for name in base.weighed_names(metrics)
     ]
     return metrics | {base.WEIGHTS: jnp.where(counts, jnp.stack(weights), 0)}
 

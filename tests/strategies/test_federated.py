@@ -97,10 +97,10 @@ def test_the_inputs_are_uniform_and_their_sum_is_exact(absent):
     rng = np.random.default_rng(0)
     values = rng.normal(0, 1e-3, (7, 20_000)).astype(np.float32)
     values[1] = 0  # even of nothing
-    places = secure.bits(7, 4.0)
+    places = secure.fraction_bits(7, 4.0)
     present = ~np.isin(np.arange(7), absent)
-    x = np.asarray(jax.vmap(lambda v: secure.fixed(v, places))(values))
-    sent = np.asarray(jax.jit(secure.inputs)(x, present, jax.random.key(1)))
+    x = np.asarray(jax.vmap(lambda v: secure.to_fixed_point(v, places))(values))
+    sent = np.asarray(jax.jit(secure.mask_inputs)(x, present, jax.random.key(1)))
     for client in range(7):
         uniform(sent[client])
         uniform(sent[client] - x[client])
@@ -108,7 +108,7 @@ def test_the_inputs_are_uniform_and_their_sum_is_exact(absent):
     want = x[present].astype(np.int64).sum(0)
     np.testing.assert_array_equal(sent.sum(0, dtype=np.uint32), (want % 2**32).astype(np.uint32))
     signed = np.round(values[present].astype(np.float64) * 2.0**places).sum(0)
-    total = secure.real(sent.sum(0, dtype=np.uint32), places, np.float32)
+    total = secure.from_fixed_point(sent.sum(0, dtype=np.uint32), places, np.float32)
     np.testing.assert_allclose(total, signed / 2.0**places, atol=2.0**-24)
 
 
@@ -117,7 +117,7 @@ def test_the_secure_mean_is_the_weighted_mean_and_a_round_of_few_is_void():
     values = {"a": rng.normal(0, 1, (6, 30, 2)), "b": rng.normal(0, 1, (6, 5))}
     values = {k: v.astype(np.float32) for k, v in values.items()}
     weight = np.array([3, 0, 100, 57, 21, 1], np.float32)
-    how = {"limit": 8.0, "most": 100.0}
+    how = {"limit": 8.0, "max_weight": 100.0}
     mean = jax.jit(lambda values, weight: secure.mean(values, weight, jax.random.key(2), **how))
     found, metrics = mean(values, weight)
     assert metrics["secure_clipped"] == 0

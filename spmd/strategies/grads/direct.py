@@ -41,7 +41,7 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
         del scale  # of the whole batch
         params = scope.varying(params)
 
-        def one(example):
+        def example_gradient(example):
             row = jax.tree.map(lambda x: x[None], example)
             grads, (metrics, _) = jax.grad(task.loss, has_aux=True)(
                 params, model_state, row, step_key, task.scale(task.weigh(row))
@@ -57,7 +57,7 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
         axes = bound.sharding_axes("batch") if bound.sharding_axes is not None else ()
         axes = tuple(axis for axis in axes if axis not in bound.axes)
         with scope.bind(constrain=_inside(bound.constrain), blockwise=None, sharding_axes=None):
-            grads, metrics = jax.vmap(one, spmd_axis_name=axes or None)(batch)
+            grads, metrics = jax.vmap(example_gradient, spmd_axis_name=axes or None)(batch)
         return *jax.tree.map(lambda x: x.sum(0), (grads, metrics)), model_state
 
     return grads_of
@@ -89,14 +89,14 @@ def signal_and_noise(sums: PyTree, norm: jax.Array) -> dict[str, jax.Array]:
     For a sum over b of W examples the square expected is b^2 signal + b variance, over W^2: two equations,
     for the parts together and for the whole, however unevenly the examples lie.
     """
-    (squares, nums), (whole, _) = sums[PARTS], sums[f"{PARTS}/examples"]
-    whole = jnp.maximum(whole, 1)
-    share = nums / whole**2
+    (squares, nums), (num_examples, _) = sums[PARTS], sums[f"{PARTS}/examples"]
+    num_examples = jnp.maximum(num_examples, 1)
+    share = nums / num_examples**2
     several = share < 1
     signal = jnp.where(several, (jnp.square(norm) - squares) / jnp.where(several, 1 - share, 1), 0)
     return {
         "gradient_signal": signal,
-        "gradient_variance": whole * (squares - share * signal),
+        "gradient_variance": num_examples * (squares - share * signal),
     }
 
 
