@@ -95,6 +95,17 @@ def devices() -> list:
     return found
 
 
+@pytest.fixture(scope="session")
+def digits_run(devices: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of digits on one device, checkpoints of steps 40 and 60: to be copied, not changed."""
+    import spmd
+
+    directory = tmp_path_factory.mktemp("digits") / "run"
+    words = ["--simulate", "1", "--train.steps", "60", "--checkpoint.every", "20"]
+    spmd.load("digits", [*words, "--run.dir", str(directory)]).train()
+    return directory
+
+
 @pytest.fixture
 def uncached() -> Iterator[None]:
     """Compiles everything anew, for tests of what the compiler says while it does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,17 +130,17 @@ def test_through_the_process(run_cli):
     assert done.stderr.startswith("error: unknown experiment 'digitz'")
 
 
-def test_a_checkpoint_of_another_run_shows_the_difference(run_main, tmp_path):
+def test_a_checkpoint_of_another_run_shows_the_difference(digits_run, run_main, tmp_path):
     args = ("--experiment", "digits", "--run.dir", "out", "--train.steps")
-    assert run_main(*args, 5).returncode == 0
+    shutil.copytree(digits_run, tmp_path / "out")
     config = tmp_path / "out/config.json"
     known = json.loads(config.read_text())
     known["identity"]["model.hidden"] = [64, 32]  # as if the directory were that model's
     config.write_text(json.dumps(known))
     saved = files(tmp_path / "out/checkpoints")
-    done = run_main(*args, 9, "--model.hidden", 64, 32)
+    done = run_main(*args, 90, "--model.hidden", 64, 32)
     assert files(tmp_path / "out/checkpoints") == saved
-    assert not (tmp_path / "out/checkpoints/9").exists()
+    assert not (tmp_path / "out/checkpoints/90").exists()
     assert done.returncode == 2, done.stdout + done.stderr
     assert "the checkpoint was saved by another run" in done.stderr
     assert "model.hidden: [256, 128] -> [64, 32]" in done.stderr

@@ -32,11 +32,9 @@ def arrays(snapshot):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(digits_run):
     """A trained run, on one device."""
-    place = tmp_path_factory.mktemp("source") / "run"
-    load("--train.steps", 60, "--run.dir", place).train()
-    return place
+    return digits_run
 
 
 @pytest.fixture(scope="module")
