@@ -39,9 +39,13 @@ DRY = {  # started with --dry-run
 ENDS = {"data prepare --experiment mnist": (2, "pip install tensorflow")}
 # More devices than those of the tests: in a process of their own.
 FRESH = ("plan --experiment llama3_8b",)
-# Minutes, in the TPU compiler or for many meshes, not seconds.
+# Half a minute or more, in four processes, in the TPU compiler or for many meshes.
 SLOW = (
     "launch local --processes 4 --devices-per-process 2 --restarts 3 --experiment digits --mesh.data 8",
+    "compare --experiment digits --simulate 8 --mesh.replica 8 --mesh.data 1 --network wan",
+    "verify --experiment digits --simulate 8 --mesh.data 2 --mesh.fsdp 4",
+    "plan --experiment llama3_8b --show scaling",
+    "--experiment digits --privacy.epsilon 8",
     "verify --experiment digits --simulate 8 --all-meshes --json verify.json",
     "plan --experiment llama3_8b --target v5p:4x4x4 --mesh.data 1 --mesh.fsdp -1 --model.attention splash",
     "plan --experiment llama3_8b --target v5p:4x4x4 --search --best 3 --html search.html",
@@ -49,7 +53,6 @@ SLOW = (
 # Of the first page, what `make test` leaves out: more than some seconds, or as another command does.
 LONG = (
     "--experiment lm_stdlib",
-    "--experiment digits --privacy.epsilon 8",
     "--experiment digits --optimizer muon",
     "--experiment digits --data.augment.crop 1",
     "--experiment digits --train.epochs 5",
@@ -61,7 +64,7 @@ LONG = (
 
 def tier(page: str, line: str) -> str:
     """The mark of a command: "" in `make test`, "gate" or "slow"."""
-    if line in SLOW:
+    if line.startswith(SLOW):
         return "slow"
     return "gate" if page != PAGES[0] or line.startswith(LONG) else ""
 

@@ -298,7 +298,6 @@ def test_language_model_equals_one_device(layout, context, dtype):
     assert want.losses[-1] < want.losses[0]
 
 
-IN_STAGES = ("ring2_context2", "local4_context2")
 PIPELINED = [(name, "ring", "float64") for name in PIPELINES if "expert" not in name]
 PIPELINED += [
     (f"stage2_{rest}", "ulysses", "float64")
@@ -309,7 +308,7 @@ PIPELINED += [(f"stage2{rest}", "ring", "float32") for rest in ("", "_context2",
 
 @pytest.mark.parametrize(
     "layout,context,dtype",
-    slow_but([], PIPELINED, gate=[(f"stage2_{rest}", "ring", "float64") for rest in IN_STAGES]),
+    slow_but([], PIPELINED, gate=[("stage2_local4_context2", "ring", "float64")]),
 )
 def test_pipelines_equal_one_device(layout, context, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -398,9 +397,7 @@ def test_optimizers_see_whole_arrays(layout, optimizer):
 PRIVATE = [(name, layout) for name in ("mlp", "lm") for layout in PRIVATE_LAYOUTS]
 
 
-@pytest.mark.parametrize(
-    "name,layout", slow_but([], PRIVATE, gate=[("mlp", "psum2x4"), ("lm", "tensor2")])
-)
+@pytest.mark.parametrize("name,layout", slow_but([], PRIVATE, gate=[("mlp", "psum2x4")]))
 def test_private_steps_equal_one_device(name, layout):
     """Each example clipped by itself, the same noise, however batch and model are cut or accumulated."""
     private = Mechanism(10_000, 23, BATCH, clip_norm=1.0, noise_multiplier=0.5, delta=1e-5)
