@@ -23,6 +23,7 @@ def entries(directory):
     return {p.name.split("-")[0] for p in directory.rglob("*-cache")}
 
 
+@pytest.mark.gate
 def test_the_second_start_compiles_no_step(cached, tmp_path):
     first = cached("--run.dir", "a")
     assert (first.returncode, first.stderr) == (0, "")
@@ -42,6 +43,7 @@ def test_off_and_a_directory_of_ones_own(cached, tmp_path):
     assert "jit_step" in entries(tmp_path / "mine")
 
 
+@pytest.mark.gate
 def test_what_others_may_write_is_not_loaded(cached, tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)

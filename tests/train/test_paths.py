@@ -200,7 +200,7 @@ def test_a_save_that_cannot_be_read_again_is_not_reported_complete(tmp_path, mon
     save(run, step=1)
     moved = epath.Path(tmp_path / "pr[1]")
     run.rename(moved)
-    monkeypatch.setattr(paths, "plain", lambda path, **_: contextlib.nullcontext(path))
+    monkeypatch.setattr(paths, "plain_path", lambda path, **_: contextlib.nullcontext(path))
     with opened(moved) as checkpoints:
         checkpoints.save(state(), 3, {}, {})
         with pytest.raises(SaveFailed, match=r"not complete.*checkpoint of step 1 is kept"):

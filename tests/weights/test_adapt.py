@@ -124,6 +124,7 @@ def test_adapters_of_stacked_heads_and_where_they_lie():
     assert table == ["model_state/frozen/embed/table"]
 
 
+@pytest.mark.gate
 def test_merged_is_what_is_evaluated():
     """By numpy: each layer's kernel plus alpha / rank times the product, and the same predictions."""
     task, strategy = built(LORA, Auto(), MeshConfig(), 1)
