@@ -56,7 +56,7 @@ def test_a_field_that_a_run_did_not_know_had_its_default(tmp_path):
     config = Config(model=Inner(size=3))
     old = {k: v for k, v in fields.identity(config).items() if k in ("class", "model.size")}
     path = directory(tmp_path, old | {"model.class": "Inner", "chosen.class": "Other"})
-    same = lambda now: rundir.same_identity(path, fields.identity(now), fields.defaults(now))
+    same = lambda now: rundir.check_identity(path, fields.identity(now), fields.defaults(now))
     same(config)
     for changed, line in (
         ({"widths": (1, 3)}, r"widths: \[1, 2\] -> \[1, 3\]"),
@@ -72,14 +72,14 @@ def test_a_field_that_is_gone_is_a_difference(tmp_path):
     config = Config(model=Inner(size=3))
     path = directory(tmp_path, fields.identity(config) | {"model.bias": True})
     with pytest.raises(ValueError, match=r"model.bias: True -> \(absent\)"):
-        rundir.same_identity(path, fields.identity(config), fields.defaults(config))
+        rundir.check_identity(path, fields.identity(config), fields.defaults(config))
 
 
 def test_a_digits_run_from_before_the_average_goes_on(tmp_path):
     exp = from_file(find("digits"))
     old = {k: v for k, v in exp.identity().items() if k != "optimizer.ema"}
     path = directory(tmp_path, old)
-    rundir.same_identity(path, exp.identity(), fields.defaults(exp))
+    rundir.check_identity(path, exp.identity(), fields.defaults(exp))
     averaged = dataclasses.replace(exp, optimizer=dataclasses.replace(exp.optimizer, ema=0.9))
     with pytest.raises(ValueError, match=r"optimizer.ema: 0.0 -> 0.9"):
-        rundir.same_identity(path, averaged.identity(), fields.defaults(averaged))
+        rundir.check_identity(path, averaged.identity(), fields.defaults(averaged))

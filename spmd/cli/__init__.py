@@ -130,7 +130,7 @@ def _run(argv: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and (code := _unwritable(error)):
             return _leave(code)
-        explained = _in_users_file(error)
+        explained = _explain_users_error(error)
         if os.environ.get("SPMD_TRACEBACK") or not (explained or isinstance(error, ValueError)):
             raise
         _say(f"error: {explained or error}")
@@ -142,7 +142,7 @@ def _run(argv: Sequence[str]) -> int:
         return 130
 
 
-def _in_users_file(error: Exception) -> str:
+def _explain_users_error(error: Exception) -> str:
     """The message about an error from the code of an experiment file, or below it; else ""."""
     registry = sys.modules.get("spmd.experiment.registry")
     for path in [file for files in registry.LOADED.values() for file in files] if registry else ():

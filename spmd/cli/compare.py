@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from spmd.cli.verify import simulated
+from spmd.cli.verify import simulate_devices
 from spmd.experiment import registry
 
 
@@ -35,7 +35,7 @@ def run(name: str, words: Sequence[str]) -> int:
     compare.parse_entries(exp, entries)  # reports mistakes before jax starts
     try:
         comparison = compare.run(
-            simulated(exp), entries, network=options.network, compute=options.compute
+            simulate_devices(exp), entries, network=options.network, compute=options.compute
         )
     except Stopped as stop:
         print(stop, file=sys.stderr)

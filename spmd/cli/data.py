@@ -35,7 +35,9 @@ def _prepare(data: Any) -> None:
     if isinstance(data, Sequences):
         _prepare_sets(data)
         for split in ("train", "eval"):
-            print(f"{split}: {len(data.opened(split))} windows of {data.sequence_length} tokens")
+            print(
+                f"{split}: {len(data.open_checked(split))} windows of {data.sequence_length} tokens"
+            )
         return
     if isinstance(data, TFDS):
         _prepare_tfds(data)
@@ -69,7 +71,7 @@ def _show(data: Any) -> None:
     import numpy as np
 
     for split in ("train", "eval"):
-        source = data.opened(split)
+        source = data.open_checked(split)
         first = source.take(np.arange(1))
         print(f"{split}: {len(source)} examples")
         for feature, value in first.items():

@@ -104,7 +104,7 @@ def _numbers(value: Any) -> dict[str, float]:
     return {k: v for k, v in _dict(value).items() if isinstance(v, int | float)}
 
 
-def _measured(value: Any) -> dict[str, float | None]:
+def _metric_values(value: Any) -> dict[str, float | None]:
     """The numbers of what should be metrics, and those that are null: nothing was measured, or not finite."""
     return {k: v for k, v in _dict(value).items() if v is None or isinstance(v, int | float)}
 
@@ -142,13 +142,13 @@ def _facts(path: epath.Path) -> dict[str, Any]:
         state = "finished"
     else:
         state = f"unfinished at step {step}" if step else "empty"
-    times = _read(lambda: [*map(_changed, path.iterdir())], [], path.name, damaged)
+    times = _read(lambda: [*map(_change_time, path.iterdir())], [], path.name, damaged)
     return {
         "experiment": str((config or {}).get("experiment", "?")),
         "identity": _dict((config or {}).get("identity")),
         "state": state,
         "step": step,
-        "metrics": {k: v for k, v in _measured(logged).items() if k.startswith("eval/")},
+        "metrics": {k: v for k, v in _metric_values(logged).items() if k.startswith("eval/")},
         "seconds": _numbers((summary or {}).get("seconds")),
         "saved": saved,
         "aside": quarantined,
@@ -156,7 +156,7 @@ def _facts(path: epath.Path) -> dict[str, Any]:
     }
 
 
-def _changed(path: epath.Path) -> float:
+def _change_time(path: epath.Path) -> float:
     """Time of the last change of a file; 0 if unknown, for example for a broken link."""
     try:
         return size_and_time(path)[1]
@@ -214,7 +214,7 @@ def _status(path: epath.Path) -> None:
         print("  seconds: " + "  ".join(f"{k} {v:.1f}" for k, v in facts["seconds"].items()))
     for step in facts["saved"]:
         place = directory / str(step)
-        metrics = _measured(steps.read_metadata(place).get("metrics"))
+        metrics = _metric_values(steps.read_metadata(place).get("metrics"))
         damaged: list[str] = []
         size = _read(lambda at=place: f"{steps.num_bytes(at) / 2**20:.1f} MiB", "", "it", damaged)
         print(

@@ -38,7 +38,7 @@ def run(name: str, words: Sequence[str]) -> int:
     folder = Path(options.json).parent
     check(folder.is_dir(), f"json={options.json}: there is no directory {folder}")
     check(not exp.setup(), ONE_PROCESS)
-    report = verify(simulated(exp), options.steps, all_meshes=options.all_meshes)
+    report = verify(simulate_devices(exp), options.steps, all_meshes=options.all_meshes)
     text = json_text(report.json(), indent=1)
     if options.json == "-":
         print(text)
@@ -49,7 +49,7 @@ def run(name: str, words: Sequence[str]) -> int:
     return 0 if report.verified else EXIT_FAILED
 
 
-def simulated(exp: Experiment) -> Experiment:
+def simulate_devices(exp: Experiment) -> Experiment:
     """The experiment on eight simulated devices, if the machine has only one device."""
     if exp.simulate or not _single_device():
         return exp

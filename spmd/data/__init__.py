@@ -125,7 +125,7 @@ class DataConfig:
         """The source of a split."""
         raise NotImplementedError
 
-    def opened(self, split: Split) -> Source:
+    def open_checked(self, split: Split) -> Source:
         """`open`; ValueError where the split has no example."""
         source = self.open(split)
         check(

@@ -204,7 +204,7 @@ class Experiment:
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
-        rundir.same_identity(
+        rundir.check_identity(
             path, self.identity(), fields.defaults(self), fields.located_names(self)
         )
         program = self._for_reading().build(source=(), training=False)
@@ -218,7 +218,7 @@ class Experiment:
 
         def accept(about: dict[str, Any]) -> None:
             comparison = {"defaults": fields.defaults(self), "located": fields.located_names(self)}
-            rundir.same_saved(path, about, self.identity(), **comparison)
+            rundir.check_saved(path, about, self.identity(), **comparison)
 
         return snapshot.restore(program, path, self.checkpoint, step, accept)
 

@@ -40,7 +40,7 @@ def build(
     check_batch_size(exp, devices_mesh, batch_size)
     check_noise_scale(exp, devices_mesh)
     if source is None:
-        source = exp.data.opened("train")
+        source = exp.data.open_checked("train")
         exp.data.check_model(exp.model)
     exp.privacy.check_use(exp.strategy, exp.data, source)
     replicas = exp.strategy.private_parts

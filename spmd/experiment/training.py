@@ -59,7 +59,7 @@ def _train_in(
         allocator.keep_freed_memory()
     if warning := exp.pipeline_warning(program.mesh.shape["stage"]):
         agree.say(warning, sys.stderr)
-    program = program._replace(evaluation=exp.data.opened("eval"))
+    program = program._replace(evaluation=exp.data.open_checked("eval"))
     contents = dataset.describe_contents(
         exp.data, {"train": lambda: program.source, "eval": lambda: program.evaluation}
     )
@@ -85,7 +85,7 @@ def _train_in(
 
     def accept(about: dict[str, Any]) -> None:
         for claim in claims:
-            claim.same_saved(about, identity, comparison)
+            claim.check_saved(about, identity, comparison)
 
     def holds() -> None:
         for claim in claims:

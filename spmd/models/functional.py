@@ -74,7 +74,7 @@ def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
     ) -> tuple[Any, PyTree]:
         params = narrow.at_least_float32(params) if widens else params
         module = nnx.merge(graphs[train], params, model_state)
-        with watching(module):
+        with name_outputs(module):
             out = fn(module)
         return out, _dicts(nnx.state(module, nnx.Not(nnx.Param)))
 
@@ -129,7 +129,7 @@ def _dicts(state: nnx.State) -> PyTree:
 
 
 @contextlib.contextmanager
-def watching(model: nnx.Module) -> Iterator[None]:
+def name_outputs(model: nnx.Module) -> Iterator[None]:
     """Name the output of each submodule by its path, under scope.bind(watched=True).
 
     `layers/0`, and `dropout#2` for the second call of a module: a model needs no taps of its own.

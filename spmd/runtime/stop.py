@@ -36,7 +36,7 @@ class Stop:
         self.outcome = "nothing was saved yet"
         self._wake = wake
 
-    def agreed(self, signum: int) -> None:
+    def begin_stopping(self, signum: int) -> None:
         """Record that the processes agreed to stop: the grace period begins in this one too."""
         if signum and not self.signum:
             self.signum = signum
@@ -71,7 +71,7 @@ def catch_signals(grace: float) -> Iterator[Stop]:
     watcher = threading.Thread(target=_watch, args=(read, stop, grace), daemon=True)
     watcher.start()
     try:
-        with outlet.guard(stop.agreed):
+        with outlet.guard(stop.begin_stopping):
             yield stop
     finally:
         if previous:

@@ -37,7 +37,7 @@ class Watchdog:
         self._last = time.monotonic()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Stop counting during the body, whose duration has no limit: a compilation."""
         self._paused += 1
         try:

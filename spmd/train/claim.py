@@ -22,7 +22,7 @@ class Claim:
       name: of the experiment.
       config: the resolved configuration as JSON types.
       identity: flat identity fields, without those of the data, which is not open yet.
-      known: `defaults` and `located`, as rundir.same_identity takes them.
+      known: `defaults` and `located`, as rundir.check_identity takes them.
 
     Raises:
       rundir.Refused: the directory holds something else, or another run.
@@ -64,12 +64,12 @@ class Claim:
         """Whether the directory holds a run that continues."""
         return not self._fresh and rundir.holds_run(self._path)
 
-    def same_saved(
+    def check_saved(
         self, about: Mapping[str, Any], identity: dict[str, Any], known: Mapping[str, Any]
     ) -> None:
         """Check a checkpoint's metadata: rundir.Refused when another run saved it."""
         changes: Collection[str] = self.changes
-        rundir.same_saved(self._path, about, identity, **known, changes=changes)
+        rundir.check_saved(self._path, about, identity, **known, changes=changes)
 
     def begin(self, identity: dict[str, Any], step: int) -> None:
         """Move an old run aside if `fresh`, and write config.json.

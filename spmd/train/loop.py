@@ -43,11 +43,11 @@ def fit(
         trainer.open_output()
         while trainer.step < program.num_steps:
             trainer.take_steps()
-            if trainer.stopping():
+            if trainer.stop_signal():
                 break
             if trainer.step < program.num_steps:
                 trainer.evaluate_and_save_when_due()
-            if trainer.stopping():
+            if trainer.stop_signal():
                 break
         summary = trainer.finish()
     progress.print_summary(summary, run.path)

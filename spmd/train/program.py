@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
     def open_evaluation(self) -> Any:
         """The source of the evaluation split."""
-        return self.data.opened("eval") if self.evaluation is None else self.evaluation
+        return self.data.open_checked("eval") if self.evaluation is None else self.evaluation
 
     def expected(self, split: str) -> Expected:
         """Checks of each batch of a split (`training`, `evaluation`)."""

@@ -171,7 +171,7 @@ class Bar:
         skipped = metrics.get("train/skipped_steps")
         return f"{skipped:.0f} skipped, not finite" if skipped else "their examples weigh nothing"
 
-    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    def show_evaluation(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Show the metrics of an evaluation."""
         text = "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
         if None in metrics.values():

@@ -63,7 +63,7 @@ def inspect(
 
     Args:
       path: the run directory, which need not exist.
-      identity, defaults, located: as in same_identity.
+      identity, defaults, located: as in check_identity.
       fresh: an existing run will be moved aside.
       amend: its optimizer may have other settings; see AMENDABLE.
 
@@ -89,7 +89,7 @@ def inspect(
         )
     if not entries or fresh:
         return {}
-    return same_identity(path, identity, defaults, located, amend=amend)
+    return check_identity(path, identity, defaults, located, amend=amend)
 
 
 def _is_temporary(name: str) -> bool:
@@ -190,7 +190,7 @@ AMENDABLE = "optimizer."
 _FIXED = ("optimizer.class", "optimizer.ema")
 
 
-def same_identity(
+def check_identity(
     path: epath.Path,
     identity: dict[str, Any],
     defaults: Mapping[str, Any] | None = None,
@@ -234,7 +234,7 @@ def same_identity(
     )
 
 
-def same_saved(
+def check_saved(
     path: epath.Path,
     about: Mapping[str, Any],
     identity: dict[str, Any],
@@ -279,7 +279,7 @@ def find_differences(
     defaults: Mapping[str, Any] | None = None,
     located: Collection[str] = (),
 ) -> dict[str, list[Any]]:
-    """`{field: [before, now]}` of two identities; arguments as in same_identity."""
+    """`{field: [before, now]}` of two identities; arguments as in check_identity."""
     ignored = {k for k in {*before, *identity} if k.startswith(CONTENT)}
     if ignored & before.keys():
         ignored |= {*located}

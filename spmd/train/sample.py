@@ -38,7 +38,7 @@ class Choice:
         check(self.top_k >= 0, f"--top-k {self.top_k} must not be negative; 0 is all tokens")
         check(0 < self.top_p <= 1, f"--top-p {self.top_p} must be in (0, 1]")
 
-    def filtered(self, logits_BV: jax.Array) -> jax.Array:
+    def filter(self, logits_BV: jax.Array) -> jax.Array:
         """Logits over the temperature, -inf where a token is excluded."""
         logits_BV = logits_BV / max(self.temperature, 1e-6)
         minus_infinity = jnp.array(-jnp.inf, logits_BV.dtype)
@@ -60,7 +60,7 @@ class Choice:
         """Tokens int32 [B], each row drawn by its own key."""
         if not self.temperature:
             return logits_BV.argmax(-1).astype(jnp.int32)
-        drawn_B = jax.vmap(jax.random.categorical)(keys_B, self.filtered(logits_BV))
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, self.filter(logits_BV))
         return drawn_B.astype(jnp.int32)
 
 

@@ -106,7 +106,7 @@ class Trainer:
     def _enter(self, phase: str) -> contextlib.AbstractContextManager[None]:
         self.stop.phase = phase
         self.watchdog.beat(phase, self.step)
-        return self.watchdog.paused() if phase == "compile" else contextlib.nullcontext()
+        return self.watchdog.pause() if phase == "compile" else contextlib.nullcontext()
 
     # ---- before the first step
 
@@ -171,8 +171,8 @@ class Trainer:
                 metrics = {k: np.atleast_1d(np.asarray(v)) for k, v in on_device.items()}
             if self.settings.train.nonfinite == "stop":
                 check_finite(self.step + num, metrics)
-        if self._interrupted("the first step"):
-            raise Stopped(self.stopping(), self.step, None)
+        if self._should_stop("the first step"):
+            raise Stopped(self.stop_signal(), self.step, None)
         agree.from_first(lambda: self.run.begin(self.step), "writing config.json")
 
     def open_output(self) -> None:
@@ -238,33 +238,33 @@ class Trainer:
             if save_due:
                 self._save()
 
-    def stopping(self) -> int:
+    def stop_signal(self) -> int:
         """The signal to stop for, the same in all processes at the same step; 0 for none."""
         if self.votes is None:
             return self.stop.signum
-        self.stop.agreed(self.votes.agreed)
+        self.stop.begin_stopping(self.votes.agreed)
         return self.votes.agreed
 
-    def _interrupted(self, phase: str = "evaluation") -> bool:
+    def _should_stop(self, phase: str = "evaluation") -> bool:
         """Whether to abandon an evaluation: called between its batches, by all processes."""
         self.watchdog.beat(phase, self.step)
         if self.votes is not None:
             self.votes.ask(self.stop.signum)
-        return bool(self.stopping())
+        return bool(self.stop_signal())
 
     def _measure(self) -> None:
         self.logs.drain()
         self.logs.flush(self.step)
         with self.clock("evaluation"):
             variables = self.strategy.eval_variables(self.state)
-            metrics = self.evaluate(*variables, self._interrupted)
+            metrics = self.evaluate(*variables, self._should_stop)
         if metrics is None:
             return
         self.measured = metrics | self.skipped.count()
         if self.program.privacy:
             self.measured["privacy/epsilon"] = self.program.privacy.epsilon(self.step)
         self.writer.write(self.step, self.measured)
-        self.bar.evaluated(self.step, self.measured)
+        self.bar.show_evaluation(self.step, self.measured)
 
     def _save(self) -> None:
         program, run = self.program, self.run
@@ -289,15 +289,15 @@ class Trainer:
         """Evaluate, save, write the summary and return it; raises Stopped where a signal came first."""
         with self.clock("step"):
             self.logs.drain()
-        if not self.stopping():
+        if not self.stop_signal():
             self._measure()
         self._save()
         with self.clock("checkpoint"):
             self.checkpoints.wait()
         self.stop.outcome = f"the checkpoint of step {self.step} is kept"
-        if self.stopping() and not (self.step == self.program.num_steps and self.measured):
+        if self.stop_signal() and not (self.step == self.program.num_steps and self.measured):
             self.logs.flush(self.step)
-            raise Stopped(self.stopping(), self.step, self.run.path)
+            raise Stopped(self.stop_signal(), self.step, self.run.path)
         summary = {
             "experiment": self.program.name,
             "steps": self.step,

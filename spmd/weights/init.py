@@ -139,12 +139,12 @@ class StoredRun(NamedTuple):
                 is_kernel = stored.split(".")[-1] not in adapt.ADAPTERS
                 sharding = leaf.sharding if is_kernel else _replicate(leaf.sharding)
                 abstract[stored] = jax.ShapeDtypeStruct(*self.stored[stored], sharding=sharding)
-        leaves = self._verified(abstract)
+        leaves = self._read_verified(abstract)
         arrays = {}
         for name, leaf in wanted.items():
             kernel, *pair = (leaves.pop(stored) for stored in self._names(name))
             if pair:
-                kernel = self._merged(kernel, *pair)
+                kernel = self._merge(kernel, *pair)
             arrays[name] = jax.device_put(kernel.astype(leaf.dtype), leaf.sharding)
         return arrays
 
@@ -160,7 +160,7 @@ class StoredRun(NamedTuple):
             return [frozen, *pair]
         return [frozen if frozen in self.stored else f"{trained}.{dotted}"]
 
-    def _merged(self, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def _merge(self, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """The kernel with its adapters [stack, inputs, rank] and [stack, rank, outputs]; the numbers of dims
         of all three determine those of stack, inputs and outputs.
         """
@@ -169,7 +169,7 @@ class StoredRun(NamedTuple):
         shape = adapt.Shape(size[:stack], size[stack:inside], size[inside:])
         return adapt.merge(kernel, a, b, shape, self.scale)
 
-    def _verified(self, abstract: dict[str, Any]) -> dict[str, jax.Array]:
+    def _read_verified(self, abstract: dict[str, Any]) -> dict[str, jax.Array]:
         """The arrays from disk, checked against their digests."""
         names = sorted(self.stored.keys() - {reading.DIGESTS})
         request = dict.fromkeys(self.stored, ...) | abstract  # Orbax leaves `...` out

@@ -128,7 +128,7 @@ def expected(logits, choice):
 def test_filters_against_a_loop(order, temperature, top_k, top_p):
     choice = sample.Choice(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = np.asarray(order, np.float32) * 0.37
-    found = choice.filtered(jnp.asarray(logits)[None])[0]
+    found = choice.filter(jnp.asarray(logits)[None])[0]
     assert set(np.flatnonzero(np.isfinite(found))) == expected(logits, choice)
 
 

@@ -69,7 +69,7 @@ def test_the_watchdog_ends_a_process_that_hangs_but_not_one_that_compiles():
         "with Watchdog(0.4) as dog:\n"
         "    print('ready', flush=True)\n"
         "    for step in range(8): dog.beat('step', step); time.sleep(0.1)\n"
-        "    with dog.paused(): time.sleep(1.5)\n"
+        "    with dog.pause(): time.sleep(1.5)\n"
         "    print('compiled', flush=True)\n"
         "    dog.beat('input', 8); time.sleep(60)\n"
     )

@@ -31,7 +31,7 @@ SECTIONS = ("mesh", "optimizer")  # an entry may set fields of these beside its 
 
 def run(
     exp: Experiment,
-    given: Sequence[str],
+    entries: Sequence[str],
     *,
     network: str = "10gbe",
     compute: float = 0.0,
@@ -54,7 +54,7 @@ def run(
     from spmd.analysis.compare.report import Comparison
     from spmd.train import rundir
 
-    variants = parse_entries(exp, given)
+    variants = parse_entries(exp, entries)
     directory = rundir.locate(exp.run.dir, f"{exp.name}-compare")
     check(
         not (directory / "config.json").exists(),
@@ -63,14 +63,14 @@ def run(
     variants = {entry: _in_directory(directory, entry, each) for entry, each in variants.items()}
     check(compute >= 0, f"compute={compute} must not be negative; 0 measures it on this machine")
     check(not exp.setup(), ONE_PROCESS)
-    source = exp.data.opened("train")
+    source = exp.data.open_checked("train")
     charges, num_steps = {}, 0
     for entry, each in variants.items():
-        program = _named(entry, lambda each=each: each.build(source=source))
+        program = _name_errors(entry, lambda each=each: each.build(source=source))
         num_steps = program.num_steps
-        _named(entry, lambda each=each, num=num_steps: _check_free(each, num))
+        _name_errors(entry, lambda each=each, num=num_steps: _check_free(each, num))
         charges[entry] = cost.charge(each, program)
-        _named(entry, lambda entry=entry: charges[entry].seconds(network))
+        _name_errors(entry, lambda entry=entry: charges[entry].seconds(network))
     results = []
     for i, (entry, each) in enumerate(variants.items(), 1):
         say(f"[{i}/{len(variants)}] {entry}")
@@ -115,7 +115,7 @@ def _check_free(exp: Experiment, num_steps: int) -> None:
     path = rundir.locate(exp.run.dir, exp.name)
     if exp.run.fresh or not (path / "config.json").exists():
         return
-    rundir.same_identity(path, exp.identity(), defaults(exp), located_names(exp))
+    rundir.check_identity(path, exp.identity(), defaults(exp), located_names(exp))
     done = rundir.summary(path)
     if done:
         was = json.loads((path / "config.json").read_text())["config"]
@@ -133,7 +133,7 @@ def _check_free(exp: Experiment, num_steps: int) -> None:
     )
 
 
-def _named(entry: str, call: Callable[[], T]) -> T:
+def _name_errors(entry: str, call: Callable[[], T]) -> T:
     """Calls `call`; adds the name of the entry to its ValueError."""
     try:
         return call()
@@ -144,9 +144,9 @@ def _named(entry: str, call: Callable[[], T]) -> T:
 # ---- entries
 
 
-def parse_entries(exp: Experiment, given: Sequence[str]) -> dict[str, Experiment]:
+def parse_entries(exp: Experiment, texts: Sequence[str]) -> dict[str, Experiment]:
     """Entry -> experiment. ValueError for unknown names and options."""
-    entries = [entry.strip() for entry in given if entry.strip()]
+    entries = [entry.strip() for entry in texts if entry.strip()]
     names = ", ".join(strategies.STRATEGIES)
     check(
         bool(entries),
@@ -158,7 +158,9 @@ def parse_entries(exp: Experiment, given: Sequence[str]) -> dict[str, Experiment
         not duplicates,
         f"--strategies has {duplicates[0] if duplicates else ''} twice; give it once",
     )
-    return {entry: _named(entry, lambda entry=entry: _variant(exp, entry)) for entry in entries}
+    return {
+        entry: _name_errors(entry, lambda entry=entry: _variant(exp, entry)) for entry in entries
+    }
 
 
 def _variant(exp: Experiment, entry: str) -> Experiment:

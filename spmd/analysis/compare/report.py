@@ -121,7 +121,7 @@ class Comparison:
                 report.seconds(step_seconds),
                 "diverged" if result.failed else report.seconds(step_seconds * self.num_steps),
             )
-        return report.rendered(table)
+        return report.render(table)
 
     def __str__(self) -> str:
         origin = "measured on one device with its shard of the batch" if self.measured else "given"

@@ -73,10 +73,10 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
         step = isolated.compile_step(exp, target)
     except Failed as error:
         return estimated._replace(failed=str(error))
-    return _with_compiled(estimated._replace(compiled=step), exp.strategy, closed_form=closed_form)
+    return _apply_compiled(estimated._replace(compiled=step), exp.strategy, closed_form=closed_form)
 
 
-def _with_compiled(
+def _apply_compiled(
     estimated: report.Plan, strategy: StrategyConfig, *, closed_form: bool
 ) -> report.Plan:
     """The plan with what its compiled step says, where that is more exact than the closed forms."""

@@ -131,7 +131,7 @@ def search_view(candidates: Sequence[Candidate], target: Target) -> str:
     lines = [
         f"{len(candidates)} layouts on {target.name}: {len(fit)} fit; estimated, the fastest first",
         "",
-        rendered(table),
+        render(table),
     ]
     if any(each.compiled for each in fit[:SHOWN]):
         lines.append("* memory and collectives by the target's compiler")
@@ -192,7 +192,7 @@ def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
             f"{estimate.tokens_per_second:,.0f}",
             f"{point.efficiency:.0%}",
         )
-    return "\n".join([rendered(table), "", *map(str, bounds)])
+    return "\n".join([render(table), "", *map(str, bounds)])
 
 
 def _head(plan: Plan) -> str:
@@ -214,7 +214,7 @@ def _memory(plan: Plan) -> str:
         if size:
             table.add_row(name.replace("_", " "), tree.human_bytes(size))
     table.add_row("peak", tree.human_bytes(plan.memory.peak))
-    lines = [rendered(table)]
+    lines = [render(table)]
     chip, compiled = plan.target.chip, plan.compiled
     if compiled is not None and compiled.how == "compiled":
         sizes = compiled.memory
@@ -235,7 +235,7 @@ def _ledger(plan: Plan) -> str:
     for (axes, kind), each in sent(plan).items():
         sizes = tree.human_bytes(each.bytes), tree.human_bytes(each.wire_bytes)
         table.add_row(kind, " x ".join(axes) or "?", f"{each.count:g}", *sizes)
-    return rendered(table) if table.row_count else f"{title}: none"
+    return render(table) if table.row_count else f"{title}: none"
 
 
 def _calls(program: hlo.CompiledProgram) -> str:
@@ -252,7 +252,7 @@ def _calls(program: hlo.CompiledProgram) -> str:
             escape(c.source or c.op_name),
         )
     more = len(collectives) - CALLS
-    return rendered(table) + (f"\nand {more} smaller ones" if more > 0 else "")
+    return render(table) + (f"\nand {more} smaller ones" if more > 0 else "")
 
 
 def _time(estimate: cost.Estimate) -> str:
@@ -269,7 +269,7 @@ def _time(estimate: cost.Estimate) -> str:
     flops = (
         f"{estimate.model_flops:.3g} model FLOPs per step, {estimate.executed_flops:.3g} executed"
     )
-    return f"{rendered(table)}\n{speed}; {flops}"
+    return f"{render(table)}\n{speed}; {flops}"
 
 
 def seconds(value: float) -> str:
@@ -300,7 +300,7 @@ def _kind(reason: str) -> str:
     return re.sub(r"mesh\.\w+=\d+|\(.*?\)|\d+", "", reason.split(";")[0])
 
 
-def rendered(table: Table) -> str:
+def render(table: Table) -> str:
     """A table as plain lines."""
     out = io.StringIO()
     # In a notebook, rich would otherwise print HTML instead of writing to the file, or use colours.

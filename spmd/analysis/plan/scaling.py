@@ -79,7 +79,7 @@ def curve(
     first = targets[0].num_devices
     points: list[Point] = []
     for target in targets:
-        grown = scaled(facts, target.num_devices, first) if mode == "weak" else facts
+        grown = scale_batch(facts, target.num_devices, first) if mode == "weak" else facts
         layout = (choose or fastest)(grown, target)
         estimate = cost.estimate(grown, target, layout)
         rate = estimate.tokens_per_second / target.num_devices
@@ -97,7 +97,7 @@ def fastest(facts: Facts, target: Target) -> Layout:
     return best.layout
 
 
-def scaled(facts: Facts, numerator: int, denominator: int = 1) -> Facts:
+def scale_batch(facts: Facts, numerator: int, denominator: int = 1) -> Facts:
     """The facts with a batch that is numerator / denominator times as large."""
     check(
         facts.batch_size * numerator % denominator == 0,

@@ -66,7 +66,7 @@ def update_seconds(facts: Facts, layout: Layout, memory: EstimatedMemory, chip: 
     return moved / (chip.bandwidth * BANDWIDTH_SHARE)
 
 
-def recomputed(facts: Facts, layout: Layout) -> set[str]:
+def recomputed_matmuls(facts: Facts, layout: Layout) -> set[str]:
     """Matmuls of a block that the backward pass recomputes, by the names of facts.matmul_flops. The backward
     pass does not need the last one, `down`; but with expert parallelism each round is recomputed completely.
     """
@@ -82,7 +82,7 @@ def recomputed(facts: Facts, layout: Layout) -> set[str]:
     return (block - saved[layout.remat]) | rounds
 
 
-def paced(layout: Layout, forward: float, rest: float, head: float) -> float:
+def pipeline_seconds(layout: Layout, forward: float, rest: float, head: float) -> float:
     """Seconds of a step in which all stages wait for the busiest one at each tick.
 
     Args:
@@ -115,13 +115,13 @@ def _transformer(facts: Facts, layout: Layout, chip: Chip) -> Work:
     forward = local_tokens * layers * (flops.dense + flops.attention * idle) / rate
     rest = local_tokens * layers * (flops.weights + flops.kernel * idle) / rate
     head = local_tokens * flops.logits / rate
-    busy = paced(layout, forward, rest, flops.logits_passes * head)
+    busy = pipeline_seconds(layout, forward, rest, flops.logits_passes * head)
     bandwidth = chip.bandwidth * BANDWIDTH_SHARE
     busy = max(busy, _operand_bytes(facts, layout) / bandwidth)
     backward = busy - (forward if piped else min(forward + head, busy / 3))
     block, loss = (local_tokens * tensor * n / bandwidth for n in _traffic(facts, layout))
     passes = 3 if layout.remat == "none" else 4
-    elementwise = paced(layout, layers * block, passes * layers * block, loss)
+    elementwise = pipeline_seconds(layout, layers * block, passes * layers * block, loss)
     # Forward passes beside that of the backward pass; the last stage of a pipeline has none.
     forwards = 1 - 1 / (layout.stages * layout.virtual) if piped else 0.0
     executed = (
@@ -154,7 +154,7 @@ def _flops(facts: Facts, layout: Layout) -> _Flops:
     matmuls = matmul_flops(model, facts.length)
     logits = matmuls.pop("logits")
     attention, fused = _attention(facts, layout, matmuls.pop("attended"))
-    rematerialised = recomputed(facts, layout)
+    rematerialised = recomputed_matmuls(facts, layout)
     dense = sum(matmuls.values())
     weights = dense * 3 + sum(matmuls[name] for name in matmuls if name in rematerialised)
     kernel = attention * (
@@ -180,7 +180,7 @@ def _operand_bytes(facts: Facts, layout: Layout) -> float:
     """Bytes that the matmuls of a step read and write: weights per microbatch, and activations."""
     model, mesh = facts.model, abstract_mesh(layout.mesh)
     assert model
-    passes = 3 + (len(recomputed(facts, layout)) > 0) + (layout.stages > 1)
+    passes = 3 + (len(recomputed_matmuls(facts, layout)) > 0) + (layout.stages > 1)
     weights = sum(
         leaf.bytes(mesh, fsdp=False) * facts.compute / leaf.itemsize for leaf in facts.weights
     )

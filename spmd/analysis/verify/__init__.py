@@ -291,7 +291,7 @@ class Verifier:
         return Fault(
             step=moment.step + 1,
             padded=bool((moment.batch["weight"] == 0).any()),
-            differences=compare.differing(leaves, forward, self.tolerance),
+            differences=compare.find_differences(leaves, forward, self.tolerance),
             axes=[a for a, size in used.items() if single or self._suffices(a, size, moment)],
             used=list(used),
         )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spmd.analysis.verify.named import Named, aligned
+from spmd.analysis.verify.named import Named, align
 from spmd.core import tree
 from spmd.strategies import base
 
@@ -112,7 +112,7 @@ class Difference(NamedTuple):
     leaf: ComparedLeaf
 
 
-def differing(
+def find_differences(
     compared: Mapping[str, ComparedLeaf],
     activations: Iterable[tuple[str, ComparedLeaf]],
     tolerance: float,
@@ -162,7 +162,7 @@ def activations(want: list[Named], got: list[Named]) -> list[tuple[str, Compared
     rows: list[tuple[tuple[int, ...], str, ComparedLeaf]] = []
     for tensor in want:
         others = by_name.get(tensor.name)
-        pair = aligned(tensor, others.pop(0)) if others else None
+        pair = align(tensor, others.pop(0)) if others else None
         if pair is None:
             continue
         reference, mesh = pair

@@ -37,7 +37,7 @@ def verify(exp: Experiment, steps: int = 20, *, all_meshes: bool = False) -> Ver
         f"there is one device ({devices[0].device_kind}), and nothing to compare it with: use"
         " --simulate 8",
     )
-    source = exp.data.opened("train")
+    source = exp.data.open_checked("train")
 
     def build(precision: Precision, sizes: Sizes | None) -> Program:
         model = exp.model

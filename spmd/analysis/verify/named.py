@@ -148,7 +148,7 @@ def _shard_map(
     return mapped(*inputs)
 
 
-def aligned(want: Named, got: Named) -> tuple[np.ndarray, np.ndarray] | None:
+def align(want: Named, got: Named) -> tuple[np.ndarray, np.ndarray] | None:
     """Both values in one shape: loop dims first, then the rows of all devices concatenated. Where each device
     holds the complete tensor, `got` keeps a leading device dim. None where the shapes cannot be matched.
     """

@@ -88,11 +88,11 @@ class Sequences(DataConfig):
         check(
             vocab >= size,
             f"model.vocab={vocab} is less than the {size} tokens of data.tokenizer={self.tokenizer}; use"
-            f" --model.vocab {size}{_or_padded(size)}, or the tokenizer that the model was made for",
+            f" --model.vocab {size}{_padded_hint(size)}, or the tokenizer that the model was made for",
         )
 
 
-def _or_padded(size: int) -> str:
+def _padded_hint(size: int) -> str:
     padded = -(-size // 128) * 128
     return f" or, padded for the devices, {padded}" if padded > size else ""
 
@@ -182,7 +182,7 @@ class Text(Sequences):
         check(
             len(text.tokens) >= least,
             f"the {split} text has {len(text.tokens)} tokens, too few to fill a sequence of"
-            f" data.sequence_length={self.sequence_length} and its targets{self._lacking(text)}; give"
+            f" data.sequence_length={self.sequence_length} and its targets{self._note_gaps(text)}; give"
             " more text or a smaller sequence_length",
         )
         stride = self.stride if split == "train" else 0
@@ -194,7 +194,7 @@ class Text(Sequences):
         documents = self.documents()
         return documents.get(split, documents["train"]).content
 
-    def _lacking(self, text: Tokens) -> str:
+    def _note_gaps(self, text: Tokens) -> str:
         """A note on empty files and bad records, for a message."""
         from spmd.data.text.corpus import shorten_list
 

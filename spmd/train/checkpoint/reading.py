@@ -148,12 +148,12 @@ def inspect(
     stored |= {name: leaf for name, leaf in leaves.items() if name not in names.values()}
     expected = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
     widened = find_widened(stored, expected)
-    _same_model(path, stored | {name: expected[name] for name in widened}, expected)
+    _check_model(path, stored | {name: expected[name] for name in widened}, expected)
     result = {"bad": "", "verified": verified is not None}
     return result | {"names": names, "widened": widened}
 
 
-def _same_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     show = lambda leaf: f"{leaf[1]}{list(leaf[0])}" if leaf else "(absent)"
     diff = [
         f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} here"

@@ -48,7 +48,7 @@ class Weights(NamedTuple):
         skipped: arrays that are not read, whether or not the files have them.
         """
         shapes = self._layer_shapes(wanted)
-        expected = {tensor.name: tensor.shape(shapes) for tensor in self._used(wanted)}
+        expected = {tensor.name: tensor.shape(shapes) for tensor in self._wanted_tensors(wanted)}
         unwanted = {
             tensor.name
             for tensor in names.tensors(self.model, self.family)
@@ -78,12 +78,12 @@ class Weights(NamedTuple):
 
         shapes = self._layer_shapes(wanted)
         by_file: dict[str, list[names.Tensor]] = {}
-        for tensor in self._used(wanted):
+        for tensor in self._wanted_tensors(wanted):
             by_file.setdefault(self.tensors[tensor.name].file, []).append(tensor)
         arrays: dict[str, jax.Array] = {}
         for file, tensors in sorted(by_file.items()):
             with safe_open(self.path / file, "np") as reader:
-                stored = self._as_stored(reader.keys())
+                stored = self._stored_names(reader.keys())
                 for tensor in tensors:
                     view, offset = reader.get_slice(stored[tensor.name]), 0
                     for part in tensor.parts:
@@ -94,10 +94,10 @@ class Weights(NamedTuple):
                         offset += part.shape_there(shape)[-1]
         return arrays
 
-    def _as_stored(self, stored: Any) -> dict[str, str]:
+    def _stored_names(self, stored: Any) -> dict[str, str]:
         return {files.full_name(name, self.family): name for name in stored}
 
-    def _used(self, wanted: Mapping[str, Any]) -> list[names.Tensor]:
+    def _wanted_tensors(self, wanted: Mapping[str, Any]) -> list[names.Tensor]:
         """The tensors of which an array is wanted."""
         return [
             tensor
@@ -179,13 +179,13 @@ def _put(
     read = jax.make_array_from_callback(shape_of_layer, sharding, block)
     if not position:
         return read
-    zeros, update = _stacking(wanted.shape, str(wanted.dtype), wanted.sharding)
+    zeros, update = _build_update(wanted.shape, str(wanted.dtype), wanted.sharding)
     # Waits, since a host that runs ahead would hold many layers.
     return jax.block_until_ready(update(zeros() if stack is None else stack, read, position))
 
 
 @functools.cache
-def _stacking(shape: tuple[int, ...], dtype: str, sharding: Any) -> tuple[Any, Any]:
+def _build_update(shape: tuple[int, ...], dtype: str, sharding: Any) -> tuple[Any, Any]:
     """(zeros, (array, block, index) -> array): updates in place, without a second copy of a layer."""
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
     put = lambda array, block, at: array.at[at].set(block)

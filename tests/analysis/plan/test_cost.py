@@ -582,7 +582,7 @@ def test_an_axis_is_bound_below_its_limit_of_tokens():
     for bound in found.values():
         assert bound.bound == (here < bound.limit)
         assert json.loads(json.dumps(bound.json()))["axis"] == bound.axis
-        grown = scaling.scaled(fact, 64)
+        grown = scaling.scale_batch(fact, 64)
         again = {b.axis: b for b in scaling.bounds(grown, target, layout)}[bound.axis]
         assert again.limit == pytest.approx(
             bound.limit, rel=0.01
