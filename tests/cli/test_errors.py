@@ -130,6 +130,7 @@ def test_through_the_process(run_cli):
     assert done.stderr.startswith("error: unknown experiment 'digitz'")
 
 
+@pytest.mark.gate
 def test_a_checkpoint_of_another_run_shows_the_difference(digits_run, run_main, tmp_path):
     args = ("--experiment", "digits", "--run.dir", "out", "--train.steps")
     shutil.copytree(digits_run, tmp_path / "out")

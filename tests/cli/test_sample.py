@@ -78,6 +78,7 @@ def test_greedy_is_the_argmax_of_the_whole_sequence(place):
             row = np.append(row, token).astype(np.int32)
 
 
+@pytest.mark.gate
 def test_the_same_tokens_on_every_mesh(place):
     choice = sample.Choice(temperature=0.9, top_k=50, top_p=0.95)
     one, eight = (

@@ -459,6 +459,7 @@ def test_a_model_of_a_smaller_vocabulary_or_a_shorter_one_is_refused(tmp_path):
 # ---- the command line
 
 
+@pytest.mark.gate
 def test_commands(run_main, tmp_path):
     (tmp_path / "poem.txt").write_text(POEM)
     mine = ("--experiment", "lm_shakespeare", "--data.name", "", "--data.files", "poem.txt")

@@ -82,6 +82,7 @@ def test_help(run_main):
     assert shown.returncode == 0 and "--gpus-per-node" in shown.stdout
 
 
+@pytest.mark.gate
 def test_no_environment_variable_is_printed(run_cli):
     """Tokens travel in the environment, so that is never shown."""
     token = {"WANDB_API_KEY": "do-not-print", "HF_TOKEN": "do-not-print"}
