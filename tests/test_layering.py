@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # import each other. A new module of spmd/ goes into one of these rooms.
 ROOMS = (
     ("core",),
-    ("hardware", "parallel"),
+    ("hardware", "parallel", "metrics"),
     ("data", "optim", "runtime", "models"),
     ("tasks",),
     ("strategies",),
@@ -55,6 +55,7 @@ NO_PLACEMENT = {
 }
 FOR_EXPERIMENTS = {
     "models",
+    "metrics",
     "data",
     "optim",
     "tasks",

@@ -104,7 +104,7 @@ def index_ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]
     """The ranges of a task's index features; traces a prediction, compiles nothing.
 
     Args:
-      task: spmd.tasks.Task.
+      task: spmd.tasks.Objective.
       variables: shapes of (params, model_state).
       batch: shapes of the global batch.
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import optax
 
 
-# Logical dims by parameter name, None where a parameter has none (tasks.Task.dims).
+# Logical dims by parameter name, None where a parameter has none (tasks.Objective.dims).
 Dims = Mapping[str, tuple[str, ...] | None]
 
 

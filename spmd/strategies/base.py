@@ -18,7 +18,7 @@ from spmd.parallel import sharding
 from spmd.strategies.grads import direct
 from spmd.strategies.grads.pipeline import execute, schedules
 from spmd.strategies.privacy import Mechanism
-from spmd.tasks import FROZEN
+from spmd.tasks import is_frozen
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -59,7 +59,7 @@ class Strategy(NamedTuple):
 class Parts(NamedTuple):
     """Inputs of a strategy's build; nothing here depends on models or data.
 
-    task: spmd.tasks.Task. batch: abstract global batch. rate: learning rate by step.
+    task: spmd.tasks.Objective. batch: abstract global batch. rate: learning rate by step.
     pipeline, virtual_stages: the schedule, where mesh.stage cuts the layers.
     ema: decay of the moving average of the parameters; 0 is off.
     skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
@@ -183,7 +183,7 @@ def grads_of(parts: Parts) -> direct.GradsOf:
 def check_private(parts: Parts) -> None:
     """ValueError, with their names, for layers in which examples meet: one would show in all gradients."""
     _, model_state = abstract_params(parts)
-    names = [name for name in tree.named_leaves(model_state) if not name.startswith(f"{FROZEN}/")]
+    names = [name for name in tree.named_leaves(model_state) if not is_frozen(name)]
     layers = dict.fromkeys([*parts.task.whole_batch, *(name.rpartition("/")[0] for name in names)])
     check(
         not layers,

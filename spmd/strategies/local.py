@@ -43,7 +43,7 @@ from spmd.strategies.replica import (
     unfrozen,
 )
 from spmd.strategies.rounds import Outer, RoundsConfig, check_fits
-from spmd.tasks import FROZEN
+from spmd.tasks import is_frozen
 
 PyTree = Any
 
@@ -175,7 +175,7 @@ class Replicas:
         replica_state = state.strategy_state
         shared = Shared(
             base.step_key(state),
-            {name: x for name, x in state.model_state.items() if name == FROZEN},
+            {name: x for name, x in state.model_state.items() if is_frozen(name)},
             state.params if self.outer.proximal else {},
         )
         (params, model_state, opt_state), local = step_all(

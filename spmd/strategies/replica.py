@@ -20,7 +20,7 @@ from spmd.strategies import base, update
 from spmd.strategies.grads import direct
 from spmd.strategies.merge import AXIS, INSIDE, REPLICAS
 from spmd.strategies.rounds import Outer
-from spmd.tasks import FROZEN
+from spmd.tasks import is_frozen
 
 PyTree = Any
 # Activations of a replica are sharded over the axes inside of it.
@@ -198,4 +198,4 @@ def take_outer_step(
 
 def unfrozen(model_state: PyTree) -> PyTree:
     """The model state that a step changes: all but the frozen parameters, which replicas share."""
-    return {name: part for name, part in model_state.items() if name != FROZEN}
+    return {name: part for name, part in model_state.items() if not is_frozen(name)}

@@ -1,7 +1,32 @@
-"""Tasks: a model, its loss as sums with global weights, its metrics."""
+"""Tasks: what is trained, as values and weights of loss terms, and metrics."""
 
-from spmd.tasks.base import FROZEN, Batch, Notes, Staged, Sums, Task
+from spmd.tasks.base import FrozenModel, Task
 from spmd.tasks.classification import Classification
 from spmd.tasks.language import LanguageModel
+from spmd.tasks.objective import (
+    FROZEN,
+    VARIABLES,
+    Batch,
+    MetricSums,
+    Notes,
+    Objective,
+    Staged,
+    Sums,
+    is_frozen,
+)
 
-__all__ = ["FROZEN", "Batch", "Classification", "LanguageModel", "Notes", "Staged", "Sums", "Task"]
+__all__ = [
+    "FROZEN",
+    "VARIABLES",
+    "Batch",
+    "Classification",
+    "FrozenModel",
+    "LanguageModel",
+    "MetricSums",
+    "Notes",
+    "Objective",
+    "Staged",
+    "Sums",
+    "Task",
+    "is_frozen",
+]

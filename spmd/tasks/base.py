@@ -1,161 +1,155 @@
-"""The base of tasks: a model, its loss as sums with global weights, its metrics."""
+"""The base of tasks: what a user writes, and how it becomes an Objective."""
 
-# B batch, C classes, T time, D embed, V vocab
+# B batch
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from spmd.core import tree
+from spmd.core import batches
 from spmd.core.batches import Ids
 from spmd.core.fields import check
-from spmd.models.functional import FunctionalModel
-from spmd.parallel import scope
-
-Batch = Mapping[str, jax.Array]
-PyTree = Any
-Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
-Notes = dict[str, tuple[jax.Array, jax.Array]]  # name -> ([B], its weights)
-FROZEN = "frozen"  # where in the model state parameters lie that are not trained
+from spmd.metrics import Metric
+from spmd.tasks.objective import Batch, MetricSums, Objective
+from spmd.tasks.tracing import Tracer
 
 
-class Staged(NamedTuple):
-    """A training loss in parts, for a pipeline. params: a tree in which stacked leaves may hold only some of
-    the layers; enter and leave read none of these, through reads no others. The model state is of layers too,
-    each of its leaves stacked.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenModel:
+    """A model that a task reads and does not train: a teacher, a reference policy."""
 
-    enter: (params, batch, step_key) -> x, what the first layer reads.
-    through: (params, state, x, batch, step_key, first, scale) -> (x behind these layers, scaled sum, Sums,
-      their new state); first: the number of the first.
-    leave: (params, x, batch, step_key, scale) -> (scaled sum, Sums).
-    stream: logical dims of x.
+    model: Any
+    """Config of the model, as an experiment's."""
+    from_: str = ""
+    """Weights, as init.from: a run's directory, one step of it, or safetensors; without, random ones."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """The base of tasks: the inputs of a model, the loss of each element, the metrics.
+
+    A subclass is a frozen dataclass, its fields the settings. The base does the rest for every strategy: it
+    opens the scope, multiplies by the example's weight along the batch dim, sums, divides by the global
+    weight before the backward pass, collects what layers note, evaluates, predicts, and gives a pipeline its
+    parts.
     """
 
-    enter: Callable[..., jax.Array]
-    through: Callable[..., tuple[jax.Array, jax.Array, Sums, PyTree]]
-    leave: Callable[..., tuple[jax.Array, Sums]]
-    stream: tuple[str, ...]
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    """Measures of an evaluation beside the loss terms; a property where fields decide."""
+    train_metrics: ClassVar[tuple[str, ...]] = ()
+    """Names of those that training logs too: each a metrics.Mean."""
+    frozen: ClassVar[Mapping[str, FrozenModel]] = MappingProxyType({})
+    """Models beside the trained one, by name; `values` finds their outputs as batch["frozen/NAME"]."""
 
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """The arguments of the model; by default the feature that the field `input` names.
 
-def _unstaged() -> Staged:
-    raise ValueError(
-        "mesh.stage cuts layers, and this task does not say what they are; use --mesh.stage 1"
-    )
+        The base then casts floats to the parameters' precision, and scales uint8 to [0, 1]: a task whose
+        bytes are indices casts them to int32.
+        """
+        name = getattr(self, "input", "")
+        check(
+            isinstance(name, str) and bool(name),
+            f"task {type(self).__name__} does not say what its model reads: give it a field `input`, or a"
+            " method inputs(batch)",
+        )
+        return (batches.feature(batch, name),)
 
+    def weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """{term: [B, ...]}: how much each loss value counts; read from the batch alone.
 
-class Task(NamedTuple):
-    """Pure functions over plain dicts; what a strategy is handed.
+        The base multiplies by the example's weight. By default one loss for each example.
+        """
+        weight_B = batches.feature(batch, "weight")
+        return {"loss": jnp.ones(weight_B.shape, weight_B.dtype)}
 
-    init: key -> (params, model_state). dims: logical dims by parameter name, None where there are none.
-    coefficients: the factor of each loss term.
-    weigh: batch -> the weight of each loss term, as wide as the parameters: 1 / weight must round to the same
-      whatever is divided first; depends on the batch only, is summed over the devices.
-    loss: (params, model_state, batch, step_key, scale) -> (scaled sum, (Sums, model_state)),
-      scale = coefficient / global weight for each term, known before the backward pass.
-    evaluate: (params, model_state, batch) -> Sums.
-    predict: (params, model_state, batch) -> logits.
-    ranges: (shapes of a batch, of its logits) -> the range of each feature that holds indices; ValueError,
-      with the shapes, for those that the task does not take.
-    call: (params, model_state, fn) -> fn(module), as in evaluation; for what a model does beside (decoding).
-    whole_batch: layers that take statistics over the batch they see; only a jitted whole batch is right.
-    state_dims: logical dims of what in the model state is cut as parameters are; the rest lies whole on
-      every device.
-    plain: (params, model_state) -> those of the model itself, where the task trains something else.
-    staged: () -> the loss in parts; ValueError, by name, for a model that is no stack of layers.
-    """
+    def values(self, outputs: Any, batch: Batch, *, train: bool) -> dict[str, jax.Array]:
+        """{term: [B, ...]}: the loss of each element, of the shape of its weights.
 
-    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
-    dims: dict[str, tuple[str, ...] | None]
-    coefficients: dict[str, float]
-    weigh: Callable[[Batch], dict[str, jax.Array]]
-    loss: Callable[..., tuple[jax.Array, tuple[Sums, PyTree]]]
-    evaluate: Callable[[PyTree, PyTree, Batch], Sums]
-    predict: Callable[[PyTree, PyTree, Batch], jax.Array]
-    call: Callable[..., Any]
-    whole_batch: tuple[str, ...] = ()
-    state_dims: Mapping[str, tuple[str | None, ...] | None] = MappingProxyType({})
-    ranges: Callable[[Any, Any], dict[str, Ids]] = lambda batch, logits: {}
-    plain: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, state: (params, state)
-    staged: Callable[[], Staged] = _unstaged
+        batch: the features; the outputs of frozen models as `frozen/NAME`, variables as `task/NAME`.
+        """
+        raise NotImplementedError(f"task {type(self).__name__} has no method values")
 
-    def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """coefficient / global weight; 0 where a term has no weight in this batch."""
-        return {
-            term: jnp.where(w > 0, self.coefficients[term] / jnp.where(w > 0, w, 1), 0)
-            for term, w in weights.items()
-        }
+    def coefficients(self, model: Any) -> dict[str, float]:
+        """The factor of each loss term, those that the model notes (balance) included."""
+        return {"loss": 1.0, **getattr(model, "losses", {})}
 
+    def variables(self, rngs: nnx.Rngs) -> dict[str, jax.Array]:
+        """Trained parameters of the task itself (a temperature, uncertainty weights), replicated."""
+        return {}
 
-PARTS = ("enter", "through", "leave", "logits", "stream")
+    def ranges(self, batch: Any, outputs: Any, model: Any) -> dict[str, Ids]:
+        """The range of each feature that holds indices; ValueError for shapes that the task does not take.
 
+        batch, outputs: arrays, or their shapes. model: its config.
+        """
+        return {}
 
-def stages_of(
-    net: FunctionalModel,
-    inputs: Callable[[Batch], Any],
-    finish: Callable[..., tuple[jax.Array, Sums]],
-) -> Staged:
-    """The loss in parts, of a module with PARTS: methods, and stream, the logical dims of what flows between
-    them. finish: (module, x, batch, scale) -> (scaled sum, Sums), x being what the head reads.
-    """
-    kind = f"{net.kind.__module__}.{net.kind.__qualname__}"
-    missing = [name for name in PARTS if not hasattr(net.kind, name)]
-    check(
-        not missing,
-        f"mesh.stage cuts a stack of equal layers, and {kind} is none: it has no"
-        f" {', '.join(missing)}; use spmd.models.transformer, spmd.models.mlp with model.stacked, or"
-        " --mesh.stage 1",
-    )
-    unstacked = [name for name, dims in net.state_dims.items() if (dims or ("",))[0] != "layers"]
-    check(
-        not unstacked,
-        f"mesh.stage: {kind} keeps a state that is not of its layers (batch statistics), which a pipeline"
-        f" does not carry: {', '.join(unstacked)}; use --mesh.stage 1",
-    )
-    _, unread = jax.eval_shape(net.init, jax.random.key(0))
+    def sums(
+        self, model: Any, batch: Batch, *, hidden: jax.Array | None = None, train: bool
+    ) -> tuple[dict[str, jax.Array], MetricSums]:
+        """(sum of each loss term, sums of each metric).
 
-    def enter(params, batch, step_key):
-        with training(batch, step_key):
-            return net.call(params, unread, lambda m: m.enter(*inputs(batch)), train=True)[0]
+        Overridden by a task that cannot hold all its outputs, or that calls its model twice; the latter
+        cannot be pipelined. model: called with the inputs. hidden: the input of model.logits, where a
+        pipeline has computed it already.
+        """
+        outputs = model(*self.inputs(batch)) if hidden is None else model.logits(hidden)
+        return self.sums_of(outputs, batch, self.counted(batch), train=train)
 
-    def through(params, state, x, batch, step_key, first, scale):
-        notes: Notes = {}
-        run = lambda module: module.through(x, *inputs(batch), first=first)
-        with training(batch, step_key), scope.bind(notes=notes):
-            x, state = net.call(params, state, run, train=True)
-        sums = noted_sums(notes, batch)
-        return x, scaled_loss(sums, scale), sums, state
+    def predict(self, model: Any, batch: Batch) -> Any:
+        """The outputs for a batch, each [B, ...]."""
+        return model(*self.inputs(batch))
 
-    def leave(params, x, batch, step_key, scale):
-        run = lambda module: finish(module, module.leave(x), batch, scale)
-        with training(batch, step_key):
-            return net.call(params, unread, run, train=True)[0]
+    # ---- what the base does
 
-    return Staged(enter, through, leave, net.kind.stream)
+    def build(self, model: Any, param_dtype: str = "float32") -> Objective:
+        """The objective of training `model` (a config with build(rngs), or an NNX module class)."""
+        return Tracer(self, model, param_dtype).objective()
 
+    def counted(self, batch: Batch) -> dict[str, jax.Array]:
+        """{term: [B, ...]}: the weights, times the example's weight."""
+        example_B = batches.feature(batch, "weight")
 
-def training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextManager[Any]:
-    """The scope of a training step's forward pass: a key and a weight for each example."""
-    keys_B = scope.example_keys(step_key, batch["example_id"])
-    return scope.bind(keys=keys_B, weight=batch["weight"], calls=0)
+        def times_example(term: str, weight: jax.Array) -> jax.Array:
+            check(
+                weight.ndim > 0 and weight.shape[0] == example_B.shape[0],
+                f"task {type(self).__name__}: the weights of term {term!r} are of shape"
+                f" {list(weight.shape)}; their first dim must be the batch, {example_B.shape[0]}",
+            )
+            by_row = example_B.reshape(-1, *(1,) * (weight.ndim - 1))
+            return weight * by_row.astype(weight.dtype)
 
+        return {term: times_example(term, w) for term, w in self.weights(batch).items()}
 
-def noted_sums(notes: Notes, batch: Batch) -> Sums:
-    """Sums over the examples of the values that layers noted."""
-    wide = lambda x_B: x_B.astype(tree.at_least_float32(x_B.dtype))
-    total = lambda x_B: jnp.sum(wide(x_B) * batch["weight"].astype(wide(x_B).dtype))
-    return {name: (total(value_B), total(weight_B)) for name, (value_B, weight_B) in notes.items()}
+    def sums_of(
+        self, outputs: Any, batch: Batch, counted: Mapping[str, jax.Array], *, train: bool
+    ) -> tuple[dict[str, jax.Array], MetricSums]:
+        """As `sums`, from the outputs and the weights of these elements."""
+        values = self.values(outputs, batch, train=train)
+        self._check_values(values, counted)
+        totals = {term: jnp.sum(v * counted[term].astype(v.dtype)) for term, v in values.items()}
+        measured = [m for m in self.metrics if not train or m.name in self.train_metrics]
+        return totals, {m.name: m.sums(outputs, batch, counted) for m in measured}
 
-
-def scaled_loss(sums: Sums, scale: Mapping[str, jax.Array]) -> jax.Array:
-    """The loss: each of its terms by its factor; a part of the model has some of them."""
-    terms = [term for term in scale if term in sums]
-    total = jnp.zeros((), sums[terms[0]][0].dtype if terms else scale["loss"].dtype)
-    for term in terms:
-        total += sums[term][0] * scale[term].astype(total.dtype)
-    return total
+    def _check_values(self, values: Mapping[str, Any], counted: Mapping[str, Any]) -> None:
+        """ValueError unless each term has a value and a weight, of one shape."""
+        name = type(self).__name__
+        check(
+            values.keys() == counted.keys(),
+            f"task {name}: values() has the terms {', '.join(values)}, and weights() {', '.join(counted)}:"
+            " they must be the same",
+        )
+        for term, value in values.items():
+            check(
+                value.shape == counted[term].shape,
+                f"task {name}: the values of term {term!r} are of shape {list(value.shape)} and its weights"
+                f" of {list(counted[term].shape)}: they must be the same",
+            )

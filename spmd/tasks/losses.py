@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spmd.core import tree
+from spmd.core import batches, tree
+from spmd.metrics import Mean
 
 
 def cross_entropy(logits_BC: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -47,3 +50,14 @@ def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> TokenLosses:
     target_logit_BT = of_target.sum(-1)
     right_BT = (target_logit_BT >= logits_BTV.max(-1)).astype(logits_BTV.dtype)
     return TokenLosses(partition_BT - target_logit_BT, partition_BT, right_BT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenAccuracy(Mean):
+    """Share of tokens whose target has the highest logit."""
+
+    name: str = "accuracy"
+
+    def values(self, outputs: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """[B, T] 1 where the target leads."""
+        return token_losses(outputs, batches.wide_indices(batch["targets"])).right_BT

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spmd import metrics
 from spmd.core.batches import Expected
 from spmd.data import loader
 from spmd.data.skips import Skips
@@ -19,6 +20,7 @@ from spmd.parallel import mesh as meshes
 from spmd.parallel import scope, sharding
 
 PREFIX = "eval/"
+IN_FLIGHT = 4  # evaluation steps that may run at once (more deadlock on simulated devices)
 Measured = dict[str, float | None]  # {"eval/loss": 0.3}; None where no example had a weight
 
 
@@ -58,7 +60,7 @@ def evaluator(
     skips: Skips | None = None,
     expected: Expected | None = None,
 ) -> Evaluator:
-    """Measures `source` on `mesh`; sums stay on the devices until the end.
+    """Measures `source` on `mesh`; the sums of each batch are added on the host, some batches later.
 
     skips, expected: as in loader.train_batches.
     """
@@ -69,31 +71,40 @@ def evaluator(
         with scope.bind(**placement):
             return task.evaluate(params, model_state, batch)
 
-    add = jax.jit(lambda a, b: jax.tree.map(operator.add, a, b))
-
     def evaluate(
         params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
     ) -> Measured | None:
         total: Any = None
+        running: collections.deque[Any] = collections.deque()
         for i, batch in enumerate(_batches(mesh, source, batch_size, skips, expected)):
-            sums = measure(params, model_state, batch)
-            total = sums if total is None else add(total, sums)
-            if i % 4 == 3:  # bounds the steps in flight (deadlock on simulated devices)
-                jax.block_until_ready(total)
-                if interrupted():
-                    return None
-        return {
-            f"{PREFIX}{name}": float(s) / float(w) if float(w) > 0 else None
-            for name, (s, w) in total.items()
-        }
+            running.append(measure(params, model_state, batch))
+            if len(running) > IN_FLIGHT:
+                total = _added(total, running.popleft())
+            if i % IN_FLIGHT == IN_FLIGHT - 1 and interrupted():
+                return None
+        while running:
+            total = _added(total, running.popleft())
+        return named(task.measured(total or {}))
 
     return evaluate
+
+
+def _added(total: Any, sums: Any) -> Any:
+    """The totals on the host after a batch's sums, which it waits for."""
+    host = jax.device_get(sums)
+    return metrics.added(jax.tree.map(np.zeros_like, host) if total is None else total, host)
+
+
+def named(values: Mapping[str, float | None]) -> Measured:
+    """The values of an evaluation by the names that logs and `checkpoint.best` use."""
+    return {f"{PREFIX}{name}": value for name, value in values.items()}
 
 
 def metric_names(task: Any, batch: Any) -> list[str]:
     """The names that an evaluation gives, from the shapes of a batch."""
     variables = jax.eval_shape(task.init, jax.random.key(0))
-    return [f"{PREFIX}{name}" for name in jax.eval_shape(task.evaluate, *variables, batch)]
+    shapes = jax.eval_shape(task.evaluate, *variables, batch)
+    return list(named(task.measured(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))))
 
 
 def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any, Any], Any]:

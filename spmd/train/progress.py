@@ -18,7 +18,7 @@ from spmd.core.storage import is_remote
 from spmd.hardware import chips
 from spmd.parallel import mesh as meshes
 from spmd.runtime import agree
-from spmd.tasks import FROZEN
+from spmd.tasks import is_frozen
 from spmd.train import rundir
 
 SHOWN = 8  # arrays in the table of the largest
@@ -48,7 +48,7 @@ def print_header(
         + (f" in {num} processes" if (num := agree.process()[1]) > 1 else "")
         + f", mesh {meshes.describe(mesh)}"
     )
-    frozen = tree.num_elements(state.model_state.get(FROZEN, {}))
+    frozen = tree.num_elements({k: x for k, x in state.model_state.items() if is_frozen(k)})
     console.print(
         f"{tree.num_elements(state.params):,} parameters"
         + (f" to train, {frozen:,} frozen" if frozen else "")

@@ -190,6 +190,10 @@ AMENDABLE = "optimizer."
 _FIXED = ("optimizer.class", "optimizer.ema")
 
 
+# Fields of an identity that older versions wrote by another name.
+RENAMED = {"task.inputs": "task.features"}
+
+
 def check_identity(
     path: epath.Path,
     identity: dict[str, Any],
@@ -280,6 +284,7 @@ def find_differences(
     located: Collection[str] = (),
 ) -> dict[str, list[Any]]:
     """`{field: [before, now]}` of two identities; arguments as in check_identity."""
+    before = {RENAMED.get(k, k): v for k, v in before.items()}
     ignored = {k for k in {*before, *identity} if k.startswith(CONTENT)}
     if ignored & before.keys():
         ignored |= {*located}

@@ -19,7 +19,7 @@ from spmd import optim
 from spmd.core import narrow, tree
 from spmd.core.fields import check
 from spmd.parallel import scope
-from spmd.tasks import FROZEN, Task
+from spmd.tasks import FROZEN, VARIABLES, Objective
 from spmd.weights.config import InitConfig, match_names
 
 PyTree = Any
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
         return jnp.einsum(spec, a, b, preferred_element_type=tree.at_least_float32(a.dtype))
 
 
-def adapt(task: Task, config: InitConfig) -> Task:
+def adapt(task: Objective, config: InitConfig) -> Objective:
     """A task whose frozen parameters are model state, and whose adapters are parameters.
 
     Raises:
@@ -55,7 +55,10 @@ def adapt(task: Task, config: InitConfig) -> Task:
     check(FROZEN not in state, f"the model has a state of its own named {FROZEN!r}; rename it")
     shapes = tree.named_leaves(abstract)
     matrices = _adapted_matrices(shapes, task.dims, config) if config.lora else {}
-    frozen = set(shapes) if config.lora else match_names(shapes, config.freeze, "init.freeze")
+    if config.lora:
+        frozen = {name for name in shapes if not name.startswith(f"{VARIABLES}/")}
+    else:
+        frozen = set(match_names(shapes, config.freeze, "init.freeze"))
     check(
         bool(matrices) or len(frozen) < len(shapes),
         f"init.freeze={' '.join(config.freeze)} leaves no parameter to train",
@@ -72,15 +75,13 @@ def adapt(task: Task, config: InitConfig) -> Task:
             trained = _insert(trained, _leaf_path(params, name), pair)
         return trained, state | {FROZEN: _pick(params, frozen.__contains__)}
 
-    def plain(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    def join(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         model_state = {k: v for k, v in state.items() if k != FROZEN}
-        return task.plain(_join(params, state[FROZEN], matrices, scale), model_state)
+        return _join(params, state[FROZEN], matrices, scale), model_state
 
     def loss(params, state, batch, step_key, scale):
-        frozen_state = state | {
-            FROZEN: scope.varying(state[FROZEN])
-        }  # typed as trained parameters are
-        total, (sums, new) = task.loss(*plain(params, frozen_state), batch, step_key, scale)
+        frozen_state = state | {FROZEN: scope.varying(state[FROZEN])}  # typed as trained ones
+        total, (sums, new) = task.loss(*join(params, frozen_state), batch, step_key, scale)
         return total, (sums, new | {FROZEN: state[FROZEN]})
 
     def dims_of(name: str) -> tuple[Any, ...] | None:
@@ -90,12 +91,15 @@ def adapt(task: Task, config: InitConfig) -> Task:
         init=init,
         dims={n: dims_of(n) for n in shapes if n not in frozen}
         | _adapter_dims(matrices, task.dims),
-        state_dims={f"{FROZEN}/{n}": dims_of(n) for n in shapes if n in frozen},
+        state_dims={
+            **task.state_dims,
+            **{f"{FROZEN}/{n}": dims_of(n) for n in shapes if n in frozen},
+        },
         loss=loss,
-        plain=plain,
-        evaluate=lambda p, s, batch: task.evaluate(*plain(p, s), batch),
-        predict=lambda p, s, batch: task.predict(*plain(p, s), batch),
-        call=lambda p, s, fn: task.call(*plain(p, s), fn),
+        plain=lambda p, s: task.plain(*join(p, s)),
+        evaluate=lambda p, s, batch: task.evaluate(*join(p, s), batch),
+        predict=lambda p, s, batch: task.predict(*join(p, s), batch),
+        call=lambda p, s, fn: task.call(*join(p, s), fn),
         staged=_refuse_stages,
     )
 

@@ -58,7 +58,7 @@ def test_a_missing_psum(monkeypatch):
 @pytest.mark.gate
 def test_a_mean_of_means(monkeypatch):
     """Each device divides by its own weight: right while all hold equally many examples."""
-    build, scale, local = tasks.Classification.build, tasks.Task.scale, []
+    build, scale, local = tasks.Classification.build, tasks.Objective.scale, []
 
     def own(self, model, param_dtype):
         task = build(self, model, param_dtype)
@@ -75,7 +75,7 @@ def test_a_mean_of_means(monkeypatch):
         return scale(self, {term: w * num for term, w in local[0].items()})
 
     monkeypatch.setattr(tasks.Classification, "build", own)
-    monkeypatch.setattr(tasks.Task, "scale", by_own)
+    monkeypatch.setattr(tasks.Objective, "scale", by_own)
     fault = fault_of(verify("--strategy", "allreduce", "--mesh.replica", "2", steps=3))
     assert (fault.step, fault.padded, fault.stage) == (2, True, "gradient")
     assert fault.tensor in ("grads/head/bias", "grads/head/kernel")

@@ -20,7 +20,7 @@ D, BATCH, RATE = 1024, 8, 0.125
 CURVATURE = np.linspace(0.2, 1.5, D)
 
 
-def quadratic() -> tasks.Task:
+def quadratic() -> tasks.Objective:
     """sum of curvature (w - x)^2 / 2 over the examples; its gradient is linear in w."""
 
     def loss(params, model_state, batch, step_key, scale):
@@ -29,13 +29,14 @@ def quadratic() -> tasks.Task:
         return total * scale["loss"], ({"loss": (total, batch["weight"].sum())}, model_state)
 
     unused = lambda *_: None
-    return tasks.Task(
+    return tasks.Objective(
         init=lambda key: ({"w": jnp.zeros(D)}, {}),
         dims={"w": None},
         coefficients={"loss": 1.0},
         weigh=lambda batch: {"loss": batch["weight"].sum()},
         loss=loss,
         evaluate=unused,
+        measured=unused,
         predict=unused,
         call=unused,
     )

@@ -120,7 +120,7 @@ def test_chunks_hold_a_part_of_the_logits_and_change_nothing():
     [
         ({"chunks": 3}, {}, "task.chunks=3 does not divide the 8 tokens"),
         ({}, {"token": 0}, "no feature 'tokens'. Did you mean 'token'?"),
-        ({"inputs": ()}, {}, "task.inputs must name"),
+        ({"features": ()}, {}, "task.features must name"),
         ({"z_loss": -1.0}, {}, "task.z_loss=-1.0 must not be negative"),
     ],
 )
@@ -143,8 +143,8 @@ def test_a_plain_module_is_a_language_model_too():
 
     batch = tokens()
     ((total, _), gradient), _ = of_tokens(
-        tasks.LanguageModel(inputs=("tokens",)).build(Plain), batch
+        tasks.LanguageModel(features=("tokens",)).build(Plain), batch
     )
     assert np.isfinite(total) and abs(gradient["head"]["kernel"]).max() > 0
     with pytest.raises(ValueError, match="needs a model with methods hidden and logits"):
-        of_tokens(tasks.LanguageModel(inputs=("tokens",), chunks=2).build(Plain), batch)
+        of_tokens(tasks.LanguageModel(features=("tokens",), chunks=2).build(Plain), batch)

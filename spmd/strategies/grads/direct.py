@@ -17,7 +17,7 @@ GradsOf = Callable[..., tuple[PyTree, PyTree, PyTree]]
 
 
 def single_pass(loss: Callable[..., Any]) -> GradsOf:
-    """A gradient function: a single backward pass over the batch. `loss` as in tasks.Task."""
+    """A gradient function: a single backward pass over the batch. `loss` as in tasks.Objective."""
 
     def grads_of(params, model_state, batch, step_key, scale):
         grad = jax.grad(loss, has_aux=True)

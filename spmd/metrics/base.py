@@ -1,0 +1,133 @@
+"""The base of metrics: sums on the devices, values on the host.
+
+A metric is a frozen dataclass, compared by value. `sums` is traced; what it returns is added over the batches
+of an evaluation, integers in int64 and floats in float64, and `compute` makes values of the totals. So a
+metric is equal on every mesh, evaluation batch size and process count.
+"""
+
+# B batch
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spmd.core import tree
+from spmd.core.fields import check
+
+Batch = Mapping[str, jax.Array]
+Weights = Mapping[str, jax.Array]  # loss term -> [B, ...]: how much each of its elements counts
+Sums = dict[str, jax.Array]
+Values = dict[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A measure of a task's outputs against its batch.
+
+    An element counts by the weight that the task gives it in the loss; padding weighs 0.
+    """
+
+    name: str
+    term: str = "loss"
+    """Loss term whose weights say what counts."""
+
+    def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
+        """The sums of one batch, plain arrays whose shapes do not depend on the batch.
+
+        Args:
+          outputs: what the task's model returned.
+          batch: the features, each [B, ...].
+          weights: {term: [B, ...]}, the example's weight included.
+        """
+        raise NotImplementedError
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> float | Values | None:
+        """The value of the totals, or several by name; None where nothing counted."""
+        raise NotImplementedError
+
+    def counted(self, weights: Weights, shape: tuple[int, ...]) -> jax.Array:
+        """int32 of `shape`: 1 where an element has a weight, else 0."""
+        return (self.weight(weights, shape) > 0).astype(jnp.int32)
+
+    def weight(self, weights: Weights, shape: tuple[int, ...]) -> jax.Array:
+        """The weights of this metric's term; ValueError unless they are of `shape`."""
+        check(
+            self.term in weights,
+            f"metric {self.name!r} reads the weights of term {self.term!r}; the task has:"
+            f" {', '.join(weights)}",
+        )
+        weight = weights[self.term]
+        check(
+            weight.shape == shape,
+            f"metric {self.name!r} has values of shape {list(shape)} and its weights (term"
+            f" {self.term!r}) are {list(weight.shape)}: they must be the same",
+        )
+        return weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mean(Metric):
+    """The mean of a value that each element has; a subclass says which.
+
+    Only such metrics can be logged in training, where a step's sums stay on the devices.
+    """
+
+    def values(self, outputs: Any, batch: Batch) -> jax.Array:
+        """[B, ...] the value of each element, of the shape of its weights."""
+        raise NotImplementedError
+
+    def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
+        """Sum and weight of the values."""
+        values = self.values(outputs, batch)
+        values = values.astype(tree.at_least_float32(values.dtype))
+        weight = self.weight(weights, values.shape).astype(values.dtype)
+        return {"sum": jnp.sum(values * weight), "weight": weight.sum()}
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> float | None:
+        """Sum / weight."""
+        return ratio(sums["sum"], sums["weight"])
+
+
+def ratio(total: Any, weight: Any) -> float | None:
+    """total / weight; None where nothing has a weight."""
+    return float(total) / float(weight) if float(weight) > 0 else None
+
+
+# ---- over the batches of an evaluation
+
+
+def added(total: Any, sums: Any) -> Any:
+    """The sum of two trees of host arrays, integers in int64, floats in float64."""
+
+    def add(x: Any, y: Any) -> np.ndarray:
+        kind = np.int64 if np.issubdtype(np.asarray(y).dtype, np.integer) else np.float64
+        return np.asarray(x, kind) + np.asarray(y, kind)
+
+    return jax.tree.map(add, total, sums)
+
+
+def check_metrics(metrics: Iterable[Metric], terms: Iterable[str]) -> None:
+    """ValueError for a metric of a term's name, or two of one name."""
+    names = [m.name for m in metrics]
+    twice = {name for name in names if names.count(name) > 1} | {n for n in names if n in [*terms]}
+    check(not twice, f"two metrics or loss terms are called {', '.join(sorted(twice))}: rename one")
+
+
+def computed(metrics: Iterable[Metric], totals: Mapping[str, Mapping[str, np.ndarray]]) -> Values:
+    """The values of all totals: of each metric its own, of other names the mean of `sum` over `weight`."""
+    by_name = {metric.name: metric for metric in metrics}
+    values: Values = {}
+    for name, sums in totals.items():
+        metric = by_name.get(name)
+        value = metric.compute(sums) if metric else ratio(sums["sum"], sums["weight"])
+        new = value if isinstance(value, dict) else {name: value}
+        twice = sorted(new.keys() & values.keys())
+        check(not twice, f"two metrics give a value named {', '.join(twice)}: rename one")
+        values |= new
+    return values

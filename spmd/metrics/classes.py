@@ -1,0 +1,172 @@
+"""Metrics of classes: accuracy, confusion (mIoU, Dice), area under the ROC curve, calibration."""
+
+# B batch, C classes, Q bins
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spmd.core import batches, tree
+from spmd.core.fields import check
+from spmd.metrics.base import Batch, Mean, Metric, Sums, Values, Weights, ratio
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accuracy(Mean):
+    """Share of elements whose class is among the `top` highest logits [B, ..., C].
+
+    Under mixup (a feature `mix`), that of a blend is the blend of those of its two labels.
+    """
+
+    name: str = "accuracy"
+    label: str = "label"
+    top: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.top >= 1, f"metric {self.name!r}: top={self.top} must be at least 1")
+
+    def values(self, outputs: Any, batch: Batch) -> jax.Array:
+        """[B, ...] 1 where the prediction is right."""
+        real = tree.at_least_float32(outputs.dtype)
+
+        def is_right(label: jax.Array) -> jax.Array:
+            if self.top == 1:
+                return (outputs.argmax(-1).astype(label.dtype) == label).astype(real)
+            chosen = jax.lax.top_k(outputs, min(self.top, outputs.shape[-1]))[1]
+            return (chosen.astype(label.dtype) == label[..., None]).any(-1).astype(real)
+
+        return blended(is_right, batch, self.label)
+
+
+def blended(values_of: Any, batch: Batch, label: str) -> jax.Array:
+    """values_of(indices of `label`); under mixup, the blend of those of an example's two labels."""
+    values = values_of(batches.wide_indices(batches.feature(batch, label)))
+    if "mix" not in batch:
+        return values
+    other = values_of(batches.wide_indices(batches.feature(batch, f"{label}_b")))
+    share = batch["mix"].astype(values.dtype)
+    share = share.reshape(share.shape + (1,) * (values.ndim - 1))
+    return share * values + (1 - share) * other
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Confusion(Metric):
+    """mIoU and Dice from the confusion matrix of logits [B, ..., C].
+
+    Values: `miou`, the mean over classes of TP / (TP + FP + FN) (Everingham et al. 2015, section 4.3), and
+    `dice`, that of 2 TP / (2 TP + FP + FN); classes that neither occur nor are predicted are left out.
+    Elements are counted, not weighted.
+    """
+
+    name: str = "confusion"
+    label: str = "label"
+    prefix: str = ""
+    """Before the names of the values."""
+
+    def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
+        """int32 [C, C]: elements by (label, prediction)."""
+        classes = outputs.shape[-1]
+        label = batches.feature(batch, self.label).astype(jnp.int32)
+        counted = self.counted(weights, label.shape)
+        cell = jnp.where(counted > 0, label, 0) * classes + outputs.argmax(-1).astype(jnp.int32)
+        matrix = jnp.zeros(classes**2, jnp.int32).at[cell.reshape(-1)].add(counted.reshape(-1))
+        return {"matrix": matrix.reshape(classes, classes)}
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> Values:
+        """Means over the classes that occur."""
+        matrix = np.asarray(sums["matrix"], np.float64)
+        both, labels, predictions = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+        union = labels + predictions - both
+        occurs = union > 0
+        iou, dice = both[occurs] / union[occurs], 2 * both[occurs] / (labels + predictions)[occurs]
+        mean = lambda x: float(x.mean()) if occurs.any() else None
+        return {f"{self.prefix}miou": mean(iou), f"{self.prefix}dice": mean(dice)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AUC(Metric):
+    """Area under the ROC curve of a binary score, with a bound on its error.
+
+    Scores are counted in `bins` bins of the sigmoid of the logit; pairs within a bin count half, so that the
+    exact area is within `auc_error` of `auc`. outputs: logits [B, ...], [B, ..., 1] or [B, ..., 2].
+    """
+
+    name: str = "auc"
+    label: str = "label"
+    bins: int = 4096
+
+    def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
+        """int32 [Q] each: elements of label 0 and of label 1."""
+        label = batches.feature(batch, self.label).astype(jnp.int32)
+        logit = _binary_logit(outputs, label, self.name)
+        place = (jax.nn.sigmoid(logit) * self.bins).astype(jnp.int32).clip(0, self.bins - 1)
+        counted = self.counted(weights, label.shape)
+
+        def histogram(chosen: jax.Array) -> jax.Array:
+            empty = jnp.zeros(self.bins, jnp.int32)
+            return empty.at[place.reshape(-1)].add((counted * chosen).reshape(-1))
+
+        positive = (label > 0).astype(jnp.int32)
+        return {"negatives": histogram(1 - positive), "positives": histogram(positive)}
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> Values:
+        """The area and its bound; None without elements of both labels."""
+        negatives, positives = (np.asarray(sums[k], np.float64) for k in ("negatives", "positives"))
+        pairs = negatives.sum() * positives.sum()
+        error = f"{self.name}_error"
+        if not pairs:
+            return {self.name: None, error: None}
+        below = np.cumsum(negatives) - negatives
+        tied = float(np.sum(positives * negatives) / pairs / 2)
+        return {self.name: float(np.sum(positives * below) / pairs) + tied, error: tied}
+
+
+def _binary_logit(outputs: Any, label: Any, name: str) -> jax.Array:
+    """The logit of label 1, of the shape of the labels, in at least float32."""
+    logits = outputs.astype(tree.at_least_float32(outputs.dtype))
+    if logits.shape == label.shape:
+        return logits
+    if logits.shape[:-1] == label.shape and logits.shape[-1] in (1, 2):
+        return logits[..., -1] - (logits[..., 0] if logits.shape[-1] == 2 else 0)
+    raise ValueError(
+        f"metric {name!r}: the outputs are of shape {list(logits.shape)} for labels of {list(label.shape)};"
+        " it takes one logit for each label, or two"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration(Metric):
+    """Expected calibration error of logits [B, ..., C] (Guo et al. 2017, section 2): the mean distance
+    between confidence and accuracy over `bins` bins of equal width, by their number of elements.
+    """
+
+    name: str = "calibration"
+    label: str = "label"
+    bins: int = 15
+
+    def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
+        """By bin: elements, right ones, and the sum of their confidence."""
+        label = batches.wide_indices(batches.feature(batch, self.label))
+        logits = outputs.astype(tree.at_least_float32(outputs.dtype))
+        confidence = jax.nn.softmax(logits).max(-1)
+        # Bins are open below and closed above: (0, 1/Q], ...
+        place = (jnp.ceil(confidence * self.bins).astype(jnp.int32) - 1).clip(0, self.bins - 1)
+        counted = self.counted(weights, label.shape)
+        right = counted * (logits.argmax(-1).astype(label.dtype) == label).astype(jnp.int32)
+
+        def by_bin(x: jax.Array) -> jax.Array:
+            return jnp.zeros(self.bins, x.dtype).at[place.reshape(-1)].add(x.reshape(-1))
+
+        sure = confidence * counted.astype(confidence.dtype)
+        return {"count": by_bin(counted), "right": by_bin(right), "confidence": by_bin(sure)}
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> float | None:
+        """The weighted mean distance."""
+        gap = np.abs(np.asarray(sums["right"], np.float64) - np.asarray(sums["confidence"]))
+        return ratio(gap.sum(), np.asarray(sums["count"], np.float64).sum())

@@ -1,0 +1,78 @@
+"""Metrics of ranked candidates: hit rate, recall, NDCG, MRR."""
+
+# B batch, N candidates, K cut-offs
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spmd.core import batches, tree
+from spmd.core.fields import check
+from spmd.metrics.base import Batch, Metric, Sums, Values, Weights, ratio
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranking(Metric):
+    """Hit rate, recall, NDCG and MRR at k, of scores [B, N] for N candidates.
+
+    label: int [B], the candidate that is relevant, or [B, N], 1 for each that is. Values: `hit@k`, whether a
+    relevant one is among the first k; `recall@k`, the share of the relevant ones that are; `ndcg@k` (Järvelin
+    and Kekäläinen 2002, binary gains); `mrr@k`, 1 / rank of the first relevant one. Candidates of equal score
+    rank by their number. Examples without a relevant candidate do not count.
+    """
+
+    name: str = "ranking"
+    label: str = "label"
+    k: tuple[int, ...] = (10,)
+
+    def __post_init__(self) -> None:
+        check(
+            bool(self.k) and min(self.k) >= 1,
+            f"metric {self.name!r}: k={self.k} must be cut-offs of at least 1",
+        )
+
+    def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
+        """float [K] of each value, and the weight."""
+        label = batches.wide_indices(batches.feature(batch, self.label))
+        candidates = outputs.shape[-1]
+        if label.ndim == outputs.ndim - 1:
+            index = jax.lax.broadcasted_iota(label.dtype, outputs.shape, outputs.ndim - 1)
+            label = (index == label[..., None]).astype(jnp.int32)
+        real = tree.at_least_float32(outputs.dtype)
+        most = min(max(self.k), candidates)
+        first = jax.lax.top_k(outputs, most)[1]
+        relevant = jnp.take_along_axis(label, first, axis=-1) > 0  # [B, most]
+        total = (label > 0).sum(-1)
+        weight = self.weight(weights, total.shape).astype(real) * (total > 0).astype(real)
+        gain = 1 / np.log2(np.arange(2, most + 2))
+        ideal = jnp.asarray(np.concatenate([[0.0], np.cumsum(gain)]), real)
+        rank = jnp.where(relevant.any(-1), relevant.argmax(-1) + 1, most + 1)
+        found: dict[str, list[jax.Array]] = {"hit": [], "recall": [], "ndcg": [], "mrr": []}
+        for k in self.k:
+            k = min(k, most)
+            hits = relevant[..., :k].astype(real)
+            within = rank <= k
+            found["hit"].append(within.astype(real))
+            found["recall"].append(hits.sum(-1) / jnp.maximum(total, 1).astype(real))
+            best = ideal[jnp.minimum(total, k)]
+            dcg = (hits * jnp.asarray(gain[:k], real)).sum(-1)
+            found["ndcg"].append(dcg / jnp.where(best > 0, best, 1))
+            found["mrr"].append(jnp.where(within, 1 / rank.astype(real), 0))
+        totals = {
+            name: jnp.stack([(x * weight).sum() for x in values]) for name, values in found.items()
+        }
+        return totals | {"weight": weight.sum()}
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> Values:
+        """Each value at each k."""
+        return {
+            f"{name}@{k}": ratio(sums[name][i], sums["weight"])
+            for name in ("hit", "recall", "ndcg", "mrr")
+            for i, k in enumerate(self.k)
+        }

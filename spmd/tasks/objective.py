@@ -1,0 +1,106 @@
+"""An Objective: a task and a model as pure functions, which strategies differentiate."""
+
+# B batch
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spmd.core.batches import Ids
+
+Batch = Mapping[str, jax.Array]
+PyTree = Any
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+MetricSums = dict[str, dict[str, jax.Array]]  # metric -> its sums
+Notes = dict[str, tuple[jax.Array, jax.Array]]  # name -> ([B], its weights)
+FROZEN = "frozen"  # where in the model state parameters are that are not trained
+VARIABLES = "task"  # where in the parameters those of the task itself are
+
+
+class Staged(NamedTuple):
+    """A training loss in parts, for a pipeline.
+
+    params: a tree in which stacked leaves may hold only some of the layers; enter and leave read none of
+    these, through reads no others. Each leaf of the model state belongs to the layers and is stacked.
+
+    enter: (params, batch, step_key) -> x, the input of the first layer.
+    through: (params, state, x, batch, step_key, first, scale) -> (output of these layers, scaled sum, Sums,
+      their new state); first: the number of the first.
+    leave: (params, x, batch, step_key, scale) -> (scaled sum, Sums).
+    stream: logical dims of x.
+    """
+
+    enter: Callable[..., jax.Array]
+    through: Callable[..., tuple[jax.Array, jax.Array, Sums, PyTree]]
+    leave: Callable[..., tuple[jax.Array, Sums]]
+    stream: tuple[str, ...]
+
+
+def _unstaged() -> Staged:
+    raise ValueError(
+        "mesh.stage splits a stack of layers, and this task does not say what they are; use --mesh.stage 1"
+    )
+
+
+class Objective(NamedTuple):
+    """Pure functions over plain dicts; the input of a strategy.
+
+    init: key -> (params, model_state). dims: logical dims by parameter name, None where there are none.
+    coefficients: the factor of each loss term.
+    weigh: batch -> the weight of each loss term, in the parameters' precision: 1 / weight must round to the
+      same number whatever is divided first; depends on the batch only, is summed over the devices.
+    loss: (params, model_state, batch, step_key, scale) -> (scaled sum, (Sums, model_state)),
+      scale = coefficient / global weight for each term, known before the backward pass.
+    evaluate: (params, model_state, batch) -> {metric: {name: array}}, to be added over batches.
+    measured: totals of `evaluate`, as numpy arrays -> {metric: value}, None where nothing counted.
+    predict: (params, model_state, batch) -> the outputs.
+    ranges: (shapes of a batch, of its outputs) -> the range of each feature that holds indices; ValueError,
+      with the shapes, for those that the task does not take.
+    call: (params, model_state, fn) -> fn(module), as in evaluation; for what a model does beside (decoding).
+    whole_batch: layers that take statistics over the batch they see; only a jitted whole batch is right.
+    state_dims: logical dims of the parts of the model state that are sharded as parameters are; the rest is
+      replicated.
+    plain: (params, model_state) -> those of the model itself, where more, or something else, is trained.
+    staged: () -> the loss in parts; ValueError, by name, for a model that is no stack of layers.
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    dims: dict[str, tuple[str, ...] | None]
+    coefficients: dict[str, float]
+    weigh: Callable[[Batch], dict[str, jax.Array]]
+    loss: Callable[..., tuple[jax.Array, tuple[Sums, PyTree]]]
+    evaluate: Callable[[PyTree, PyTree, Batch], dict[str, dict[str, jax.Array]]]
+    measured: Callable[[Mapping[str, Any]], dict[str, float | None]]
+    predict: Callable[[PyTree, PyTree, Batch], Any]
+    call: Callable[..., Any]
+    whole_batch: tuple[str, ...] = ()
+    state_dims: Mapping[str, tuple[str | None, ...] | None] = MappingProxyType({})
+    ranges: Callable[[Any, Any], dict[str, Ids]] = lambda batch, outputs: {}
+    plain: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, state: (params, state)
+    staged: Callable[[], Staged] = _unstaged
+
+    def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """coefficient / global weight; 0 where a term has no weight in this batch."""
+        return {
+            term: jnp.where(w > 0, self.coefficients[term] / jnp.where(w > 0, w, 1), 0)
+            for term, w in weights.items()
+        }
+
+
+def is_frozen(name: str) -> bool:
+    """Whether a top-level part of the model state holds parameters that are not trained."""
+    return name == FROZEN or name.startswith(f"{FROZEN}/")
+
+
+def scaled_loss(sums: Sums, scale: Mapping[str, jax.Array]) -> jax.Array:
+    """The sum of the loss terms, each times its factor; a part of the model has some of them."""
+    terms = [term for term in scale if term in sums]
+    total = jnp.zeros((), sums[terms[0]][0].dtype if terms else scale["loss"].dtype)
+    for term in terms:
+        total += sums[term][0] * scale[term].astype(total.dtype)
+    return total
