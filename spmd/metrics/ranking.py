@@ -61,7 +61,7 @@ class Ranking(Metric):
             found["hit"].append(within.astype(real))
             found["recall"].append(hits.sum(-1) / jnp.maximum(total, 1).astype(real))
             best = ideal[jnp.minimum(total, k)]
-            dcg = (hits * jnp.asarray(gain[:k], real)).sum(-1)
+            dcg = hits @ jnp.asarray(gain[:k], real)
             found["ndcg"].append(dcg / jnp.where(best > 0, best, 1))
             found["mrr"].append(jnp.where(within, 1 / rank.astype(real), 0))
         totals = {
