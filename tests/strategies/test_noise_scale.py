@@ -20,7 +20,7 @@ SIGNAL = float((CENTRE**2).sum())  # the parameters stay at 0
 VARIANCE = float((DEVIATION**2).sum())
 
 
-def quadratic() -> tasks.Task:
+def quadratic() -> tasks.Objective:
     """Half the squared distance of the parameters to each example: its gradient is params - example."""
 
     def loss(params, model_state, batch, key, scale):
@@ -30,13 +30,14 @@ def quadratic() -> tasks.Task:
             model_state,
         )
 
-    return tasks.Task(
+    return tasks.Objective(
         init=lambda key: ({"w": jnp.zeros(DIM)}, {}),
         dims={"w": None},
         coefficients={"loss": 1.0},
         weigh=lambda batch: {"loss": batch["weight"].sum()},
         loss=loss,
         evaluate=lambda *args: {},
+        measured=lambda totals: {},
         predict=lambda *args: args[0],
         call=lambda *args: None,
     )
