@@ -100,5 +100,5 @@ def test_one_part_is_refused():
         with pytest.raises(ValueError, match="one part: use --train"):
             spmd.load("digits", ["--train.noise-scale", *words]).experiment.build()
     private = ["--train.noise-scale", "--train.accumulate", "2", "--privacy.noise-multiplier", "1"]
-    with pytest.raises(ValueError, match="privacy's noise"):
+    with pytest.raises(ValueError, match="privacy adds noise"):
         spmd.load("digits", private).experiment.build()
