@@ -31,6 +31,7 @@ def start(
     environ = {k: v for k, v in os.environ.items() if not k.startswith(ambient)}
     environ |= STRICT
     environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ[ROOT]}/compiled"
+    environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # see conftest.py
     if not HARDWARE:
         environ["JAX_PLATFORMS"] = "cpu"
     command: Sequence[str] = [sys.executable, str(script), *map(str, args)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
+import jax
 from jax._src.compilation_cache import compress_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests import compilations
 
@@ -45,3 +47,18 @@ def test_the_oldest_entries_make_room(tmp_path, monkeypatch):
         os.utime(kept / f"{name}-cache", (age, age))
     compilations.keep(first, kept)
     assert names(kept) == ["a-cache", "b-cache"]
+
+
+def test_an_entry_has_one_name_in_every_directory(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for name in ("first", "second"):
+            jax.config.update("jax_compilation_cache_dir", str(tmp_path / name))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            compilation_cache.reset_cache()
+            jax.jit(lambda x: x * 2).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", compilations.MIN_SECONDS)
+        compilation_cache.reset_cache()
+    assert names(tmp_path / "first") == names(tmp_path / "second") != []
