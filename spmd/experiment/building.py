@@ -69,7 +69,9 @@ def build(
         num_steps=num_steps,
         data=exp.data,
         source=source,
-        start=functools.partial(init.load_weights, exp.init, exp.model) if exp.init.from_ else None,
+        start=functools.partial(init.load_weights, exp.init, exp.task, exp.model)
+        if init.needed(exp.init, exp.task)
+        else None,
         order=lambda source: order(source, exp.seed, batch_size),
         privacy=mechanism,
         skips=exp.data.skips("training"),

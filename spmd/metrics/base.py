@@ -36,16 +36,29 @@ class Metric:
     name: str
     term: str = "loss"
     """Loss term whose weights say what counts."""
+    output: str = ""
+    """Entry of the outputs to read, where they are a dict."""
 
     def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
         """The sums of one batch, plain arrays whose shapes do not depend on the batch.
 
         Args:
-          outputs: what the task's model returned.
+          outputs: the array that `select` picked.
           batch: the features, each [B, ...].
           weights: {term: [B, ...]}, the example's weight included.
         """
         raise NotImplementedError
+
+    def select(self, outputs: Any) -> Any:
+        """The outputs that this metric reads; ValueError for an entry that there is not."""
+        if not self.output:
+            return outputs
+        check(
+            isinstance(outputs, Mapping) and self.output in outputs,
+            f"metric {self.name!r} reads output {self.output!r}; the model's outputs are"
+            f" {', '.join(outputs) if isinstance(outputs, Mapping) else 'no dict'}",
+        )
+        return outputs[self.output]
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> float | Values | None:
         """The value of the totals, or several by name; None where nothing counted."""

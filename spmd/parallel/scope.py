@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,9 @@ class Scope:
 
     axes: manual mesh axes that shard the batch. keys, weight: [B] of this trace's examples. platform: of the
     devices that will run it ("" is the default backend's). mapped: vmap axis of several replicas on one
-    device. partial: inside a shard_map that leaves some axes to the compiler. notes: values that layers
-    record for each example, by name: (values [B], their weights [B]). watched: verify is tracing: modules
+    device. partial: inside a shard_map that leaves some axes to the compiler. by_example: the gradient of
+    each example is taken by itself. notes: values that layers record for each example, by name: (values [B],
+    their weights [B]). watched: verify is tracing: modules
     name their outputs, and the update returns the gradients.
     """
 
@@ -43,6 +44,7 @@ class Scope:
     sharding_axes: Callable[[str], dict[str, int]] | None = None
     mapped: str = ""
     partial: bool = False
+    by_example: bool = False
     platform: str = ""
     watched: bool = False
     notes: dict[str, tuple[jax.Array, jax.Array]] | None = None
@@ -117,6 +119,46 @@ def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
     total = batch_sum(jnp.sum(x_BD * weight, axis=reduce_dims))
     count = batch_sum(jnp.sum(weight_B.astype(x_BD.dtype))) * inner
     return (total / jnp.maximum(count, jnp.ones((), x_BD.dtype))).astype(dtype)
+
+
+class GatheredBatch(NamedTuple):
+    """Rows of a feature of all devices. rows: [N, ...]. weight: [N], 0 for rows that are no examples. index:
+    [B], where this trace's rows are among them.
+    """
+
+    rows: jax.Array
+    weight: jax.Array
+    index: jax.Array
+
+
+def gather_batch(x: jax.Array) -> GatheredBatch:
+    """Gather the rows of x [B, ...] of all devices that share the batch (in-batch negatives).
+
+    A[I_batch, ...] -> A[I, ...]. The batch is the microbatch where gradients are accumulated, and a replica's
+    own under the strategies `local` and `federated`. Mask rows of weight 0.
+
+    Raises:
+      ValueError: outside a training step, where a result must not depend on the batch size, and where the
+        gradient of each example is taken by itself (DP-SGD).
+    """
+    scope = current()
+    if scope.by_example:
+        raise ValueError(
+            "gather_batch: privacy clips the gradient of each example by itself, which then has no other"
+            " examples as negatives; use a loss of single examples, or train without privacy"
+        )
+    if scope.weight is None:
+        raise ValueError(
+            "gather_batch: only a training step has a batch to gather; an evaluation does not depend on its"
+            " batch size: let values(..., train=False) compare with fixed candidates"
+        )
+    num = x.shape[0]
+    index = jnp.arange(num, dtype=jnp.int32)
+    if not scope.axes:
+        return GatheredBatch(x, scope.weight, index)
+    gather = lambda part: jax.lax.all_gather(part, scope.axes, tiled=True)
+    offset = jax.lax.axis_index(scope.axes).astype(jnp.int32) * num
+    return GatheredBatch(gather(x), gather(scope.weight), index + offset)
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:

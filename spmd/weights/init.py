@@ -19,7 +19,7 @@ from spmd.core import digest, tree
 from spmd.core.fields import check
 from spmd.core.storage import check_usable, is_remote
 from spmd.runtime import agree
-from spmd.tasks import FROZEN
+from spmd.tasks import FROZEN, VARIABLES, is_frozen
 from spmd.train.checkpoint import reading, steps
 from spmd.train.program import Program
 from spmd.weights import adapters as adapt
@@ -31,13 +31,15 @@ T = TypeVar("T")
 Wanted = dict[str, jax.ShapeDtypeStruct]
 
 
-def load_weights(config: InitConfig, model: Any, program: Program, state: Any) -> Any:
-    """Replace the weights of a state by those of config.from_, cast to its types.
+def load_weights(config: InitConfig, task: Any, model: Any, program: Program, state: Any) -> Any:
+    """Replace the weights of a state by those of config.from_, and of each frozen model by those of its own.
 
-    Each device reads its shards from the files. Arrays that config.skip matches are kept.
+    Each device reads its shards from the files, and casts them to the types of the state. Arrays that
+    config.skip matches are kept.
 
     Args:
         config: source and patterns.
+        task: the experiment's, with its frozen models.
         model: the experiment's model, whose family determines the names of its arrays at Hugging Face.
         program: of the experiment.
         state: its initial state.
@@ -45,7 +47,31 @@ def load_weights(config: InitConfig, model: Any, program: Program, state: Any) -
     Raises:
         ValueError: the weights are of another model; names the differing arrays.
     """
-    wanted = _model_arrays(program)
+    if config.from_:
+        names = _model_names(program, task.frozen)
+        state = _load(config, model, program, state, names)
+    for name, frozen in task.frozen.items():
+        if frozen.from_:
+            prefix = f"model_state/{FROZEN}/{name}/"
+            names = {
+                array.removeprefix(prefix): array
+                for array in tree.named_leaves(program.abstract_state())
+                if array.startswith(prefix)
+            }
+            state = _load(InitConfig(from_=frozen.from_), frozen.model, program, state, names)
+    return state
+
+
+def needed(config: InitConfig, task: Any) -> bool:
+    """Whether any weights are to be loaded."""
+    return bool(config.from_ or any(frozen.from_ for frozen in task.frozen.values()))
+
+
+def _load(
+    config: InitConfig, model: Any, program: Program, state: Any, state_names: dict[str, str]
+) -> Any:
+    """The state with the arrays `state_names` ({name in the model: name in the state}) from config.from_."""
+    wanted = _wanted(program, state_names)
     source = _open_source(config.from_, model)
     names = {name.removeprefix("params/") for name in (*wanted, *source.arrays)}
     skipped = match_names(sorted(names), config.skip, "init.skip")
@@ -53,36 +79,44 @@ def load_weights(config: InitConfig, model: Any, program: Program, state: Any) -
     source.check(wanted, skipped)
     old = tree.named_leaves(state)
     for name in wanted:  # its memory is needed for the replacement
-        old[_state_name(name, old)].delete()
+        old[state_names[name]].delete()
     leaves = _call_together(lambda: source.read(wanted))
     agree.say(f"starting from {source.about}")
-    new = {_state_name(name, old): leaf for name, leaf in leaves.items()}
+    new = {state_names[name]: leaf for name, leaf in leaves.items()}
     put = lambda prefix, part: tree.map_named(lambda n, x: new.get(f"{prefix}/{n}", x), part)
     state = dataclasses.replace(state, model_state=put("model_state", state.model_state))
     return program.strategy.with_params(state, put("params", state.params))
 
 
-def _model_arrays(program: Program) -> Wanted:
-    """The arrays of the unadapted model, with shardings: trained, frozen, statistics; no adapters."""
-    abstract, shardings = program.abstract_state(), program.strategy.state_shardings
-    shardings_by_name = tree.named_leaves(shardings)
-    arrays = {}
-    for name, leaf in tree.named_leaves(abstract).items():
+def _wanted(program: Program, state_names: dict[str, str]) -> Wanted:
+    """Shapes and shardings of the arrays that `state_names` lists."""
+    abstract = tree.named_leaves(program.abstract_state())
+    shardings = tree.named_leaves(program.strategy.state_shardings)
+    return {
+        name: jax.ShapeDtypeStruct(
+            abstract[place].shape, abstract[place].dtype, sharding=shardings[place]
+        )
+        for name, place in state_names.items()
+    }
+
+
+def _model_names(program: Program, frozen_models: Any) -> dict[str, str]:
+    """Names of the arrays of the unadapted model: trained, frozen, statistics; neither adapters nor the
+    variables of the task, which begin anew.
+    """
+    others = (
+        f"params/{VARIABLES}/",
+        *(f"model_state/{FROZEN}/{name}/" for name in frozen_models),
+    )
+    names = {}
+    for name in tree.named_leaves(program.abstract_state()):
         part, _, rest = name.partition("/")
-        if part not in ("params", "model_state") or name.split("/")[-1] in adapt.ADAPTERS:
+        is_adapter = name.split("/")[-1] in adapt.ADAPTERS
+        if part not in ("params", "model_state") or is_adapter or name.startswith(others):
             continue
         inner = rest.removeprefix(f"{FROZEN}/")
-        model_name = name if inner == rest else f"params/{inner}"
-        arrays[model_name] = jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=shardings_by_name[name]
-        )
-    return arrays
-
-
-def _state_name(name: str, state: dict[str, Any]) -> str:
-    """The name in the state of an array of the unadapted model."""
-    frozen = f"model_state/{FROZEN}/{name.removeprefix('params/')}"
-    return frozen if frozen in state else name
+        names[name if inner == rest else f"params/{inner}"] = name
+    return names
 
 
 # ---- a run's checkpoint
@@ -110,7 +144,9 @@ class StoredRun(NamedTuple):
             part, *rest = name.split(".")
             if part == "model_state" and rest[0] == FROZEN:
                 part, rest = "params", rest[1:]
-            if part in ("params", "model_state") and rest[-1] not in adapt.ADAPTERS:
+            if part not in ("params", "model_state") or rest[-1] in adapt.ADAPTERS:
+                continue
+            if not (is_frozen(rest[0]) if part == "model_state" else rest[0] == VARIABLES):
                 shapes["/".join([part, *rest])] = leaf
         return shapes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,8 @@ import pytest
 from etils import epath
 
 import spmd
+from spmd.core import tree
+from spmd.tasks import Classification, FrozenModel
 
 DIGITS = ("--experiment", "digits")
 MESH = ("--simulate", "4", "--mesh.fsdp", "2", "--mesh.tensor", "2")
@@ -203,3 +206,22 @@ def test_mistakes_have_one_message(case, run_main, tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr, re.S), done.stderr
+
+
+def test_a_frozen_teacher_has_the_weights_of_its_run(source, devices):
+    exp = load("--model.hidden", 8).experiment
+    wide = load().experiment.model
+    teacher = {"teacher": FrozenModel(model=wide, from_=str(source))}
+    student = type("Student", (Classification,), {"frozen": teacher})
+    mesh = dataclasses.replace(exp.mesh, data=2, fsdp=2)
+    exp = dataclasses.replace(exp, task=student(), mesh=mesh, simulate=4)
+    state = exp.build(devices[:4]).init()
+    held = tree.named_leaves(state.model_state["frozen/teacher"]["params"])
+    assert any("fsdp" in str(x.sharding.spec) for x in held.values())
+    trained = arrays(load("--run.dir", source).restore())
+    for name, leaf in held.items():
+        np.testing.assert_array_equal(np.array(leaf), trained[f"params/{name}"])
+    other = {"teacher": FrozenModel(model=exp.model, from_=str(source))}
+    student = type("Student", (Classification,), {"frozen": other})
+    with pytest.raises(ValueError, match="is of another model"):
+        dataclasses.replace(exp, task=student()).build(devices[:4]).init()

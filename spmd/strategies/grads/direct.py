@@ -56,7 +56,8 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
         bound = scope.current()
         axes = bound.sharding_axes("batch") if bound.sharding_axes is not None else ()
         axes = tuple(axis for axis in axes if axis not in bound.axes)
-        with scope.bind(constrain=_inside(bound.constrain), blockwise=None, sharding_axes=None):
+        inside = {"constrain": _inside(bound.constrain), "blockwise": None, "sharding_axes": None}
+        with scope.bind(**inside, by_example=True):
             grads, metrics = jax.vmap(example_gradient, spmd_axis_name=axes or None)(batch)
         return *jax.tree.map(lambda x: x.sum(0), (grads, metrics)), model_state
 
