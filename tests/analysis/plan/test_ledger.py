@@ -194,6 +194,7 @@ def test_bytes_are_those_of_the_closed_form(case):
     assert made.memory.aliased == pytest.approx(held, rel=0.01)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("case", slow_but(("zero1",), ("dp", "zero1", "fsdp", "explicit")))
 def test_narrow_parameters_are_gathered_narrow_and_their_gradients_summed_wide(case):
     words, form = CASES[case]
@@ -255,6 +256,7 @@ PLANNED = {
 }
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("case", slow_but(("stage", "ring", "experts"), PLANNED))
 def test_what_is_planned_is_what_the_program_sends(case):
     exp = spmd.load("lm_stdlib", [*WORDS, *PLANNED[case]]).experiment
