@@ -14,14 +14,14 @@
 # %% [markdown]
 # # A first run
 #
-# Handwritten digits on eight simulated devices: load an experiment, see where its arrays lie, train, plot,
-# read the trained model back and predict. All of it runs on a CPU in half a minute, without network data.
+# Handwritten digits on eight simulated devices: load an experiment, see how its arrays are sharded, train,
+# plot, read the trained model back and predict. It runs on a CPU in half a minute, without network data.
 #
-# Cells may be run again: a finished run is found in its directory and not trained anew, and the stop button
-# saves the state, so that the next call resumes there.
+# Cells may be run again: a finished run is reused, and the stop button saves the state, so that the next call
+# resumes there.
 #
-# The words are those of the command line. `--simulate 8` gives eight CPU devices; without it, the real ones
-# are taken. The mesh holds two copies (`data`) of parameters that are cut in four (`fsdp`).
+# The words are those of the command line. `--simulate 8` creates eight CPU devices; without it, the run uses
+# the real ones. The mesh holds two copies (`data`) of parameters that are sharded four ways (`fsdp`).
 
 # %%
 import jax
@@ -38,19 +38,19 @@ words = """
 exp = spmd.load("digits", words.split())
 
 # %% [markdown]
-# ## Where the arrays lie
+# ## Shardings
 #
-# Each array is born on the mesh with its sharding. This matrix is cut into four along its rows, and each part
-# is held twice: by devices 0 and 4, 1 and 5, and so on.
+# Each array is created on the mesh with its sharding. The rows of this matrix are sharded four ways, and each
+# shard is replicated twice: on devices 0 and 4, 1 and 5, and so on.
 
 # %%
 untrained = exp.init()
 kernel = untrained.arrays["params/layers/1/kernel"]
-print("[{}, {}] cut by {}".format(*kernel.shape, kernel.sharding.spec))
+print("[{}, {}] sharded by {}".format(*kernel.shape, kernel.sharding.spec))
 jax.debug.visualize_array_sharding(kernel)
 
 # %% [markdown]
-# A batch is cut eight ways, over both axes: here 64 images of 64 pixels.
+# A batch is sharded eight ways, over both axes: here 64 images of 64 pixels.
 
 # %%
 jax.debug.visualize_sharding((64, 64), untrained.program.strategy.batch_shardings["image"])
@@ -90,8 +90,8 @@ print(
 )
 
 # %% [markdown]
-# Predictions come back as numpy arrays: the logits of every test image. Below, the images that the model is
-# least sure of.
+# Predictions are numpy arrays: the logits of every test image. Below are the images with the least certain
+# predictions.
 
 # %%
 test = exp.experiment.data.open("eval")
