@@ -18,6 +18,7 @@ from spmd.runtime import EXIT_FAILED, EXIT_MISTAKE, outlet
 COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
     "eval": "evaluate a checkpoint of a run",
+    "predict": "write the predictions of a run for a data set: --out FILE.parquet or .jsonl",
     "sample": "continue prompts with the language model of a run",
     "verify": "compare the step on the mesh with the step on one device; name the first difference",
     "compare": "train strategies with the same budget: loss against steps, bytes, and time on a network",

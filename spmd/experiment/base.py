@@ -19,6 +19,7 @@ from spmd.parallel import mesh
 from spmd.runtime import RuntimeConfig
 from spmd.strategies.privacy import Privacy
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
+from spmd.train.evaluations import Evaluation, check_names
 from spmd.weights.config import InitConfig
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Experiment:
     """Length of the run, and dispatch of steps."""
     eval: EvalConfig = free(EvalConfig())
     """Cadence of evaluations."""
+    evaluations: tuple[Evaluation, ...] = free(())
+    """Evaluations beside the task's metrics: other data, or anything that reads the live state."""
     checkpoint: CheckpointConfig = free(CheckpointConfig())
     """Cadence of checkpoints, and which are kept."""
     log: LogConfig = free(LogConfig())
@@ -83,6 +86,7 @@ class Experiment:
             callable(self.model) or callable(getattr(self.model, "build", None)),
             f"model={values.shorten(self.model)} must be a model config, or an NNX module class",
         )
+        check_names(self.evaluations)
         check(self.seed >= 0, f"seed={self.seed} must not be negative")
         check(self.simulate >= 0, f"simulate={self.simulate} must not be negative")
 
@@ -193,20 +197,26 @@ class Experiment:
         return dataclasses.replace(self, train=train, privacy=Privacy())
 
     def restore(
-        self, step: int | None = None, same: Sequence[str] = ("eval", "tokenizer")
+        self,
+        step: int | None = None,
+        same: Sequence[str] = ("eval", "tokenizer"),
+        *,
+        other_data: bool = False,
     ) -> Snapshot:
         """A checkpoint of the run directory (default: the newest) on this experiment's mesh.
 
         same: parts of the data whose content must be that of the run ("train", "eval", "tokenizer").
+        other_data: allow other settings of `data` than the run's.
         ValueError when there is none, or when the directory holds another run.
         """
         from spmd.train import dataset, rundir, snapshot
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
-        rundir.check_identity(
-            path, self.identity(), fields.defaults(self), fields.located_names(self)
-        )
+        identity, located = self.identity(), fields.located_names(self)
+        if other_data:
+            located |= {name for name in identity if name.startswith("data.")}
+        rundir.check_identity(path, identity, fields.defaults(self), located)
         program = self._for_reading().build(source=(), training=False)
         if same:
             self.data.check_model(self.model)
@@ -217,8 +227,8 @@ class Experiment:
         dataset.check_unchanged(path, contents, same)
 
         def accept(about: dict[str, Any]) -> None:
-            comparison = {"defaults": fields.defaults(self), "located": fields.located_names(self)}
-            rundir.check_saved(path, about, self.identity(), **comparison)
+            comparison = {"defaults": fields.defaults(self), "located": located}
+            rundir.check_saved(path, about, identity, **comparison)
 
         return snapshot.restore(program, path, self.checkpoint, step, accept)
 

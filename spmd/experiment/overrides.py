@@ -63,7 +63,7 @@ def override(
     arguments: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(experiment):
         value = getattr(experiment, f.name)
-        if f.name == "name" or (
+        if f.name in ("name", "evaluations") or (
             not dataclasses.is_dataclass(value) and f.name in ("model", "task")
         ):
             continue

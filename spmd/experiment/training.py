@@ -94,7 +94,9 @@ def _train_in(
     run = trainer.Directory(
         path, exp.config(), identity, resumes, accept=accept, begin=begin, holds=holds
     )
-    settings = trainer.Settings(exp.train, exp.eval, exp.checkpoint, exp.log, exp.runtime)
+    settings = trainer.Settings(
+        exp.train, exp.eval, exp.checkpoint, exp.log, exp.runtime, exp.evaluations
+    )
     summary = loop.fit(program, run, settings, stop)
     return Run(exp, str(path), summary["steps"], summary["metrics"], summary["seconds"])
 
@@ -105,8 +107,9 @@ def check_best(exp: Experiment, program: Program) -> None:
     if not best:
         return
     names = metric_names(program.task, program.abstract_batch())
+    others = tuple(f"eval/{evaluation.name}/" for evaluation in exp.evaluations)
     check(
-        best in names,
+        best in names or best.startswith(others),
         f"checkpoint.best={best!r} is no metric of an evaluation.{closest(best, names)} There are:"
         f" {', '.join(names)}; '' keeps the newest checkpoints only",
     )

@@ -18,8 +18,8 @@ from spmd.data import loader
 from spmd.data.skips import Skips
 from spmd.parallel import mesh as meshes
 from spmd.parallel import scope, sharding
+from spmd.train.evaluations import PREFIX
 
-PREFIX = "eval/"
 IN_FLIGHT = 4  # evaluation steps that may run at once (more deadlock on simulated devices)
 Measured = dict[str, float | None]  # {"eval/loss": 0.3}; None where no example had a weight
 
@@ -107,8 +107,10 @@ def metric_names(task: Any, batch: Any) -> list[str]:
     return list(named(task.measured(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))))
 
 
-def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any, Any], Any]:
-    """(params, model_state, source, expected) -> the task's outputs for each example, numpy [N, ...]."""
+def predictor(
+    task: Any, mesh: Mesh, batch_size: int
+) -> Callable[[Any, Any, Any, Expected], Iterator[Any]]:
+    """(params, model_state, source, expected) -> the outputs of each batch of examples, numpy [n, ...]."""
     placement = sharding.placement(mesh)
 
     # Replicated, so that each process can read all rows.
@@ -117,11 +119,13 @@ def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[[Any, Any, Any
         with scope.bind(**placement):
             return task.predict(params, model_state, batch)
 
-    def predict(params: Any, model_state: Any, source: Any, expected: Expected) -> Any:
-        parts = [
-            jax.device_get(outputs(params, model_state, batch))
-            for batch in _batches(mesh, source, batch_size, None, expected)
-        ]
-        return jax.tree.map(lambda *x: np.concatenate(x)[: len(source)], *parts)
+    def predict(params: Any, model_state: Any, source: Any, expected: Expected) -> Iterator[Any]:
+        remaining = len(source)
+        for batch in _batches(mesh, source, batch_size, None, expected):
+            rows = min(remaining, jax.tree.leaves(batch)[0].shape[0])
+            yield jax.tree.map(
+                lambda x, n=rows: x[:n], jax.device_get(outputs(params, model_state, batch))
+            )
+            remaining -= rows
 
     return predict

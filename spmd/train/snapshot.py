@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from spmd.core import tree
@@ -65,7 +66,15 @@ class Snapshot:
         features = {name: declared[name] for name in declared if name in examples}
         ranges = {k: ids for k, ids in self.program.ranges.items() if not ids.target}
         expected = Expected("given", features, ranges)
-        return self._predictor(*self.variables, ArraySource(examples, features), expected)
+        source = ArraySource(examples, features)
+        parts = [*self._predictor(*self.variables, source, expected)]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    def predictions(self, source: Any) -> Iterator[Any]:
+        """Predictions for the examples of a source in its order, a batch at a time: numpy [n, ...] each."""
+        features = self.program.data.features
+        ranges = {k: ids for k, ids in self.program.ranges.items() if not ids.target}
+        return self._predictor(*self.variables, source, Expected("given", features, ranges))
 
     @functools.cached_property
     def _evaluator(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +29,12 @@ from spmd.train import (
 )
 from spmd.train.checkpoint.store import Checkpoints
 from spmd.train.evaluate import Measured, evaluator
+from spmd.train.evaluations import Evaluation
 from spmd.train.log import Clock, Log, check_finite
 from spmd.train.metrics import Writer
 from spmd.train.profile import Profile
 from spmd.train.program import Program
+from spmd.train.snapshot import Snapshot
 
 
 class Settings(NamedTuple):
@@ -43,6 +45,7 @@ class Settings(NamedTuple):
     checkpoint: CheckpointConfig
     log: LogConfig
     runtime: RuntimeConfig
+    evaluations: tuple[Evaluation, ...] = ()
 
 
 class Directory(NamedTuple):
@@ -228,15 +231,20 @@ class Trainer:
 
     def evaluate_and_save_when_due(self) -> None:
         """Evaluate, then save, where the last dispatch has passed a multiple of their cadence."""
-        eval_due = self.step // self.eval_every > self.before // self.eval_every
-        save_due = self.step // self.save_every > self.before // self.save_every
-        if eval_due or save_due:
+        eval_due, save_due = self._passed(self.eval_every), self._passed(self.save_every)
+        others = [e for e in self.settings.evaluations if self._passed(e.every or self.eval_every)]
+        if eval_due or save_due or others:
             self.logs.drain()
         with self.bar.away():
             if eval_due:
                 self._measure()
+            self._measure_others(others)
             if save_due:
                 self._save()
+
+    def _passed(self, every: int) -> bool:
+        """Whether the last dispatch has passed a multiple of a cadence."""
+        return self.step // every > self.before // every
 
     def stop_signal(self) -> int:
         """The signal to stop for, the same in all processes at the same step; 0 for none."""
@@ -266,6 +274,17 @@ class Trainer:
         self.writer.write(self.step, self.measured)
         self.bar.show_evaluation(self.step, self.measured)
 
+    def _measure_others(self, evaluations: Sequence[Evaluation]) -> None:
+        """Run these evaluations on the live state, and log their values."""
+        for evaluation in evaluations:
+            if self._should_stop():
+                return
+            with self.clock("evaluation"):
+                values = evaluation.logged(Snapshot(self.program, self.state))
+            self.measured = self.measured | values
+            self.writer.write(self.step, values)
+            self.bar.show_evaluation(self.step, values)
+
     def _save(self) -> None:
         program, run = self.program, self.run
         self.logs.drain()  # a step is saved only once its metrics are known to be finite
@@ -291,6 +310,7 @@ class Trainer:
             self.logs.drain()
         if not self.stop_signal():
             self._measure()
+            self._measure_others(self.settings.evaluations)
         self._save()
         with self.clock("checkpoint"):
             self.checkpoints.wait()

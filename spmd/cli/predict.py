@@ -1,0 +1,116 @@
+"""run.py predict --experiment NAME --out FILE: the outputs of a run's model for each example of its data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from spmd.core.fields import check
+from spmd.core.storage import json_text
+from spmd.experiment import registry
+
+FORMATS = (".parquet", ".jsonl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Options of `run.py predict`."""
+
+    out: str = ""
+    """New file, .parquet or .jsonl: a row for each example."""
+    split: Literal["eval", "train"] = "eval"
+    """Split of the data to predict; --data.* may name other data than the run's."""
+    step: int = -1
+    """Step of the checkpoint; -1 is the newest."""
+
+
+def run(name: str, words: Sequence[str]) -> int:
+    """Write `example`, the number of the example, and `output`, or a column for each output of the model."""
+    exp, options = registry.load(name, words, PredictOptions)
+    check(
+        bool(options.out), "give the new file: run.py predict --experiment NAME --out FILE.parquet"
+    )
+    path = Path(options.out)
+    check(
+        path.suffix in FORMATS,
+        f"--out {options.out} is neither {' nor '.join(FORMATS)}",
+    )
+    check(not path.exists(), f"--out {options.out} exists; name a new file, or move it away")
+    check(path.parent.is_dir(), f"--out {options.out}: there is no directory {path.parent}")
+    from spmd.runtime import agree
+
+    step = None if options.step < 0 else options.step
+    snapshot = exp.restore(step, same=("tokenizer",), other_data=True)
+    source = exp.data.open_checked(options.split)
+    is_writer = not agree.has_peers() or agree.is_first()
+    with _writer(path) if is_writer else contextlib.nullcontext(lambda rows: None) as write:
+        start = 0
+        for outputs in snapshot.predictions(source):
+            columns = outputs if isinstance(outputs, Mapping) else {"output": outputs}
+            num = len(next(iter(columns.values())))
+            write({"example": range(start, start + num), **columns})
+            start += num
+    agree.say(f"{options.out}: {start} rows, step {snapshot.step}")
+    return 0
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that appends columns; the file appears under its name once it is complete."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _parquet(partial) if path.suffix == ".parquet" else _json_lines(partial) as write:
+            yield write
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _json_lines(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(columns: Mapping[str, Any]) -> None:
+            lists = {name: getattr(x, "tolist", lambda x=x: [*x])() for name, x in columns.items()}
+            for row in zip(*lists.values(), strict=True):
+                file.write(json_text(dict(zip(lists, row, strict=True))) + "\n")
+
+        yield write
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(
+            "writing Parquet needs pyarrow: pip install pyarrow, or name a .jsonl file"
+        ) from None
+    with contextlib.ExitStack() as closing:
+        writers: list[Any] = []
+
+        def write(columns: Mapping[str, Any]) -> None:
+            lists = {name: getattr(x, "tolist", lambda x=x: [*x])() for name, x in columns.items()}
+            types = {name: _arrow_type(pa, x) for name, x in columns.items()}
+            table = pa.table({name: pa.array(x, types[name]) for name, x in lists.items()})
+            if not writers:
+                writers.append(closing.enter_context(pq.ParquetWriter(path, table.schema)))
+            writers[0].write_table(table)
+
+        yield write
+
+
+def _arrow_type(pa: Any, column: Any) -> Any:
+    """Lists as deep as an array's rows, of its type; narrow floats as float32."""
+    if isinstance(column, range):
+        return pa.int64()
+    kind = pa.float32() if column.dtype.itemsize < 4 and column.dtype.kind not in "iub" else None
+    kind = kind or pa.from_numpy_dtype(column.dtype)
+    for _ in column.shape[1:]:
+        kind = pa.list_(kind)
+    return kind
