@@ -54,7 +54,7 @@ SLOW = (
 LONG = (
     "--experiment lm_stdlib",
     "--experiment digits --optimizer muon",
-    "--experiment digits --data.augment.crop 1",
+    "--experiment digits --data.transforms crop:1",
     "--experiment digits --train.epochs 5",
     "verify --experiment digits",
     "compare --experiment digits",

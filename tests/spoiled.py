@@ -11,7 +11,8 @@ import dataclasses
 import numpy as np
 
 from spmd import Experiment
-from spmd.data import Arrays, Augment, DataConfig
+from spmd.data import Arrays, DataConfig
+from spmd.data.augment import Crop, Flip, Mixup
 from spmd.models.mlp import MLP
 from spmd.models.transformer import Transformer
 from spmd.optim import SGD
@@ -58,19 +59,18 @@ def config():
         features = {{"tokens": tokens, "targets": tokens}}
     model = MLP(inputs=6, classes=3, hidden=(8,))
     small = Transformer(vocab=10, length=8, layers=1, embed=8, heads=1, mlp=8)
-    augment = Augment({augment})
     return Experiment(
         model=small if LANGUAGE else model,
         task=LanguageModel() if LANGUAGE else Classification(),
-        data=Own(batch_size=8, features=features, augment=augment),
+        data=Own(batch_size=8, features=features, transforms=({transforms})),
         optimizer=SGD(learning_rate=0.1),
         train=TrainConfig(steps=4),
     )
 '''
 
 
-def write(path, spoil, augment="", language=False):
+def write(path, spoil, transforms="", language=False):
     text = FILE.format(
-        spoil=textwrap.indent(spoil, "    ").strip(), augment=augment, language=language
+        spoil=textwrap.indent(spoil, "    ").strip(), transforms=transforms, language=language
     )
     (path / "own.py").write_text(text)

@@ -11,6 +11,7 @@ from etils import epath
 
 from spmd.core import fields
 from spmd.core.fields import free
+from spmd.data import registry
 from spmd.experiment.registry import find, from_file
 from spmd.train import rundir
 
@@ -83,3 +84,33 @@ def test_a_digits_run_from_before_the_average_goes_on(tmp_path):
     averaged = dataclasses.replace(exp, optimizer=dataclasses.replace(exp.optimizer, ema=0.9))
     with pytest.raises(ValueError, match=r"optimizer.ema: 0.0 -> 0.9"):
         rundir.check_identity(path, averaged.identity(), fields.defaults(averaged))
+
+
+def test_a_run_with_data_augment_continues_with_the_same_transforms(tmp_path):
+    exp = from_file(find("digits"))
+    rest = {k: v for k, v in exp.identity().items() if k != "data.transforms"}
+    old = {"data.augment.class": "Augment"} | {
+        f"data.augment.{k}": v for k, v in {"crop": 1, "flip": True, "mixup": 0.2}.items()
+    }
+    path = directory(tmp_path, rest | old)
+    with_words = lambda words: dataclasses.replace(
+        exp, data=dataclasses.replace(exp.data, transforms=registry.parse(words))
+    )
+    check = lambda now: rundir.check_identity(path, now.identity(), fields.defaults(now))
+    assert check(with_words("crop:1,flip,mixup:0.2")) == {}
+    with pytest.raises(ValueError, match=r"data.transforms.2.alpha: 0.2 -> 0.3"):
+        check(with_words("crop:1,flip,mixup:0.3"))
+    off = {"data.augment.crop": 0, "data.augment.flip": False, "data.augment.mixup": 0.0}
+    path = directory(tmp_path, rest | old | off)
+    assert check(exp) == {}
+
+
+@pytest.mark.parametrize("before", ["", "flip", "crop:1,flip"])
+@pytest.mark.parametrize("now", ["", "crop:2", "crop:2,flip", "flip,mixup:0.5"])
+def test_tuples_of_classes_are_restored(before, now):
+    classes = {cls.__name__: cls for cls in registry.TRANSFORMS.values()}
+    now = registry.parse(now)
+    assert fields.restore(registry.parse(before), fields.plain(now), classes) == now
+    if len(now) > len(registry.parse(before)):
+        with pytest.raises(ValueError, match="is not in this list here"):
+            fields.restore(registry.parse(before), fields.plain(now))

@@ -19,7 +19,6 @@ SHARED = {
     "init": ("weights.config:InitConfig",),
     "budget": ("experiment.budget:CommsBudget",),
     "data": ("data:TFDS", "data.text:Text"),
-    "data.augment": ("data:Augment",),
     "optimizer": ("optim.registry:OPTIMIZERS",),
     "strategy": ("strategies:STRATEGIES",),
 }

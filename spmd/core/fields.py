@@ -69,6 +69,8 @@ def restore(base: Any, recorded: Any, classes: Mapping[str, type] | None = None)
             if f.repr and f.init
         }
         return dataclasses.replace(base, **changed)
+    if isinstance(base, list | tuple) and _classes(plain(base)) != _classes(recorded):
+        return type(base)(_rebuild(item, classes or {}) for item in recorded)
     if isinstance(base, list | tuple) and len(base) == len(recorded):
         return type(base)(restore(b, g, classes) for b, g in zip(base, recorded, strict=True))
     check(
@@ -76,6 +78,21 @@ def restore(base: Any, recorded: Any, classes: Mapping[str, type] | None = None)
         f"{plain(base)} is {recorded} here; the experiment's file must say so",
     )
     return tuple(recorded) if isinstance(recorded, list) else recorded
+
+
+def _classes(recorded: list[Any]) -> list[Any]:
+    """The classes of the dataclasses in a list that `plain` wrote."""
+    return [item.get("class") for item in recorded if isinstance(item, dict)]
+
+
+def _rebuild(recorded: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
+    """An instance of one of `classes` from its values as `plain` wrote them; ValueError for another class."""
+    check(
+        recorded["class"] in classes,
+        f"{recorded['class']} is not in this list here; the experiment's file must say so",
+    )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()}
+    return classes[values.pop("class")](**values)
 
 
 def _typed_name(field: dataclasses.Field[Any]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import tyro
 
 from spmd.core.fields import check, free
 from spmd.core.storage import cache_root as cache_root
 from spmd.core.storage import data_root as data_root
+from spmd.data.transform import Pipeline, Transform, declare
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,21 +39,20 @@ class Source(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Augment:
-    """How training images vary from epoch to epoch; the image is the feature of shape [H, W, C]."""
+def _transforms_spec() -> tyro.constructors.PrimitiveConstructorSpec[tuple[Transform, ...]]:
+    """The rule for transforms on the command line."""
+    from spmd.data import registry
 
-    crop: int = 0
-    """Pads by this many pixels and cuts the old size at a random place; 0 is off."""
-    flip: bool = False
-    """Mirrors half of the images, left and right."""
-    mixup: float = 0.0
-    """Blends two images and their losses by a share from Beta(mixup, mixup); 0 is off (Zhang et al. 2018)."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME:VALUE,...",
+        instance_from_str=lambda words: registry.parse(words[0]),
+        is_instance=lambda x: isinstance(x, tuple),
+        str_from_instance=lambda x: [registry.text_of(x)],
+    )
 
-    @property
-    def active(self) -> bool:
-        """Whether anything is on."""
-        return bool(self.crop or self.flip or self.mixup)
+
+Transforms = Annotated[tuple[Transform, ...], _transforms_spec()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class DataConfig:
     """Bad records that may pass, over all processes, in each split: each is an empty row, of weight 0."""
     features: tyro.conf.Suppress[Features] = dataclasses.field(default_factory=dict)
     """Feature name -> (shape, dtype) of one example; the features kept, and what a planner needs."""
-    augment: Augment = dataclasses.field(default_factory=Augment)
-    """How training images are varied."""
+    transforms: Transforms = ()
+    """Changes of training examples, in their order, as crop:1,flip,mixup:0.2; empty is none."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "threads", "buffer"):
@@ -80,46 +80,24 @@ class DataConfig:
         check(self.skip_bad >= 0, f"data.skip_bad={self.skip_bad} must not be negative")
         for name in ("example_id", "weight"):
             check(name not in self.features, f"the feature name {name!r} is the loader's own")
-        self._check_augment()
+        self.transformed_features()
 
-    def _check_augment(self) -> None:
-        augment = self.augment
-        check(augment.crop >= 0, f"data.augment.crop={augment.crop} must not be negative")
-        check(augment.mixup >= 0, f"data.augment.mixup={augment.mixup} must not be negative")
-        if not augment.active:
-            return
-        height, width, _ = self.features[self.image()][0]
+    def transformed_features(self) -> Features:
+        """{feature: (shape, dtype)} after the training transforms; ValueError when one cannot take them."""
         check(
-            augment.crop < min(height, width),
-            f"data.augment.crop={augment.crop} must be less than the image's {height} x {width} pixels",
+            bool(self.features) or not self.transforms,
+            "data.transforms need data.features, {name: (shape, dtype)}; declare them",
         )
-        if augment.mixup:
-            check(
-                bool(self.labels()),
-                "data.augment.mixup needs a label, an integer feature of shape [];"
-                f" the features are {self._shown()}",
-            )
-            for name in ("mix", *(f"{label}_b" for label in self.labels())):
-                check(
-                    name not in self.features,
-                    f"with data.augment.mixup the feature name {name!r} is the loader's own",
-                )
+        return declare(self.transforms, self.features)[-1]
 
-    def _shown(self) -> str:
-        return ", ".join(f"{k} {d}{list(s)}" for k, (s, d) in self.features.items()) or "none"
+    def pipeline(self, source: Source, seed: int, skips: Skips | None = None) -> Pipeline | None:
+        """The training transforms, as loader.train_batches takes them; None where there are none.
 
-    def image(self) -> str:
-        """Name of the one feature of shape [H, W, C]; ValueError when there is none, or more."""
-        images = [name for name, (shape, _) in self.features.items() if len(shape) == 3]
-        check(
-            len(images) == 1,
-            f"data.augment needs one image, a feature of shape [H, W, C]; the features are {self._shown()}",
-        )
-        return images[0]
-
-    def labels(self) -> list[str]:
-        """Names of the integer features of shape []."""
-        return [k for k, (shape, d) in self.features.items() if not shape and "int" in d]
+        source: where transforms draw partners. skips: bad records that may pass.
+        """
+        if not self.transforms:
+            return None
+        return Pipeline(self.transforms, self.features, source, seed, skips or self.skips("train"))
 
     def open(self, split: Split) -> Source:
         """The source of a split."""
@@ -164,14 +142,9 @@ class DataConfig:
     def abstract_batch(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> (shape, dtype) of a batch, without touching data."""
         batch = {
-            name: ((batch_size, *shape), dtype) for name, (shape, dtype) in self.features.items()
+            name: ((batch_size, *shape), dtype)
+            for name, (shape, dtype) in self.transformed_features().items()
         }
-        if self.augment.mixup:
-            name, labels = self.image(), self.labels()
-            shape, dtype = batch[name]
-            batch[name] = (shape, dtype if "float" in dtype else "float32")
-            batch |= {f"{label}_b": batch[label] for label in labels}
-            batch["mix"] = ((batch_size,), "float32")
         return batch | {
             "example_id": ((batch_size,), "int32"),
             "weight": ((batch_size,), "float32"),

@@ -1,115 +1,215 @@
-"""Image augmentation: whole batches in numpy, each draw a hash of (seed, draw, stream position).
-
-So an example is augmented the same way whatever processes, threads, devices or steps per dispatch read
-it and wherever the run resumed, and in each epoch another way. Evaluation never augments.
-"""
+"""Transforms that vary images from epoch to epoch: crop, flip, mixup."""
 
 # N examples of this process, H height, W width, C channels, P padding on each side
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from spmd.data import DataConfig, Source
-from spmd.data.skips import Skips
+from spmd.core.fields import check, closest
+from spmd.data.transform import Batch, Draws, Transform
 
-Batch = dict[str, Any]
-Transform = Callable[[Batch, np.ndarray], Batch]
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014): a bijection of uint64 that scatters all bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+if TYPE_CHECKING:
+    from spmd.data import Features
 
 
-def uniform(seed: int, draw: int, position_N: np.ndarray) -> np.ndarray:
-    """[N] float64 in [0, 1): a pure function of its arguments, independent over each of them."""
-    key_1 = _mix(np.array([seed % 2**64], np.uint64) + _GAMMA)
-    key_1 = _mix(key_1 + np.array([draw + 1], np.uint64) * _GAMMA)
-    bits_N = _mix(key_1 + (position_N.astype(np.uint64) + np.uint64(1)) * _GAMMA)
-    return (bits_N >> np.uint64(11)) * 2.0**-53
+@dataclasses.dataclass(frozen=True)
+class Crop(Transform):
+    """Pads images with zeros on each side and cuts the old size at a random place."""
+
+    name: ClassVar[str] = "crop"
+    draw_numbers: ClassVar[tuple[int, ...]] = (0,)
+
+    pixels: int
+    """Padding on each side."""
+    images: tuple[str, ...] = ()
+    """Features [H, W, ...] that move together; empty is the one feature [H, W, C]."""
+
+    def __post_init__(self) -> None:
+        check(self.pixels >= 1, f"crop: pixels={self.pixels} must be at least 1")
+
+    def features(self, features: Features) -> Features:
+        """The same: the size does not change."""
+        names = moved_names(self, self.images, {k: shape for k, (shape, _) in features.items()})
+        height, width = features[names[0]][0][:2]
+        check(
+            self.pixels < min(height, width),
+            f"crop: pixels={self.pixels} must be less than the image's {height} x {width} pixels",
+        )
+        return features
+
+    def __call__(self, batch: Batch, draws: Draws) -> Batch:
+        """The batch with the images cut, each example's at one place."""
+        y_N, x_N = ((draws.uniform() * (2 * self.pixels + 1)).astype(np.int64) for _ in range(2))
+        names = moved_names(self, self.images, example_shapes(batch))
+        return batch | {name: crop(batch[name], self.pixels, y_N, x_N) for name in names}
 
 
-def crop(image_NHWC: np.ndarray, padding: int, y_N: np.ndarray, x_N: np.ndarray) -> np.ndarray:
-    """Pads with zeros on each side and cuts H x W at (y, x), 0 <= y, x <= 2 * padding."""
-    n, h, w, c = image_NHWC.shape
+@dataclasses.dataclass(frozen=True)
+class Flip(Transform):
+    """Mirrors half of the images, left and right."""
+
+    name: ClassVar[str] = "flip"
+    draw_numbers: ClassVar[tuple[int, ...]] = (2,)
+
+    images: tuple[str, ...] = ()
+    """Features [H, W, ...] that move together; empty is the one feature [H, W, C]."""
+
+    def features(self, features: Features) -> Features:
+        """The same."""
+        moved_names(self, self.images, {k: shape for k, (shape, _) in features.items()})
+        return features
+
+    def __call__(self, batch: Batch, draws: Draws) -> Batch:
+        """The batch with half of the examples mirrored."""
+        which_N = draws.uniform() < 0.5
+        names = moved_names(self, self.images, example_shapes(batch))
+        return batch | {name: flip(batch[name], which_N) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixup(Transform):
+    """Blends two images and their losses by a share from Beta(alpha, alpha) (Zhang et al. 2018).
+
+    Adds `mix`, the share of the example, and `label_b` for each label, the partner's.
+    """
+
+    name: ClassVar[str] = "mixup"
+    partners: ClassVar[int] = 1
+    draw_numbers: ClassVar[tuple[int, ...]] = (3, 5)
+
+    alpha: float
+    """Parameter of the Beta distribution: near 0 keeps one of the two, 1 is uniform."""
+    image: str = ""
+    """Feature that is blended; empty is the one feature [H, W, C]."""
+
+    def __post_init__(self) -> None:
+        check(self.alpha > 0, f"mixup: alpha={self.alpha} must be more than 0")
+
+    def features(self, features: Features) -> Features:
+        """The image in floating values, `mix`, and a `_b` for each label."""
+        name = image_name(self, self.image, {k: shape for k, (shape, _) in features.items()})
+        labels = [k for k, (s, d) in features.items() if not s and "int" in d]
+        check(
+            bool(labels),
+            "mixup needs a label, an integer feature of shape []; the features are"
+            f" {', '.join(f'{k} {d}{list(s)}' for k, (s, d) in features.items())}",
+        )
+        added = {f"{label}_b": features[label] for label in labels} | {"mix": ((), "float32")}
+        for new in added:
+            check(new not in features, f"with mixup the feature name {new!r} is the loader's own")
+        shape, dtype = features[name]
+        return {**features, name: (shape, dtype if "float" in dtype else "float32"), **added}
+
+    def __call__(self, batch: Batch, draws: Draws) -> Batch:
+        """The batch blended with the partners; a bad record is nobody's partner."""
+        from scipy.special import betaincinv
+
+        # The inverse of Beta's cumulative distribution.
+        mix_N = betaincinv(self.alpha, self.alpha, draws.uniform()).astype(np.float32)
+        ((other, good_N),) = draws.partners
+        mix_N = np.where(good_N, mix_N, np.float32(1))
+        name = image_name(self, self.image, example_shapes(batch))
+        image, b = as_floating(batch[name]), as_floating(other[name])
+        image -= b  # b + share * (a - b), in place: fresh memory costs more than the arithmetic
+        image *= mix_N.astype(image.dtype).reshape(-1, *[1] * (image.ndim - 1))
+        image += b
+        labels = {
+            f"{k}_b": other[k]
+            for k, x in batch.items()
+            if x.ndim == 1 and np.issubdtype(x.dtype, np.integer)
+        }
+        return batch | labels | {name: image, "mix": mix_N}
+
+
+def example_shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
+    """{feature: shape of an example} of a batch."""
+    return {name: x.shape[1:] for name, x in batch.items()}
+
+
+def image_name(transform: Transform, name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """`name`, or that of the one feature of shape [H, W, C]; ValueError when there is none, or more."""
+    shown = ", ".join(f"{k} {list(shape)}" for k, shape in shapes.items()) or "none"
+    if name:
+        check(
+            name in shapes,
+            f"{transform.name}: there is no feature {name!r}.{closest(name, shapes)} The features are"
+            f" {shown}",
+        )
+        return name
+    images = [k for k, shape in shapes.items() if len(shape) == 3]
+    check(
+        len(images) == 1,
+        f"{transform.name} needs one image, a feature of shape [H, W, C], or the name of one; the features"
+        f" are {shown}",
+    )
+    return images[0]
+
+
+def moved_names(
+    transform: Transform, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """The features that a transform moves: `names`, or the one of shape [H, W, C].
+
+    Raises:
+      ValueError: a feature is missing or no image, their sizes differ, or another feature of the image's
+        size would silently stay where it is.
+    """
+    if not names:
+        image = image_name(transform, "", shapes)
+        beside = [k for k, s in shapes.items() if k != image and s[:2] == shapes[image][:2]]
+        check(
+            not beside,
+            f"{transform.name} would move {image} and not {', '.join(beside)} of the same size; name all that"
+            f" move, {'+'.join([image, *beside])}, or only {image}",
+        )
+        return (image,)
+    for name in names:
+        image_name(transform, name, shapes)
+    sizes = {name: list(shapes[name][:2]) for name in names}
+    check(
+        all(len(size) == 2 for size in sizes.values()),
+        f"{transform.name} moves features of shape [H, W, ...]; those named are"
+        f" {', '.join(f'{name} {list(shapes[name])}' for name in names)}",
+    )
+    check(
+        len(set(map(tuple, sizes.values()))) == 1,
+        f"{transform.name} moves features of one height and width; those named are"
+        f" {', '.join(f'{name} {size}' for name, size in sizes.items())}",
+    )
+    return names
+
+
+def crop(image: np.ndarray, padding: int, y_N: np.ndarray, x_N: np.ndarray) -> np.ndarray:
+    """[N, H, W, ...] padded with zeros on each side and cut to H x W at (y, x), 0 <= y, x <= 2 * padding."""
+    n, h, w = image.shape[:3]
+    c = int(np.prod(image.shape[3:]))
     p = padding
-    padded = np.zeros((n, h + 2 * p, w + 2 * p, c), image_NHWC.dtype)
-    padded[:, p : p + h, p : p + w] = image_NHWC
+    padded = np.zeros((n, h + 2 * p, w + 2 * p, c), image.dtype)
+    padded[:, p : p + h, p : p + w] = image.reshape(n, h, w, c)
     # Rows as one run of W * C values: numpy then copies runs instead of pixels.
     rows = padded.reshape(n, h + 2 * p, (w + 2 * p) * c)
     windows = np.lib.stride_tricks.sliding_window_view(rows, (h, w * c), axis=(1, 2))
-    return windows[np.arange(n), y_N, x_N * c].reshape(n, h, w, c)
+    return windows[np.arange(n), y_N, x_N * c].reshape(image.shape)
 
 
-def flip(image_NHWC: np.ndarray, which_N: np.ndarray) -> np.ndarray:
-    """Mirrors left and right where `which_N` holds."""
-    _, _, w, c = image_NHWC.shape
+def flip(image: np.ndarray, which_N: np.ndarray) -> np.ndarray:
+    """[N, H, W, ...] mirrored left and right where `which_N` holds."""
+    n, h, w = image.shape[:3]
+    c = int(np.prod(image.shape[3:]))
     columns = (np.arange(w)[::-1, None] * c + np.arange(c)).ravel()
-    out = image_NHWC.reshape(*image_NHWC.shape[:2], w * c).copy()
+    out = image.reshape(n, h, w * c).copy()
     out[which_N] = out[which_N].take(
         columns, axis=2
     )  # twice as fast as a view with negative stride
-    return out.reshape(image_NHWC.shape)
+    return out.reshape(image.shape)
 
 
-def transform(
-    config: DataConfig, source: Source, seed: int, skips: Skips | None = None
-) -> Transform | None:
-    """(batch, position_N) -> batch as config.augment says; None when it says nothing.
-
-    source: where mixup draws its partners. skips: bad records that may pass.
-    """
-    skips = skips or Skips()
-    how = config.augment
-    if not how.active:
-        return None
-    name = config.image()
-    labels = config.labels()
-
-    def moved(image_NHWC: np.ndarray, position_N: np.ndarray, draw: int) -> np.ndarray:
-        if how.crop:
-            y_N, x_N = (
-                (uniform(seed, draw + i, position_N) * (2 * how.crop + 1)).astype(np.int64)
-                for i in range(2)
-            )
-            image_NHWC = crop(image_NHWC, how.crop, y_N, x_N)
-        if how.flip:
-            image_NHWC = flip(image_NHWC, uniform(seed, draw + 2, position_N) < 0.5)
-        return image_NHWC
-
-    def mixed(batch: Batch, position_N: np.ndarray) -> Batch:
-        from scipy.special import betaincinv
-
-        u_N = uniform(seed, 3, position_N)
-        mix_N = betaincinv(how.mixup, how.mixup, u_N).astype(
-            np.float32
-        )  # the inverse of Beta's CDF
-        partners_N = (uniform(seed, 4, position_N) * len(source)).astype(np.int64)
-        other, good_N = skips.take(source, partners_N)
-        mix_N = np.where(good_N, mix_N, np.float32(1))  # a bad record is nobody's partner
-        image, b = _real(batch[name]), _real(moved(other[name], position_N, 5))
-        image -= b  # b + share * (a - b), in place: fresh memory costs more than the arithmetic
-        image *= mix_N.astype(image.dtype)[:, None, None, None]
-        image += b
-        return (
-            batch | {name: image, "mix": mix_N} | {f"{label}_b": other[label] for label in labels}
-        )
-
-    def apply(batch: Batch, position_N: np.ndarray) -> Batch:
-        batch = batch | {name: moved(batch[name], position_N, 0)}
-        return mixed(batch, position_N) if how.mixup else batch
-
-    return apply
-
-
-def _real(image: np.ndarray) -> np.ndarray:
+def as_floating(image: np.ndarray) -> np.ndarray:
     """A copy in floating values as the tasks see them: uint8 is scaled to [0, 1]."""
     if np.issubdtype(image.dtype, np.floating):
         return image.copy()

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.core.batches import Expected
 from spmd.data import Source
-from spmd.data.augment import Transform
 from spmd.data.skips import Skips
+from spmd.data.transform import Pipeline
 
 
 class Order:
@@ -78,7 +78,7 @@ class _Reads:
         start: int,
         stop: int,
         steps: int,
-        transform: Transform | None,
+        transform: Pipeline | None,
         dispatches: int,
         skips: Skips,
         expected: Expected,
@@ -128,7 +128,7 @@ def train_batches(
     rows: np.ndarray | None = None,
     threads: int = 2,
     buffer: int = 4,
-    transform: Transform | None = None,
+    transform: Pipeline | None = None,
     order: Any = None,
     skips: Skips | None = None,
     expected: Expected | None = None,
@@ -137,7 +137,7 @@ def train_batches(
 
     rows: which rows of the global batch this process loads (default all; b of them).
     steps_per_dispatch S > 1: leaves are [S, b, ...]; the last may hold fewer steps.
-    transform: (batch, stream positions) -> batch; see spmd.data.augment.
+    transform: (batch, stream positions) -> batch; see spmd.data.transform.
     order: stream positions int64 [N] -> example indices, by [...], instead of the source's own; asked by
     several threads, so a pure function of the positions (step * batch_size + row). Index -1 leaves the row
     empty: weight 0, example_id -1.

@@ -101,10 +101,11 @@ class Privacy:
             "privacy needs each example to be sampled with the same probability, and a mixture is read by"
             " weight; train on one text",
         )
+        blending = [t.name or type(t).__name__ for t in data.transforms if t.partners]
         check(
-            not data.augment.mixup,
-            f"data.augment.mixup={data.augment.mixup} blends two examples, and privacy clips the gradient of"
-            " each; use data.augment.mixup=0",
+            not blending,
+            f"data.transforms: {', '.join(blending)} blends examples, and privacy clips the gradient of each;"
+            " leave it out",
         )
 
     def mechanism(

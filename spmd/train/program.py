@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from spmd.core.batches import Expected, Ranges
-from spmd.data import DataConfig, augment, loader
+from spmd.data import DataConfig, loader
 from spmd.data.skips import Skips
 from spmd.strategies import base
 from spmd.strategies.privacy import Mechanism
@@ -76,7 +76,7 @@ class Program(NamedTuple):
             rows=loader.process_rows(batch_sharding, self.data.batch_size),
             threads=self.data.threads,
             buffer=self.data.buffer,
-            transform=augment.transform(self.data, self.source, self.seed, self.skips),
+            transform=self.data.pipeline(self.source, self.seed, self.skips),
             order=self.order(self.source),
             skips=self.skips,
             expected=self.expected("training"),

@@ -13,7 +13,7 @@ from etils import epath
 
 from spmd.core import paths
 from spmd.core.storage import check_usable, is_remote, json_text, list_directory, write_atomically
-from spmd.train import lock
+from spmd.train import lock, renamed
 
 
 def _write(path: epath.Path, value: Any) -> None:
@@ -190,10 +190,6 @@ AMENDABLE = "optimizer."
 _FIXED = ("optimizer.class", "optimizer.ema")
 
 
-# Fields of an identity that older versions wrote by another name.
-RENAMED = {"task.inputs": "task.features"}
-
-
 def check_identity(
     path: epath.Path,
     identity: dict[str, Any],
@@ -284,7 +280,7 @@ def find_differences(
     located: Collection[str] = (),
 ) -> dict[str, list[Any]]:
     """`{field: [before, now]}` of two identities; arguments as in check_identity."""
-    before = {RENAMED.get(k, k): v for k, v in before.items()}
+    before = renamed.update(before)
     ignored = {k for k in {*before, *identity} if k.startswith(CONTENT)}
     if ignored & before.keys():
         ignored |= {*located}

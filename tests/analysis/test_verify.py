@@ -209,7 +209,7 @@ def verified(report, *meshes):
 def test_batch_norm_accumulation_clipping_and_bfloat16():
     words = ["--simulate", "4", *ADAMW, "--train.accumulate", "2", "--strategy.zero", "1"]
     exp = spmd.load(
-        "digits", [*words, "--mesh.fsdp", "2", "--data.augment.mixup", "0.3"]
+        "digits", [*words, "--mesh.fsdp", "2", "--data.transforms", "mixup:0.3"]
     ).experiment
     exp = dataclasses.replace(exp, model=CNN(features=(8,), dropout=0.3, dtype="bfloat16"))
     report = verified(Handle(exp).verify(3), "data=2 fsdp=2")

@@ -181,7 +181,7 @@ def test_from_python(tmp_path):
 
 
 AUGMENTED = (
-    "--data.augment.crop 1 --data.augment.mixup 0.2 --optimizer.ema 0.98"
+    "--data.transforms crop:1,mixup:0.2 --optimizer.ema 0.98"
     " --optimizer.schedule constant --optimizer.learning-rate 0.03"
 )
 
@@ -208,7 +208,7 @@ def test_augmented_and_averaged_resumes_bit_by_bit(tmp_path, run_main):
     refused = run_main("eval", *DIGITS, "--run.dir", "whole")
     assert refused.returncode == 2
     assert "optimizer.ema: 0.98 -> 0.0" in refused.stderr
-    assert "data.augment.mixup: 0.2 -> 0.0" in refused.stderr
+    assert "data.transforms.1.alpha: 0.2 -> (absent)" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ SPOILED = {
 def test_a_run_refuses_spoiled_data(case, tmp_path, monkeypatch, capsys):
     spoil, message = SPOILED[case]
     language = case in ("token", "target")
-    write(tmp_path, spoil, "mixup=0.2" if "mixed" in case else "", language)
+    write(tmp_path, spoil, "Mixup(0.2)," if "mixed" in case else "", language)
     monkeypatch.chdir(tmp_path)
     assert main(["--experiment", "own.py", "--log.no-tensorboard"]) == 2
     shown = capsys.readouterr().err

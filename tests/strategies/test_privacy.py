@@ -410,7 +410,7 @@ class Mine(StrategyConfig):
 
 def test_mistakes_are_told():
     refused(r"norms/0, norms/1 would mix them", *NOISY, model=CNN())
-    refused("mixup", *NOISY, "--data.augment.mixup", "0.2")
+    refused("mixup", *NOISY, "--data.transforms", "mixup:0.2")
     refused("strategy mine .* use --strategy auto", *NOISY, strategy=Mine())
     refused("whole epochs, not as a random sample", *NOISY, strategy=Federated())
     int8 = Compression(kind="int8")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from spmd.analysis.plan.compile import TPU_ENVIRONMENT, Compiled, Failed, TooLarge, check_compiler
 from spmd.core import fields
 from spmd.core.storage import json_text
+from spmd.data.registry import TRANSFORMS
 from spmd.experiment import files, registry
 from spmd.hardware import targets
 from spmd.optim import OPTIMIZERS
@@ -101,7 +102,8 @@ def _compile(request: dict[str, Any]) -> Compiled:
 
     target = targets.parse(request["target"])
     base = registry.from_file(files.find(request["file"]))
-    classes = {cls.__name__: cls for cls in (*STRATEGIES.values(), *OPTIMIZERS.values())}
+    tables: tuple[dict[str, type], ...] = (STRATEGIES, OPTIMIZERS, TRANSFORMS)
+    classes = {cls.__name__: cls for table in tables for cls in table.values()}
     exp = fields.restore(base, request["config"], classes)
     exp = exp.unread(0 if target.topology else target.num_devices)
     # Only what is read from the program is cached, not the program itself.
