@@ -257,7 +257,7 @@ def parts_for(model, cut, *, accumulate=1, dtype="float32", optimizer=None, priv
     optimizer = optimizer or optim.AdamW(learning_rate=3e-3, clip_norm=1.0, warmup_steps=3)
     task = TASKS[type(model)].build(model, dtype)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
-    tx = optimizer.build(STEPS, optim.decay_mask(params, task.dims), task.dims)
+    tx = optimizer.transformation(STEPS, optim.decay_mask(params, task.dims), task.dims)
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data_of(model)(0).items()}
     return base.Parts(
         task=task,

@@ -148,6 +148,7 @@ TABLE = {
     ),
     "seed_huge": (D + f"--seed {2**70}", "at most 4294967295"),
     "hidden_huge": (D + f"--model.hidden 8 {2**31}", "model.hidden[1]=2147483648 is too large"),
+    "optax": (D + "--optimizer optax", "Optax takes a function, which a command line cannot give"),
     "grace": (D + "--runtime.grace 1e9", "must be at most 1000000 seconds"),
 }
 
@@ -179,6 +180,26 @@ EDITS = {
     "model_number": ("MLP(inputs=64", "3 or MLP(inputs=64", "model=3 must be a model config"),
     "other_class": (SGD, "TrainConfig()", "must be of type Optimizer, not TrainConfig"),
     "refused": ("=0.1, mom", "=-1, mom", "line 24, in config(): optimizer.learning_rate=-1 must"),
+    "group_twice": (
+        SGD,
+        "(o := __import__('spmd.optim').optim).SGD(groups=tuple(o.Group(match=m) for m in ('*s', '*/0/*')))",
+        "'*s' and '*/0/*' both claim layers/0/bias; narrow one of the patterns",
+    ),
+    "group_none": (
+        SGD,
+        "(o := __import__('spmd.optim').optim).SGD(groups=(o.Group(match='layer/0/bias', freeze=True),))",
+        "optimizer.groups: no array matches 'layer/0/bias'. Did you mean 'layers/0/bias'?",
+    ),
+    "optax_result": (
+        SGD,
+        "__import__('spmd.optim').optim.Optax(build=lambda rate: None)",
+        "optimizer.build must return an optax.GradientTransformation, not NoneType",
+    ),
+    "optax_value": (
+        SGD,
+        "__import__('spmd.optim').optim.Optax(build=3)",
+        "optimizer.build=3 must be of type Callable, not int",
+    ),
     "own_error": (DOC, "raise ValueError('no such data')", "line 15, in config(): no such data"),
     "library": (DOC, "import json; json.loads('{')", "line 1 column 2 (char 1) (raised by json/decoder.py"),
     "leaves": (DOC, "raise SystemExit(0)", "line 15, in config(): it ends the process (exit code 0)"),

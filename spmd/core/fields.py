@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -28,6 +29,23 @@ def closest(name: str, names: Iterable[str]) -> str:
     """` Did you mean 'x'?` when one of `names` is similar, else the empty string."""
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def match_names(names: Iterable[str], patterns: Iterable[str], field: str) -> set[str]:
+    """The names that a pattern matches, with or without the prefix `params/`; ValueError for a pattern that
+    matches none. field: the field of the patterns, for messages.
+    """
+    names, matches = list(names), set[str]()
+    for pattern in patterns:
+        bare = pattern.removeprefix("params/")
+        hits = {name for name in names if fnmatch.fnmatchcase(name, bare)}
+        check(
+            bool(hits),
+            f"{field}: no array matches {pattern!r}.{closest(bare, names)} There are:"
+            f" {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}",
+        )
+        matches |= hits
+    return matches
 
 
 def plain(value: Any) -> Any:

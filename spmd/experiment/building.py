@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from spmd import optim
-from spmd.core import batches, fields
+from spmd.core import batches, fields, tree
 from spmd.core.fields import check
 from spmd.data import DataConfig
 from spmd.parallel import mesh
 from spmd.runtime import platforms
 from spmd.strategies.base import Parts
 from spmd.strategies.privacy import Mechanism
-from spmd.tasks import Task
+from spmd.tasks import Objective
 from spmd.train.program import Program
 from spmd.weights import adapters, init
 
@@ -49,7 +50,7 @@ def build(
     if len(source):  # a plan without data has a placeholder for its number of steps
         exp.strategy.check_run(num_steps, len(source))
     mechanism = exp.privacy.mechanism(len(source), batch_size, num_steps, replicas)
-    task = adapters.adapt(exp.task.build(exp.model, exp.param_dtype), exp.init)
+    task = adapted_task(exp)
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     batch = abstract_batch(exp.data, batch_size)
     ranges: batches.Ranges = {}
@@ -79,6 +80,22 @@ def build(
     )
 
 
+def adapted_task(exp: Experiment) -> Objective:
+    """The objective of the task and the model, without the parameters that init or a group freezes."""
+    task = exp.task.build(exp.model, exp.param_dtype)
+    groups = exp.optimizer.groups
+    if not any(group.freeze for group in groups):
+        return adapters.adapt(task, exp.init)
+    check(
+        not exp.init.lora,
+        "optimizer.groups freeze parameters, and init.lora trains only its adapters: give one of them",
+    )
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    frozen = optim.frozen_names(groups, tree.named_leaves(params))
+    freeze = (*exp.init.freeze, *frozen)
+    return adapters.adapt(task, dataclasses.replace(exp.init, freeze=freeze))
+
+
 def abstract_batch(data: DataConfig, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a global batch."""
     return {
@@ -89,7 +106,7 @@ def abstract_batch(data: DataConfig, batch_size: int) -> dict[str, jax.ShapeDtyp
 
 def strategy_parts(
     exp: Experiment,
-    task: Task,
+    task: Objective,
     devices_mesh: Mesh,
     batch: dict[str, jax.ShapeDtypeStruct],
     num_steps: int,
@@ -111,7 +128,7 @@ def strategy_parts(
     decayed = optim.decay_mask(params, task.dims)
     return Parts(
         task=task,
-        tx=exp.optimizer.build(num_steps, decayed, task.dims, examples),
+        tx=exp.optimizer.transformation(num_steps, decayed, task.dims, examples),
         rate=exp.optimizer.rate(num_steps, examples),
         mesh=devices_mesh,
         batch=batch,

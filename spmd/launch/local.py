@@ -214,7 +214,7 @@ def supervise(
         port = free_port()  # that of the last start may be taken by now
         job = {"SPMD_RUN_TOKEN": base.token(), "SPMD_RUN_ATTEMPT": str(start)}
         envs = [env | job for env in environments(processes, port, gpus)]
-        code, signalled = Group(argv, output, envs).run(grace)
+        code, signalled = ProcessGroup(argv, output, envs).run(grace)
         if signalled or not base.starts_again(code) or start == restarts:
             return code
         output.say(f"exit code {code}; start {start + 2} of at most {restarts + 1}")
@@ -248,7 +248,7 @@ class Output:
                 self.write(b"[%d] " % index + line.removesuffix(b"\n") + b"\n")
 
 
-class Group:
+class ProcessGroup:
     """The processes of a start, each in its own session so that it gets only the launcher's signals."""
 
     def __init__(self, argv: Sequence[str], output: Output, envs: Sequence[Mapping[str, str]]):

@@ -1,6 +1,7 @@
 """Optimizer and schedule configs that build optax transformations."""
 
-from spmd.optim.base import Dims, Optimizer
+from spmd.optim.base import Dims, Group, Optimizer
+from spmd.optim.groups import frozen_names
 from spmd.optim.layerwise import LAMB, LARS, trust_ratio
 from spmd.optim.optimizers import (
     SGD,
@@ -13,6 +14,7 @@ from spmd.optim.optimizers import (
     matrix_axes,
 )
 from spmd.optim.registry import OPTIMIZERS, named
+from spmd.optim.transformed import Optax
 
 __all__ = [
     "LAMB",
@@ -22,10 +24,13 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Dims",
+    "Group",
     "Lion",
     "Muon",
+    "Optax",
     "Optimizer",
     "decay_mask",
+    "frozen_names",
     "is_hidden_matrix",
     "matrix_axes",
     "named",

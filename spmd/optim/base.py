@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import tyro
+
 from spmd.core.fields import check
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class Optimizer:
     """Clips the global gradient norm to this; 0 is off."""
     ema: float = 0.0
     """Decay of the moving average of the parameters that is evaluated; 0 is off."""
+    groups: tyro.conf.Suppress[tuple[Group, ...]] = ()
+    """Parameters with another rate, decay or optimizer, or that are frozen; none of two groups."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -106,7 +110,28 @@ class Optimizer:
         """The transformation between weight decay and learning rate; arguments as those of `direction`."""
         return []
 
-    def build(
+    def rule(
+        self, rate: optax.Schedule, decay: float, matrices: Any, dims: Dims
+    ) -> list[optax.GradientTransformation]:
+        """The transformations, in their order, that turn gradients into updates.
+
+        Args:
+            rate: learning rate at each step.
+            decay: weight decay.
+            matrices, dims: decay_mask and dims as `transformation` takes them.
+        """
+        import optax
+
+        parts = [self.direction(matrices, dims)]
+        if decay:
+            parts.append(optax.add_decayed_weights(decay, mask=matrices))
+        return [
+            *parts,
+            *self.after_decay(matrices, dims),
+            optax.scale_by_learning_rate(rate),
+        ]
+
+    def transformation(
         self, num_steps: int, decay_mask: Any, dims: Dims | None = None, batch_size: int = 0
     ) -> optax.GradientTransformation:
         """The optax transformation.
@@ -120,11 +145,47 @@ class Optimizer:
         import optax
 
         from spmd.core import narrow
+        from spmd.optim import groups
 
         parts = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
-        parts.append(self.direction(decay_mask, dims or {}))
-        if self.weight_decay:
-            parts.append(optax.add_decayed_weights(self.weight_decay, mask=decay_mask))
-        parts += self.after_decay(decay_mask, dims or {})
-        rate = self.rate(num_steps, batch_size)
-        return narrow.in_float32(optax.chain(*parts, optax.scale_by_learning_rate(rate)))
+        if self.groups:
+            parts.append(groups.partition(self, num_steps, decay_mask, dims or {}, batch_size))
+        else:
+            rate = self.rate(num_steps, batch_size)
+            parts += self.rule(rate, self.weight_decay, decay_mask, dims or {})
+        return narrow.in_float32(optax.chain(*parts))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Settings of the parameters whose names match a pattern, in place of the optimizer's."""
+
+    match: str
+    """Pattern as in a shell, on names like `layers/1/kernel`; `*` matches `/` too."""
+    rate: float = 1.0
+    """Factor of the learning rate."""
+    decay: float | None = None
+    """Weight decay in place of the optimizer's, for arrays of two or more dims; None keeps it."""
+    optimizer: Optimizer | None = None
+    """Another optimizer, with its own schedule and decay; None is the optimizer of the groups."""
+    freeze: bool = False
+    """Does not train the parameters, as init.freeze: no gradient, no optimizer state, no decay."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.match), "optimizer.groups: match='' must be a pattern, as '*/bias'")
+        where = f"optimizer.groups: the group {self.match!r}"
+        check(self.rate >= 0, f"{where} has rate={self.rate}, which must not be negative")
+        check(
+            self.decay is None or self.decay >= 0,
+            f"{where} has decay={self.decay}, which must not be negative",
+        )
+        changes = self.rate != 1 or self.decay is not None or self.optimizer is not None
+        check(
+            not (self.freeze and changes),
+            f"{where} freezes its parameters, so rate, decay and optimizer have no effect: leave them out",
+        )
+        for name in ("clip_norm", "ema", "groups") if self.optimizer else ():
+            check(
+                not getattr(self.optimizer, name),
+                f"{where} has an optimizer with {name}, which is of all parameters: set optimizer.{name}",
+            )

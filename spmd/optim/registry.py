@@ -20,6 +20,11 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 def named(name: str) -> type[Optimizer]:
     """The optimizer class of a name; ValueError with the closest one."""
     check(
+        name != "optax",
+        "Optax takes a function, which a command line cannot give: write optimizer=Optax(build=lambda rate:"
+        " ...) in the experiment's file",
+    )
+    check(
         name in OPTIMIZERS,
         f"unknown optimizer {name!r}.{closest(name, OPTIMIZERS)} Known: {', '.join(OPTIMIZERS)}",
     )

@@ -56,6 +56,9 @@ def whole_sequences(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, t
 # Below this, one all-gather costs more than the memory it saves.
 MIN_FSDP_ELEMENTS = 1024
 
+# An optimizer-state leaf of up to this many bytes may be replicated on a mesh that shards parameters.
+MAX_REPLICATED_BYTES = 2**20
+
 
 def spec_of(
     name: str,
@@ -157,8 +160,12 @@ def opt_shardings(
     factored one drops the reduced dim, everything else is replicated.
 
     jit's default would silently replicate the moments.
+
+    Raises:
+        ValueError: a leaf of more than MAX_REPLICATED_BYTES would be replicated while parameters are sharded.
     """
     unsharded = NamedSharding(mesh, P())
+    sharded = any(not s.is_fully_replicated for s in jax.tree.leaves(shardings))
 
     class Parameter(NamedTuple):
         """The parameter that a leaf belongs to."""
@@ -167,25 +174,56 @@ def opt_shardings(
         sharding: NamedSharding
 
     def place(name: str, leaf: Any, param: Parameter | None) -> NamedSharding:
-        if param is None or leaf.shape == param.shape:
-            return param.sharding if param else unsharded
-        drop = missing_dim(name, leaf.shape, param.shape)
-        if drop is None:
+        if param is not None and leaf.shape == param.shape:
+            return param.sharding
+        drop = missing_dim(name, leaf.shape, param.shape) if param else None
+        if param is None or drop is None:
+            if sharded:
+                _check_replicated(name, leaf, param and param.shape)
             return unsharded
         spec = [*param.sharding.spec, *[None] * (len(param.shape) - len(param.sharding.spec))]
         return NamedSharding(mesh, P(*spec[:drop], *spec[drop + 1 :]))
 
     masked = lambda x: isinstance(x, optax.MaskedNode)  # another optimizer's parameter
-    owners = optax.tree.map_params(
-        tx,
-        lambda leaf, p, s: leaf if masked(leaf) else [Parameter(p.shape, s)],
-        opt_state,
-        params,
-        shardings,
-        transform_non_params=lambda _: [None],
-        is_leaf=masked,
-    )
+    try:
+        owners = optax.tree.map_params(
+            tx,
+            lambda leaf, p, s: leaf if masked(leaf) else [Parameter(p.shape, s)],
+            opt_state,
+            params,
+            shardings,
+            transform_non_params=lambda _: [None],
+            is_leaf=masked,
+        )
+    except Exception:  # a transformation that cannot be initialised with optax's placeholders
+        named = {
+            name: Parameter(p.shape, s)
+            for (name, p), s in zip(
+                tree.named_leaves(params).items(), jax.tree.leaves(shardings), strict=True
+            )
+        }
+        owners = tree.map_named(lambda name, _: [_suffix_match(name, named)], opt_state)
     return tree.map_named(lambda name, leaf, param: place(name, leaf, param[0]), opt_state, owners)
+
+
+def _suffix_match(name: str, named: Mapping[str, Any]) -> Any:
+    """The value of the longest of the names that end `name`; None without one."""
+    parts = name.split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((named[end] for end in ends if end in named), None)
+
+
+def _check_replicated(name: str, leaf: Any, param_shape: tuple[int, ...] | None) -> None:
+    """ValueError for an optimizer-state leaf that is too large to be replicated."""
+    owner = f"of a parameter of shape {param_shape}" if param_shape else "of no parameter"
+    size = tree.num_bytes(leaf)
+    check(
+        size <= MAX_REPLICATED_BYTES,
+        f"optimizer state {name}: {leaf.dtype}{list(leaf.shape)} ({tree.human_bytes(size)}), {owner}, has no"
+        " sharding that follows from a parameter's, and each device would hold all of it; use a"
+        " transformation whose state is structured and shaped as the parameters, or a mesh that shards no"
+        " parameters (fsdp, tensor, expert and stage of 1)",
+    )
 
 
 def missing_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> int | None:

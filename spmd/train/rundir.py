@@ -187,7 +187,9 @@ def read_identity(path: epath.Path) -> dict[str, Any]:
 
 # Fields that a run may change with --run.amend: none that determines shapes of the state.
 AMENDABLE = "optimizer."
-_FIXED = ("optimizer.class", "optimizer.ema")
+_FIXED = ("optimizer.class", "optimizer.ema", "optimizer.build", "optimizer.digest")
+_GROUPS = "optimizer.groups"
+_GROUP_AMENDABLE = ("rate", "decay", "learning_rate", "weight_decay")  # last part of a name
 
 
 def check_identity(
@@ -214,7 +216,7 @@ def check_identity(
       Refused: with the differing fields, when it is another run.
     """
     diff = find_differences(read_identity(path), identity, defaults, located)
-    amendable = {k for k in diff if k.startswith(AMENDABLE) and k not in _FIXED}
+    amendable = {k for k in diff if _is_amendable(k)}
     if diff.keys() <= (amendable if amend else set()):
         return diff
     advice = ["use --run.dir DIR for a second run, or --run.fresh to move that one aside"]
@@ -267,6 +269,13 @@ def check_saved(
                 ]
             )
         )
+
+
+def _is_amendable(name: str) -> bool:
+    """Whether --run.amend may change an identity field."""
+    if name.startswith(_GROUPS):
+        return name.rpartition(".")[2] in _GROUP_AMENDABLE
+    return name.startswith(AMENDABLE) and name not in _FIXED
 
 
 def _difference_lines(diff: Mapping[str, Sequence[Any]]) -> list[str]:

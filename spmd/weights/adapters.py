@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from spmd import optim
 from spmd.core import narrow, tree
-from spmd.core.fields import check
+from spmd.core.fields import check, match_names
 from spmd.parallel import scope
 from spmd.tasks import FROZEN, VARIABLES, Objective
-from spmd.weights.config import InitConfig, match_names
+from spmd.weights.config import InitConfig
 
 PyTree = Any
 ADAPTERS = ("lora_a", "lora_b")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Iterable
 from typing import Annotated
 
 import tyro
 
-from spmd.core.fields import check, closest
+from spmd.core.fields import check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,20 +48,3 @@ class InitConfig:
             bool(self.from_) or not self.skip,
             "init.skip leaves out arrays of init.from, which is not given",
         )
-
-
-def match_names(names: Iterable[str], patterns: Iterable[str], field: str) -> set[str]:
-    """The names that a pattern matches, with or without the prefix `params/`; ValueError for a pattern that
-    matches none. field: the field of the patterns, for messages.
-    """
-    names, matches = list(names), set[str]()
-    for pattern in patterns:
-        bare = pattern.removeprefix("params/")
-        hits = {name for name in names if fnmatch.fnmatchcase(name, bare)}
-        check(
-            bool(hits),
-            f"{field}: no array matches {pattern!r}.{closest(bare, names)} There are:"
-            f" {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}",
-        )
-        matches |= hits
-    return matches

@@ -16,14 +16,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd.core import digest, tree
-from spmd.core.fields import check
+from spmd.core.fields import check, match_names
 from spmd.core.storage import check_usable, is_remote
 from spmd.runtime import agree
 from spmd.tasks import FROZEN, VARIABLES, is_frozen
 from spmd.train.checkpoint import reading, steps
 from spmd.train.program import Program
 from spmd.weights import adapters as adapt
-from spmd.weights.config import InitConfig, match_names
+from spmd.weights.config import InitConfig
 from spmd.weights.huggingface import files, read
 
 T = TypeVar("T")

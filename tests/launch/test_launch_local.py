@@ -134,7 +134,7 @@ def test_the_first_cause_is_named_not_its_consequence():
     script = "sys.exit({0: 75, 1: 1, 2: 143}[index])"
     code, output = finish(start(script, '{"processes": 3, "restarts": 1, "grace": 5}'))
     assert code in (1, 75, 143), output  # which of the three is seen first is the system's
-    group = local.Group([], local.Output(None), [])
+    group = local.ProcessGroup([], local.Output(None), [])
     group._processes = [Dead(75), Dead(1), Dead(-9)]  # type: ignore[list-item]
     assert group._wait(0) == 1
 
@@ -221,7 +221,7 @@ def test_the_peers_are_on_the_loopback_interface_only():
 def test_a_launcher_inside_another_starts_from_clean(monkeypatch):
     env = os.environ | {"SPMD_PROCESS_ID": "7", "SPMD_COORDINATOR": "there:1", "OTHER": "kept"}
     monkeypatch.setattr(os, "environ", env)
-    (inner,) = local.Group([], local.Output(None), local.environments(1, 0))._envs
+    (inner,) = local.ProcessGroup([], local.Output(None), local.environments(1, 0))._envs
     assert inner["OTHER"] == "kept" and "SPMD_PROCESS_ID" not in inner
     assert "SPMD_COORDINATOR" not in inner
 

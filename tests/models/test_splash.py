@@ -39,7 +39,7 @@ batch["weight"] = jax.ShapeDtypeStruct((4,), jnp.float32)
 optimizer = optim.AdamW()
 parts = base.Parts(
     task=task,
-    tx=optimizer.build(10, optim.decay_mask(params, task.dims), task.dims),
+    tx=optimizer.transformation(10, optim.decay_mask(params, task.dims), task.dims),
     rate=optimizer.rate(10),
     mesh=mesh.make(mesh.MeshConfig(data=2, fsdp=2, tensor=2), devices),
     batch=batch,

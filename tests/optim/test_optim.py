@@ -56,7 +56,7 @@ def test_a_step_is_as_long_as_its_layer(config):
     config = dataclasses.replace(config, schedule="constant")
 
     def step(params, grads, dims):
-        tx = config.build(10, optim.decay_mask(params, dims), dims)
+        tx = config.transformation(10, optim.decay_mask(params, dims), dims)
         with jax.numpy_dtype_promotion("standard"):
             return tx.update(grads, tx.init(params), params)[0]
 
@@ -77,7 +77,7 @@ def test_lamb_is_that_of_optax_where_nothing_is_stacked():
         {"kernel": jnp.ones((8, 4)) * 0.3},
         {"kernel": jnp.linspace(-1, 1, 32).reshape(8, 4)},
     )
-    ours = optim.LAMB(schedule="constant", weight_decay=0.1).build(10, {"kernel": True})
+    ours = optim.LAMB(schedule="constant", weight_decay=0.1).transformation(10, {"kernel": True})
     theirs = optax.lamb(2e-3, 0.9, 0.999, 1e-6, weight_decay=0.1)
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(3):
@@ -91,7 +91,7 @@ def test_decay_leaves_out_biases_and_norms_also_when_stacked():
     dims = {"w": ("embed", "mlp"), "b": ("mlp",), "s": ("layers", "embed")}
     assert optim.decay_mask(params, dims) == {"w": True, "b": False, "s": False}
     config = optim.AdamW(learning_rate=0.1, weight_decay=0.5, schedule="constant")
-    tx = config.build(10, optim.decay_mask(params, dims))
+    tx = config.transformation(10, optim.decay_mask(params, dims))
     zeros = jax.tree.map(jnp.zeros_like, params)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = tx.update(zeros, tx.init(params), params)
@@ -102,7 +102,7 @@ def test_decay_leaves_out_biases_and_norms_also_when_stacked():
 
 def test_nesterov_follows_its_recursion():
     config = optim.SGD(learning_rate=0.1, momentum=0.9, schedule="constant")
-    tx = config.build(5, {"w": True})
+    tx = config.transformation(5, {"w": True})
     params, gradient, trace = {"w": jnp.ones(())}, 2.0, 0.0
     state = tx.init(params)
     for _ in range(3):
@@ -115,7 +115,7 @@ def test_nesterov_follows_its_recursion():
 def follow(config, gradients, params, dims=None):
     """The updates of optax's transformation, one for each tree of gradients; parameters stay."""
     dims = dims or dict.fromkeys(params)
-    tx = config.build(len(gradients), optim.decay_mask(params, dims), dims)
+    tx = config.transformation(len(gradients), optim.decay_mask(params, dims), dims)
     state, updates, step = tx.init(params), [], jax.jit(tx.update)
     with jax.numpy_dtype_promotion("standard"):
         for gradient in gradients:
@@ -262,7 +262,7 @@ def test_adafactor_keeps_small_arrays_whole_and_clips():
 def test_the_state_keeps_its_types(name, dtype):
     params = {"w": jnp.ones((128, 128), dtype), "b": jnp.ones(4, dtype)}
     config = optim.named(name)()
-    before = jax.eval_shape(config.build(5, {"w": True, "b": False}).init, params)
+    before = jax.eval_shape(config.transformation(5, {"w": True, "b": False}).init, params)
     _, after = follow(config, [params], params)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(
         lambda x: (x.shape, x.dtype), after

@@ -69,7 +69,7 @@ def test_optimizer_state_leaf_by_leaf(name, zero):
     batch = {"image": jax.ShapeDtypeStruct((8, 64), jnp.float32)}
     parts = base.Parts(
         task=task,
-        tx=config.build(10, optim.decay_mask(params, task.dims), task.dims),
+        tx=config.transformation(10, optim.decay_mask(params, task.dims), task.dims),
         rate=config.rate(10),
         mesh=cut(fsdp=4),
         batch=batch,
@@ -111,7 +111,7 @@ def test_optimizer_state_leaf_by_leaf(name, zero):
 )
 def test_factored_moments_drop_the_reduced_dim(shape, rows, columns):
     params = {"w": jnp.ones(shape), "b": jnp.ones(4)}
-    tx = optim.Adafactor(min_dim_factored=64).build(10, {"w": True, "b": False})
+    tx = optim.Adafactor(min_dim_factored=64).transformation(10, {"w": True, "b": False})
     mesh_ = cut(fsdp=2, tensor=2)
     dims = {"w": ("layers", "embed", "mlp")[-len(shape) :], "b": None}
     placed = sharding.param_shardings(params, dims, mesh_, fsdp=True)

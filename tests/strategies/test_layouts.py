@@ -48,7 +48,7 @@ def built(model, strategy, sizes, task=None, rows=8):
     optimizer = optim.AdamW(learning_rate=1e-3, clip_norm=1.0)
     parts = base.Parts(
         task=built_task,
-        tx=optimizer.build(10, optim.decay_mask(params, built_task.dims), built_task.dims),
+        tx=optimizer.transformation(10, optim.decay_mask(params, built_task.dims), built_task.dims),
         rate=optimizer.rate(10),
         mesh=mesh.make(sizes, jax.devices()[:8]),
         batch=batch,

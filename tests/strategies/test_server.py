@@ -52,7 +52,7 @@ def built(staleness: int, num_devices: int, **changes):
     params, _ = jax.eval_shape(quadratic().init, jax.random.key(0))
     parts = base.Parts(
         task=quadratic(),
-        tx=config.build(100, optim.decay_mask(params, {"w": None}), {"w": None}),
+        tx=config.transformation(100, optim.decay_mask(params, {"w": None}), {"w": None}),
         rate=config.rate(100),
         mesh=cut,
         batch=batch,

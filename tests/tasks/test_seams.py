@@ -127,7 +127,7 @@ def parts_of(task: Task, model: Any, layout: Any, **changes: Any) -> base.Parts:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_at(0))
     return base.Parts(
         task=objective,
-        tx=config.build(STEPS, decayed, objective.dims, BATCH),
+        tx=config.transformation(STEPS, decayed, objective.dims, BATCH),
         rate=config.rate(STEPS, BATCH),
         mesh=devices_mesh,
         batch=abstract,

@@ -49,7 +49,7 @@ def built(config, strategy, sizes, num_devices, *, dtype="float32", accumulate=1
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch_at(0).items()}
     parts = base.Parts(
         task=task,
-        tx=optimizer.build(STEPS, optim.decay_mask(params, task.dims), task.dims),
+        tx=optimizer.transformation(STEPS, optim.decay_mask(params, task.dims), task.dims),
         rate=optimizer.rate(STEPS),
         mesh=mesh.make(sizes, jax.devices()[:num_devices]),
         batch=batch,
@@ -146,7 +146,7 @@ def test_merged_is_what_is_evaluated():
 def digits_step(config):
     task = adapt.adapt(tasks.Classification().build(MLP(inputs=64, hidden=(512, 512))), config)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
-    tx = optim.AdamW().build(STEPS, optim.decay_mask(params, task.dims), task.dims)
+    tx = optim.AdamW().transformation(STEPS, optim.decay_mask(params, task.dims), task.dims)
     batch = {
         "image": jax.ShapeDtypeStruct((64, 8, 8, 1), "uint8"),
         "label": jax.ShapeDtypeStruct((64,), "int32"),
