@@ -119,6 +119,7 @@ TABLE = {
         D + "--data.transforms flip:imag",
         "no feature 'imag'. Did you mean 'image'",
     ),
+    "eval_transform": (D + "--data.eval-transforms flop", "'flop'. Did you mean 'flip'?"),
     "transform_none": (D + "--data.transforms", "--data.transforms needs a value: NAME:VALUE,..."),
     "split": (D + "--data.train-split trian", "Did you mean 'train'"),
     "run_dir": ("--experiment digits --run.dir file/out", "cannot write run directory"),

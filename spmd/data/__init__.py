@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 import tyro
 
@@ -73,6 +73,8 @@ class DataConfig:
     """Feature name -> (shape, dtype) of one example; the features kept, and what a planner needs."""
     transforms: Transforms = ()
     """Changes of training examples, in their order, as crop:1,flip,mixup:0.2; empty is none."""
+    eval_transforms: Transforms = ()
+    """Changes of the examples that are evaluated or predicted; empty is none."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "threads", "buffer"):
@@ -80,24 +82,44 @@ class DataConfig:
         check(self.skip_bad >= 0, f"data.skip_bad={self.skip_bad} must not be negative")
         for name in ("example_id", "weight"):
             check(name not in self.features, f"the feature name {name!r} is the loader's own")
-        self.transformed_features()
+        for split in get_args(Split):
+            self.transformed_features(split)
 
-    def transformed_features(self) -> Features:
-        """{feature: (shape, dtype)} after the training transforms; ValueError when one cannot take them."""
+    def transforms_of(self, split: Split) -> tuple[Transform, ...]:
+        """The transforms of a split's examples."""
+        return self.transforms if split == "train" else self.eval_transforms
+
+    def transformed_features(self, split: Split) -> Features:
+        """{feature: (shape, dtype)} after the transforms; ValueError when one cannot take them."""
+        transforms = self.transforms_of(split)
         check(
-            bool(self.features) or not self.transforms,
-            "data.transforms need data.features, {name: (shape, dtype)}; declare them",
+            bool(self.features) or not transforms,
+            "data.transforms and data.eval_transforms need data.features, {name: (shape, dtype)}; declare"
+            " them",
         )
-        return declare(self.transforms, self.features)[-1]
+        return declare(transforms, self.features)[-1]
 
-    def pipeline(self, source: Source, seed: int, skips: Skips | None = None) -> Pipeline | None:
-        """The training transforms, as loader.train_batches takes them; None where there are none.
+    def pipeline(
+        self,
+        split: Split,
+        source: Source,
+        seed: int,
+        skips: Skips | None = None,
+        features: Features | None = None,
+    ) -> Pipeline | None:
+        """The transforms of a split, as the loader takes them; None where there are none.
 
-        source: where transforms draw partners. skips: bad records that may pass.
+        Args:
+          split: whose transforms.
+          source: where transforms draw partners.
+          seed: of their draws.
+          skips: bad records that may pass.
+          features: of the source, by default those that the config declares.
         """
-        if not self.transforms:
+        if not (transforms := self.transforms_of(split)):
             return None
-        return Pipeline(self.transforms, self.features, source, seed, skips or self.skips("train"))
+        skips = skips or self.skips(split)
+        return Pipeline(transforms, features or self.features, source, seed, skips)
 
     def open(self, split: Split) -> Source:
         """The source of a split."""
@@ -139,11 +161,13 @@ class DataConfig:
     def check_model(self, model: Any) -> None:
         """ValueError when the model does not fit the data; called when the data has been opened."""
 
-    def abstract_batch(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name -> (shape, dtype) of a batch, without touching data."""
+    def abstract_batch(
+        self, batch_size: int, split: Split = "train"
+    ) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> (shape, dtype) of a batch after its transforms, without touching data."""
         batch = {
             name: ((batch_size, *shape), dtype)
-            for name, (shape, dtype) in self.transformed_features().items()
+            for name, (shape, dtype) in self.transformed_features(split).items()
         }
         return batch | {
             "example_id": ((batch_size,), "int32"),

@@ -1,4 +1,4 @@
-"""Transforms that vary images from epoch to epoch: crop, flip, mixup."""
+"""Transforms that vary images: crop, flip, mixup."""
 
 # N examples of this process, H height, W width, C channels, P padding on each side
 

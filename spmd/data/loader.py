@@ -184,9 +184,10 @@ def eval_batches(
     rows: np.ndarray | None = None,
     skips: Skips | None = None,
     expected: Expected | None = None,
+    transform: Pipeline | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is padded with weight 0. skips, expected: as of
-    train_batches.
+    train_batches. transform: draws by the number of the example.
     """
     skips = skips or Skips("evaluation")
     expected = expected or Expected("evaluation")
@@ -200,6 +201,8 @@ def eval_batches(
             "example_id": index.astype(np.int32),
             "weight": (real & good).astype(np.float32),
         }
+        if transform is not None:
+            batch = transform(batch, index)
         expected.check_ranges(batch)
         yield batch
 

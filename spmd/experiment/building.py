@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from spmd import optim
 from spmd.core import batches, fields, tree
 from spmd.core.fields import check
-from spmd.data import DataConfig
+from spmd.data import DataConfig, Split
 from spmd.parallel import mesh
 from spmd.runtime import platforms
 from spmd.strategies.base import Parts
@@ -56,6 +56,9 @@ def build(
     ranges: batches.Ranges = {}
     if len(source) or not training:  # a plan without data reads no batch
         ranges = batches.index_ranges(task, (params, model_state), batch)
+        if exp.data.eval_transforms or exp.data.transforms:  # shapes in evaluation may be others
+            evaluated = abstract_batch(exp.data, batch_size, "eval")
+            batches.index_ranges(task, (params, model_state), evaluated)
     order = exp.strategy.order
     if mechanism:
         order = functools.partial(exp.privacy.order, parts=replicas)
@@ -96,11 +99,13 @@ def adapted_task(exp: Experiment) -> Objective:
     return adapters.adapt(task, dataclasses.replace(exp.init, freeze=freeze))
 
 
-def abstract_batch(data: DataConfig, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a global batch."""
+def abstract_batch(
+    data: DataConfig, batch_size: int, split: Split = "train"
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global batch after its transforms."""
     return {
         name: jax.ShapeDtypeStruct(shape, dtype)
-        for name, (shape, dtype) in data.abstract_batch(batch_size).items()
+        for name, (shape, dtype) in data.abstract_batch(batch_size, split).items()
     }
 
 

@@ -106,7 +106,7 @@ def check_best(exp: Experiment, program: Program) -> None:
     best = exp.checkpoint.best
     if not best:
         return
-    names = metric_names(program.task, program.abstract_batch())
+    names = metric_names(program.task, program.abstract_batch("eval"))
     others = tuple(f"eval/{evaluation.name}/" for evaluation in exp.evaluations)
     check(
         best in names or best.startswith(others),

@@ -16,6 +16,7 @@ from spmd import metrics
 from spmd.core.batches import Expected
 from spmd.data import loader
 from spmd.data.skips import Skips
+from spmd.data.transform import Pipeline
 from spmd.parallel import mesh as meshes
 from spmd.parallel import scope, sharding
 from spmd.train.evaluations import PREFIX
@@ -40,6 +41,7 @@ def _batches(
     batch_size: int,
     skips: Skips | None = None,
     expected: Expected | None = None,
+    transform: Pipeline | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """`source` in order on `mesh`; batch_size is rounded up to what the mesh divides, padding weighs 0."""
     ways = meshes.batch_shards(mesh)
@@ -47,7 +49,12 @@ def _batches(
     placed = NamedSharding(mesh, sharding.batch_spec())
     rows = loader.process_rows(placed, batch_size)
     for host in loader.eval_batches(
-        source, batch_size=batch_size, rows=rows, skips=skips, expected=expected
+        source,
+        batch_size=batch_size,
+        rows=rows,
+        skips=skips,
+        expected=expected,
+        transform=transform,
     ):
         yield loader.put(host, placed, batch_size)
 
@@ -59,10 +66,11 @@ def evaluator(
     batch_size: int,
     skips: Skips | None = None,
     expected: Expected | None = None,
+    transform: Pipeline | None = None,
 ) -> Evaluator:
     """Measures `source` on `mesh`; the sums of each batch are added on the host, some batches later.
 
-    skips, expected: as in loader.train_batches.
+    skips, expected, transform: as in loader.eval_batches.
     """
     placement = sharding.placement(mesh)
 
@@ -76,7 +84,7 @@ def evaluator(
     ) -> Measured | None:
         total: Any = None
         running: collections.deque[Any] = collections.deque()
-        for i, batch in enumerate(_batches(mesh, source, batch_size, skips, expected)):
+        for i, batch in enumerate(_batches(mesh, source, batch_size, skips, expected, transform)):
             running.append(measure(params, model_state, batch))
             if len(running) > IN_FLIGHT:
                 total = _added(total, running.popleft())
@@ -109,8 +117,8 @@ def metric_names(task: Any, batch: Any) -> list[str]:
 
 def predictor(
     task: Any, mesh: Mesh, batch_size: int
-) -> Callable[[Any, Any, Any, Expected], Iterator[Any]]:
-    """(params, model_state, source, expected) -> the outputs of each batch of examples, numpy [n, ...]."""
+) -> Callable[[Any, Any, Any, Expected, Pipeline | None], Iterator[Any]]:
+    """(params, model_state, source, expected, transform) -> outputs of each batch, numpy [n, ...]."""
     placement = sharding.placement(mesh)
 
     # Replicated, so that each process can read all rows.
@@ -119,9 +127,15 @@ def predictor(
         with scope.bind(**placement):
             return task.predict(params, model_state, batch)
 
-    def predict(params: Any, model_state: Any, source: Any, expected: Expected) -> Iterator[Any]:
+    def predict(
+        params: Any,
+        model_state: Any,
+        source: Any,
+        expected: Expected,
+        transform: Pipeline | None,
+    ) -> Iterator[Any]:
         remaining = len(source)
-        for batch in _batches(mesh, source, batch_size, None, expected):
+        for batch in _batches(mesh, source, batch_size, None, expected, transform):
             rows = min(remaining, jax.tree.leaves(batch)[0].shape[0])
             yield jax.tree.map(
                 lambda x, n=rows: x[:n], jax.device_get(outputs(params, model_state, batch))

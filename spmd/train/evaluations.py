@@ -63,14 +63,16 @@ class OnData(Evaluation):
             evaluator,  # an experiment's file imports no jax by this class
         )
 
-        program, data = snapshot.program, self.data
+        data, program = self.data, snapshot.program._replace(data=self.data)
+        source, skips = data.open_checked("eval"), data.skips("evaluation")
         measure = evaluator(
             program.task,
             program.mesh,
-            data.open_checked("eval"),
+            source,
             data.eval_batch_size,
-            data.skips("evaluation"),
-            program._replace(data=data).expected("evaluation"),
+            skips,
+            program.expected("evaluation"),
+            program.evaluation_transform(source, skips),
         )
         values: Any = measure(*snapshot.variables)
         return {name.removeprefix(PREFIX): value for name, value in values.items()}

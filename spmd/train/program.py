@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from spmd.core.batches import Expected, Ranges
-from spmd.data import DataConfig, loader
+from spmd.data import DataConfig, Split, loader
 from spmd.data.skips import Skips
+from spmd.data.transform import Pipeline
 from spmd.strategies import base
 from spmd.strategies.privacy import Mechanism
 
@@ -38,6 +39,10 @@ class Program(NamedTuple):
         """The source of the evaluation split."""
         return self.data.open_checked("eval") if self.evaluation is None else self.evaluation
 
+    def evaluation_transform(self, source: Any, skips: Skips | None = None) -> Pipeline | None:
+        """The transforms of examples of `source` that are evaluated or predicted; None without any."""
+        return self.data.pipeline("eval", source, self.seed, skips)
+
     def expected(self, split: str) -> Expected:
         """Checks of each batch of a split (`training`, `evaluation`)."""
         return Expected(split, self.data.features, self.ranges)
@@ -56,9 +61,9 @@ class Program(NamedTuple):
         """Shapes and dtypes of the state."""
         return jax.eval_shape(self.strategy.init, jax.random.key(0))
 
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the global batch."""
-        shapes = self.data.abstract_batch(self.data.batch_size)
+    def abstract_batch(self, split: Split = "train") -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the global batch after its transforms."""
+        shapes = self.data.abstract_batch(self.data.batch_size, split)
         return {name: jax.ShapeDtypeStruct(*leaf) for name, leaf in shapes.items()}
 
     def host_batches(
@@ -76,7 +81,7 @@ class Program(NamedTuple):
             rows=loader.process_rows(batch_sharding, self.data.batch_size),
             threads=self.data.threads,
             buffer=self.data.buffer,
-            transform=self.data.pipeline(self.source, self.seed, self.skips),
+            transform=self.data.pipeline("train", self.source, self.seed, self.skips),
             order=self.order(self.source),
             skips=self.skips,
             expected=self.expected("training"),

@@ -67,14 +67,19 @@ class Snapshot:
         ranges = {k: ids for k, ids in self.program.ranges.items() if not ids.target}
         expected = Expected("given", features, ranges)
         source = ArraySource(examples, features)
-        parts = [*self._predictor(*self.variables, source, expected)]
+        transform = self.program.data.pipeline("eval", source, self.program.seed, features=features)
+        parts = [*self._predictor(*self.variables, source, expected, transform)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def predictions(self, source: Any) -> Iterator[Any]:
         """Predictions for the examples of a source in its order, a batch at a time: numpy [n, ...] each."""
         features = self.program.data.features
         ranges = {k: ids for k, ids in self.program.ranges.items() if not ids.target}
-        return self._predictor(*self.variables, source, Expected("given", features, ranges))
+        expected, transform = (
+            Expected("given", features, ranges),
+            self.program.evaluation_transform(source),
+        )
+        return self._predictor(*self.variables, source, expected, transform)
 
     @functools.cached_property
     def _evaluator(self) -> Any:
@@ -82,7 +87,10 @@ class Snapshot:
         data = program.data
         source, skips = program.open_evaluation(), data.skips("evaluation")
         expected = program.expected("evaluation")
-        return evaluator(program.task, program.mesh, source, data.eval_batch_size, skips, expected)
+        transform = program.evaluation_transform(source, skips)
+        return evaluator(
+            program.task, program.mesh, source, data.eval_batch_size, skips, expected, transform
+        )
 
     @functools.cached_property
     def _predictor(self) -> Any:

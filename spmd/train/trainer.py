@@ -159,6 +159,7 @@ class Trainer:
             program.data.eval_batch_size,
             skips["eval"],
             program.expected("evaluation"),
+            program.evaluation_transform(eval_source, skips["eval"]),
         )
         steps = self.step, program.num_steps, train.steps_per_dispatch
         self.profile = Profile(log.profile, self.run.path, *steps)

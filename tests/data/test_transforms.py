@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spmd
 from spmd.data import Arrays, augment, loader, registry, transform
 from spmd.data.augment import Crop, Flip, Mixup
 from spmd.data.transform import Transform
@@ -35,7 +36,9 @@ def stream(data, *, seed=3, **kwargs):
     """The augmented batches, as one array for each feature."""
     source = data.open("train")
     batches = list(
-        loader.train_batches(source, seed=seed, transform=data.pipeline(source, seed), **kwargs)
+        loader.train_batches(
+            source, seed=seed, transform=data.pipeline("train", source, seed), **kwargs
+        )
     )
     return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
@@ -119,7 +122,7 @@ def test_each_example_equals_the_slow_oracle(how):
 
 def test_nothing_is_done_unless_asked():
     data = config(())
-    assert data.pipeline(data.open("train"), 0) is None
+    assert data.pipeline("train", data.open("train"), 0) is None
     got = stream(data, batch_size=8, stop=9)
     np.testing.assert_array_equal(got["image"], data.train()["image"][got["example_id"]])
 
@@ -218,7 +221,7 @@ def test_seeds_differ():
 def test_the_abstract_batch_is_that_of_the_loader(how, dtype):
     data = config(how, dtype=dtype)
     source = data.open("train")
-    change = data.pipeline(source, 0)
+    change = data.pipeline("train", source, 0)
     (batch,) = loader.train_batches(source, batch_size=8, seed=0, stop=1, transform=change)
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == data.abstract_batch(8)
 
@@ -264,6 +267,18 @@ class Zoom(Transform):
         factor = (1 + self.by * draws.uniform()[:, None, None, None]).astype(np.float32)
         image = batch["image"]
         return batch | {"image": (image * factor).astype(image.dtype)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Half(Transform):
+    """The upper half of the image."""
+
+    def features(self, features):
+        (h, *rest), dtype = features["image"]
+        return {**features, "image": ((h // 2, *rest), dtype)}
+
+    def __call__(self, batch, draws):
+        return {**batch, "image": batch["image"][:, : batch["image"].shape[1] // 2]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,6 +370,49 @@ def test_words_and_transforms():
     assert registry.text_of((Zoom(),)) == "Zoom(by=2.0)"
 
 
+# ---- evaluation
+
+
+def test_evaluation_transforms_draw_by_the_number_of_the_example():
+    data = dataclasses.replace(config(), eval_transforms=(Flip(), Half()))
+    source = data.open("eval")
+    change = data.pipeline("eval", source, 3)
+    whole, *parts = (
+        list(loader.eval_batches(source, batch_size=n, transform=change)) for n in (37, 8, 5)
+    )
+    mirrored = transform.uniform(3, 2, np.arange(37)) < 0.5
+    images = data.eval()["image"]
+    images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)[:, :3]
+    np.testing.assert_array_equal(whole[0]["image"], images)
+    for part in parts:
+        for name, x in whole[0].items():
+            np.testing.assert_array_equal(np.concatenate([b[name] for b in part])[:37], x)
+    assert data.abstract_batch(8, "eval")["image"] == ((8, 3, 5, 3), "uint8")
+    assert "mix" in data.abstract_batch(8) and "mix" not in data.abstract_batch(8, "eval")
+
+
+def test_what_is_evaluated_and_predicted_is_transformed():
+    words = ["--model.hidden", "8", "--data.eval-transforms"]
+    plain, flipped = (spmd.load("digits", [*words, w]).init() for w in ("", "flip"))
+    examples = plain.program.open_evaluation().take(np.arange(40))
+    mirrored = transform.uniform(flipped.program.seed, 2, np.arange(40)) < 0.5
+    image = examples["image"]
+    image = np.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
+    np.testing.assert_array_equal(
+        flipped.predict({"image": examples["image"]}), plain.predict({"image": image})
+    )
+    assert flipped.evaluate()["eval/loss"] != plain.evaluate()["eval/loss"]
+    other = spmd.load("digits", [*words, "flip", "--data.eval-batch-size", "96"]).init()
+    assert other.evaluate()["eval/loss"] == pytest.approx(flipped.evaluate()["eval/loss"], rel=1e-6)
+
+
+def test_a_size_that_the_model_does_not_take_in_evaluation_is_refused_before_the_run():
+    experiment = spmd.load("digits").experiment
+    data = dataclasses.replace(experiment.data, eval_transforms=(Half(),))
+    with pytest.raises(ValueError, match=r"an example of shape \[4, 8, 1\] has 32 values"):
+        dataclasses.replace(experiment, data=data).build()
+
+
 # ---- mistakes
 
 LABEL = {"label": ((), "int32")}
@@ -387,7 +445,7 @@ MISTAKES = [
         {"a": ((2, 2, 1), "uint8"), "mix": ((), "float32"), **LABEL},
         "the feature name 'mix' is the loader's own",
     ),
-    (Flip, {}, "data.transforms need data.features"),
+    (Flip, {}, "need data.features, "),
 ]
 
 
