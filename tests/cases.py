@@ -31,6 +31,8 @@ MODELS = {
         vocab=64, length=16, layers=2, embed=32, heads=4, kv_heads=2, mlp=64, dropout=0.1, tied=True
     ),
 }
+MODELS["encoder"] = dataclasses.replace(MODELS["lm"], mask="full", position="learned")
+MODELS["windowed"] = dataclasses.replace(MODELS["lm"], mask="full", window=3)
 # Shared experts, the loss by sequence and the offsets: both kinds of balance at once.
 MODELS["moe"] = dataclasses.replace(
     MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)

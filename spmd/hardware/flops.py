@@ -2,8 +2,9 @@
 
 The convention is that of PaLM's model FLOPs utilisation (appendix B of arXiv 2204.02311): matmuls and
 convolutions only, 2 M N K each; the backward pass is twice the forward pass; rematerialisation is not
-counted. Attention is counted with its masked half; a fused kernel, whose matmuls are not in the jaxpr, is not
-counted. XLA's own cost_analysis counts the body of a loop once, whatever its length.
+counted. Attention is counted with its masked half, and with what XLA's attention computes beyond a window; a
+fused kernel, whose matmuls are not in the jaxpr, is not counted. XLA's own cost_analysis counts the body of a
+loop once, whatever its length.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ import jax
 from flax import nnx
 
 from spmd.core.fields import check, free
-from spmd.models.attention import Cache, TokenPositions, attend
+from spmd.models.attention import Cache, Mask, TokenPositions, attend
 from spmd.models.attention.cache import update_cache
 from spmd.models.attention.dispatch import Context, Implementation
+from spmd.models.attention.mask import Kind
 from spmd.models.attention.positions import rotate
 from spmd.models.attention.xla import attend_cached
 from spmd.models.feed_forward import FeedForward
@@ -48,6 +49,10 @@ class BlockConfig:
     """Biases in linear layers and in LayerNorm."""
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys (Dehghani et al. 2023)."""
+    mask: Literal["causal", "full"] = "causal"
+    """Keys that a token sees in its document: up to itself (decoder), or all (encoder)."""
+    window: int = 0
+    """A token sees keys less than this many tokens away (Mistral, Gemma 2: 4096); 0 is no limit."""
     dropout: float = 0.0
     """Dropout rate of the embedding and of what each block adds."""
     init_std: float = 0.02
@@ -61,7 +66,7 @@ class BlockConfig:
         for name in ("embed", "heads"):
             value = getattr(self, name)
             check(value >= 1, f"model.{name}={value} must be at least 1")
-        for name in ("kv_heads", "head_dim", "mlp", "init_std"):
+        for name in ("kv_heads", "head_dim", "mlp", "init_std", "window"):
             value = getattr(self, name)
             check(value >= 0, f"model.{name}={value} must not be negative")
         check(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
@@ -90,6 +95,18 @@ class BlockConfig:
         """Width of a head."""
         return self.head_dim or self.embed // self.heads
 
+    @property
+    def mask_kind(self) -> Kind:
+        """Kind of the mask of its attention."""
+        return "window" if self.window else self.mask
+
+    def keys_seen(self, length: int) -> int:
+        """Keys for each query of a sequence, those that a causal mask hides and that the window would reach
+        beyond its ends included.
+        """
+        after = self.window if self.mask == "full" else 1
+        return min(length, self.window + after - 1) if self.window else length
+
     def build_norm(self, rngs: nnx.Rngs, layers: int = 0) -> Norm:
         """A norm of the residual stream, stacked over layers; 0 is a single one."""
         centred, epsilon = self.norm == "layer", self.norm_epsilon
@@ -109,7 +126,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: BlockConfig, rngs: nnx.Rngs, layers: int):
-        embed, mlp = config.embed, config.mlp or 4 * config.embed
+        embed, mlp, before = config.embed, config.mlp or 4 * config.embed, max(config.window - 1, 0)
         options = {"layers": layers, "std": config.init_std, "residual_gain": (2 * layers) ** -0.5}
         self.attention_norm = config.build_norm(rngs, layers)
         self.attention = Attention(
@@ -121,6 +138,8 @@ class Block(nnx.Module):
             bias=config.bias,
             qk_norm=config.qk_norm,
             epsilon=config.norm_epsilon,
+            mask=config.mask_kind,
+            window=(before, before if config.mask == "full" else 0),
             implementation=config.attention,
             context=config.context,
             **options,
@@ -168,6 +187,8 @@ class Attention(nnx.Module):
         residual_gain: factor on that of the projection back to the residual stream.
         qk_norm: RMSNorm over each head of queries and keys (Dehghani et al. 2023, arXiv 2302.05442).
         epsilon: of these norms.
+        mask: kind of the mask, within segments.
+        window: keys (before, after) that a window mask shows.
         implementation: the kernel.
         context: how attention is computed where the sequence is sharded.
     """
@@ -186,6 +207,8 @@ class Attention(nnx.Module):
         residual_gain: float = 1.0,
         qk_norm: bool = False,
         epsilon: float = 1e-5,
+        mask: Kind = "causal",
+        window: tuple[int, int] = (0, 0),
         implementation: Implementation = "xla",
         context: Context = "ring",
     ):
@@ -206,6 +229,8 @@ class Attention(nnx.Module):
         self.query_norm, self.key_norm = head_norm(), head_norm()
         shape, dims = (heads, head_dim, embed), ("heads", "head_dim", "embed")
         self.out = Linear(rngs, "bthk,hkd->btd", shape, dims, **options, gain=residual_gain)
+        self.mask: Kind = mask
+        self.window = window
         self.implementation: Implementation = implementation
         self.context: Context = context
 
@@ -222,9 +247,26 @@ class Attention(nnx.Module):
         k_BTGK = activation("key", k_BTGK, "kv_heads", "head_dim")
         v_BTGK = activation("value", v_BTGK, "kv_heads", "head_dim")
         if cache is None:
-            kernel, segments_BT = self.implementation, positions.segments_BT
-            y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel, self.context)
+            kernel = {"implementation": self.implementation, "context": self.context}
+            y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, self._mask(positions), **kernel)
         else:
+            check(
+                self.mask == "causal" or (self.mask == "window" and self.window[1] == 0),
+                "model.mask=full: a token sees later ones, so that tokens cannot be decoded in turn; only a"
+                " model with --model.mask causal can",
+            )
+            window = self.window[0] + 1 if self.mask == "window" else 0
             cache = update_cache(cache, k_BTGK, v_BTGK, positions.positions_BT)
-            y_BTHK = attend_cached(q_BTHK, cache["key"], cache["value"], positions.positions_BT)
+            y_BTHK = attend_cached(
+                q_BTHK, cache["key"], cache["value"], positions.positions_BT, window=window
+            )
         return self.out(activation("attended", y_BTHK, "heads", "head_dim")), cache
+
+    def _mask(self, positions: TokenPositions) -> Mask:
+        segments_BT = positions.segments_BT
+        return Mask(
+            kind=self.mask,
+            window=self.window,
+            query_segments_BT=segments_BT,
+            key_segments_BS=segments_BT,
+        )

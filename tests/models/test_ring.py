@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from spmd.hardware import hlo
-from spmd.models.attention import attend
+from spmd.models.attention import Mask, attend
 from spmd.parallel import mesh, scope, sharding
 from spmd.parallel.mesh import MeshConfig
+from tests import masks
 from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -33,6 +34,10 @@ def inputs(rng, batch, time, heads=HEADS, head_dim=8, dtype=np.float64):
     return q, k, v, w, np.where(padding, 0, segments).astype(np.int32)
 
 
+def causal(segments):
+    return Mask(query_segments_BT=segments, key_segments_BS=segments)
+
+
 @functools.cache
 def compiled(context, sizes):
     """(output, gradients) on a mesh; sizes: of its axes."""
@@ -40,7 +45,7 @@ def compiled(context, sizes):
     cut = mesh.make(MeshConfig(**{"data": 1} | dict(sizes)), jax.devices()[:number])
 
     def loss(qkv, w, segments):
-        y = attend(*qkv, segments, "xla", context)
+        y = attend(*qkv, causal(segments), context=context)
         return (y * w).sum(), y
 
     # Much work between two exchanges, which XLA's devices wait for 40 s at most: optimised here.
@@ -75,6 +80,67 @@ def test_equals_one_device(name, seed):
         got = compiled(*CUTS[name])((q, k, v), w, segments)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+# What a ring refuses, and why.
+REFUSED = {
+    "causal_bias": "model.context=ring cannot compute a bias; model.context=ulysses can",
+    "causal_apart": "cannot compute separate segments of keys; model.context=ulysses",
+    "full_bias": "ring with a full mask cannot compute a bias; model.context=ulysses",
+    "full_softcap_bias": "ring with a full mask cannot compute a bias; model.context=ulysses",
+    "window_left": "ring cannot compute a window mask; model.context=ulysses can: use --model",
+    "window": "cannot compute a window mask",
+    "window_alone": "cannot compute a window mask",
+    "prefix": "cannot compute a prefix mask",
+    "prefix_alone": "cannot compute a prefix mask",
+    "cross_window": "cannot compute a window mask and cross-attention",
+    "cross_causal": "cannot compute cross-attention",
+}
+LAYERS = [(cut, case) for cut in ("ring2", "ring4", "ulysses2") for case in masks.CASES]
+QUICK = (
+    *(("ring2", case) for case in REFUSED),
+    ("ring4", "full_packed"),
+    ("ring2", "cross_padded"),
+    ("ulysses2", "full_bias"),
+)
+
+
+@pytest.mark.parametrize(
+    "cut,case", slow_but(QUICK, LAYERS, gate=(("ulysses2", "prefix"), ("ring2", "causal_packed")))
+)
+def test_every_mask_equals_one_device(cut, case):
+    context, sizes = CUTS[cut]
+    number = int(np.prod([size for _, size in sizes]))
+    placed = sharding.placement(
+        mesh.make(MeshConfig(**{"data": 1} | dict(sizes)), jax.devices()[:number])
+    )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(arrays, sharded):
+        qkv, w, fields = arrays
+        joint = given.mask.get("query_segments_BT") is given.mask.get("key_segments_BS")
+        if joint and "query_segments_BT" in fields:
+            fields = fields | {"key_segments_BS": fields["query_segments_BT"]}
+        seen = Mask(**{k: v for k, v in given.mask.items() if k not in fields} | fields)
+
+        def loss(qkv):
+            y = attend(*qkv, seen, **given.options, context=context)
+            return (y * w).sum(), y
+
+        with scope.bind(**placed if sharded else {}):
+            (_, y), grads = jax.value_and_grad(loss, has_aux=True)(qkv)
+        return y, *grads
+
+    with jax.enable_x64(True):
+        given = masks.inputs_of(case, time=32)
+        fields = {k: v for k, v in given.mask.items() if isinstance(v, np.ndarray)}
+        arrays = given.qkv, given.w, fields
+        if context == "ring" and case in REFUSED:
+            with pytest.raises(ValueError, match=REFUSED[case]):
+                run(arrays, True)
+            return
+        for a, b in zip(run(arrays, True), run(arrays, False), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 def shapes(text):
@@ -168,14 +234,14 @@ def test_a_ring_has_its_own_kernel():
     q, k, v, _, segments = inputs(np.random.default_rng(0), 2, 16)
     cut = mesh.make(MeshConfig(data=1, context=2), jax.devices()[:2])
     with scope.bind(**sharding.placement(cut)), pytest.raises(ValueError, match="context ulysses"):
-        attend(q, k, v, segments, "cudnn", "ring")
+        attend(q, k, v, causal(segments), implementation="cudnn")
 
 
 def test_the_one_device_result_is_of_the_plain_form():
     """The reference above must be no ring."""
     with jax.enable_x64(True):
         q, k, v, w, segments = inputs(np.random.default_rng(0), 2, 16)
-        want = attend(q, k, v, segments, "xla")
+        want = attend(q, k, v, causal(segments))
         text = compiled(*ONE).lower((q, k, v), w, segments).as_text()
         ring = compiled(*CUTS["ring4"]).lower((q, k, v), w, segments).as_text()
         np.testing.assert_allclose(compiled(*ONE)((q, k, v), w, segments)[0], want, rtol=1e-12)

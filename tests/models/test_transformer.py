@@ -223,9 +223,10 @@ def weight_products(jaxpr):
     return found
 
 
-def test_cached_logits_are_the_full_ones(kind):
+@pytest.mark.parametrize("window", slow_but((0,), (0, 4), gate=(4,)))
+def test_cached_logits_are_the_full_ones(kind, window):
     """Prompts of different lengths at once, then token by token."""
-    task, params, _ = started(kind)
+    task, params, _ = started(dataclasses.replace(kind, window=window))
     tokens = packed()["tokens"]
     full = task.predict(params, {}, {"tokens": tokens})
     lengths = np.array([3, 7, 5])
@@ -247,6 +248,17 @@ def test_cached_logits_are_the_full_ones(kind):
         want = full[np.arange(3), lengths]
         np.testing.assert_allclose(logits[:, 0], want, rtol=1e-5, atol=1e-5)
         lengths = lengths + 1
+
+
+def test_an_encoder_sees_both_sides_and_does_not_decode():
+    task, params, _ = started(dataclasses.replace(KINDS["llama"], mask="full"))
+    tokens = packed()["tokens"]
+    first = task.predict(params, {}, {"tokens": tokens})[:, 0]
+    changed = task.predict(params, {}, {"tokens": tokens.at[:, -1].add(-1)})[:, 0]
+    assert (np.abs(first - changed) > 1e-6).any(-1).all()
+    cache = task.call(params, {}, lambda m: m.cache(3, 16))
+    with pytest.raises(ValueError, match="mask=full: a token sees later ones"):
+        task.call(params, {}, lambda m: m.decode(tokens, tokens * 0, cache))
 
 
 def test_bfloat16_computes_near_and_sums_in_float32():

@@ -272,27 +272,34 @@ LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4"
 PRIVATE_LAYOUTS = [*LANGUAGE, "psum2_tensor2", "psum2x2_fsdp2"]
 LANGUAGE += ["local8", "powersgd4", "local_powersgd4x2x2"]  # blocks stacked in three dims and more
 LANGUAGE += [name for name in LAYOUTS if "context" in name or "2_tensor2" in name]
+ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", "local2_context2")
 
 
 @pytest.mark.parametrize(
-    "layout,context,dtype",
+    "layout,name,context,dtype",
     slow_but(
-        [("context2x2x2", "ring", "float64")],
+        [("context2x2x2", "lm", "ring", "float64")],
         [
-            *((layout, "ring", "float64") for layout in LANGUAGE),
-            ("context2", "ulysses", "float64"),
-            ("context2x2", "ulysses", "float64"),
-            *((f"context{n}", "ring", "float32") for n in (2, 4, 8)),
+            *((layout, "lm", "ring", "float64") for layout in LANGUAGE),
+            ("context2", "lm", "ulysses", "float64"),
+            ("context2x2", "lm", "ulysses", "float64"),
+            *((f"context{n}", "lm", "ring", "float32") for n in (2, 4, 8)),
+            *((layout, "encoder", "ring", "float64") for layout in ENCODED),
+            *((layout, "windowed", "ulysses", "float64") for layout in ("context2", "tensor2")),
+            ("context2x2", "encoder", "ulysses", "float64"),
         ],
-        gate=[("sequence2x2", "ring", "float64")],
+        gate=[
+            ("sequence2x2", "lm", "ring", "float64"),
+            ("context2x2x2", "encoder", "ring", "float64"),
+        ],
     ),
 )
-def test_language_model_equals_one_device(layout, context, dtype):
+def test_language_model_equals_one_device(layout, name, context, dtype):
     """Packed documents, uneven padding, dropout, z-loss, a loss in chunks."""
     with jax.enable_x64(dtype == "float64"):
         how = {"dtype": dtype, "steps": 8, "optimizer": optimizer_of(LAYOUTS[layout][0])}
-        want = reference("lm", 1, **how)
-        model = dataclasses.replace(MODELS["lm"], context=context)
+        want = reference(name, 1, **how)
+        model = dataclasses.replace(MODELS[name], context=context)
         got = trajectory(model, *LAYOUTS[layout], **how)
     assert_same(got, want, RTOL[dtype])
     assert want.losses[-1] < want.losses[0]

@@ -80,6 +80,8 @@ def context_collectives(facts: Facts, layout: Layout) -> Iterator[EstimatedColle
 
     yield permute(kv_bytes, 2 * (group - 1) * passes, "keys and values")
     yield permute(kv_bytes * FLOAT32_BYTES / facts.compute, 2 * group, "keys and values")
+    if model.mask == "full":
+        return
     # Sequences are reordered in halves; with two devices, each keeps one of its halves.
     reorders = 2 * passes * (1 if group == 2 else 2)
     yield permute(kv_bytes / 2, reorders, "activations")

@@ -232,11 +232,12 @@ def widths(model: Transformer) -> dict[str, int]:
 def matmul_flops(model: Transformer, length: int) -> dict[str, float]:
     """Forward FLOPs per token of the matmuls of a block, by the name of their output, and of the logits.
 
-    attended: scores and their weighted sum, with the masked half included (the convention of PaLM).
+    attended: scores and their weighted sum, with the masked half included (the convention of PaLM); of a
+    window only the keys in reach.
     """
     width = widths(model)
     matmuls = {name: 2.0 * model.embed * width[name] for name in width if name != "residual"}
-    matmuls["attended"] = 4.0 * width["query"] * length
+    matmuls["attended"] = 4.0 * width["query"] * model.keys_seen(length)
     matmuls["out"] = 2.0 * width["query"] * model.embed
     matmuls["down"] = 2.0 * width["up"] * model.embed
     return matmuls | {"logits": 2.0 * model.embed * model.rows}
@@ -244,7 +245,8 @@ def matmul_flops(model: Transformer, length: int) -> dict[str, float]:
 
 def transformer_flops(model: Transformer, batch_size: int, length: int) -> dict[str, int]:
     """Model FLOPs of a step, as flops.count_step counts them (frozen weights as if they were trained), but
-    with attention included where a fused kernel hides it from the jaxpr.
+    with attention included where a fused kernel hides it from the jaxpr, and without what XLA's attention
+    computes beyond a window.
     """
     matmuls = matmul_flops(model, length)
     block = sum(count for name, count in matmuls.items() if name != "logits")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from spmd.analysis.plan.facts import Facts
 from spmd.analysis.plan.shardings import GROUPS
 from spmd.core.fields import check
+from spmd.models.attention.kernels import check_ring
 from spmd.parallel.mesh import AXES, BATCH_AXES, MeshConfig
 from spmd.strategies import Auto
 from spmd.strategies.grads.pipeline import execute, schedules
@@ -204,8 +205,9 @@ def _check_context(facts: Facts, layout: Layout) -> None:
             model.attention == "xla",
             f"model.attention={model.attention} needs complete sequences, and model.context=ring shards them",
         )
+        check_ring(model.mask_kind)
         check(
-            facts.length % (2 * context) == 0,
+            model.mask == "full" or facts.length % (2 * context) == 0,
             f"model.context=ring: 2 x mesh.context={context} does not divide the {facts.length} tokens of a"
             " sequence",
         )

@@ -232,7 +232,8 @@ def _transient(facts: Facts, layout: Layout) -> float:
     assert model
     tensor, context, size = layout.size("tensor"), layout.size("context"), 0.0
     if context > 1 and layout.context == "ring":
-        scores = local_tokens * model.heads / tensor * facts.length / (4 * context)
+        scores = local_tokens * model.heads / tensor * facts.length / context
+        scores /= 4 if model.mask == "causal" else 1  # two chunks of 2 n, or of n
         size += scores * 2 * (FLOAT32_BYTES + facts.compute)
     if model.experts.num and layout.size("expert") > 1:
         rows = local_tokens * model.experts.top_k

@@ -9,6 +9,7 @@ from spmd.analysis.plan.layout import Layout, tokens
 from spmd.analysis.plan.memory import EstimatedMemory
 from spmd.analysis.plan.shardings import GROUPS
 from spmd.hardware.chips import Chip
+from spmd.models.transformer import Transformer
 
 # Fraction of the peak that large matmuls reach. TPU: MaxText's runs with full remat execute 4 / 3 of their
 # model FLOPs, so that 58.9 % MFU (52B, v4) and 66.9 % (32B, v5e) are 79 % and 89 %; this is between them.
@@ -153,7 +154,8 @@ def _flops(facts: Facts, layout: Layout) -> _Flops:
     assert model
     matmuls = matmul_flops(model, facts.length)
     logits = matmuls.pop("logits")
-    attention, fused = _attention(facts, layout, matmuls.pop("attended"))
+    matmuls.pop("attended")
+    attention, fused = attention_flops(facts, layout)
     rematerialised = recomputed_matmuls(facts, layout)
     dense = sum(matmuls.values())
     weights = dense * 3 + sum(matmuls[name] for name in matmuls if name in rematerialised)
@@ -164,16 +166,35 @@ def _flops(facts: Facts, layout: Layout) -> _Flops:
     return _Flops(dense, attention, weights, kernel, logits, 3 if facts.chunks == 1 else 4)
 
 
-def _attention(facts: Facts, layout: Layout, flops: float) -> tuple[float, bool]:
-    """(forward FLOPs per token that are left of `flops` under the mask, whether a kernel recomputes the
-    scores in the backward pass instead of saving them).
+def attention_flops(facts: Facts, layout: Layout) -> tuple[float, bool]:
+    """(forward FLOPs per token that attention executes, whether a kernel recomputes the scores in the
+    backward pass instead of saving them).
     """
-    assert facts.model
+    model = facts.model
+    assert model
+    per_key, length = 4.0 * model.heads * model.width, facts.length
+    if layout.size("context") > 1 and layout.context == "ring":
+        return per_key * length * ring_share(model, layout), True
+    if model.attention not in FUSED:
+        return per_key * length, False
+    return per_key * _computed_keys(model, length), True
+
+
+def ring_share(model: Transformer, layout: Layout) -> float:
+    """Fraction of the pairs of queries and keys that a ring computes: all, or 2 n + 1 of 4 n pairs of chunks
+    under a causal mask.
+    """
     context = layout.size("context")
-    if context > 1 and layout.context == "ring":  # 2 n + 1 of 4 n pairs of chunks
-        return flops * (2 * context + 1) / (4 * context), True
-    fused = facts.model.attention in FUSED
-    return (flops / 2 if fused else flops), fused
+    return (2 * context + 1) / (4 * context) if model.mask == "causal" else 1.0
+
+
+def _computed_keys(model: Transformer, length: int) -> float:
+    """Mean number of keys per query that a fused kernel computes."""
+    if model.mask == "full":
+        skips = model.attention == "splash"  # cuDNN skips beyond windows to the left only
+        return model.keys_seen(length) if skips else length
+    window = model.keys_seen(length)
+    return window * (1 - window / (2 * length))  # the first queries of a row have fewer
 
 
 def _operand_bytes(facts: Facts, layout: Layout) -> float:
@@ -204,7 +225,7 @@ def _traffic(facts: Facts, layout: Layout) -> tuple[float, float]:
     block = moved * facts.compute
     if model.attention == "xla":
         context = layout.size("context")
-        ring = (2 * context + 1) / (4 * context) if context > 1 and layout.context == "ring" else 1
+        ring = ring_share(model, layout) if context > 1 and layout.context == "ring" else 1
         scores = model.heads / tensor * facts.length * ring
         block += scores * (SCORES_PASSES * FLOAT32_BYTES + 2 * facts.compute)
     return block, LOGITS_PASSES * FLOAT32_BYTES * model.rows / tensor

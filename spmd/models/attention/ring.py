@@ -6,14 +6,21 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from spmd.core import tree
 from spmd.core.fields import check
-from spmd.models.attention.mask import causal_mask, segment_mask
+from spmd.models.attention.chunks import (
+    RunningSoftmax,
+    Scoring,
+    fold,
+    pair_gradients,
+    send_to_next,
+)
+from spmd.models.attention.mask import Mask, causal_mask, segment_mask
 from spmd.parallel import scope
 
 QUERY_DIMS = ("batch", "time", "heads", "head_dim")
@@ -22,7 +29,12 @@ SEGMENT_DIMS = ("batch", "time")
 
 
 def attend_ring(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    mask: Mask,
+    scale: float,
+    softcap: float,
 ) -> jax.Array:
     """Exact causal attention [B, T, H, K], the softmax at least in float32.
 
@@ -36,7 +48,9 @@ def attend_ring(
         q_BTHK: queries, sharded along time.
         k_BTGK: keys.
         v_BTGK: values.
-        segments_BT: number of each token's document.
+        mask: causal; queries and keys have the same segments.
+        scale: factor on the scores.
+        softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
 
     Raises:
         ValueError: T does not divide into 2 n chunks.
@@ -48,11 +62,14 @@ def attend_ring(
         f" {time} tokens; use a length that is a multiple of {2 * num}, or --model.context ulysses",
     )
 
+    segments_BT, _ = mask.both_segments(q_BTHK.shape[0], time, time)
+    scoring = Scoring(scale, softcap)
+
     def attend_block(q_BCHK, k_BCGK, v_BCGK, segments_BC):
         batch, time, kv_heads, head_dim = k_BCGK.shape
         q_BCGRK = q_BCHK.reshape(batch, time, kv_heads, -1, head_dim)
         chunks = to_zigzag((q_BCGRK, k_BCGK, v_BCGK, segments_BC), axes)
-        return from_zigzag(_ring(axes, *chunks), axes).reshape(q_BCHK.shape)
+        return from_zigzag(_ring(axes, scoring, *chunks), axes).reshape(q_BCHK.shape)
 
     in_dims = (QUERY_DIMS, KEY_DIMS, KEY_DIMS, SEGMENT_DIMS)
     return scope.blockwise(attend_block, in_dims, QUERY_DIMS)(q_BTHK, k_BTGK, v_BTGK, segments_BT)
@@ -95,20 +112,12 @@ def from_zigzag(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 # ---- the ring; leading dim 2: the early and the late chunk of a device
 
 
-class RunningSoftmax(NamedTuple):
-    """The softmax over the keys seen so far, for each query."""
-
-    largest: jax.Array  # score, [..., B, c, G, R]
-    total: jax.Array  # sum of exp(score - largest)
-    values: jax.Array  # values weighted by exp(score - largest), [..., B, c, G, R, K]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(axes, scoring, q, k, v, segments):
+    return _forward(axes, scoring, q, k, v, segments)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(axes, q, k, v, segments):
-    return _forward(axes, q, k, v, segments)[0]
-
-
-def _forward(axes, q, k, v, segments):
+def _forward(axes, scoring, q, k, v, segments):
     dtype, num, rank = (
         tree.at_least_float32(q.dtype),
         jax.lax.axis_size(axes),
@@ -117,30 +126,30 @@ def _forward(axes, q, k, v, segments):
     floor = jnp.full(q.shape[:-1], jnp.finfo(dtype).min, dtype)
     empty = RunningSoftmax(floor, jnp.zeros_like(floor), jnp.zeros(q.shape, dtype))
     local = (k, v, segments)
-    received = _send_to_next(local, axes)
+    received = send_to_next(local, axes)
     early, late = (
-        _fold(_at(empty, n), q[n], k[n], v[n], _mask(segments[n], segments[n], causal=True))
+        fold(_at(empty, n), q[n], k[n], v[n], _mask(segments[n], segments[n], causal=True), scoring)
         for n in (0, 1)
     )
-    late = _fold(late, q[1], k[0], v[0], _mask(segments[1], segments[0]))
+    late = fold(late, q[1], k[0], v[0], _mask(segments[1], segments[0]), scoring)
 
     def fold_received(softmax, received, step):
         """The softmax with the keys and values of the device `step` ranks before."""
         early, late = softmax
         k, v, key_segments = received
-        late = _fold(late, q[1], k[0], v[0], _mask(segments[1], key_segments[0]))
+        late = fold(late, q[1], k[0], v[0], _mask(segments[1], key_segments[0]), scoring)
         # From a lower rank the early chunk precedes both local ones, else both chunks precede the late one.
         lower = rank >= step
         pick = lambda x: jnp.where(lower, x[0], x[1])
         either = jax.tree.map(lambda a, b: jnp.where(lower, a, b), early, late)
         mask = _mask(pick(segments), pick(key_segments))
-        either = _fold(either, pick(q), pick(k), pick(v), mask)
+        either = fold(either, pick(q), pick(k), pick(v), mask, scoring)
         replace = lambda when, old: jax.tree.map(lambda a, b: jnp.where(when, a, b), either, old)
         return replace(lower, early), replace(~lower, late)
 
     def body(carry, step):
         softmax, received = carry
-        coming = _send_to_next(received, axes)  # travels while these are folded in
+        coming = send_to_next(received, axes)  # travels while these are folded in
         return (fold_received(softmax, received, step), coming), None
 
     (softmax, received), _ = jax.lax.scan(
@@ -152,7 +161,7 @@ def _forward(axes, q, k, v, segments):
     return out, (q, k, v, segments, out, softmax.largest + jnp.log(softmax.total))
 
 
-def _backward(axes, residuals, gradient):
+def _backward(axes, scoring, residuals, gradient):
     """Gradients of q, k and v; those of keys and values travel with them and are returned to their device."""
     q, k, v, segments, out, partition = residuals
     dtype, num, rank = (
@@ -163,23 +172,27 @@ def _backward(axes, residuals, gradient):
     inner = jnp.sum(out.astype(dtype) * gradient.astype(dtype), axis=-1)
     query = (q, gradient, partition, inner)
 
-    received = _send_to_next((k, v, segments), axes)
+    received = send_to_next((k, v, segments), axes)
     early, late = (
-        _pair_gradients(_at(query, n), (k[n], v[n]), _mask(segments[n], segments[n], causal=True))
+        pair_gradients(
+            _at(query, n), (k[n], v[n]), _mask(segments[n], segments[n], causal=True), scoring
+        )
         for n in (0, 1)
     )
-    cross = _pair_gradients(_at(query, 1), (k[0], v[0]), _mask(segments[1], segments[0]))
+    cross = pair_gradients(_at(query, 1), (k[0], v[0]), _mask(segments[1], segments[0]), scoring)
     q_gradient = jnp.stack([early[0], late[0] + cross[0]])
     kv_gradient = tuple(jnp.stack([early[i] + cross[i], late[i]]) for i in (1, 2))
 
     def add_received(q_gradient, received, step):
         """(gradient of q with the pairs of these keys added, gradients of these keys and values)."""
         k, v, key_segments = received
-        cross = _pair_gradients(_at(query, 1), (k[0], v[0]), _mask(segments[1], key_segments[0]))
+        cross = pair_gradients(
+            _at(query, 1), (k[0], v[0]), _mask(segments[1], key_segments[0]), scoring
+        )
         lower = rank >= step
         pick = lambda x: jnp.where(lower, x[0], x[1])
         mask = _mask(pick(segments), pick(key_segments))
-        either = _pair_gradients(jax.tree.map(pick, query), (pick(k), pick(v)), mask)
+        either = pair_gradients(jax.tree.map(pick, query), (pick(k), pick(v)), mask, scoring)
         first = lambda x: jnp.where(lower, x, jnp.zeros_like(x))
         second = lambda x: jnp.where(lower, jnp.zeros_like(x), x)
         q_gradient += jnp.stack([first(either[0]), cross[0] + second(either[0])])
@@ -188,16 +201,16 @@ def _backward(axes, residuals, gradient):
 
     def body(carry, step):
         q_gradient, received, kv_gradient = carry
-        coming, kv_gradient = _send_to_next(received, axes), _send_to_next(kv_gradient, axes)
+        coming, kv_gradient = send_to_next(received, axes), send_to_next(kv_gradient, axes)
         q_gradient, terms = add_received(q_gradient, received, step)
         return (q_gradient, coming, jax.tree.map(jnp.add, kv_gradient, terms)), None
 
     (q_gradient, received, kv_gradient), _ = jax.lax.scan(
         body, (q_gradient, received, kv_gradient), jnp.arange(1, num - 1, dtype=jnp.int32)
     )
-    kv_gradient = _send_to_next(kv_gradient, axes)
+    kv_gradient = send_to_next(kv_gradient, axes)
     q_gradient, terms = add_received(q_gradient, received, num - 1)
-    k_gradient, v_gradient = _send_to_next(jax.tree.map(jnp.add, kv_gradient, terms), axes)
+    k_gradient, v_gradient = send_to_next(jax.tree.map(jnp.add, kv_gradient, terms), axes)
     return (
         q_gradient.astype(q.dtype),
         k_gradient.astype(k.dtype),
@@ -213,58 +226,7 @@ def _at(parts: Any, index: int) -> Any:
     return jax.tree.map(lambda x: x[index], parts)
 
 
-def _send_to_next(parts: Any, axes: tuple[str, ...]) -> Any:
-    """The previous device's arrays; each device sends its own to the next."""
-    num = jax.lax.axis_size(axes)
-    route = [(i, (i + 1) % num) for i in range(num)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, route), parts)
-
-
 def _mask(query_Bt: jax.Array, key_Bs: jax.Array, *, causal: bool = False) -> jax.Array:
     """[B, t, s] from the segments of two chunks; causal: it is the same chunk."""
     same = segment_mask(query_Bt, key_Bs)
     return same & causal_mask(query_Bt.shape[1]) if causal else same
-
-
-def _scores(q_BtGRK: jax.Array, k_BsGK: jax.Array) -> jax.Array:
-    """Scaled scores [B, t, G, R, s], at least float32."""
-    dtype, scale = tree.at_least_float32(q_BtGRK.dtype), q_BtGRK.shape[-1] ** -0.5
-    return jnp.einsum("btgrk,bsgk->btgrs", q_BtGRK, k_BsGK, preferred_element_type=dtype) * scale
-
-
-def _fold(
-    softmax: RunningSoftmax, q: jax.Array, k: jax.Array, v: jax.Array, mask_Bts: jax.Array
-) -> RunningSoftmax:
-    """The softmax over one more chunk of keys (Milakov and Gimelshein 2018, arXiv 1805.02867)."""
-    mask = mask_Bts[:, :, None, None, :]
-    scores = jnp.where(mask, _scores(q, k), jnp.finfo(softmax.total.dtype).min)
-    largest = jnp.maximum(softmax.largest, scores.max(-1))
-    shares = jnp.where(mask, jnp.exp(scores - largest[..., None]), 0)
-    factor = jnp.exp(softmax.largest - largest)
-    dtype = softmax.values.dtype
-    values = jnp.einsum(
-        "btgrs,bsgk->btgrk", shares.astype(q.dtype), v, preferred_element_type=dtype
-    )
-    return RunningSoftmax(
-        largest,
-        softmax.total * factor + shares.sum(-1),
-        softmax.values * factor[..., None] + values,
-    )
-
-
-def _pair_gradients(query, key, mask_Bts):
-    """Gradients of q, k and v from one pair of chunks, at least float32.
-
-    query: (q, gradient of the output, log of the softmax's denominator, sum of output times gradient).
-    key: (k, v).
-    """
-    (q, gradient, partition, inner), (k, v) = query, key
-    einsum = functools.partial(jnp.einsum, preferred_element_type=partition.dtype)
-    mask = mask_Bts[:, :, None, None, :]
-    shares = jnp.where(mask, jnp.exp(_scores(q, k) - partition[..., None]), 0)
-    v_gradient = einsum("btgrs,btgrk->bsgk", shares.astype(q.dtype), gradient)
-    share_gradient = einsum("btgrk,bsgk->btgrs", gradient, v)
-    score_gradient = shares * (share_gradient - inner[..., None]) * q.shape[-1] ** -0.5
-    score_gradient = score_gradient.astype(q.dtype)
-    q_gradient = einsum("btgrs,bsgk->btgrk", score_gradient, k)
-    return q_gradient, einsum("btgrs,btgrk->bsgk", score_gradient, q), v_gradient

@@ -1,9 +1,10 @@
 """Attention over a sharded sequence by exchanging heads for time (DeepSpeed Ulysses)."""
 
-# B batch, T time, C time of one device, H query heads, G key and value heads, K head_dim
+# B batch, T time, S time of keys, C time of one device, H query heads, G key and value heads, K head_dim
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -11,17 +12,20 @@ from collections.abc import Callable
 import jax
 
 from spmd.core.fields import check
+from spmd.models.attention.mask import Mask
 from spmd.models.attention.ring import KEY_DIMS, QUERY_DIMS, SEGMENT_DIMS
 from spmd.parallel import scope
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (q, k, v, mask, bias) -> attention of unsharded sequences
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, Mask, jax.Array | None], jax.Array]
 
 
 def attend_ulysses(
     q_BTHK: jax.Array,
-    k_BTGK: jax.Array,
-    v_BTGK: jax.Array,
-    segments_BT: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    mask: Mask,
+    bias_HTS: jax.Array | None,
     kernel: Kernel,
 ) -> jax.Array:
     """Attention [B, T, H, K]: an all-to-all gives each device all tokens of some heads, another reverses it.
@@ -30,10 +34,11 @@ def attend_ulysses(
 
     Args:
         q_BTHK: queries, sharded along time.
-        k_BTGK: keys.
-        v_BTGK: values.
-        segments_BT: number of each token's document.
-        kernel: (q, k, v, segments) -> attention, on unsharded sequences.
+        k_BSGK: keys, sharded alike.
+        v_BSGK: values.
+        mask: the keys that a query sees.
+        bias_HTS: [H or 1, T, S], added to the scores.
+        kernel: attention of unsharded sequences.
 
     Raises:
         ValueError: the heads do not divide over the devices.
@@ -43,7 +48,7 @@ def attend_ulysses(
         scope.num_shards("time"),
         scope.num_shards("heads"),
     )
-    heads, kv_heads = q_BTHK.shape[2], k_BTGK.shape[2]
+    heads, kv_heads = q_BTHK.shape[2], k_BSGK.shape[2]
     common = math.gcd(heads, kv_heads)
     allowed = [n for n in range(1, common + 1) if common % (n * tensor) == 0]
     check(
@@ -54,16 +59,59 @@ def attend_ulysses(
         + f"; mesh.context may be {', '.join(map(str, allowed)) or 'none'}, or use --model.context ring",
     )
 
-    def attend_block(q_BCHK, k_BCGK, v_BCGK, segments_BC):
-        gather_time = functools.partial(
-            jax.lax.all_to_all, axis_name=axes, split_axis=2, concat_axis=1, tiled=True
-        )
-        segments_BT = jax.lax.all_gather(segments_BC, axes, axis=1, tiled=True)
-        with scope.bind(sharding_axes=None):
-            y_BTHK = kernel(
-                gather_time(q_BCHK), gather_time(k_BCGK), gather_time(v_BCGK), segments_BT
-            )
-        return jax.lax.all_to_all(y_BTHK, axes, split_axis=1, concat_axis=2, tiled=True)
+    (batch, time), keys = q_BTHK.shape[:2], k_BSGK.shape[1]
+    segments_BT, segments_BS = mask.both_segments(batch, time, keys)
+    extra, extra_dims = {}, {}
+    if not mask.joint or time != keys:
+        extra["key_segments"], extra_dims["key_segments"] = segments_BS, SEGMENT_DIMS
+    if mask.prefix_B is not None:
+        extra["prefix"], extra_dims["prefix"] = mask.prefix_B, ("batch",)
+    if bias_HTS is not None:
+        heads_dim = "heads" if bias_HTS.shape[0] > 1 else None
+        extra["bias"], extra_dims["bias"] = bias_HTS, (heads_dim, None, None)
 
-    in_dims = (QUERY_DIMS, KEY_DIMS, KEY_DIMS, SEGMENT_DIMS)
-    return scope.blockwise(attend_block, in_dims, QUERY_DIMS)(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+    in_dims = (QUERY_DIMS, KEY_DIMS, KEY_DIMS, SEGMENT_DIMS, *extra_dims.values())
+    attend_block = functools.partial(
+        _attend_block, names=tuple(extra), axes=axes, mask=mask, kernel=kernel
+    )
+    run = scope.blockwise(attend_block, in_dims, QUERY_DIMS)
+    return run(q_BTHK, k_BSGK, v_BSGK, segments_BT, *extra.values())
+
+
+def _attend_block(
+    q_BCHK: jax.Array,
+    k_BCGK: jax.Array,
+    v_BCGK: jax.Array,
+    segments_BC: jax.Array,
+    *rest: jax.Array,
+    names: tuple[str, ...],
+    axes: tuple[str, ...],
+    mask: Mask,
+    kernel: Kernel,
+) -> jax.Array:
+    """Attention [B, C, H, K] of a device's part of the sequence; rest: other arrays, by their `names`."""
+    parts = dict(zip(names, rest, strict=True))
+    gather_time = functools.partial(
+        jax.lax.all_to_all, axis_name=axes, split_axis=2, concat_axis=1, tiled=True
+    )
+    gather_segments = functools.partial(jax.lax.all_gather, axis_name=axes, axis=1, tiled=True)
+    segments_BT = gather_segments(segments_BC)
+    segments_BS = segments_BT
+    if "key_segments" in parts:
+        segments_BS = gather_segments(parts["key_segments"])
+    local_mask = dataclasses.replace(
+        mask,
+        prefix_B=parts.get("prefix"),
+        query_segments_BT=segments_BT,
+        key_segments_BS=segments_BS,
+    )
+    bias_HTS = parts.get("bias")
+    if bias_HTS is not None and bias_HTS.shape[0] > 1:  # those of the heads that arrive
+        size = bias_HTS.shape[0] // jax.lax.axis_size(axes)
+        start = jax.lax.axis_index(axes) * size
+        bias_HTS = jax.lax.dynamic_slice_in_dim(bias_HTS, start, size)
+    with scope.bind(sharding_axes=None):
+        y_BTHK = kernel(
+            gather_time(q_BCHK), gather_time(k_BCGK), gather_time(v_BCGK), local_mask, bias_HTS
+        )
+    return jax.lax.all_to_all(y_BTHK, axes, split_axis=1, concat_axis=2, tiled=True)

@@ -12,25 +12,63 @@ from spmd.models.layers import contract
 
 
 def attend_xla(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask_BTS: jax.Array
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    visible_BTS: jax.Array | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    bias_HTS: jax.Array | None = None,
+    may_be_empty: bool = False,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over the keys where the mask is True: [B, T, H, K].
+    """softmax(scale q k^T) v over the keys where visible is True (None: all): [B, T, H, K].
 
     The softmax is at least float32, the matmuls stay in the compute type, backward too: differentiated,
     jax.nn.dot_product_attention multiplies float32 by bfloat16, which strict promotion refuses.
+
+    Args:
+        q_BTHK: queries.
+        k_BSGK: keys.
+        v_BSGK: values.
+        visible_BTS: True where a query sees a key.
+        scale: factor on the scores.
+        softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
+        bias_HTS: [H or 1, T, S], added to the scores.
+        may_be_empty: whether some query sees no key, so that its output must be set to 0.
     """
-    batch, time, _, head_dim = q_BTHK.shape
-    q_BTGRK = q_BTHK.reshape(batch, time, k_BSGK.shape[2], -1, head_dim)  # R queries for each key
+    batch, time, heads, head_dim = q_BTHK.shape
+    kv_heads = k_BSGK.shape[2]
+    q_BTGRK = q_BTHK.reshape(batch, time, kv_heads, -1, head_dim)  # R queries for each key
     dtype = tree.at_least_float32(q_BTHK.dtype)
-    scores = contract("btgrk,bsgk->bgrts", dtype, q_BTGRK, k_BSGK) * head_dim**-0.5
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(dtype).min)
+    scores = contract("btgrk,bsgk->bgrts", dtype, q_BTGRK, k_BSGK) * scale
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias_HTS is not None:
+        groups = (kv_heads, heads // kv_heads) if bias_HTS.shape[0] > 1 else (1, 1)
+        scores += bias_HTS.reshape(1, *groups, *bias_HTS.shape[1:]).astype(dtype)
+    if visible_BTS is not None:
+        scores = jnp.where(visible_BTS[:, None, None], scores, jnp.finfo(dtype).min)
     shares = jax.nn.softmax(scores).astype(q_BTHK.dtype)
+    if may_be_empty and visible_BTS is not None:
+        shares = jnp.where(visible_BTS[:, None, None], shares, 0)
     return contract("bgrts,bsgk->btgrk", q_BTHK.dtype, shares, v_BSGK).reshape(q_BTHK.shape)
 
 
 def attend_cached(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, positions_BT: jax.Array
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    window: int = 0,
 ) -> jax.Array:
-    """Attention [B, T, H, K] to a cache whose slot s holds position s, up to each query's own position."""
-    slots = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)
-    return attend_xla(q_BTHK, k_BSGK, v_BSGK, slots.reshape(1, 1, -1) <= positions_BT[:, :, None])
+    """Attention [B, T, H, K] to a cache whose slot s holds position s, up to each query's own position.
+
+    window: only the latest keys, that many; 0 is all.
+    """
+    slots_11S = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype).reshape(1, 1, -1)
+    visible_BTS = slots_11S <= positions_BT[:, :, None]
+    if window:
+        visible_BTS &= slots_11S > positions_BT[:, :, None] - window
+    return attend_xla(q_BTHK, k_BSGK, v_BSGK, visible_BTS, scale=q_BTHK.shape[-1] ** -0.5)

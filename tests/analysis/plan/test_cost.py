@@ -10,8 +10,18 @@ import pytest
 from jax._src import mesh_utils  # the assignment of axes that jax.make_mesh makes: an oracle
 
 import spmd
-from spmd.analysis.plan import activations, collective, comms, cost, facts, memory, network, scaling
-from spmd.analysis.plan.layout import REMATS, Layout
+from spmd.analysis.plan import (
+    activations,
+    collective,
+    comms,
+    cost,
+    facts,
+    memory,
+    network,
+    scaling,
+    work,
+)
+from spmd.analysis.plan.layout import REMATS, Layout, check_mesh
 from spmd.analysis.plan.shardings import GROUPS
 from spmd.core import tree
 from spmd.hardware import flops, targets
@@ -138,6 +148,38 @@ def test_flops_of_the_transformer_are_those_of_its_jaxpr(kind):
     program = published.program(model, 16, 5)
     counted = flops.count_step(program.task, program.abstract_batch())
     assert facts.transformer_flops(model, 5, 16) == dict(counted)
+
+
+def test_a_mask_changes_the_flops_of_attention():
+    """Keys per query: model FLOPs with the causal half, and what each kernel executes."""
+    T, W, one = 8192, 1024, Layout({}, remat="full")
+
+    def flops(*words: str, layout: Layout = one) -> tuple[float, float]:
+        fact = facts_of("llama3_8b", *words)
+        assert fact.model and fact.length == T
+        per_key = 4 * fact.model.heads * fact.model.width
+        attended = facts.matmul_flops(fact.model, T)["attended"] / per_key
+        return attended, work.attention_flops(fact, layout)[0] / per_key
+
+    full, window, splash = (
+        ["--model.mask", "full"],
+        ["--model.window", str(W)],
+        ["--model.attention"],
+    )
+    splash += ["splash"]
+    assert flops() == (T, T) and flops(*splash) == (T, T / 2)
+    assert flops(*full) == flops(*full, *splash) == (T, T)
+    assert flops(*window) == (W, T) and flops(*window, *splash) == (W, W - W * W / T / 2)
+    assert flops(*full, *window, *splash) == (2 * W - 1, 2 * W - 1)
+    assert flops(*full, *window, "--model.attention", "cudnn") == (2 * W - 1, T)
+    ring = Layout({"context": 4}, remat="full")
+    assert flops(layout=ring) == (T, T * 9 / 16) and flops(*full, layout=ring) == (T, T)
+
+
+def test_a_ring_has_no_windows():
+    fact = facts_of("llama3_8b", "--model.window", "1024")
+    with pytest.raises(ValueError, match=r"context=ring cannot compute a window mask; .*=ulysses"):
+        check_mesh(fact, Layout({"context": 4}))
 
 
 def test_remat_executes_more_and_a_fused_kernel_less():
