@@ -15,6 +15,7 @@ from flax import nnx
 from spmd.core import narrow, tree
 from spmd.core.fields import check
 from spmd.parallel import scope
+from spmd.parallel.follows import base_dims, resolve_dims
 
 PyTree = Any
 
@@ -23,18 +24,20 @@ class FunctionalModel(NamedTuple):
     """An NNX model split once into static graphs and plain dicts (NNX itself is slow in the loop).
 
     init: key -> (params, model_state). apply: (params, model_state, *inputs, train) -> (output, model_state).
-    call: (params, model_state, fn, train) -> (fn(module), model_state). dims, state_dims: logical dims of
+    call: (params, model_state, fn, train) -> (fn(module), model_state). dims, state_dims: base dims of
     parameters and of model state, by path. whole_batch: paths of modules whose statistics are those of the
-    rows that they see, and thus depend on the mesh. kind: class of the module.
+    rows that they see, and thus depend on the mesh. kind: class of the module. follows: base dims of dims of
+    the model's own.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[jax.Array, PyTree]]
     call: Callable[..., tuple[Any, PyTree]]
-    dims: dict[str, tuple[str, ...] | None]
-    state_dims: dict[str, tuple[str, ...] | None]
+    dims: dict[str, tuple[str | None, ...] | None]
+    state_dims: dict[str, tuple[str | None, ...] | None]
     whole_batch: tuple[str, ...]
     kind: type
+    follows: Mapping[str, str]
 
     def evaluated(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
         """fn(module) in evaluation mode: without dropout, with the running statistics."""
@@ -48,17 +51,19 @@ def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
     model without such a field computes in float32. Model state (batch statistics) is float32 at least.
 
     Args:
-        model: a config with `build(rngs)`, or an NNX module class that takes `rngs`.
+        model: a config with `build(rngs)`, or an NNX module class that takes `rngs`. Its attribute `follows`,
+            if it has one, says as which base dim (sharding.RULES) each dim of its own is sharded.
         param_dtype: type of the parameters.
 
     Raises:
-        ValueError: a module holds random state: its masks would depend on the mesh.
+        ValueError: a module holds random state: its masks would depend on the mesh; a dim follows none known.
     """
     widens = narrow.is_narrow(param_dtype) and not hasattr(model, "dtype")
     model = narrow.with_compute_type(model, param_dtype)
     build = model.build if hasattr(model, "build") else lambda rngs: model(rngs=rngs)
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     _check_no_random_state(abstract)
+    follows = base_dims(getattr(model, "follows", {}))
     graphs = {}
     for train in (True, False):
         abstract.train() if train else abstract.eval()
@@ -74,7 +79,7 @@ def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
     ) -> tuple[Any, PyTree]:
         params = narrow.at_least_float32(params) if widens else params
         module = nnx.merge(graphs[train], params, model_state)
-        with name_outputs(module):
+        with name_outputs(module), scope.follow(follows):
             out = fn(module)
         return out, _dicts(nnx.state(module, nnx.Not(nnx.Param)))
 
@@ -85,10 +90,11 @@ def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
         init=init,
         apply=apply,
         call=call,
-        dims=_dims(abstract, nnx.Param),
-        state_dims=_dims(abstract, nnx.Not(nnx.Param)),
+        dims=_dims(abstract, nnx.Param, follows),
+        state_dims=_dims(abstract, nnx.Not(nnx.Param), follows),
         whole_batch=_whole_batch_modules(abstract),
         kind=type(abstract),
+        follows=follows,
     )
 
 
@@ -108,11 +114,17 @@ def _whole_batch_modules(model: nnx.Module) -> tuple[str, ...]:
     return tuple("/".join(map(str, path)) for path, module in modules if isinstance(module, kinds))
 
 
-def _dims(model: nnx.Module, kind: Any) -> dict[str, tuple[str, ...] | None]:
-    """Path -> logical dims of the variables of a kind."""
-    return {
-        "/".join(map(str, path)): variable.get_metadata().get("dims")
+def _dims(
+    model: nnx.Module, kind: Any, follows: Mapping[str, str]
+) -> dict[str, tuple[str | None, ...] | None]:
+    """Path -> base dims of the variables of a kind."""
+    variables = {
+        "/".join(map(str, path)): variable
         for path, variable in nnx.to_flat_state(nnx.state(model, kind))
+    }
+    return {
+        name: resolve_dims(name, variable.get_metadata().get("dims"), follows)
+        for name, variable in variables.items()
     }
 
 

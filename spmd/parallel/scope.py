@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,8 @@ class Scope:
     calls: int = 0  # how many keys this layer has drawn: trace order, the same on every mesh
 
 
+# Base dims of a model's own dims: beside the scope, whose count of calls a nested scope would begin anew.
+_FOLLOWS: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("spmd_follows")
 _SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("spmd_scope")
 
 
@@ -68,6 +70,21 @@ def bind(**changes: Any) -> Iterator[Scope]:
         yield scope
     finally:
         _SCOPE.reset(token)
+
+
+@contextlib.contextmanager
+def follow(follows: Mapping[str, str]) -> Iterator[None]:
+    """Reads the dims of a model's own as the base dims that they follow, while the model is traced."""
+    token = _FOLLOWS.set(follows)
+    try:
+        yield
+    finally:
+        _FOLLOWS.reset(token)
+
+
+def _base_dims(dims: Dims) -> Dims:
+    follows = _FOLLOWS.get({})
+    return tuple(follows.get(dim, dim) if dim else None for dim in dims) if follows else dims
 
 
 def example_keys(step_key: jax.Array, example_id_B: jax.Array) -> jax.Array:
@@ -164,7 +181,7 @@ def gather_batch(x: jax.Array) -> GatheredBatch:
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """Constrain the sharding of x by logical dims; the identity without a scope and on one device."""
     rule = current().constrain
-    return x if rule is None else rule(x, dims)
+    return x if rule is None else rule(x, _base_dims(dims))
 
 
 def blockwise(
@@ -184,13 +201,15 @@ def blockwise(
         with bind(constrain=None, blockwise=None):  # within a block nothing is left to be placed
             return fn(*args)
 
-    return rule(block, in_dims, out_dims)
+    several = any(isinstance(dims, tuple) for dims in out_dims)
+    outs = tuple(map(_base_dims, out_dims)) if several else _base_dims(out_dims)
+    return rule(block, tuple(map(_base_dims, in_dims)), outs)
 
 
 def sharding_axes(dim: str) -> dict[str, int]:
     """`{mesh axis: size}` of the axes larger than 1 that shard a logical dim."""
     rule = current().sharding_axes
-    return {} if rule is None else rule(dim)
+    return {} if rule is None else rule(*_base_dims((dim,)))
 
 
 def num_shards(dim: str) -> int:

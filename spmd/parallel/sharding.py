@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,15 @@ def whole_sequences(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, t
     return {**rules, "time": (), "residual_time": ()}
 
 
+def unknown_dim(name: str, dim: str, names: Iterable[str] = ()) -> ValueError:
+    """The error for a dim that is none of RULES nor of `names`."""
+    known = [*names, *RULES]
+    return ValueError(
+        f"{name}: unknown logical dim {dim!r}.{closest(dim, known)} Known: {', '.join(known)}; a dim of the"
+        f' model\'s own follows one of them: follows = {{"{dim}": "vocab"}} in the model\'s config'
+    )
+
+
 # Below this, one all-gather costs more than the memory it saves.
 MIN_FSDP_ELEMENTS = 1024
 
@@ -81,10 +90,7 @@ def spec_of(
         if (
             dim is not None and dim not in rules
         ):  # first, since a search calls this thousands of times
-            names = ", ".join(rules)
-            raise ValueError(
-                f"{name}: unknown logical dim {dim!r}.{closest(dim, rules)} Known: {names}"
-            )
+            raise unknown_dim(name, dim)
         axes = tuple(a for a in (rules[dim] if dim else ()) if mesh.shape[a] > 1)
         for axis in axes:
             check(

@@ -38,7 +38,7 @@ class Staged(NamedTuple):
     enter: Callable[..., jax.Array]
     through: Callable[..., tuple[jax.Array, jax.Array, Sums, PyTree]]
     leave: Callable[..., tuple[jax.Array, Sums]]
-    stream: tuple[str, ...]
+    stream: tuple[str | None, ...]
 
 
 def _unstaged() -> Staged:
@@ -70,7 +70,7 @@ class Objective(NamedTuple):
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
-    dims: dict[str, tuple[str, ...] | None]
+    dims: dict[str, tuple[str | None, ...] | None]
     coefficients: dict[str, float]
     weigh: Callable[[Batch], dict[str, jax.Array]]
     loss: Callable[..., tuple[jax.Array, tuple[Sums, PyTree]]]

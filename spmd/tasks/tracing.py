@@ -19,6 +19,7 @@ from spmd.core.fields import check
 from spmd.metrics import Mean
 from spmd.models.functional import FunctionalModel, network
 from spmd.parallel import scope
+from spmd.parallel.follows import resolve_dims
 from spmd.tasks.objective import (
     FROZEN,
     VARIABLES,
@@ -272,7 +273,8 @@ def stages_of(tracer: Tracer) -> Staged:
             sums = call(params, unread, run)[0]
         return scaled_loss(sums, scale), sums
 
-    return Staged(enter, through, leave, net.kind.stream)
+    stream = resolve_dims("stream", net.kind.stream, net.follows) or ()
+    return Staged(enter, through, leave, stream)
 
 
 def training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextManager[Any]:

@@ -35,7 +35,7 @@ class StagedLoss(Protocol):
     enter: Callable[..., jax.Array]
     through: Callable[..., tuple[jax.Array, jax.Array, PyTree, PyTree]]
     leave: Callable[..., tuple[jax.Array, PyTree]]
-    stream: tuple[str, ...]
+    stream: tuple[str | None, ...]
 
 
 class Carry(NamedTuple):
