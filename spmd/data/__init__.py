@@ -11,7 +11,7 @@ import tyro
 from spmd.core.fields import check, free
 from spmd.core.storage import cache_root as cache_root
 from spmd.core.storage import data_root as data_root
-from spmd.data.transform import Pipeline, Transform, declare
+from spmd.data.transform import BatchTransform, Pipeline, Transform, declare
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ Features = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 class Source(Protocol):
-    """Random access to a data set, by batches."""
+    """Random access to a data set, by batches; see spmd.data.loader.Ordered for an order of its own."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -106,7 +106,7 @@ class DataConfig:
         seed: int,
         skips: Skips | None = None,
         features: Features | None = None,
-    ) -> Pipeline | None:
+    ) -> BatchTransform | None:
         """The transforms of a split, as the loader takes them; None where there are none.
 
         Args:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from spmd.core.batches import Expected
 from spmd.data import Source
 from spmd.data.skips import Skips
-from spmd.data.transform import Pipeline
+from spmd.data.transform import BatchTransform
 
 
 class Order:
@@ -78,7 +78,7 @@ class _Reads:
         start: int,
         stop: int,
         steps: int,
-        transform: Pipeline | None,
+        transform: BatchTransform | None,
         dispatches: int,
         skips: Skips,
         expected: Expected,
@@ -128,7 +128,7 @@ def train_batches(
     rows: np.ndarray | None = None,
     threads: int = 2,
     buffer: int = 4,
-    transform: Pipeline | None = None,
+    transform: BatchTransform | None = None,
     order: Any = None,
     skips: Skips | None = None,
     expected: Expected | None = None,
@@ -184,7 +184,7 @@ def eval_batches(
     rows: np.ndarray | None = None,
     skips: Skips | None = None,
     expected: Expected | None = None,
-    transform: Pipeline | None = None,
+    transform: BatchTransform | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is padded with weight 0. skips, expected: as of
     train_batches. transform: draws by the number of the example.

@@ -9,7 +9,7 @@ and wherever the run resumed, and in each epoch another way.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spmd.data.skips import Skips
 
 Batch = dict[str, Any]
+BatchTransform = Callable[[Batch, np.ndarray], Batch]  # (batch, stream positions [N]) -> batch
 ADDED = ("example_id", "weight")  # features that the loader adds, which no transform sees
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -125,7 +126,8 @@ def _number_draws(transforms: Sequence[Transform]) -> Iterator[tuple[int, tuple[
 class Pipeline:
     """The transforms of a split, in their order: (batch, stream position int64 [N]) -> batch.
 
-    features: of the source. source: where partners are drawn. skips: bad records that may pass.
+    features: of the source. source: where partners are drawn. skips: bad records that may pass. examples:
+    those of the source that may be partners, by default all.
     """
 
     def __init__(
@@ -135,10 +137,22 @@ class Pipeline:
         source: Source,
         seed: int,
         skips: Skips,
+        examples: range | None = None,
     ):
         self._transforms, self._source, self._seed, self._skips = transforms, source, seed, skips
+        self._examples = range(len(source)) if examples is None else examples
         self._stages = declare(transforms, features)
         self._numbers = list(_number_draws(transforms))
+
+    @property
+    def input(self) -> Features:
+        """The features that it takes."""
+        return self._stages[0]
+
+    @property
+    def output(self) -> Features:
+        """The features that it gives."""
+        return self._stages[-1]
 
     def __call__(self, batch: Batch, position_N: np.ndarray) -> Batch:
         added = {name: batch[name] for name in ADDED if name in batch}
@@ -158,7 +172,7 @@ class Pipeline:
     def _partners(self, place: int, position_N: np.ndarray, start: int) -> Partners:
         """Partners of the transform at `place`; which examples they are is the draw before their stream's."""
         u_N = uniform(self._seed, start - 1, position_N)
-        example_N = (u_N * len(self._source)).astype(np.int64)
+        example_N = (u_N * len(self._examples)).astype(np.int64) + self._examples.start
         taken, good_N = self._skips.take(self._source, example_N)
         batch = {name: taken[name] for name in self._stages[0]}
         return Partners(self._run(place, batch, position_N, start), good_N)

@@ -16,7 +16,7 @@ from spmd import metrics
 from spmd.core.batches import Expected
 from spmd.data import loader
 from spmd.data.skips import Skips
-from spmd.data.transform import Pipeline
+from spmd.data.transform import BatchTransform
 from spmd.parallel import mesh as meshes
 from spmd.parallel import scope, sharding
 from spmd.train.evaluations import PREFIX
@@ -41,7 +41,7 @@ def _batches(
     batch_size: int,
     skips: Skips | None = None,
     expected: Expected | None = None,
-    transform: Pipeline | None = None,
+    transform: BatchTransform | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """`source` in order on `mesh`; batch_size is rounded up to what the mesh divides, padding weighs 0."""
     ways = meshes.batch_shards(mesh)
@@ -66,7 +66,7 @@ def evaluator(
     batch_size: int,
     skips: Skips | None = None,
     expected: Expected | None = None,
-    transform: Pipeline | None = None,
+    transform: BatchTransform | None = None,
 ) -> Evaluator:
     """Measures `source` on `mesh`; the sums of each batch are added on the host, some batches later.
 
@@ -117,7 +117,7 @@ def metric_names(task: Any, batch: Any) -> list[str]:
 
 def predictor(
     task: Any, mesh: Mesh, batch_size: int
-) -> Callable[[Any, Any, Any, Expected, Pipeline | None], Iterator[Any]]:
+) -> Callable[[Any, Any, Any, Expected, BatchTransform | None], Iterator[Any]]:
     """(params, model_state, source, expected, transform) -> outputs of each batch, numpy [n, ...]."""
     placement = sharding.placement(mesh)
 
@@ -132,7 +132,7 @@ def predictor(
         model_state: Any,
         source: Any,
         expected: Expected,
-        transform: Pipeline | None,
+        transform: BatchTransform | None,
     ) -> Iterator[Any]:
         remaining = len(source)
         for batch in _batches(mesh, source, batch_size, None, expected, transform):

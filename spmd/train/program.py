@@ -12,7 +12,7 @@ import numpy as np
 from spmd.core.batches import Expected, Ranges
 from spmd.data import DataConfig, Split, loader
 from spmd.data.skips import Skips
-from spmd.data.transform import Pipeline
+from spmd.data.transform import BatchTransform
 from spmd.strategies import base
 from spmd.strategies.privacy import Mechanism
 
@@ -39,7 +39,9 @@ class Program(NamedTuple):
         """The source of the evaluation split."""
         return self.data.open_checked("eval") if self.evaluation is None else self.evaluation
 
-    def evaluation_transform(self, source: Any, skips: Skips | None = None) -> Pipeline | None:
+    def evaluation_transform(
+        self, source: Any, skips: Skips | None = None
+    ) -> BatchTransform | None:
         """The transforms of examples of `source` that are evaluated or predicted; None without any."""
         return self.data.pipeline("eval", source, self.seed, skips)
 

@@ -222,3 +222,33 @@ def test_two_processes_hold_the_batch_between_them(tensor, devices):
 
 def test_position_is_the_whole_state():
     assert loader.position(30, 8, N) == {"step": 30, "examples": 240, "epoch": 2}
+
+
+GROUP = 5
+
+
+class Grouped(ArraySource):
+    """A source whose groups of rows are shuffled, and the rows within each."""
+
+    def order(self, seed):
+        return GroupOrder(seed, len(self) // GROUP)
+
+
+class GroupOrder:
+    def __init__(self, seed, groups):
+        self.groups = loader.Order(seed, groups)
+        self.rows = loader.Order(seed, GROUP, 1)
+
+    def __getitem__(self, positions):
+        return self.groups[positions // GROUP] * GROUP + self.rows[positions]
+
+
+def test_a_source_may_have_an_order_of_its_own():
+    source = Grouped({"x": np.arange(40)})
+    whole = np.concatenate(ids(source, batch_size=10, stop=8))
+    for epoch in whole.reshape(-1, len(source)):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(len(source)))
+    groups = whole.reshape(-1, GROUP) // GROUP
+    assert (groups == groups[:, :1]).all() and (np.diff(whole) != 1).any()
+    rest = np.concatenate(ids(source, batch_size=10, start=3, stop=8, threads=3))
+    np.testing.assert_array_equal(rest, whole[30:])

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 import spmd
 from spmd.data import formats, loader
+from spmd.data.mixing import Turns
 from spmd.data.text import Mixture, Text, corpus
 from spmd.data.text.tokenizer import Bytes, Chars, FromFile
-from spmd.data.text.windows import Turns, Windows, slice_tokens
+from spmd.data.text.windows import Windows, slice_tokens
 
 ROOT = Path(__file__).parent.parent.parent
 FEATURES = ["tokens", "targets", "segments", "positions"]

@@ -4,19 +4,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spmd.core.fields import check
-
-if TYPE_CHECKING:
-    from spmd.data.loader import Order
-
-CYCLE = 10_000  # at most so many examples until a mixture's pattern repeats
+from spmd.data.mixing import MixedOrder, Turns
 
 
 class Windows:
@@ -125,63 +118,4 @@ class Mixed:
 
     def order(self, seed: int) -> MixedOrder:
         """The order of training: the loader asks for it."""
-        from spmd.data.loader import Order
-
-        orders = [Order(seed, len(p), k) for k, p in enumerate(self.parts)]
-        return MixedOrder(self._turns, orders, self._ends_K - [len(p) for p in self.parts])
-
-
-class MixedOrder:
-    """Stream position -> example: the part whose turn it is, and its own shuffle."""
-
-    def __init__(self, turns: Turns, orders: Sequence[Order], first_K: np.ndarray):
-        self._turns, self._orders, self._first_K = turns, orders, first_K
-
-    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        part_N, count_N = self._turns.assign(positions)
-        examples = np.empty_like(positions)
-        for k, order in enumerate(self._orders):
-            rows = part_N == k
-            if rows.any():
-                examples[rows] = order[count_N[rows]] + self._first_K[k]
-        return examples
-
-
-class Turns:
-    """Order of parts such that after any number of examples each part is within one of its share.
-
-    Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): of the parts that are
-    far enough behind, take the one whose turn is due first. The order repeats once all shares are integers.
-    """
-
-    def __init__(self, weights: Sequence[float]):
-        exact = [Fraction(str(w)) for w in weights]
-        shares = [w / sum(exact) for w in exact]
-        cycle = math.lcm(*(s.denominator for s in shares))
-        check(
-            cycle <= CYCLE,
-            f"data.weights={tuple(weights)} repeat only after {cycle} examples; give numbers with"
-            f" fewer digits, so that it is at most {CYCLE}",
-        )
-        num = len(shares)
-        slack = Fraction(1, max(2 * num - 2, 1))
-        due_K = [int(s * cycle) for s in shares]
-        turns, counts = [], [[0] * num]
-        for n in range(1, cycle + 1):
-            counts_before = counts[-1]
-            eligible = [
-                k for k in range(num) if n * due_K[k] - counts_before[k] * cycle >= slack * cycle
-            ]
-            deadline = lambda k, n=n, counts=counts_before: (
-                ((1 - slack + counts[k]) * cycle - n * due_K[k]) / due_K[k]
-            )
-            turn = min(eligible, key=deadline) if num > 1 else 0
-            turns.append(turn)
-            counts.append([c + (k == turn) for k, c in enumerate(counts_before)])
-        self._cycle, self._turns, self._counts = cycle, np.array(turns), np.array(counts)
-
-    def assign(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the part at each position [N], how many of that part came before)."""
-        rounds_N, offset_N = np.divmod(positions, self._cycle)
-        part_N = self._turns[offset_N]
-        return part_N, rounds_N * self._counts[-1][part_N] + self._counts[offset_N, part_N]
+        return MixedOrder(self._turns, [len(p) for p in self.parts], seed)
