@@ -113,7 +113,7 @@ def _with(found: list[str], flag: str, most: int) -> list[str]:
 def needs(page: str, line: str) -> list[str]:
     """The commands of a page that must have been run, so that there is what this one reads."""
     read = re.findall(r"--init\.from (runs/\S+)", line)
-    if line.startswith(("eval", "sample", "export")):
+    if line.startswith(("eval", "predict", "sample", "export")):
         read.append(_directory(line))
     if line.startswith("runs"):
         read.append("runs/digits")
@@ -172,8 +172,17 @@ def config():
 '''
 
 
+def recipes() -> dict[str, str]:
+    """Name -> text of the experiment files that docs/extending.md prints."""
+    text = (REPOSITORY / "docs/extending.md").read_text()
+    return dict(re.findall(r"^`(\w+)\.py`:\n+```python\n(.*?)^```$", text, re.M | re.S))
+
+
 def prepare(page: str, directory: Path) -> None:
-    """Writes what the names in a page's commands stand for: gpt2.py and DIR."""
+    """Writes what the names in a page's commands stand for: gpt2.py, DIR, recipes."""
+    if page == "docs/extending.md":
+        for name, text in recipes().items():
+            (directory / f"{name}.py").write_text(text)
     if page == "docs/finetune.md":
         import spmd
         from spmd.weights.huggingface import write

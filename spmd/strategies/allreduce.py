@@ -59,16 +59,26 @@ def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
     """
     axes = reduce.reduction_axes(parts, "allreduce")
     reduce.check_noise_scale(parts, config.compress.kind)
-    reducer = build_reducer(parts, config, axes)
+    checked = config.reduction == "psum" and config.compress.kind == "none"
+    return build_synchronous(parts, axes, build_reducer(parts, config, axes), check_vma=checked)
+
+
+def build_synchronous(
+    parts: base.Parts, axes: tuple[str, ...], reducer: reduce.Reducer, *, check_vma: bool = False
+) -> base.Strategy:
+    """Synchronous SGD with any Reducer over `axes`: each device's gradient, their sum, one update.
+
+    check_vma: whether the types of the reduction's results say that they are equal on all devices, as those
+    of the compiler's collectives do.
+    """
     placed = reduce.param_shardings(parts)
     shardings = dataclasses.replace(
         base.shardings_of(parts, params=placed, moments=placed, fsdp=True),
         strategy_state=reduce.state_shardings(parts, axes, reducer),
     )
     gradients = reduce.build_gradients(parts, axes)
-    checked = config.reduction == "psum" and config.compress.kind == "none"
     specs = jax.tree.map(lambda s: s.spec, placed)
-    reduction = reduce.build_reduction(parts, axes, reducer, specs, check_vma=checked)
+    reduction = reduce.build_reduction(parts, axes, reducer, specs, check_vma=check_vma)
 
     init = functools.partial(reduce.init_state, reducer, reduce.num_devices(parts, axes))
 
