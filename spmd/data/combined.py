@@ -191,8 +191,8 @@ class CombinedSource:
         for k, rows in _rows_of_parts(part_N, len(self.sources)):
             taken = self.sources[k].take(indices[rows] - self.examples[k].start)
             for name, (shape, dtype) in self._features[k].items():
-                x = taken.get(name)
-                check(x is not None, f"part {k} of the combined data has no feature {name!r}")
+                check(name in taken, f"part {k} of the combined data has no feature {name!r}")
+                x = taken[name]
                 check(
                     x.shape == (len(rows), *shape) and x.dtype == dtype,
                     f"feature {name!r} of part {k} of the combined data is {x.dtype}{list(x.shape[1:])}, the"

@@ -89,7 +89,7 @@ def uniform(seed: int, draw: int, position_N: np.ndarray) -> np.ndarray:
 
 def declare(transforms: Sequence[Transform], features: Features) -> list[Features]:
     """The features before the first transform and after each; ValueError when one cannot take them."""
-    stages = [dict(features)]
+    stages: list[Features] = [features]
     for transform in transforms:
         after = {
             name: (tuple(shape), str(dtype))

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def _compile(request: dict[str, Any]) -> Compiled:
 
     target = targets.parse(request["target"])
     base = registry.from_file(files.find(request["file"]))
-    tables: tuple[dict[str, type], ...] = (STRATEGIES, OPTIMIZERS, TRANSFORMS)
+    tables: tuple[Mapping[str, type], ...] = (STRATEGIES, OPTIMIZERS, TRANSFORMS)
     classes = {cls.__name__: cls for table in tables for cls in table.values()}
     exp = fields.restore(base, request["config"], classes)
     exp = exp.unread(0 if target.topology else target.num_devices)
