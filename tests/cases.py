@@ -32,7 +32,8 @@ MODELS = {
     ),
 }
 MODELS["encoder"] = dataclasses.replace(MODELS["lm"], mask="full", position="learned")
-MODELS["windowed"] = dataclasses.replace(MODELS["lm"], mask="full", window=3)
+MODELS["windowed"] = dataclasses.replace(MODELS["lm"], mask="full", window=(3,))
+MODELS["pattern"] = dataclasses.replace(MODELS["lm"], layers=4, window=(3, 0))
 # Shared experts, the loss by sequence and the offsets: both kinds of balance at once.
 MODELS["moe"] = dataclasses.replace(
     MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)

@@ -14,7 +14,6 @@ from spmd.core.fields import check, free
 from spmd.models.attention import Cache, Mask, TokenPositions, attend
 from spmd.models.attention.cache import update_cache
 from spmd.models.attention.dispatch import Context, Implementation
-from spmd.models.attention.mask import Kind
 from spmd.models.attention.positions import rotate
 from spmd.models.attention.xla import attend_cached
 from spmd.models.feed_forward import FeedForward
@@ -51,8 +50,8 @@ class BlockConfig:
     """RMSNorm over each head of queries and keys (Dehghani et al. 2023)."""
     mask: Literal["causal", "full"] = "causal"
     """Keys that a token sees in its document: up to itself (decoder), or all (encoder)."""
-    window: int = 0
-    """A token sees keys less than this many tokens away (Mistral, Gemma 2: 4096); 0 is no limit."""
+    window: tuple[int, ...] = ()
+    """Keys less than this many tokens away are seen, by block, repeated (Gemma 2: 4096 0); 0 is no limit."""
     dropout: float = 0.0
     """Dropout rate of the embedding and of what each block adds."""
     init_std: float = 0.02
@@ -66,9 +65,13 @@ class BlockConfig:
         for name in ("embed", "heads"):
             value = getattr(self, name)
             check(value >= 1, f"model.{name}={value} must be at least 1")
-        for name in ("kv_heads", "head_dim", "mlp", "init_std", "window"):
+        for name in ("kv_heads", "head_dim", "mlp", "init_std"):
             value = getattr(self, name)
             check(value >= 0, f"model.{name}={value} must not be negative")
+        check(
+            all(size >= 0 for size in self.window),
+            f"model.window={self.window} must not be negative",
+        )
         check(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
         check(
             bool(self.head_dim) or self.embed % self.heads == 0,
@@ -96,16 +99,21 @@ class BlockConfig:
         return self.head_dim or self.embed // self.heads
 
     @property
-    def mask_kind(self) -> Kind:
-        """Kind of the mask of its attention."""
-        return "window" if self.window else self.mask
+    def windows(self) -> tuple[int, ...]:
+        """Windows of the blocks of a period; 0 is none."""
+        return self.window or (0,)
 
-    def keys_seen(self, length: int) -> int:
-        """Keys for each query of a sequence, those that a causal mask hides and that the window would reach
-        beyond its ends included.
+    @property
+    def period(self) -> int:
+        """Blocks after which the pattern of windows repeats."""
+        return len(self.windows)
+
+    def keys_seen(self, length: int) -> list[int]:
+        """Keys for each query, by block of a period: those that a causal mask hides and that a window would
+        reach beyond the ends of the sequence included.
         """
-        after = self.window if self.mask == "full" else 1
-        return min(length, self.window + after - 1) if self.window else length
+        seen = lambda window: 2 * window - 1 if self.mask == "full" else window
+        return [min(length, seen(window)) if window else length for window in self.windows]
 
     def build_norm(self, rngs: nnx.Rngs, layers: int = 0) -> Norm:
         """A norm of the residual stream, stacked over layers; 0 is a single one."""
@@ -126,7 +134,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: BlockConfig, rngs: nnx.Rngs, layers: int):
-        embed, mlp, before = config.embed, config.mlp or 4 * config.embed, max(config.window - 1, 0)
+        embed, mlp = config.embed, config.mlp or 4 * config.embed
         options = {"layers": layers, "std": config.init_std, "residual_gain": (2 * layers) ** -0.5}
         self.attention_norm = config.build_norm(rngs, layers)
         self.attention = Attention(
@@ -138,8 +146,7 @@ class Block(nnx.Module):
             bias=config.bias,
             qk_norm=config.qk_norm,
             epsilon=config.norm_epsilon,
-            mask=config.mask_kind,
-            window=(before, before if config.mask == "full" else 0),
+            mask=config.mask,
             implementation=config.attention,
             context=config.context,
             **options,
@@ -153,11 +160,19 @@ class Block(nnx.Module):
         self.dropout = Dropout(config.dropout)
 
     def __call__(
-        self, x_BTD: jax.Array, positions: TokenPositions, cache: Cache | None = None
+        self,
+        x_BTD: jax.Array,
+        positions: TokenPositions,
+        cache: Cache | None = None,
+        *,
+        window: int = 0,
     ) -> tuple[jax.Array, tuple[Cache | None, ExpertLoad | None]]:
-        """(residual stream [B, T, D], (the layer's cache with these tokens, the load of its experts))."""
+        """(residual stream [B, T, D], (the layer's cache with these tokens, the load of its experts)).
+
+        window: a token sees keys less than this many tokens away; 0 is no limit.
+        """
         y_BTD = matmul_input(self.attention_norm(x_BTD))
-        y_BTD, cache = self.attention(y_BTD, positions, cache)
+        y_BTD, cache = self.attention(y_BTD, positions, cache, window)
         x_BTD = residual(x_BTD + self.dropout(residual(y_BTD)))
         y_BTD, load = matmul_input(self.mlp_norm(x_BTD)), None
         if isinstance(self.mlp, ExpertMixture):
@@ -187,8 +202,7 @@ class Attention(nnx.Module):
         residual_gain: factor on that of the projection back to the residual stream.
         qk_norm: RMSNorm over each head of queries and keys (Dehghani et al. 2023, arXiv 2302.05442).
         epsilon: of these norms.
-        mask: kind of the mask, within segments.
-        window: keys (before, after) that a window mask shows.
+        mask: causal or full, within segments.
         implementation: the kernel.
         context: how attention is computed where the sequence is sharded.
     """
@@ -207,8 +221,7 @@ class Attention(nnx.Module):
         residual_gain: float = 1.0,
         qk_norm: bool = False,
         epsilon: float = 1e-5,
-        mask: Kind = "causal",
-        window: tuple[int, int] = (0, 0),
+        mask: Literal["causal", "full"] = "causal",
         implementation: Implementation = "xla",
         context: Context = "ring",
     ):
@@ -229,13 +242,12 @@ class Attention(nnx.Module):
         self.query_norm, self.key_norm = head_norm(), head_norm()
         shape, dims = (heads, head_dim, embed), ("heads", "head_dim", "embed")
         self.out = Linear(rngs, "bthk,hkd->btd", shape, dims, **options, gain=residual_gain)
-        self.mask: Kind = mask
-        self.window = window
+        self.mask: Literal["causal", "full"] = mask
         self.implementation: Implementation = implementation
         self.context: Context = context
 
     def __call__(
-        self, x_BTD: jax.Array, positions: TokenPositions, cache: Cache | None
+        self, x_BTD: jax.Array, positions: TokenPositions, cache: Cache | None, window: int = 0
     ) -> tuple[jax.Array, Cache | None]:
         """(attention's output [B, T, D], the layer's cache with the keys and values of these tokens)."""
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
@@ -248,25 +260,24 @@ class Attention(nnx.Module):
         v_BTGK = activation("value", v_BTGK, "kv_heads", "head_dim")
         if cache is None:
             kernel = {"implementation": self.implementation, "context": self.context}
-            y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, self._mask(positions), **kernel)
+            y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, self._mask(positions, window), **kernel)
         else:
             check(
-                self.mask == "causal" or (self.mask == "window" and self.window[1] == 0),
+                self.mask == "causal",
                 "model.mask=full: a token sees later ones, so that tokens cannot be decoded in turn; only a"
                 " model with --model.mask causal can",
             )
-            window = self.window[0] + 1 if self.mask == "window" else 0
             cache = update_cache(cache, k_BTGK, v_BTGK, positions.positions_BT)
             y_BTHK = attend_cached(
                 q_BTHK, cache["key"], cache["value"], positions.positions_BT, window=window
             )
         return self.out(activation("attended", y_BTHK, "heads", "head_dim")), cache
 
-    def _mask(self, positions: TokenPositions) -> Mask:
-        segments_BT = positions.segments_BT
+    def _mask(self, positions: TokenPositions, window: int) -> Mask:
+        segments_BT, before = positions.segments_BT, max(window - 1, 0)
         return Mask(
-            kind=self.mask,
-            window=self.window,
+            kind="window" if window else self.mask,
+            window=(before, before if self.mask == "full" else 0),
             query_segments_BT=segments_BT,
             key_segments_BS=segments_BT,
         )

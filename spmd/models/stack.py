@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,6 +15,7 @@ from spmd.parallel import scope
 PyTree = Any
 Remat = Literal["none", "full", "dots", "named"]
 Apply = Callable[[Any, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+Step = Callable[[jax.Array, PyTree], tuple[jax.Array, PyTree]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Stack:
         self,
         layers: nnx.Module,
         x: jax.Array,
-        apply: Apply,
+        apply: Apply | Sequence[Apply],
         inputs: PyTree = None,
         *,
         first: jax.Array | int = 0,
@@ -47,7 +48,9 @@ class Stack:
         Args:
             layers: module whose variables are stacked [L, ...]; a pipeline's stage holds a slice of them.
             x: input of the first layer.
-            apply: (module with the variables of one layer, x, its inputs) -> (x, outputs).
+            apply: (module with the variables of one layer, x, its inputs) -> (x, outputs); or a pattern of P
+                of them, for the layers p, p + P, ...: a scan runs over periods of P layers, and the rest of
+                the layers is unrolled. A stage holds whole periods.
             inputs: what each layer reads beside x, stacked [L, ...].
             first: number of the first layer, which a stage counts from.
         """
@@ -55,22 +58,24 @@ class Stack:
         variables = nnx.as_pure(state)
         num = jax.tree.leaves(variables)[0].shape[0]
 
-        def step(x: jax.Array, layer: PyTree) -> tuple[jax.Array, PyTree]:
-            index, variables, inputs = layer
-            with scope.layer(index):
-                return apply(nnx.merge(graph, variables), x, inputs)
+        def build(apply: Apply, *, scan: bool) -> Step:
+            def step(x: jax.Array, layer: PyTree) -> tuple[jax.Array, PyTree]:
+                index, variables, inputs = layer
+                with scope.layer(index):
+                    return apply(nnx.merge(graph, variables), x, inputs)
 
-        step = self._rematerialise(step)
+            return self._rematerialise(step, scan=scan)
+
+        applied = apply if isinstance(apply, Sequence) else [apply]
+        scanned, unrolled = ([build(f, scan=scan) for f in applied] for scan in (True, False))
         stacked = (first + jnp.arange(num, dtype=jnp.int32), variables, inputs)
-        if self.scan:
-            return jax.lax.scan(step, x, stacked)
-        outputs = []
-        for layer in unstack(stacked, num):
-            x, output = step(x, layer)
-            outputs.append(output)
-        return x, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+        if not self.scan or num < len(applied):
+            return _unroll(unrolled, x, stacked, num)
+        if len(applied) == 1:
+            return jax.lax.scan(scanned[0], x, stacked)
+        return _scan_periods(scanned, unrolled, x, stacked, num)
 
-    def _rematerialise(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _rematerialise(self, step: Step, *, scan: bool) -> Step:
         if self.remat == "none":
             return step
         policies = jax.checkpoint_policies
@@ -80,7 +85,35 @@ class Stack:
             "named": policies.save_only_these_names(*self.saved),
         }[self.remat]
         # Within a scan the forward and the backward pass are separate loops, which XLA cannot merge anyway.
-        return jax.checkpoint(step, policy=policy, prevent_cse=not self.scan)
+        return jax.checkpoint(step, policy=policy, prevent_cse=not scan)
+
+
+def _unroll(
+    pattern: Sequence[Step], x: jax.Array, stacked: PyTree, num: int
+) -> tuple[jax.Array, PyTree]:
+    """(output of `num` layers, their outputs stacked), layer by layer."""
+    outputs = []
+    for i, layer in enumerate(unstack(stacked, num)):
+        x, output = pattern[i % len(pattern)](x, layer)
+        outputs.append(output)
+    return x, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
+
+def _scan_periods(
+    scanned: Sequence[Step], unrolled: Sequence[Step], x: jax.Array, stacked: PyTree, num: int
+) -> tuple[jax.Array, PyTree]:
+    """The same by a scan over the periods, and without one for what is left of the layers."""
+    size = len(scanned)
+    rest = num % size
+    split = lambda a: jax.lax.split(a, (num - rest, rest), axis=0) if rest else (a, None)
+    first, last = (jax.tree.map(lambda a, i=i: split(a)[i], stacked) for i in (0, 1))
+    periods = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), first)
+    x, outputs = jax.lax.scan(lambda x, period: _unroll(scanned, x, period, size), x, periods)
+    outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+    if rest:
+        x, others = _unroll(unrolled, x, last, rest)
+        outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, others)
+    return x, outputs
 
 
 def unstack(stacked: PyTree, num: int) -> list[PyTree]:

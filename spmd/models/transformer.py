@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -175,8 +176,9 @@ class Decoder(nnx.Module):
         config = self.config
         rotary = (config.width, config.rope_theta) if config.position == "rope" else None
         positions = token_positions(*inputs, rotary=rotary, dtype=x_BTD.dtype)
-        apply = lambda block, x_BTD, cache: block(x_BTD, positions, cache)
-        x_BTD, (cache, load) = self.stack(self.blocks, x_BTD, apply, cache, first=first)
+        apply = lambda block, x_BTD, cache, window: block(x_BTD, positions, cache, window=window)
+        pattern = [functools.partial(apply, window=window) for window in config.windows]
+        x_BTD, (cache, load) = self.stack(self.blocks, x_BTD, pattern, cache, first=first)
         self.blocks.record_load(load)
         return x_BTD, cache
 

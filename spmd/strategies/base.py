@@ -204,7 +204,8 @@ def pipelined(parts: Parts) -> direct.GradsOf:
     staged = parts.task.staged()
     table = schedules.make(parts.pipeline, stages, parts.accumulate, parts.virtual_stages)
     params, _ = abstract_params(parts)
-    execute.check_layers(execute.num_layers(params, parts.task.dims), stages, table.virtual)
+    layers = execute.num_layers(params, parts.task.dims)
+    execute.check_layers(layers, stages, table.virtual, staged.period)
     return execute.grads_of(staged, parts.task.dims, parts.mesh, table)
 
 

@@ -32,13 +32,14 @@ class Staged(NamedTuple):
     through: (params, state, x, batch, step_key, first, scale) -> (output of these layers, scaled sum, Sums,
       their new state); first: the number of the first.
     leave: (params, x, batch, step_key, scale) -> (scaled sum, Sums).
-    stream: logical dims of x.
+    stream: logical dims of x. period: layers of which a stage holds a multiple.
     """
 
     enter: Callable[..., jax.Array]
     through: Callable[..., tuple[jax.Array, jax.Array, Sums, PyTree]]
     leave: Callable[..., tuple[jax.Array, Sums]]
     stream: tuple[str | None, ...]
+    period: int = 1
 
 
 def _unstaged() -> Staged:

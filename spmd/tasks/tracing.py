@@ -274,7 +274,7 @@ def stages_of(tracer: Tracer) -> Staged:
         return scaled_loss(sums, scale), sums
 
     stream = resolve_dims("stream", net.kind.stream, net.follows) or ()
-    return Staged(enter, through, leave, stream)
+    return Staged(enter, through, leave, stream, getattr(tracer.model, "period", 1))
 
 
 def training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextManager[Any]:

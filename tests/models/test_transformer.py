@@ -17,6 +17,7 @@ from spmd.core import tree
 from spmd.models.attention import CACHE_DIMS
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
+from spmd.strategies.grads.pipeline import execute
 from tests.marks import slow_but
 
 GPT2 = Transformer(
@@ -191,6 +192,32 @@ def test_scanned_unrolled_and_remat_agree(name, changes):
         assert_close(gradient(other, params, batch), want)
 
 
+@pytest.mark.parametrize("layers", slow_but((5,), (1, 4, 5)))
+def test_a_pattern_of_windows_in_any_form(layers):
+    """Scanned by periods of two blocks, with one left of five; its remat; all blocks unrolled."""
+    model = dataclasses.replace(KINDS["llama"], layers=layers, window=(3, 0), dropout=0.2)
+    task, params, _ = started(model)
+    want = gradient(task, params, packed())
+    for change in ({"scan": False}, {"remat": "full"}):
+        other = started(dataclasses.replace(model, **change))[0]
+        assert_close(gradient(other, params, packed()), want)
+    losses = {float(want[0][0])}
+    for window in ((), (3,), (0, 3)):
+        other = started(dataclasses.replace(model, window=window))[0]
+        losses.add(float(gradient(other, params, packed())[0][0]))
+    assert len(losses) == (4 if layers > 1 else 2)
+
+
+def test_a_stage_holds_whole_periods():
+    message = (
+        r"2 does not divide the 6 layers of the model, which repeat every 2 \(model.window\); use"
+    )
+    with pytest.raises(ValueError, match=message + r" mesh.stage=3, or 8 layers"):
+        execute.check_layers(6, 2, 1, 2)
+    model = dataclasses.replace(KINDS["llama"], layers=6, window=(3, 0))
+    assert tasks.LanguageModel().build(model).staged().period == 2
+
+
 def test_unrolled_layers_give_one_concatenation():
     task, params, _ = started(dataclasses.replace(KINDS["llama"], scan=False))
     text = str(jax.make_jaxpr(lambda p: gradient(task, p, packed()))(params))
@@ -223,10 +250,13 @@ def weight_products(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("window", slow_but((0,), (0, 4), gate=(4,)))
-def test_cached_logits_are_the_full_ones(kind, window):
+WINDOWS = {"none": (), "one": (4,), "pattern": (4, 0)}
+
+
+@pytest.mark.parametrize("windows", slow_but(("none",), WINDOWS, gate=("pattern",)))
+def test_cached_logits_are_the_full_ones(kind, windows):
     """Prompts of different lengths at once, then token by token."""
-    task, params, _ = started(dataclasses.replace(kind, window=window))
+    task, params, _ = started(dataclasses.replace(kind, window=WINDOWS[windows]))
     tokens = packed()["tokens"]
     full = task.predict(params, {}, {"tokens": tokens})
     lengths = np.array([3, 7, 5])

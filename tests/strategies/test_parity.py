@@ -305,24 +305,26 @@ def test_language_model_equals_one_device(layout, name, context, dtype):
     assert want.losses[-1] < want.losses[0]
 
 
-PIPELINED = [(name, "ring", "float64") for name in PIPELINES if "expert" not in name]
+PIPELINED = [(layout, "lm", "ring", "float64") for layout in PIPELINES if "expert" not in layout]
 PIPELINED += [
-    (f"stage2_{rest}", "ulysses", "float64")
+    (f"stage2_{rest}", "lm", "ulysses", "float64")
     for rest in ("context2", "context2x2", "context2_fsdp2")
 ]
-PIPELINED += [(f"stage2{rest}", "ring", "float32") for rest in ("", "_context2", "_psum2")]
+PIPELINED += [("stage2", "pattern", "ring", "float64")]
+PIPELINED += [("stage2_context2", "pattern", "ulysses", "float64")]
+PIPELINED += [(f"stage2{rest}", "lm", "ring", "float32") for rest in ("", "_context2", "_psum2")]
 
 
 @pytest.mark.parametrize(
-    "layout,context,dtype",
-    slow_but([], PIPELINED, gate=[("stage2_local4_context2", "ring", "float64")]),
+    "layout,name,context,dtype",
+    slow_but([], PIPELINED, gate=[("stage2_local4_context2", "lm", "ring", "float64")]),
 )
-def test_pipelines_equal_one_device(layout, context, dtype):
+def test_pipelines_equal_one_device(layout, name, context, dtype):
     with jax.enable_x64(dtype == "float64"):
         how = {"dtype": dtype, "steps": 4, "accumulate": 4}
         how |= {"optimizer": optimizer_of(PIPELINES[layout][0])}
-        want = reference("lm", **how)
-        model = dataclasses.replace(MODELS["lm"], context=context)
+        want = reference(name, **how)
+        model = dataclasses.replace(MODELS[name], context=context)
         got = trajectory(model, *PIPELINES[layout], **how)
     assert_same(got, want, RTOL[dtype])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -237,7 +238,9 @@ def matmul_flops(model: Transformer, length: int) -> dict[str, float]:
     """
     width = widths(model)
     matmuls = {name: 2.0 * model.embed * width[name] for name in width if name != "residual"}
-    matmuls["attended"] = 4.0 * width["query"] * model.keys_seen(length)
+    # the mean of all blocks, of which the last may be a part of a period
+    seen = [model.keys_seen(length)[i % model.period] for i in range(model.layers)]
+    matmuls["attended"] = 4.0 * width["query"] * statistics.fmean(seen)
     matmuls["out"] = 2.0 * width["query"] * model.embed
     matmuls["down"] = 2.0 * width["up"] * model.embed
     return matmuls | {"logits": 2.0 * model.embed * model.rows}

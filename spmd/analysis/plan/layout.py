@@ -186,7 +186,7 @@ def check_mesh(facts: Facts, layout: Layout) -> None:
         f"mesh.expert={expert} does not divide the {experts} experts",
     )
     if layout.stages > 1:
-        execute.check_layers(model.layers, layout.stages, 1)
+        execute.check_layers(model.layers, layout.stages, 1, model.period)
     context = layout.size("context")
     check(
         facts.length % context == 0,
@@ -205,7 +205,7 @@ def _check_context(facts: Facts, layout: Layout) -> None:
             model.attention == "xla",
             f"model.attention={model.attention} needs complete sequences, and model.context=ring shards them",
         )
-        check_ring(model.mask_kind)
+        check_ring("window" if any(model.window) else model.mask)
         check(
             model.mask == "full" or facts.length % (2 * context) == 0,
             f"model.context=ring: 2 x mesh.context={context} does not divide the {facts.length} tokens of a"
@@ -228,7 +228,7 @@ def _check_stages(facts: Facts, layout: Layout) -> None:
         all(leaf.group == GROUPS["params"] for leaf in facts.weights),
         f"mesh.stage={stages}: a pipeline takes no frozen parameters or adapters",
     )
-    execute.check_layers(facts.model.layers, stages, layout.virtual)
+    execute.check_layers(facts.model.layers, stages, layout.virtual, facts.model.period)
     check(
         layout.pipeline != "interleaved" or (layout.virtual > 1 and micro % stages == 0),
         f"train.pipeline=interleaved takes train.accumulate in multiples of mesh.stage={stages}, and at least"

@@ -115,12 +115,12 @@ def shardings(exp: Experiment, target: str = "") -> ShardingReport:
 def schedule(exp: Experiment, target: str) -> Schedule:
     """The pipeline schedule of `exp` on `target`; ValueError if it has none, or an impossible one."""
     task = exp.task.build(exp.model, exp.param_dtype)
-    task.staged()
+    staged = task.staged()
     stages = exp.mesh.resolve(targets.parse(target).num_devices)["stage"]
     train = exp.train
     table = schedules.make(train.pipeline, stages, train.accumulate, train.virtual_stages)
     layers = execute.num_layers(jax.eval_shape(task.init, jax.random.key(0))[0], task.dims)
-    execute.check_layers(layers, stages, table.virtual)
+    execute.check_layers(layers, stages, table.virtual, staged.period)
     return Schedule(table, layers, exp.pipeline_warning(stages))
 
 

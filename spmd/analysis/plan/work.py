@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import NamedTuple
 
 from spmd.analysis.plan.facts import FLOAT32_BYTES, Facts, abstract_mesh, matmul_flops, widths
@@ -189,12 +190,14 @@ def ring_share(model: Transformer, layout: Layout) -> float:
 
 
 def _computed_keys(model: Transformer, length: int) -> float:
-    """Mean number of keys per query that a fused kernel computes."""
+    """Mean number of keys per query that a fused kernel computes, over all blocks."""
+    seen = model.keys_seen(length)
     if model.mask == "full":
         skips = model.attention == "splash"  # cuDNN skips beyond windows to the left only
-        return model.keys_seen(length) if skips else length
-    window = model.keys_seen(length)
-    return window * (1 - window / (2 * length))  # the first queries of a row have fewer
+        computed = seen if skips else [length] * len(seen)
+    else:  # the first queries of a row have fewer
+        computed = [keys * (1 - keys / (2 * length)) for keys in seen]
+    return statistics.fmean(computed[i % model.period] for i in range(model.layers))
 
 
 def _operand_bytes(facts: Facts, layout: Layout) -> float:

@@ -87,13 +87,15 @@ def num_layers(params: PyTree, dims: Mapping[str, Any]) -> int:
     return max(x.shape[0] for name, x in named.items() if _is_stacked(dims, name))
 
 
-def check_layers(layers: int, stages: int, virtual: int) -> None:
-    """ValueError with the counts that work, for layers that the stages do not divide."""
+def check_layers(layers: int, stages: int, virtual: int, period: int = 1) -> None:
+    """ValueError with the counts that work, for layers that the stages do not divide into whole periods."""
     times = f" x train.virtual_stages={virtual}" if virtual > 1 else ""
-    counts = [n for n in range(2, layers // virtual + 1) if layers % (n * virtual) == 0]
+    periods = f", which repeat every {period} (model.window)" if period > 1 else ""
+    unit = stages * virtual * period
+    counts = [n for n in range(2, layers // virtual + 1) if layers % (n * virtual * period) == 0]
     check(
-        layers % (stages * virtual) == 0,
-        f"mesh.stage={stages}{times} does not divide the {layers} layers of the model; "
+        layers % unit == 0,
+        f"mesh.stage={stages}{times} does not divide the {layers} layers of the model{periods}; "
         + (f"use mesh.stage={' or '.join(map(str, counts))}" if counts else "use mesh.stage=1")
-        + f", or {-(-layers // (stages * virtual)) * stages * virtual} layers",
+        + f", or {-(-layers // unit) * unit} layers",
     )
