@@ -352,7 +352,7 @@ def test_image_and_mask_move_together(words, mask):
 
 
 def test_the_example_of_the_docs():
-    (text,) = re.findall(
+    text, _ = re.findall(
         r"```python\n(.*?)```", (REPOSITORY / "docs/transforms.md").read_text(), re.S
     )
     scope = {"__name__": __name__}
