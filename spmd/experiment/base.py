@@ -137,6 +137,7 @@ class Experiment:
         *,
         source: Any = None,
         training: bool = True,
+        share: bool = False,
     ) -> Program:
         """The program: mesh, task, strategy and data.
 
@@ -144,10 +145,12 @@ class Experiment:
           devices: default: all, or the first `simulate`.
           source: the training data; None opens it, () leaves it unopened.
           training: False for a state that is only read: the batch size need not divide over the mesh.
+          share: takes the compiled step of an earlier program of the same shape, which differs in knobs (the
+            learning rate, the weight decay) alone.
         """
         from spmd.experiment.building import build
 
-        return build(self, devices, source, training=training)
+        return build(self, devices, source, training=training, share=share)
 
     # ---- what it does
 

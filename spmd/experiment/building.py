@@ -14,6 +14,7 @@ from spmd import optim
 from spmd.core import batches, fields, tree
 from spmd.core.fields import check
 from spmd.data import DataConfig, Split
+from spmd.experiment import shared
 from spmd.parallel import mesh
 from spmd.runtime import platforms
 from spmd.strategies.base import Parts
@@ -25,9 +26,17 @@ from spmd.weights import adapters, init
 if TYPE_CHECKING:
     from spmd.experiment.base import Experiment
 
+# Optimizers that read rate and decay from a step's knobs alone; a user's may read the fields.
+KNOBBED = frozenset(optim.OPTIMIZERS.values())
+
 
 def build(
-    exp: Experiment, devices: Sequence[Any] | None, source: Any, *, training: bool
+    exp: Experiment,
+    devices: Sequence[Any] | None,
+    source: Any,
+    *,
+    training: bool,
+    share: bool = False,
 ) -> Program:
     """The program of an experiment; arguments as in Experiment.build."""
     several = exp.setup()
@@ -59,17 +68,17 @@ def build(
         if exp.data.eval_transforms or exp.data.transforms:  # shapes in evaluation may be others
             evaluated = abstract_batch(exp.data, batch_size, "eval")
             batches.index_ranges(task, (params, model_state), evaluated)
-    order = exp.strategy.order
-    if mechanism:
-        order = functools.partial(exp.privacy.order, parts=replicas)
+    private = functools.partial(exp.privacy.order, parts=replicas)
+    order = private if mechanism else exp.strategy.order
+    parts = strategy_parts(exp, task, devices_mesh, batch, num_steps, examples, mechanism)
+    make = shared.strategy_of if share else shared.new_strategy
+    task, strategy = make(exp, parts, num_steps, examples)  # a shared one has its own task
     return Program(
         name=exp.name,
         seed=exp.seed,
         mesh=devices_mesh,
         task=task,
-        strategy=exp.strategy.build(
-            strategy_parts(exp, task, devices_mesh, batch, num_steps, examples, mechanism)
-        ),
+        strategy=strategy,
         num_steps=num_steps,
         data=exp.data,
         source=source,
@@ -144,6 +153,7 @@ def strategy_parts(
         skip=exp.train.nonfinite == "skip",
         privacy=mechanism,
         noise_scale=exp.train.noise_scale,
+        knobs=exp.optimizer.knobs(examples) if type(exp.optimizer) in KNOBBED else {},
     )
 
 

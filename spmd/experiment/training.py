@@ -54,7 +54,7 @@ def _train_in(
     resumes: bool,
 ) -> Run:
     """Train in a run directory that process 0 holds. claims: its claim, none in other processes."""
-    program = exp.build()
+    program = exp.build(share=True)
     if program.mesh.devices.flat[0].platform == "cpu":
         allocator.keep_freed_memory()
     if warning := exp.pipeline_warning(program.mesh.shape["stage"]):

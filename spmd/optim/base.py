@@ -75,34 +75,64 @@ class Optimizer:
         import jax.numpy as jnp
         import optax
 
+        from spmd.optim import knobs
+
         check(
             self.warmup_steps <= num_steps,
             f"optimizer.warmup_steps={self.warmup_steps} is more than the {num_steps} steps of the run"
             " (train.steps or train.epochs): warm up for less, or train for longer",
         )
-        scaled = self.base_batch_size and batch_size
-        peak = self.learning_rate * (batch_size / self.base_batch_size if scaled else 1)
-        final = peak * self.final_fraction
         remaining = max(num_steps - self.warmup_steps, 1)
-        if self.schedule == "constant":
-            main = optax.constant_schedule(peak)
-        elif self.schedule == "cosine":
-            main = optax.cosine_decay_schedule(peak, remaining, alpha=self.final_fraction)
-        else:
-            decay = max(round(remaining * self.decay_fraction), 1)
-            main = optax.linear_schedule(peak, final, decay, transition_begin=remaining - decay)
-        if self.warmup_steps:
-            first = min(self.learning_rate, peak) if scaled else 0.0
-            warmup = optax.linear_schedule(first, peak, self.warmup_steps)
-            main = optax.join_schedules([warmup, main], [self.warmup_steps])
-        # A float count: optax would mix an integer one with floats, which strict promotion refuses.
-        # float64 where that is on: the last bit of a float32 cosine depends on the program around it.
-        return lambda count: jnp.asarray(main(jnp.asarray(count, float)), float)
+        configured = self._peak(batch_size)
+        scaled = bool(self.base_batch_size and batch_size)
+        first = min(self.learning_rate, configured) if scaled else 0.0
+
+        def at(count: Any) -> Any:
+            peak = knobs.value("peak", configured)
+            if self.schedule == "constant":
+                main = optax.constant_schedule(peak)
+            elif self.schedule == "cosine":
+                main = optax.cosine_decay_schedule(peak, remaining, alpha=self.final_fraction)
+            else:
+                decay, final = max(round(remaining * self.decay_fraction), 1), self.final_fraction
+                begin = remaining - decay
+                main = optax.linear_schedule(peak, peak * final, decay, transition_begin=begin)
+            if self.warmup_steps:
+                warmup = optax.linear_schedule(first, peak, self.warmup_steps)
+                main = optax.join_schedules([warmup, main], [self.warmup_steps])
+            # A float count: optax would mix an integer one with floats, which strict promotion refuses.
+            # float64 where that is on: the last bit of a float32 cosine depends on the program around it.
+            return jnp.asarray(main(jnp.asarray(count, float)), float)
+
+        return at
+
+    def _peak(self, batch_size: int) -> float:
+        """The peak learning rate for a batch size."""
+        scaled = self.base_batch_size and batch_size
+        return self.learning_rate * (batch_size / self.base_batch_size if scaled else 1)
+
+    def knobs(self, batch_size: int = 0) -> dict[str, float]:
+        """Scalars that are arguments of the step; {} where the step holds them as constants.
+
+        They are constants where an argument would change the last bit of a rate (differences of two rates
+        that are rounded once, not twice), and with groups.
+        """
+        ends = self.schedule == "wsd" and self.final_fraction
+        begins = self.warmup_steps and self.base_batch_size
+        if ends or begins or self.groups:
+            return {}
+        values = {"peak": self._peak(batch_size), "decay": self.weight_decay}
+        return {name: float(value) for name, value in values.items() if value}
+
+    def without_knobs(self, batch_size: int = 0) -> Optimizer:
+        """This configuration with the same value for each knob of all runs that may share a step."""
+        names = {"peak": "learning_rate", "decay": "weight_decay"}
+        return dataclasses.replace(self, **{names[name]: 1.0 for name in self.knobs(batch_size)})
 
     def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
         """The transformation before weight decay and learning rate, which each optimizer defines.
 
-        matrices, dims: decay_mask and dims as `build` takes them.
+        matrices, dims: decay_mask and dims as `transformation` takes them.
         """
         raise NotImplementedError
 
@@ -122,9 +152,11 @@ class Optimizer:
         """
         import optax
 
+        from spmd.optim import knobs
+
         parts = [self.direction(matrices, dims)]
         if decay:
-            parts.append(optax.add_decayed_weights(decay, mask=matrices))
+            parts.append(optax.masked(knobs.decayed_weights(decay), matrices))
         return [
             *parts,
             *self.after_decay(matrices, dims),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.core import narrow, tree
 from spmd.core.fields import check
+from spmd.optim import knobs as optim_knobs
 from spmd.parallel import sharding
 from spmd.strategies.grads import direct
 from spmd.strategies.grads.pipeline import execute, schedules
@@ -45,11 +47,26 @@ class TrainState:
     ema: Any  # moving average of the parameters, float32 at least; {} when off
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A jitted step (state, batch, knobs) -> (state, metrics), with the values of its knobs."""
+
+    jitted: Any
+    knobs: Mapping[str, float]
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return self.jitted(state, batch, self.knobs)
+
+    def lower(self, state: Any, batch: Any) -> jax.stages.Lowered:
+        """The step lowered for a state and a batch, abstract ones included."""
+        return self.jitted.lower(state, batch, self.knobs)
+
+
 class Strategy(NamedTuple):
     """How the devices agree: pure functions, in the way optax's GradientTransformation is."""
 
     init: Callable[[jax.Array], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    step: Step
     with_params: Callable[[TrainState, PyTree], TrainState]
     eval_variables: Callable[[TrainState], tuple[PyTree, PyTree]]
     state_shardings: TrainState
@@ -65,6 +82,7 @@ class Parts(NamedTuple):
     skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
     privacy: clips the gradient of each example, and adds noise to their sum; None is off.
     noise_scale: measures what the gradient noise scale is told from.
+    knobs: scalars of the optimizer that are arguments of the step.
     """
 
     task: Any
@@ -79,6 +97,7 @@ class Parts(NamedTuple):
     skip: bool = False
     privacy: Mechanism | None = None
     noise_scale: bool = False
+    knobs: Mapping[str, float] = MappingProxyType({})
 
 
 def weighed_names(metrics: Iterable[str]) -> list[str]:
@@ -243,19 +262,32 @@ def build_strategy(
         cast = lambda average, p: average.astype(p.dtype)
         return jax.tree.map(cast, state.ema, state.params), state.model_state
 
+    jitted = jax.jit(
+        _with_knobs(step),
+        in_shardings=(shardings, batches, None),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
     return Strategy(
         init=build_init(parts, shardings, init_strategy, extend),
-        step=jax.jit(
-            step,
-            in_shardings=(shardings, batches),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        ),
+        step=Step(jitted, {**parts.knobs}),
         with_params=with_params,
         eval_variables=eval_variables,
         state_shardings=shardings,
         batch_shardings=batches,
     )
+
+
+def _with_knobs(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The step function with the knobs as an argument; its name is that of the compiled program."""
+
+    def step(
+        state: TrainState, batch: Batch, knobs: Mapping[str, Any]
+    ) -> tuple[TrainState, Metrics]:
+        with optim_knobs.bind(knobs):
+            return fn(state, batch)
+
+    return step
 
 
 def scanned(strategy: Strategy) -> Strategy:
@@ -265,10 +297,11 @@ def scanned(strategy: Strategy) -> Strategy:
     """
     lead = lambda s: NamedSharding(s.mesh, P(None, *s.spec))
     batches = jax.tree.map(lead, strategy.batch_shardings)
+    jitted, knobs = strategy.step.jitted, strategy.step.knobs
     many = jax.jit(
-        lambda state, batch: jax.lax.scan(strategy.step, state, batch),
-        in_shardings=(strategy.state_shardings, batches),
+        lambda state, batch, knobs: jax.lax.scan(lambda s, b: jitted(s, b, knobs), state, batch),
+        in_shardings=(strategy.state_shardings, batches, None),
         out_shardings=(strategy.state_shardings, None),
         donate_argnums=0,
     )
-    return strategy._replace(step=many, batch_shardings=batches)
+    return strategy._replace(step=Step(many, knobs), batch_shardings=batches)

@@ -72,12 +72,7 @@ def evaluator(
 
     skips, expected, transform: as in loader.eval_batches.
     """
-    placement = sharding.placement(mesh)
-
-    @jax.jit
-    def measure(params, model_state, batch):
-        with scope.bind(**placement):
-            return task.evaluate(params, model_state, batch)
+    measure = _measuring(task.evaluate, mesh)
 
     def evaluate(
         params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
@@ -95,6 +90,19 @@ def evaluator(
         return named(task.measured(total or {}))
 
     return evaluate
+
+
+@functools.lru_cache(maxsize=8)
+def _measuring(evaluate: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The compiled sums of a batch; one for all evaluations by a function of a task."""
+    placement = sharding.placement(mesh)
+
+    @jax.jit
+    def measure(params, model_state, batch):
+        with scope.bind(**placement):
+            return evaluate(params, model_state, batch)
+
+    return measure
 
 
 def _added(total: Any, sums: Any) -> Any:

@@ -190,7 +190,9 @@ def test_bytes_are_those_of_the_closed_form(case):
     )
     ways = program.mesh.shape["tensor"] * program.mesh.shape["context"]  # they do not cut the batch
     batch = (4 * T + 1) * 4 * B * ways // 8
-    assert made.memory.arguments == held + batch  # without example_id, of which nothing is drawn
+    knobs = 4 * len(program.strategy.step.knobs)
+    # Without example_id, of which nothing is drawn.
+    assert made.memory.arguments == held + batch + knobs
     assert made.memory.aliased == pytest.approx(held, rel=0.01)
 
 
