@@ -110,7 +110,8 @@ def _rebuild(recorded: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
         f"{recorded['class']} is not in this list here; the experiment's file must say so",
     )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items()}
-    return classes[values.pop("class")](**values)
+    values.pop("class")
+    return classes[recorded["class"]](**values)
 
 
 def _typed_name(field: dataclasses.Field[Any]) -> str:

@@ -259,8 +259,14 @@ class Attention(nnx.Module):
         k_BTGK = activation("key", k_BTGK, "kv_heads", "head_dim")
         v_BTGK = activation("value", v_BTGK, "kv_heads", "head_dim")
         if cache is None:
-            kernel = {"implementation": self.implementation, "context": self.context}
-            y_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, self._mask(positions, window), **kernel)
+            y_BTHK = attend(
+                q_BTHK,
+                k_BTGK,
+                v_BTGK,
+                self._mask(positions, window),
+                implementation=self.implementation,
+                context=self.context,
+            )
         else:
             check(
                 self.mask == "causal",

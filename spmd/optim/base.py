@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 # Logical dims by parameter name, None where a parameter has none (tasks.Objective.dims).
-Dims = Mapping[str, tuple[str, ...] | None]
+Dims = Mapping[str, tuple[str | None, ...] | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spmd.core.fields import check, match_names
@@ -70,5 +70,7 @@ def partition(
         )
         return optax.chain(*chosen.rule(rate, decay, matrices, dims))
 
-    transformations = {str(i): build(str(i), group) for i, group in enumerate(groups)}
+    transformations: dict[Hashable, optax.GradientTransformation] = {
+        str(i): build(str(i), group) for i, group in enumerate(groups)
+    }
     return optax.partition(transformations | {REST: build(REST, None)}, labels)

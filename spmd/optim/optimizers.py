@@ -160,7 +160,7 @@ def matrix_axes(dims: Sequence[str | None]) -> tuple[tuple[int, ...], tuple[int,
     return tuple(axes[:-num_outputs]), tuple(axes[-num_outputs:])
 
 
-def is_hidden_matrix(dims: tuple[str, ...]) -> bool:
+def is_hidden_matrix(dims: tuple[str | None, ...]) -> bool:
     """Whether a parameter is a matrix of a hidden layer: no embedding, head, first layer or stacked bias."""
     return not {"vocab", "position", "classes", "input"} & {*dims} and bool(matrix_axes(dims)[0])
 

@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,8 @@ def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
     return (total / jnp.maximum(count, jnp.ones((), x_BD.dtype))).astype(dtype)
 
 
-class GatheredBatch(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class GatheredBatch:
     """Rows of a feature of all devices. rows: [N, ...]. weight: [N], 0 for rows that are no examples. index:
     [B], where this trace's rows are among them.
     """
@@ -172,10 +173,10 @@ def gather_batch(x: jax.Array) -> GatheredBatch:
     num = x.shape[0]
     index = jnp.arange(num, dtype=jnp.int32)
     if not scope.axes:
-        return GatheredBatch(x, scope.weight, index)
+        return GatheredBatch(rows=x, weight=scope.weight, index=index)
     gather = lambda part: jax.lax.all_gather(part, scope.axes, tiled=True)
     offset = jax.lax.axis_index(scope.axes).astype(jnp.int32) * num
-    return GatheredBatch(gather(x), gather(scope.weight), index + offset)
+    return GatheredBatch(rows=gather(x), weight=gather(scope.weight), index=index + offset)
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
@@ -209,7 +210,8 @@ def blockwise(
 def sharding_axes(dim: str) -> dict[str, int]:
     """`{mesh axis: size}` of the axes larger than 1 that shard a logical dim."""
     rule = current().sharding_axes
-    return {} if rule is None else rule(*_base_dims((dim,)))
+    base = _base_dims((dim,))[0]
+    return {} if rule is None or base is None else rule(base)
 
 
 def num_shards(dim: str) -> int:

@@ -134,7 +134,7 @@ def pack_buckets(num: int, bucket_bytes: float) -> Packing:
     return Packing(pack, unpack)
 
 
-def pack_shards(num: int, dims: Mapping[str, int | None]) -> Packing:
+def pack_shards(num: int, dims: Mapping[str, int]) -> Packing:
     """Pack each array alone; row i is the shard, along its dim of `dims`, that device i owns."""
 
     def pack(leaves: Leaves) -> list[jax.Array]:
@@ -174,7 +174,9 @@ def int8(block: int) -> Compressor:
         return jax.tree.map(lambda part: collectives.quantise(part, block), x), state
 
     def decode(message: PyTree, like: PyTree) -> PyTree:
-        return jax.tree.map(lambda x, part: collectives.dequantise(*part, x), like, message)
+        return jax.tree.map(
+            lambda x, part: collectives.dequantise(part[0], part[1], x), like, message
+        )
 
     return Compressor(lambda like: {}, encode, decode)
 

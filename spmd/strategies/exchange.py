@@ -52,8 +52,9 @@ def build_reducer(
         case "int8" if dims is None:
             compressed = int8_all_reduce(config.block, bucket_bytes, group)
         case "int8":
-            takes = lambda name, leaf: dims[name] is not None
-            compressed = int8_reduce_scatter(config.block, dims, group)
+            sharded = {name: dim for name, dim in (dims or {}).items() if dim is not None}
+            takes = lambda name, leaf: name in sharded
+            compressed = int8_reduce_scatter(config.block, sharded, group)
         case "top-k":
             compressed = keep_shards(top_k_all_gather(config.keep, group), dims, group)
         case "powersgd":
@@ -128,7 +129,7 @@ def int8_all_reduce(block: int, bucket_bytes: float, group: Communicator) -> Red
     return _reducer(init, reduce)
 
 
-def int8_reduce_scatter(block: int, dims: Mapping[str, int | None], group: Communicator) -> Reducer:
+def int8_reduce_scatter(block: int, dims: Mapping[str, int], group: Communicator) -> Reducer:
     """Reduce-scatter in one hop: each device's part of an array goes to its owner as int8, who sums."""
     packing = pack_shards(group.size, dims)
     addends = with_error_feedback(replicate(pack_first(int8(block), packing), group))
@@ -140,7 +141,7 @@ def int8_reduce_scatter(block: int, dims: Mapping[str, int | None], group: Commu
     def reduce(grads: Leaves, state: PyTree) -> tuple[Leaves, PyTree]:
         message, feedback = addends.encode(grads, _feedback(state))
         chunks = sum_rows(message, block, packing.pack, feedback.errors, group)
-        shards = {name: shard(x, dims[name]) for name, x in feedback.errors.items()}
+        shards: Any = {name: shard(x, dims[name]) for name, x in feedback.errors.items()}
         return packing.unpack(chunks, shards), _state(feedback)
 
     return _reducer(lambda like: _state(addends.init(like)), reduce)

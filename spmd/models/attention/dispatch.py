@@ -58,7 +58,7 @@ def attend(
         ValueError: the implementation cannot run here or cannot compute this; there is no silent fall back
             to a slower one.
     """
-    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     needs = _features(mask, q_BTHK.shape[1], k_BSGK.shape[1], softcap, bias is not None)
     sharded = bool(scope.sharding_axes("time"))
     if not (sharded and context == "ring"):
@@ -66,10 +66,10 @@ def attend(
     if sharded and context == "ring":
         _check_ring(mask, implementation, needs)
         ring = attend_ring_full if mask.kind == "full" else attend_ring
-        return ring(q_BTHK, k_BSGK, v_BSGK, mask, scale, softcap)
+        return ring(q_BTHK, k_BSGK, v_BSGK, mask, factor, softcap)
     bias_HTS = None if bias is None else _evaluate(bias, q_BTHK, k_BSGK)
     kernel = functools.partial(
-        _attend_local, scale=scale, softcap=softcap, implementation=implementation
+        _attend_local, scale=factor, softcap=softcap, implementation=implementation
     )
     if sharded:
         return attend_ulysses(q_BTHK, k_BSGK, v_BSGK, mask, bias_HTS, kernel)

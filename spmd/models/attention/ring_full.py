@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def attend_ring_full(
     def attend_block(q_BCHK, k_BCGK, v_BCGK, query_BC, key_BC):
         kv_heads, head_dim = k_BCGK.shape[2:]
         q_BCGRK = q_BCHK.reshape(*q_BCHK.shape[:2], kv_heads, -1, head_dim)
-        y_BCGRK = _ring(axes, scoring, q_BCGRK, k_BCGK, v_BCGK, query_BC, key_BC)
+        y_BCGRK: Any = _ring(axes, scoring, q_BCGRK, k_BCGK, v_BCGK, query_BC, key_BC)
         return y_BCGRK.reshape(q_BCHK.shape)
 
     in_dims = (QUERY_DIMS, KEY_DIMS, KEY_DIMS, SEGMENT_DIMS, SEGMENT_DIMS)

@@ -398,7 +398,7 @@ def test_a_mesh_that_does_not_lie_on_the_slice_is_told_its_axes():
     exp = spmd.load("lm_stdlib", [*WORDS, "32", "--mesh.tensor", "2"]).experiment
     exp = dataclasses.replace(exp, data=dataclasses.replace(exp.data, batch_size=64))
     with pytest.raises(
-        ValueError, match=r"slice of 4 x 4 x 4 chips: .* sizes that can be: 1, 4, 16, 64"
+        ValueError, match=r"slice of 4 x 4 x 4 chips: .* possible sizes: 1, 4, 16, 64"
     ):
         isolated.compile_step(exp, "v5p:4x4x4")
 
