@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import json
 
 import pytest
 
 import spmd
+from spmd.experiment import shared
 
 WORDS = ["--simulate", "2", "--train.steps", "12", "--log.every", "1", "--run.compile-cache", "off"]
 
 
-def test_another_rate_compiles_nothing(devices, tmp_path):
+def test_another_rate_compiles_nothing(devices, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "_built", collections.deque(maxlen=shared.KEPT))
+
     def train(name, *words):
         run = spmd.load("digits", [*WORDS, *words, "--run.dir", str(tmp_path / name)]).train()
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
