@@ -17,6 +17,8 @@ REACHED = {
     "segmentation": {"eval/miou": 0.88},
     "retrieval": {"eval/hit@10": 0.75},
     "doubling": {"eval/accuracy": 0.85},
+    "encoder": {"eval/accuracy": 0.95},
+    "belief": {"eval/accuracy": 0.85},
 }
 SHARDED = ["--simulate", "8", "--train.accumulate", "2", "--log.no-tensorboard"]
 

@@ -21,7 +21,7 @@ from spmd.parallel import mesh, scope
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, Server, base
 from spmd.strategies.privacy import Mechanism
-from spmd.tasks import Classification, FrozenModel, Task
+from spmd.tasks import Classification, FrozenModel, Task, losses
 
 STEPS, BATCH = 6, 16
 MODEL = MLP(inputs=6, hidden=(8,), classes=4)
@@ -81,6 +81,45 @@ class Retrieval(Task):
         return {"loss": jax.nn.logsumexp(score, axis=-1) - right}
 
 
+class Heads(nnx.Module):
+    """A trunk and a head for each of two tasks."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.trunk = Dense(rngs, (6, 8), ("input", "embed"))
+        self.classes = Dense(rngs, (8, 4), ("embed", "classes"))
+        self.value = Dense(rngs, (8, 1), ("embed", "classes"))
+
+    def __call__(self, x):
+        x = jnp.tanh(self.trunk(x))
+        return {"classes": self.classes(x), "value": self.value(x)[..., 0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoSources(Task):
+    """Rows of source 0 are classified, those of source 1 have a real value; uncertainty weights."""
+
+    input: str = "image"
+
+    def weights(self, batch):
+        of_source = lambda number: (batch["source"] == number).astype(jnp.float64)
+        return {"classes": of_source(0), "value": of_source(1)}
+
+    def coefficients(self, model):
+        return {"classes": 1.0, "value": 1.0}
+
+    def variables(self, rngs):
+        return {"log_variance": jnp.zeros(2)}
+
+    def values(self, outputs, batch, *, train):
+        s = batch["task/log_variance"]
+        classes = losses.cross_entropy(outputs["classes"], batch["label"])
+        value = jnp.square(outputs["value"] - batch["item"][:, 0])
+        return {
+            "classes": jnp.exp(-s[0]) * classes + s[0] / 2,
+            "value": jnp.exp(-s[1]) * value + s[1] / 2,
+        }
+
+
 class Twice(Classification):
     """Calls its model on the batch and on the batch mirrored, as contrastive tasks do."""
 
@@ -92,6 +131,7 @@ class Twice(Classification):
 TASKS: dict[str, tuple[Task, Any]] = {
     "distilled": (Distilled(), MODEL),
     "retrieval": (Retrieval(), Towers),
+    "two sources": (TwoSources(), Heads),
     "twice": (Twice(), MODEL),
 }
 LAYOUTS = {
@@ -113,6 +153,7 @@ def batch_at(step: int) -> dict[str, np.ndarray]:
         "image": rng.normal(size=(BATCH, 6)),
         "item": rng.normal(size=(BATCH, 6)),
         "label": rng.integers(0, 4, BATCH).astype(np.int32),
+        "source": rng.integers(0, 2, BATCH).astype(np.int32),
         "example_id": np.arange(BATCH, dtype=np.int32) + step * BATCH,
         "weight": weight,
     }
