@@ -86,6 +86,11 @@ class Tracer:
         self.param_dtype = param_dtype
         self.coefficients = task.coefficients(model)
         self.frozen = {name: network(f.model, param_dtype) for name, f in task.frozen.items()}
+        check(
+            "loss" in self.coefficients,
+            f"task {type(task).__name__}: coefficients() has the terms {', '.join(self.coefficients)}; one"
+            " must be called 'loss', which training watches and logs first",
+        )
         metric_kinds.check_metrics(task.metrics, self.coefficients)
         logged = {m.name: m for m in task.metrics if isinstance(m, Mean)}
         unknown = [name for name in task.train_metrics if name not in logged]

@@ -102,10 +102,10 @@ class TwoSources(Task):
 
     def weights(self, batch):
         of_source = lambda number: (batch["source"] == number).astype(jnp.float64)
-        return {"classes": of_source(0), "value": of_source(1)}
+        return {"loss": of_source(0), "value": of_source(1)}
 
     def coefficients(self, model):
-        return {"classes": 1.0, "value": 1.0}
+        return {"loss": 1.0, "value": 1.0}
 
     def variables(self, rngs):
         return {"log_variance": jnp.zeros(2)}
@@ -115,7 +115,7 @@ class TwoSources(Task):
         classes = losses.cross_entropy(outputs["classes"], batch["label"])
         value = jnp.square(outputs["value"] - batch["item"][:, 0])
         return {
-            "classes": jnp.exp(-s[0]) * classes + s[0] / 2,
+            "loss": jnp.exp(-s[0]) * classes + s[0] / 2,
             "value": jnp.exp(-s[1]) * value + s[1] / 2,
         }
 
@@ -271,6 +271,12 @@ class Odd(Classification):
 def test_a_task_that_contradicts_itself_is_refused_with_both_sides(task, message, x64):
     with pytest.raises(ValueError, match=re.escape(message)):
         trained(task, MODEL, (Auto(), MeshConfig(), 1, 1))
+
+
+def test_one_term_is_called_loss():
+    unnamed = type("Unnamed", (Classification,), {"coefficients": lambda self, model: {"a": 1.0}})
+    with pytest.raises(ValueError, match=r"Unnamed: coefficients\(\) has the terms a; one must be"):
+        unnamed().build(MODEL)
 
 
 def test_only_means_are_logged_in_training():
