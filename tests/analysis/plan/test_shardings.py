@@ -245,14 +245,14 @@ def config():
 '''
 
 
-def test_rules_that_fight_over_one_axis(run_main, tmp_path):
+def test_rules_that_fight_over_one_axis(run_cli, tmp_path):
     (tmp_path / "fight.py").write_text(FIGHT)
     plan = ("plan", "--experiment", "fight.py", "--target", "h100:16", "--show", "shardings")
-    done = run_main(*plan, "--mesh.tensor", "4")
+    done = run_cli(*plan, "--mesh.tensor", "4")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line == "error: inner: dims 'mlp' and 'heads' both want mesh axis 'tensor'"
-    assert run_main(*plan, "--mesh.fsdp", "4").returncode == 0
+    assert run_cli(*plan, "--mesh.fsdp", "4").returncode == 0
 
 
 def test_a_dim_that_no_axis_divides(run_main):
