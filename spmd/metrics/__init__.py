@@ -1,6 +1,6 @@
 """Metrics: sums on the devices, values on the host."""
 
-from spmd.metrics.base import Mean, Metric, added, check_metrics, computed
+from spmd.metrics.base import Mean, Metric, added, check_metrics, computed, measure
 from spmd.metrics.classes import AUC, Accuracy, Calibration, Confusion, blended
 from spmd.metrics.errors import MAE, RMSE
 from spmd.metrics.ranking import Ranking
@@ -19,4 +19,5 @@ __all__ = [
     "blended",
     "check_metrics",
     "computed",
+    "measure",
 ]

@@ -24,6 +24,7 @@ Batch = Mapping[str, jax.Array]
 Weights = Mapping[str, jax.Array]  # loss term -> [B, ...]: how much each of its elements counts
 Sums = dict[str, jax.Array]
 Values = dict[str, float | None]
+ARRAYS = jax.Array | np.ndarray | np.generic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,40 @@ def ratio(total: Any, weight: Any) -> float | None:
 # ---- over the batches of an evaluation
 
 
+def measure(metric: Metric, outputs: Any, batch: Batch, weights: Weights) -> Sums:
+    """The sums of one batch; ValueError unless they are {name: array}."""
+    sums = metric.sums(metric.select(outputs), batch, weights)
+    right = isinstance(sums, Mapping) and all(isinstance(x, ARRAYS) for x in sums.values())
+    check(
+        right,
+        f"metric {metric.name!r}: sums() returned {_described(sums)}; it returns {{name: array}}, which are"
+        " added over batches",
+    )
+    return {**sums}
+
+
+def _described(sums: Any) -> str:
+    if not isinstance(sums, Mapping):
+        return type(sums).__name__
+    return ", ".join(f"{name}: {type(x).__name__}" for name, x in sums.items())
+
+
 def added(total: Any, sums: Any) -> Any:
-    """The sum of two trees of host arrays, integers in int64, floats in float64."""
+    """The sum of two trees of host arrays, integers in int64, floats in float64.
+
+    Raises:
+      ValueError: the sums of a metric have other names or shapes than those before.
+    """
+    for name in sums:
+        before, now = (
+            {k: list(np.shape(x)) for k, x in jax.tree_util.tree_leaves_with_path(part[name])}
+            for part in (total, sums)
+        )
+        check(
+            before == now,
+            f"metric {name!r}: sums() returned arrays of shapes {[*now.values()]}, and of"
+            f" {[*before.values()]} for the batch before: they must not depend on the batch",
+        )
 
     def add(x: Any, y: Any) -> np.ndarray:
         kind = np.int64 if np.issubdtype(np.asarray(y).dtype, np.integer) else np.float64

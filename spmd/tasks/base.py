@@ -16,7 +16,7 @@ from flax import nnx
 from spmd.core import batches
 from spmd.core.batches import Ids
 from spmd.core.fields import check
-from spmd.metrics import Metric
+from spmd.metrics import Metric, measure
 from spmd.tasks.objective import Batch, MetricSums, Objective
 from spmd.tasks.tracing import Tracer
 
@@ -137,7 +137,7 @@ class Task:
         self._check_values(values, counted)
         totals = {term: jnp.sum(v * counted[term].astype(v.dtype)) for term, v in values.items()}
         measured = [m for m in self.metrics if not train or m.name in self.train_metrics]
-        return totals, {m.name: m.sums(m.select(outputs), batch, counted) for m in measured}
+        return totals, {m.name: measure(m, outputs, batch, counted) for m in measured}
 
     def _check_values(self, values: Mapping[str, Any], counted: Mapping[str, Any]) -> None:
         """ValueError unless each term has a value and a weight, of one shape."""

@@ -200,5 +200,10 @@ def test_mistakes_with_metrics():
         metrics.AUC().sums(jnp.eye(3), {"label": jnp.arange(3)}, {"loss": jnp.ones(3)})
     with pytest.raises(ValueError, match="two metrics or loss terms are called accuracy"):
         metrics.check_metrics([metrics.Accuracy(), metrics.Accuracy()], ["loss"])
+    odd = type("Odd", (metrics.Metric,), {"sums": lambda self, *_: {"sum": 3.0}})(name="odd")
+    with pytest.raises(ValueError, match=r"'odd': sums\(\) returned sum: float; it returns"):
+        metrics.measure(odd, jnp.eye(3), {}, {})
+    with pytest.raises(ValueError, match=r"'odd': sums\(\) returned arrays of shapes \[\[3\]\]"):
+        metrics.added({"odd": {"sum": np.ones(2)}}, {"odd": {"sum": np.ones(3)}})
     with pytest.raises(ValueError, match="cut-offs of at least 1"):
         metrics.Ranking(k=())

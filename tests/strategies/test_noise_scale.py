@@ -67,7 +67,7 @@ def test_signal_and_variance_are_those_of_the_problem(case):
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch_at(0, False).items()}
     parts = base.Parts(
         task=quadratic(),
-        tx=still.build(10, {"w": False}),
+        tx=still.transformation(10, {"w": False}),
         rate=still.rate(10),
         mesh=mesh.make(MeshConfig(), jax.devices()[:num]),
         batch=abstract,
