@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +14,7 @@ import tyro
 
 from spmd.core import fields
 from spmd.core.fields import check
+from spmd.core.storage import json_text
 from spmd.optim.base import Optimizer
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def source_digest(fn: Any) -> str:
     Raises:
         ValueError: the source cannot be read.
     """
-    described = json.dumps(_describe(fn), sort_keys=True)
+    described = json_text(_describe(fn), sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 
