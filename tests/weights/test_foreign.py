@@ -113,10 +113,16 @@ def test_every_field_of_a_model_is_exported_or_of_no_output():
     written = (
         "vocab length layers embed heads kv_heads head_dim mlp norm_epsilon rope_theta tied bias"
     )
-    by_family = "norm activation position qk_norm logit_cap experts"
+    by_family = "norm activation position qk_norm logit_cap experts mask window"
     training = "vocab_multiple dropout init_std dtype attention context scan remat saved"
     fields = {f.name for f in dataclasses.fields(Transformer)}
     assert fields == {*written.split(), *by_family.split(), *training.split()}
+
+
+@pytest.mark.parametrize("change", [{"mask": "full"}, {"window": (4, 0)}])
+def test_a_mask_of_another_kind_is_of_no_family(change):
+    with pytest.raises(ValueError, match=r"not llama for model\.(mask=full|window=\(4, 0\))"):
+        names.family_of(dataclasses.replace(MODELS["llama"], **change))
 
 
 # ---- files

@@ -167,7 +167,7 @@ def family_of(model: Any) -> str:
     )
     differ: dict[str, list[str]] = {}
     for family, fields in FAMILIES.items():
-        expected = fields | {"qk_norm": False, "logit_cap": 0.0}
+        expected = fields | {"qk_norm": False, "logit_cap": 0.0, "mask": "causal"}
         if family == "mixtral":
             expected |= {"experts.shared": 0, "experts.bias_rate": 0.0}
         else:
@@ -178,6 +178,8 @@ def family_of(model: Any) -> str:
             for name, value in expected.items()
             if actual[name] != (model.heads if value == "heads" else value)
         ]
+        if any(model.window):
+            differ[family].append(f"model.window={model.window}")
         if family == "mixtral" and not model.experts.num:
             differ[family].append("model.experts.num=0")
         if family == "gpt2" and model.width * model.heads != model.embed:
