@@ -178,6 +178,7 @@ EDITS = {
     "text_steps": ("epochs=40", "steps='40'", "steps='40' must be a whole number or None, not str"),
     "one_size": ("(256, 128)", "256", "hidden=256 must be a tuple, each a whole number, not int"),
     "task_class": ("Classification()", "Classification", "task=Classification must be a task"),
+    "task_model": ("Classification()", "MLP(inputs=64)", "must be a task, as spmd.tasks.Class"),
     "model_number": ("MLP(inputs=64", "3 or MLP(inputs=64", "model=3 must be a model config"),
     "other_class": (SGD, "TrainConfig()", "must be of type Optimizer, not TrainConfig"),
     "refused": ("=0.1, mom", "=-1, mom", "line 24, in config(): optimizer.learning_rate=-1 must"),

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from spmd.core.fields import check
 from spmd.core.storage import json_text
 from spmd.experiment import registry
@@ -52,7 +54,7 @@ def run(name: str, words: Sequence[str]) -> int:
         for outputs in snapshot.predictions(source):
             columns = outputs if isinstance(outputs, Mapping) else {"output": outputs}
             num = len(next(iter(columns.values())))
-            write({"example": range(start, start + num), **columns})
+            write({"example": np.arange(start, start + num, dtype=np.int64), **columns})
             start += num
     agree.say(f"{options.out}: {start} rows, step {snapshot.step}")
     return 0
@@ -75,9 +77,8 @@ def _json_lines(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     with path.open("w", encoding="utf-8") as file:
 
         def write(columns: Mapping[str, Any]) -> None:
-            lists = {name: getattr(x, "tolist", lambda x=x: [*x])() for name, x in columns.items()}
-            for row in zip(*lists.values(), strict=True):
-                file.write(json_text(dict(zip(lists, row, strict=True))) + "\n")
+            for row in zip(*(x.tolist() for x in columns.values()), strict=True):
+                file.write(json_text(dict(zip(columns, row, strict=True))) + "\n")
 
         yield write
 
@@ -95,9 +96,8 @@ def _parquet(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         writers: list[Any] = []
 
         def write(columns: Mapping[str, Any]) -> None:
-            lists = {name: getattr(x, "tolist", lambda x=x: [*x])() for name, x in columns.items()}
-            types = {name: _arrow_type(pa, x) for name, x in columns.items()}
-            table = pa.table({name: pa.array(x, types[name]) for name, x in lists.items()})
+            arrays = {n: pa.array(x.tolist(), _arrow_type(pa, x)) for n, x in columns.items()}
+            table = pa.table(arrays)
             if not writers:
                 writers.append(closing.enter_context(pq.ParquetWriter(path, table.schema)))
             writers[0].write_table(table)
@@ -107,8 +107,6 @@ def _parquet(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 def _arrow_type(pa: Any, column: Any) -> Any:
     """Lists as deep as an array's rows, of its type; narrow floats as float32."""
-    if isinstance(column, range):
-        return pa.int64()
     kind = pa.float32() if column.dtype.itemsize < 4 and column.dtype.kind not in "iub" else None
     kind = kind or pa.from_numpy_dtype(column.dtype)
     for _ in column.shape[1:]:

@@ -13,7 +13,7 @@ import tyro
 
 from spmd.core.fields import check
 from spmd.data import DataConfig, Features, Source, Split
-from spmd.data.mixing import MixedOrder, Turns
+from spmd.data.mixing import MixedOrder, Turns, check_weights
 from spmd.data.skips import Skips, bad_records
 from spmd.data.transform import ADDED, Batch, BatchTransform, Pipeline
 
@@ -40,14 +40,7 @@ class Combined(DataConfig):
     features: tyro.conf.Suppress[Features] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check(
-            len(self.weights) == len(self.parts) >= 1,
-            f"data.weights={self.weights} must be one number for each of the {len(self.parts)} parts",
-        )
-        check(
-            all(0 < w < float("inf") for w in self.weights),
-            f"data.weights={self.weights} must all be more than 0",
-        )
+        check_weights(self.weights, len(self.parts))
         check(
             not self.transforms and not self.eval_transforms,
             "the transforms of combined data are those of its parts: leave data.transforms and"

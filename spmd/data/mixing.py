@@ -15,6 +15,18 @@ from spmd.core.fields import check
 CYCLE = 10_000  # at most so many examples until a mixture's pattern repeats
 
 
+def check_weights(weights: Sequence[float], num_parts: int) -> None:
+    """ValueError unless there is a weight above 0 for each part, and a part."""
+    check(
+        len(weights) == num_parts >= 1,
+        f"data.weights={weights} must be one number for each of the {num_parts} parts",
+    )
+    check(
+        all(0 < w < float("inf") for w in weights),
+        f"data.weights={weights} must all be more than 0",
+    )
+
+
 class MixedOrder:
     """Stream position -> example: the part whose turn it is, and its own shuffle."""
 

@@ -18,6 +18,7 @@ from spmd.experiment.run import Run
 from spmd.parallel import mesh
 from spmd.runtime import RuntimeConfig
 from spmd.strategies.privacy import Privacy
+from spmd.tasks import Task
 from spmd.train import CheckpointConfig, EvalConfig, LogConfig, RunConfig, TrainConfig
 from spmd.train.evaluations import Evaluation, check_names
 from spmd.weights.config import InitConfig
@@ -79,7 +80,7 @@ class Experiment:
     def __post_init__(self) -> None:
         values.check(self)
         check(
-            not isinstance(self.task, type) and callable(getattr(self.task, "build", None)),
+            isinstance(self.task, Task),
             f"task={values.shorten(self.task)} must be a task, as spmd.tasks.Classification()",
         )
         check(

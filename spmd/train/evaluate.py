@@ -19,8 +19,9 @@ from spmd.data.skips import Skips
 from spmd.data.transform import BatchTransform
 from spmd.parallel import mesh as meshes
 from spmd.parallel import scope, sharding
-from spmd.train.evaluations import PREFIX
+from spmd.train.program import Program
 
+PREFIX = "eval/"  # of all values that an evaluation logs
 IN_FLIGHT = 4  # evaluation steps that may run at once (more deadlock on simulated devices)
 Measured = dict[str, float | None]  # {"eval/loss": 0.3}; None where no example had a weight
 
@@ -59,19 +60,14 @@ def _batches(
         yield loader.put(host, placed, batch_size)
 
 
-def evaluator(
-    task: Any,
-    mesh: Mesh,
-    source: Any,
-    batch_size: int,
-    skips: Skips | None = None,
-    expected: Expected | None = None,
-    transform: BatchTransform | None = None,
-) -> Evaluator:
-    """Measures `source` on `mesh`; the sums of each batch are added on the host, some batches later.
+def evaluator(program: Program, source: Any, skips: Skips) -> Evaluator:
+    """Measures the task of a program on `source`, read as the program's evaluation data is.
 
-    skips, expected, transform: as in loader.eval_batches.
+    The sums of each batch are added on the host, some batches later. skips: as in loader.eval_batches.
     """
+    task, mesh, batch_size = program.task, program.mesh, program.data.eval_batch_size
+    expected = program.expected("evaluation")
+    transform = program.evaluation_transform(source, skips)
     measure = _measuring(task.evaluate, mesh)
 
     def evaluate(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from spmd.core.fields import check
-from spmd.data import DataConfig
-
-PREFIX = "eval/"  # of all values that an evaluation logs
+from spmd.data import DataConfig, Source
+from spmd.train.evaluate import PREFIX, Measured, evaluator
 
 if TYPE_CHECKING:
-    from spmd.train.evaluate import Measured
     from spmd.train.snapshot import Snapshot
 
 
@@ -59,23 +58,15 @@ class OnData(Evaluation):
 
     def measure(self, snapshot: Snapshot) -> Mapping[str, float | None]:
         """The metrics of all its examples."""
-        from spmd.train.evaluate import (
-            evaluator,  # an experiment's file imports no jax by this class
-        )
-
-        data, program = self.data, snapshot.program._replace(data=self.data)
-        source, skips = data.open_checked("eval"), data.skips("evaluation")
-        measure = evaluator(
-            program.task,
-            program.mesh,
-            source,
-            data.eval_batch_size,
-            skips,
-            program.expected("evaluation"),
-            program.evaluation_transform(source, skips),
-        )
+        program = snapshot.program._replace(data=self.data)
+        measure = evaluator(program, self._source, self.data.skips("evaluation"))
         values: Any = measure(*snapshot.variables)
         return {name.removeprefix(PREFIX): value for name, value in values.items()}
+
+    @functools.cached_property
+    def _source(self) -> Source:
+        """The examples, opened once for all evaluations of a run."""
+        return self.data.open_checked("eval")
 
 
 def check_names(evaluations: tuple[Evaluation, ...]) -> None:

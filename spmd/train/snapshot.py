@@ -14,6 +14,7 @@ from etils import epath
 from spmd.core import tree
 from spmd.core.batches import Expected
 from spmd.core.fields import check
+from spmd.data import Features
 from spmd.data.sources import ArraySource
 from spmd.parallel import mesh as meshes
 from spmd.strategies import base
@@ -64,33 +65,24 @@ class Snapshot:
         """
         declared = self.program.data.features
         features = {name: declared[name] for name in declared if name in examples}
-        ranges = {k: ids for k, ids in self.program.ranges.items() if not ids.target}
-        expected = Expected("given", features, ranges)
-        source = ArraySource(examples, features)
-        transform = self.program.data.pipeline("eval", source, self.program.seed, features=features)
-        parts = [*self._predictor(*self.variables, source, expected, transform)]
+        parts = [*self._predictions(ArraySource(examples, features), features)]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def predictions(self, source: Any) -> Iterator[Any]:
         """Predictions for the examples of a source in its order, a batch at a time: numpy [n, ...] each."""
-        features = self.program.data.features
+        return self._predictions(source, self.program.data.features)
+
+    def _predictions(self, source: Any, features: Features) -> Iterator[Any]:
+        """As `predictions`, of a source that has these features; none that only the loss reads is checked."""
         ranges = {k: ids for k, ids in self.program.ranges.items() if not ids.target}
-        expected, transform = (
-            Expected("given", features, ranges),
-            self.program.evaluation_transform(source),
-        )
+        expected = Expected("given", features, ranges)
+        transform = self.program.data.pipeline("eval", source, self.program.seed, features=features)
         return self._predictor(*self.variables, source, expected, transform)
 
     @functools.cached_property
     def _evaluator(self) -> Any:
         program = self.program
-        data = program.data
-        source, skips = program.open_evaluation(), data.skips("evaluation")
-        expected = program.expected("evaluation")
-        transform = program.evaluation_transform(source, skips)
-        return evaluator(
-            program.task, program.mesh, source, data.eval_batch_size, skips, expected, transform
-        )
+        return evaluator(program, program.open_evaluation(), program.data.skips("evaluation"))
 
     @functools.cached_property
     def _predictor(self) -> Any:

@@ -152,15 +152,7 @@ class Trainer:
         eval_source = program.open_evaluation()
         skips = {"train": program.skips or Skips(), "eval": program.data.skips("evaluation")}
         self.skipped = dataset.Skipped({"train": program.source, "eval": eval_source}, skips)
-        self.evaluate = evaluator(
-            program.task,
-            program.mesh,
-            eval_source,
-            program.data.eval_batch_size,
-            skips["eval"],
-            program.expected("evaluation"),
-            program.evaluation_transform(eval_source, skips["eval"]),
-        )
+        self.evaluate = evaluator(program, eval_source, skips["eval"])
         steps = self.step, program.num_steps, train.steps_per_dispatch
         self.profile = Profile(log.profile, self.run.path, *steps)
 

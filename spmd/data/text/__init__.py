@@ -17,6 +17,7 @@ import tyro
 
 from spmd.core.fields import check, free, located
 from spmd.data import TFDS, DataConfig, Features, Split
+from spmd.data.mixing import check_weights
 
 if TYPE_CHECKING:
     from spmd.data import Source
@@ -232,14 +233,7 @@ class Mixture(Sequences):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            len(self.weights) == len(self.parts) >= 1,
-            f"data.weights={self.weights} must be one number for each of the {len(self.parts)} parts",
-        )
-        check(
-            all(0 < w < float("inf") for w in self.weights),
-            f"data.weights={self.weights} must all be more than 0",
-        )
+        check_weights(self.weights, len(self.parts))
         check(
             self.tokenizer != "chars" or len(self.parts) == 1,
             "data.tokenizer=chars has one vocabulary for one text; a mixture needs bytes or a file",

@@ -61,12 +61,11 @@ def attend(
     factor: float = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     needs = _features(mask, q_BTHK.shape[1], k_BSGK.shape[1], softcap, bias is not None)
     sharded = bool(scope.sharding_axes("time"))
-    if not (sharded and context == "ring"):
-        check_kernel(f"model.attention={implementation}", needs)
     if sharded and context == "ring":
         _check_ring(mask, implementation, needs)
         ring = attend_ring_full if mask.kind == "full" else attend_ring
         return ring(q_BTHK, k_BSGK, v_BSGK, mask, factor, softcap)
+    check_kernel(f"model.attention={implementation}", needs)
     bias_HTS = None if bias is None else _evaluate(bias, q_BTHK, k_BSGK)
     kernel = functools.partial(
         _attend_local, scale=factor, softcap=softcap, implementation=implementation
