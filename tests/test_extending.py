@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import spmd
+from spmd.core import tree
+from spmd.parallel import scope
+from spmd.strategies import base
 from tests import printed
+from tests.cases import assert_same_values
+from tests.marks import slow_but
 
 RECIPES = printed.recipes()
 # What an evaluation of the run must reach on 8 devices, over the recipe's own number of steps.
@@ -65,3 +72,69 @@ def test_a_recipe_trains_stops_resumes_and_is_verified(recipe, run_main, tmp_pat
 
     done = run_main("verify", *words, "--steps", "3", "--param-dtype", "float64")
     assert done.returncode == 0 and "verified" in done.stdout, done.stdout + done.stderr
+
+
+# The strategies of each recipe; that of `doubling` is its own. One device under auto is the reference.
+EQUAL = [
+    (recipe, strategy, num, accumulate)
+    for recipe in REACHED
+    for strategy in (("doubling",) if recipe == "doubling" else ("auto", "allreduce"))
+    for num in (1, 2, 4, 8)
+    for accumulate in (1, 2)
+    if (strategy, num) != ("auto", 1)
+]
+IN_THE_GATE = [("segmentation", "allreduce", 4, 2), ("retrieval", "auto", 4, 2)]
+
+
+@pytest.fixture(scope="module")
+def trained(devices, tmp_path_factory):
+    """(recipe, strategy, devices, microbatches) -> losses, gradients of the first step and parameters after
+    three, in float64, once each.
+    """
+    directory = tmp_path_factory.mktemp("recipes")
+    results = {}
+
+    def run(recipe: str, strategy: str, num: int, accumulate: int):
+        case = (recipe, strategy, num, accumulate)
+        if case not in results:
+            results[case] = steps_of(directory / f"{recipe}.py", *case[1:])
+        return results[case]
+
+    for name, text in RECIPES.items():
+        (directory / f"{name}.py").write_text(text)
+    return run
+
+
+def steps_of(file: Path, strategy: str, num: int, accumulate: int):
+    """Three steps of an experiment on batches of uneven weights, most of them on the first devices."""
+    words = ["--simulate", str(num), "--train.accumulate", str(accumulate)]
+    words += [] if strategy == "doubling" else ["--strategy", strategy]
+    losses, grads = [], {}
+    with jax.enable_x64(True):
+        program = spmd.load(str(file), [*words, "--param-dtype", "float64"]).build()
+        state = program.init()
+        for step, batch in enumerate(program.host_batches(0, 3)):
+            rng = np.random.default_rng(step)
+            weight = rng.choice([0.25, 1.0], len(batch["weight"])).astype(batch["weight"].dtype)
+            weight[len(weight) // 2 :: 3] = 0
+            batch = jax.device_put(batch | {"weight": weight}, program.strategy.batch_shardings)
+            with scope.bind(watched=True):
+                state, metrics = program.strategy.step(state, batch)
+            losses.append(float(metrics["loss"]))
+            start = base.WATCHED_GRADIENTS
+            grads = grads or {n: np.array(x) for n, x in metrics.items() if n.startswith(start)}
+        params = {n: np.array(x) for n, x in tree.named_leaves(state.params).items()}
+    assert {x.dtype for x in params.values()} == {np.dtype("float64")}
+    return np.array(losses), grads, params
+
+
+@pytest.mark.parametrize("recipe,strategy,num,accumulate", slow_but([], EQUAL, gate=IN_THE_GATE))
+def test_a_recipe_computes_what_it_computes_on_one_device(
+    recipe, strategy, num, accumulate, trained
+):
+    want_losses, want_grads, want = trained(recipe, "auto", 1, accumulate)
+    losses, grads, params = trained(recipe, strategy, num, accumulate)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-10)
+    assert grads and any(np.abs(x).max() > 1e-3 for x in grads.values())
+    assert_same_values(grads, want_grads)
+    assert_same_values(params, want)

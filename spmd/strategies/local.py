@@ -225,6 +225,7 @@ def replica_metrics(
         name: total / jnp.where(counted > 0, counted, jnp.ones_like(counted))
         for name, (total, counted) in sums.items()
     }
+    metrics["loss"] = parts.task.loss_of(metrics)
     metrics["replica_grad_norm"] = jnp.sqrt(weighted(norm_R**2, local.weight))
     metrics["learning_rate"] = jnp.asarray(parts.rate(state.step))
     metrics["finite"] = local.finite.all().astype(jnp.float32)

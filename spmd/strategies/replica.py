@@ -101,7 +101,8 @@ def build_replica_step(
         if parts.privacy is not None:
             grads = direct.add_noise(grads, shared.key, parts.privacy.deviation, number)
         norm = tree.global_norm(grads)
-        finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
+        loss = parts.task.loss_of({name: total for name, (total, _) in sums.items()})
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         watched = grads if scope.current().watched else {}
         if outer.proximal:
             pull = lambda g, x, c: g + outer.proximal * (x.astype(g.dtype) - c.astype(g.dtype))

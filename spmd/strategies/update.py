@@ -38,6 +38,7 @@ def update_state(
         for name, (total, weight) in sums.items()
         if not name.startswith(direct.PARTS)
     }
+    metrics["loss"] = parts.task.loss_of(metrics)
     metrics["grad_norm"] = tree.global_norm(grads)
     if parts.noise_scale:
         metrics |= direct.signal_and_noise(sums, metrics["grad_norm"])

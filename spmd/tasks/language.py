@@ -94,10 +94,6 @@ class LanguageModel(Task):
             f"task.chunks={self.chunks} does not divide the {time} tokens of a sequence",
         )
 
-        def split(x: jax.Array) -> jax.Array:
-            x = x.reshape(x.shape[0], time // self.chunks, self.chunks, *x.shape[2:])
-            return jnp.moveaxis(x, 2, 0)
-
         @jax.checkpoint
         def sums_of_chunk(x_BTD, target_BT, counted):
             part = {**batch, "targets": target_BT}
@@ -107,6 +103,7 @@ class LanguageModel(Task):
             return jax.tree.map(jnp.add, sums, sums_of_chunk(*chunk)), None
 
         x_BTD = model.hidden(*self.inputs(batch)) if hidden is None else hidden
+        split = lambda x: jnp.moveaxis(x.reshape(len(x), -1, self.chunks, *x.shape[2:]), 2, 0)
         chunks = jax.tree.map(split, (x_BTD, batch["targets"], self.counted(batch)))
         shapes = jax.eval_shape(sums_of_chunk, *jax.tree.map(lambda x: x[0], chunks))
         zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))

@@ -52,7 +52,7 @@ class Objective(NamedTuple):
     """Pure functions over plain dicts; the input of a strategy.
 
     init: key -> (params, model_state). dims: logical dims by parameter name, None where there are none.
-    coefficients: the factor of each loss term.
+    coefficients: the factor of each loss term; their sum is minimised, and logged as in `loss_of`.
     weigh: batch -> the weight of each loss term, in the parameters' precision: 1 / weight must round to the
       same number whatever is divided first; depends on the batch only, is summed over the devices.
     loss: (params, model_state, batch, step_key, scale) -> (scaled sum, (Sums, model_state)),
@@ -92,16 +92,33 @@ class Objective(NamedTuple):
             for term, w in weights.items()
         }
 
+    def loss_of(self, means: Mapping[str, Any]) -> Any:
+        """The loss that is logged, as `total_loss`."""
+        return total_loss(self.coefficients, means)
+
 
 def is_frozen(name: str) -> bool:
     """Whether a top-level part of the model state holds parameters that are not trained."""
     return name == FROZEN or name.startswith(f"{FROZEN}/")
 
 
+def total_loss(coefficients: Mapping[str, float], means: Mapping[str, Any]) -> Any:
+    """The loss that is logged: the term `loss`, or without one the sum that is minimised.
+
+    Args:
+      coefficients: the factor of each term.
+      means: by name, those of all terms; None for a term that nothing weighs, which adds nothing.
+    """
+    if "loss" in coefficients:
+        return means["loss"]
+    parts = [c * means[term] for term, c in coefficients.items() if means[term] is not None]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
 def scaled_loss(sums: Sums, scale: Mapping[str, jax.Array]) -> jax.Array:
     """The sum of the loss terms, each times its factor; a part of the model has some of them."""
     terms = [term for term in scale if term in sums]
-    total = jnp.zeros((), sums[terms[0]][0].dtype if terms else scale["loss"].dtype)
+    total = jnp.zeros((), sums[terms[0]][0].dtype if terms else next(iter(scale.values())).dtype)
     for term in terms:
         total += sums[term][0] * scale[term].astype(total.dtype)
     return total

@@ -31,6 +31,7 @@ from spmd.tasks.objective import (
     Staged,
     Sums,
     scaled_loss,
+    total_loss,
 )
 
 if TYPE_CHECKING:
@@ -87,11 +88,10 @@ class Tracer:
         self.coefficients = task.coefficients(model)
         self.frozen = {name: network(f.model, param_dtype) for name, f in task.frozen.items()}
         check(
-            "loss" in self.coefficients,
-            f"task {type(task).__name__}: coefficients() has the terms {', '.join(self.coefficients)}; one"
-            " must be called 'loss', which training watches and logs first",
+            bool(self.coefficients),
+            f"task {type(task).__name__}: coefficients() names no loss term: {{'loss': 1.0}} is the default",
         )
-        metric_kinds.check_metrics(task.metrics, self.coefficients)
+        metric_kinds.check_metrics(task.metrics, {"loss", *self.coefficients})
         logged = {m.name: m for m in task.metrics if isinstance(m, Mean)}
         unknown = [name for name in task.train_metrics if name not in logged]
         check(
@@ -113,7 +113,7 @@ class Tracer:
             weigh=self.weigh,
             loss=self.loss,
             evaluate=self.evaluate,
-            measured=lambda totals: metric_kinds.computed(self.task.metrics, totals),
+            measured=self.measured,
             predict=self.predict,
             call=lambda params, state, fn: self.net.evaluated(*self.plain(params, state), fn),
             whole_batch=self.net.whole_batch,
@@ -177,6 +177,10 @@ class Tracer:
             return {n: {"sum": s, "weight": w} for n, (s, w) in pairs.items()} | metrics
 
         return self.net.evaluated(*self.plain(params, state), run)
+
+    def measured(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
+        values = metric_kinds.computed(self.task.metrics, totals)
+        return values | ({"loss": total_loss(self.coefficients, values)} if totals else {})
 
     def predict(self, params: PyTree, state: PyTree, batch: Batch) -> Any:
         batch = self._with_extras(params, state, batch)

@@ -19,9 +19,10 @@ from spmd.models.layers.linear import Dense
 from spmd.models.mlp import MLP
 from spmd.parallel import mesh, scope
 from spmd.parallel.mesh import MeshConfig
-from spmd.strategies import AllReduce, Auto, Server, base
+from spmd.strategies import AllReduce, Auto, Local, Server, base
 from spmd.strategies.privacy import Mechanism
 from spmd.tasks import Classification, FrozenModel, Task, losses
+from tests.marks import slow_but
 
 STEPS, BATCH = 6, 16
 MODEL = MLP(inputs=6, hidden=(8,), classes=4)
@@ -102,10 +103,10 @@ class TwoSources(Task):
 
     def weights(self, batch):
         of_source = lambda number: (batch["source"] == number).astype(jnp.float64)
-        return {"loss": of_source(0), "value": of_source(1)}
+        return {"classes": of_source(0), "value": of_source(1)}
 
     def coefficients(self, model):
-        return {"loss": 1.0, "value": 1.0}
+        return {"classes": 1.0, "value": 0.5}  # none is called loss: their sum is logged
 
     def variables(self, rngs):
         return {"log_variance": jnp.zeros(2)}
@@ -115,7 +116,7 @@ class TwoSources(Task):
         classes = losses.cross_entropy(outputs["classes"], batch["label"])
         value = jnp.square(outputs["value"] - batch["item"][:, 0])
         return {
-            "loss": jnp.exp(-s[0]) * classes + s[0] / 2,
+            "classes": jnp.exp(-s[0]) * classes + s[0] / 2,
             "value": jnp.exp(-s[1]) * value + s[1] / 2,
         }
 
@@ -142,6 +143,15 @@ LAYOUTS = {
     "allreduce2x4 accumulated": (AllReduce(), MeshConfig(replica=2, data=4), 8, 2),
     "server2": (Server(), MeshConfig(), 2, 1),
 }
+MATRIX = {
+    f"{kind}{num}{' accumulated' * (accumulate - 1)}": (strategy, MeshConfig(), num, accumulate)
+    for kind, strategy in (("auto", Auto()), ("allreduce", AllReduce()))
+    for num in (1, 2, 4, 8)
+    for accumulate in (1, 2)
+    if (kind, num) != ("auto", 1)  # the reference
+}
+QUICK = [(name, layout) for name in TASKS for layout in LAYOUTS]
+CASES = [(name, layout) for name in TASKS for layout in LAYOUTS | MATRIX]
 
 
 def batch_at(step: int) -> dict[str, np.ndarray]:
@@ -206,10 +216,9 @@ def on_one_device():
     return get
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name,layout", slow_but(QUICK, CASES))
 def test_a_task_computes_what_it_computes_on_one_device(name, layout, on_one_device, devices, x64):
-    *_, accumulate = chosen = LAYOUTS[layout]
+    *_, accumulate = chosen = (LAYOUTS | MATRIX)[layout]
     want, want_losses = on_one_device(name, accumulate)
     got, losses = trained(*TASKS[name], chosen)
     np.testing.assert_allclose(losses, want_losses, rtol=1e-10)
@@ -273,10 +282,28 @@ def test_a_task_that_contradicts_itself_is_refused_with_both_sides(task, message
         trained(task, MODEL, (Auto(), MeshConfig(), 1, 1))
 
 
-def test_one_term_is_called_loss():
-    unnamed = type("Unnamed", (Classification,), {"coefficients": lambda self, model: {"a": 1.0}})
-    with pytest.raises(ValueError, match=r"Unnamed: coefficients\(\) has the terms a; one must be"):
-        unnamed().build(MODEL)
+@pytest.mark.parametrize("strategy", [Auto(), Local(replicas=2, period=2)])
+def test_without_a_term_called_loss_their_sum_is_logged(strategy, devices, x64):
+    parts = parts_of(*TASKS["two sources"], (strategy, MeshConfig(), 2, 1))
+    built = strategy.build(parts)
+    state = built.init(jax.random.key(0))
+    state, metrics = built.step(state, jax.device_put(batch_at(0), built.batch_shardings))
+    total = metrics["classes"] + 0.5 * metrics["value"]
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-12)
+    assert metrics["finite"] == 1
+    params, model_state = built.eval_variables(state)
+    totals = jax.device_get(jax.jit(parts.task.evaluate)(params, model_state, batch_at(1)))
+    values = parts.task.measured(totals)
+    assert values["loss"] == pytest.approx(values["classes"] + 0.5 * values["value"], rel=1e-12)
+    # No row of source 1: its term has no value, and adds nothing.
+    totals["value"] = {"sum": np.zeros(()), "weight": np.zeros(())}
+    assert parts.task.measured(totals)["loss"] == values["classes"]
+
+
+def test_a_task_without_terms_is_refused():
+    empty = type("Empty", (Classification,), {"coefficients": lambda self, model: {}})
+    with pytest.raises(ValueError, match=r"Empty: coefficients\(\) names no loss term"):
+        empty().build(MODEL)
 
 
 def test_only_means_are_logged_in_training():
