@@ -13,6 +13,7 @@ from spmd.parallel import collectives, scope
 from spmd.strategies import base, exchange, reduce, update
 from spmd.strategies.compress import Compression
 from spmd.strategies.config import StrategyConfig
+from spmd.strategies.grads.direct import Trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,10 @@ def build_synchronous(
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
         grads, sums, model_state = gradients(
-            state.params, state.model_state, batch, base.step_key(state)
+            Trained(state.params, {}), state.model_state, batch, base.step_key(state)
         )
-        grads, carried = reduction(grads, state.strategy_state)
+        total, carried = reduction(grads.params, state.strategy_state)
+        grads = Trained(total, grads.rows)
         return update.update_state(parts, state, grads, sums, model_state, carried)
 
     return base.build_strategy(parts, shardings, step, init)

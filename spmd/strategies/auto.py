@@ -11,6 +11,7 @@ from spmd.core.fields import free
 from spmd.parallel import scope, sharding
 from spmd.strategies import base, update
 from spmd.strategies.config import StrategyConfig
+from spmd.strategies.grads.direct import Trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,11 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
         with scope.bind(**placement):
             scale = parts.task.scale(parts.task.weigh(batch))
             grads, sums, model_state = grads_of(
-                state.params, state.model_state, batch, base.step_key(state), scale
+                Trained(state.params, {}), state.model_state, batch, base.step_key(state), scale
             )
         # Says where the sum of the gradients is wanted: a shard, so reduce-scatter instead of all-reduce.
-        grads = jax.lax.with_sharding_constraint(grads, sharded)
+        total = jax.lax.with_sharding_constraint(grads.params, sharded)
+        grads = Trained(total, grads.rows)
         return update.update_state(parts, state, grads, sums, model_state)
 
     return base.build_strategy(parts, shardings, step)

@@ -45,6 +45,9 @@ class TrainState:
     key: Any  # uint32 [2]: key data of the run's seed, folded with step, never advanced
     strategy_state: Any  # residuals, queues, outer parameters
     ema: Any  # moving average of the parameters, float32 at least; {} when off
+    tables: Any = dataclasses.field(
+        default_factory=dict
+    )  # sparse tables, with their optimizer's state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +192,7 @@ def grads_of(parts: Parts) -> direct.GradsOf:
     ValueError for a model that cannot be private.
     """
     if parts.mesh.shape["stage"] > 1:
-        return narrow.wide_gradients(pipelined(parts))
+        return narrow.wide_gradients(direct.of_parameters(pipelined(parts)))
     plain = direct.single_pass(parts.task.loss)
     if parts.privacy is not None:
         check_private(parts)
@@ -211,8 +214,8 @@ def check_private(parts: Parts) -> None:
     )
 
 
-def pipelined(parts: Parts) -> direct.GradsOf:
-    """The gradient function of a pipeline; ValueError for what it cannot cut."""
+def pipelined(parts: Parts) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
+    """The gradient function of a pipeline, of the parameters alone; ValueError for what it cannot cut."""
     stages = parts.mesh.shape["stage"]
     for enabled, name in ((parts.privacy, "privacy"), (parts.noise_scale, "train.noise_scale")):
         check(

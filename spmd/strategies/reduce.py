@@ -15,6 +15,7 @@ from spmd.core import tree
 from spmd.core.fields import check
 from spmd.parallel import collectives, scope, sharding
 from spmd.strategies import base
+from spmd.strategies.grads.direct import Trained
 
 PyTree = Any
 Leaves = dict[str, jax.Array]  # by path name
@@ -111,22 +112,25 @@ def check_noise_scale(parts: base.Parts, kind: str) -> None:
 
 
 def build_gradients(parts: base.Parts, axes: tuple[str, ...]) -> Callable[..., Any]:
-    """A function (params, model_state, batch, step_key) -> (gradients [N, ...] of the replicas, metric sums
-    over all devices, model_state), with the parameters sharded as within a replica.
+    """A function (Trained, model_state, batch, step_key) -> (gradients as Trained, metric sums over all
+    devices, model_state), with the parameters sharded as within a replica.
+
+    Gradients of parameters are [N, ...], those of each replica; those of rows are sharded as the batch is.
     """
     grads_of = base.grads_of(parts)
 
-    def local(params, model_state, batch, step_key):
+    def local(trained, model_state, batch, step_key):
         with bind_scope(parts, axes):
             scale = parts.task.scale(jax.tree.map(scope.batch_sum, parts.task.weigh(batch)))
-            grads, sums, model_state = grads_of(params, model_state, batch, step_key, scale)
-            return add_device_dim(grads), jax.tree.map(scope.batch_sum, sums), model_state
+            grads, sums, model_state = grads_of(trained, model_state, batch, step_key, scale)
+            grads = Trained(add_device_dim(grads.params), grads.rows)
+            return grads, jax.tree.map(scope.batch_sum, sums), model_state
 
     # Kernels, and shard_maps within a replica, say nothing of how their results vary.
     return _shard_map(
         parts,
         local,
-        in_specs=(P(), P(), P(axes), P()),
+        in_specs=(Trained(P(), P(axes)), P(), P(axes), P()),
         out_specs=(P(axes), P(), P()),
         check_vma=False,
         over=axes if shares_model(parts) else parts.mesh.axis_names,

@@ -94,10 +94,14 @@ def build_replica_step(
         params, model_state, opt_state = old
         with scope.bind(**placement):
             weights = parts.task.weigh(batch)
-            grads, sums, new_state = grads_of(
-                params, model_state | shared.frozen, batch, shared.key, parts.task.scale(weights)
+            gradients, sums, new_state = grads_of(
+                direct.Trained(params, {}),
+                model_state | shared.frozen,
+                batch,
+                shared.key,
+                parts.task.scale(weights),
             )
-        grads = jax.tree.map(sharding.constrain, grads, grad_shardings)
+        grads = jax.tree.map(sharding.constrain, gradients.params, grad_shardings)
         if parts.privacy is not None:
             grads = direct.add_noise(grads, shared.key, parts.privacy.deviation, number)
         norm = tree.global_norm(grads)

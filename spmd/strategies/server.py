@@ -20,6 +20,7 @@ from spmd.parallel import collectives, scope, sharding
 from spmd.strategies import base, exchange, reduce, update
 from spmd.strategies.compress import Compression
 from spmd.strategies.config import StrategyConfig
+from spmd.strategies.grads.direct import Trained
 
 PyTree = Any
 
@@ -68,14 +69,15 @@ def build(parts: base.Parts, config: Server) -> base.Strategy:
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
         stale, queued = queue.exchange(state.strategy_state, state.params)
         grads, sums, model_state = gradients(
-            pull(stale), state.model_state, batch, base.step_key(state)
+            Trained(pull(stale), {}), state.model_state, batch, base.step_key(state)
         )
         carried = {
             key: part
             for key, part in state.strategy_state.items()
             if key in (reduce.PER_DEVICE, reduce.COMMON)
         }
-        grads, carried = push(grads, carried)
+        total, carried = push(grads.params, carried)
+        grads = Trained(total, grads.rows)
         return update.update_state(parts, state, grads, sums, model_state, queued | carried)
 
     num = reduce.num_devices(parts, axes)

@@ -21,7 +21,7 @@ PyTree = Any
 def update_state(
     parts: base.Parts,
     state: base.TrainState,
-    grads: PyTree,
+    gradients: direct.Trained,
     sums: PyTree,
     model_state: PyTree,
     strategy_state: PyTree = None,
@@ -31,6 +31,7 @@ def update_state(
 
     strategy_state: the strategy's new state; None: unchanged.
     """
+    grads = gradients.params
     if parts.privacy is not None:  # once per step, on the whole sum of any strategy
         grads = direct.add_noise(grads, base.step_key(state), parts.privacy.deviation)
     metrics = {

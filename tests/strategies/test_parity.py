@@ -19,6 +19,7 @@ from spmd.models.mlp import MLP
 from spmd.parallel import mesh, scope
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, Local, base, update
+from spmd.strategies.grads.direct import Trained
 from spmd.strategies.privacy import Mechanism
 from tests.cases import (
     BATCH,
@@ -261,7 +262,8 @@ def test_clipped_gradients_of_narrow_parameters_keep_to_the_clip_norm():
     parts = parts_for(MODELS["mlp"], cut, dtype="bfloat16", privacy=private)
     params, state = parts.task.init(jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("bfloat16")}
-    grads, sums, _ = base.grads_of(parts)(params, state, batch_at(0), jax.random.key(1), {})
+    trained = Trained(params, {})
+    (grads, _), sums, _ = base.grads_of(parts)(trained, state, batch_at(0), jax.random.key(1), {})
     assert {x.dtype for x in jax.tree.leaves(grads)} == {np.dtype("float32")}
     assert sums["clipped"][0] == sums["clipped"][1] == 23
     assert 0.1 * private.clip_norm < tree.global_norm(grads) <= private.clip_norm * (1 + 1e-6)

@@ -20,6 +20,7 @@ from spmd.models.transformer import Transformer
 from spmd.parallel import mesh, scope, sharding
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import base
+from spmd.strategies.grads.direct import Trained
 from tests.cases import TASKS, assert_same_values, data_of
 from tests.marks import slow_but
 
@@ -79,7 +80,8 @@ def lowered(parts, model):
         with scope.bind(**sharding.placement(cut)):
             scale = task.scale(task.weigh(batch))
             key = jax.random.wrap_key_data(key)
-            return grads_of(params, {}, batch, key, scale)[:2]
+            grads, sums, _ = grads_of(Trained(params, {}), {}, batch, key, scale)
+            return grads.params, sums
 
     rows = NamedSharding(cut, sharding.batch_spec())
     jitted = jax.jit(run, in_shardings=(placed, rows, None), out_shardings=(placed, None))

@@ -61,7 +61,7 @@ def test_gradient_is_that_of_a_loop_over_examples(name, dtype, accumulate):
         factors = np.minimum(1, clip / np.maximum(norms, 1e-30)) / 24
         total = jax.tree.map(lambda *g: sum(f * x for f, x in zip(factors, g, strict=True)), *each)
         grads_of = direct.accumulate(direct.per_example(task, clip, 24), accumulate)
-        got, sums, _ = jax.jit(grads_of)(params, state, batch, key, None)
+        (got, _), sums, _ = jax.jit(grads_of)(direct.Trained(params, {}), state, batch, key, None)
     assert [float(x) for x in sums["clipped"]] == [11, 23]
     rtol = 1e-5 if dtype == "float32" else 1e-10
     for leaf, want in tree.named_leaves(total).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,46 @@ from spmd.core import tree
 from spmd.parallel import scope
 
 PyTree = Any
-# (params, model_state, batch, step_key, scale) -> (gradient sum, metric sums, model_state)
-GradsOf = Callable[..., tuple[PyTree, PyTree, PyTree]]
+
+
+class Trained(NamedTuple):
+    """The arrays that a step differentiates; its gradients are structured alike.
+
+    params: the parameters, whose gradients are sums over examples. rows: rows that were looked up in sparse
+    tables, {"rows/LOOKUP": [B, ...]}, whose gradients each example has by itself; {} without tables.
+    """
+
+    params: PyTree
+    rows: PyTree
+
+
+# (Trained, model_state, batch, step_key, scale) -> (gradients as Trained, metric sums, model_state)
+GradsOf = Callable[..., tuple[Trained, PyTree, PyTree]]
 
 
 def single_pass(loss: Callable[..., Any]) -> GradsOf:
     """A gradient function: a single backward pass over the batch. `loss` as in tasks.Objective."""
 
-    def grads_of(params, model_state, batch, step_key, scale):
-        grad = jax.grad(loss, has_aux=True)
-        grads, (metrics, model_state) = grad(
-            scope.varying(params), model_state, batch, step_key, scale
-        )
-        return grads, metrics, model_state
+    def grads_of(trained, model_state, batch, step_key, scale):
+        def total(trained):
+            with_rows = {**batch, **trained.rows}
+            return loss(trained.params, model_state, with_rows, step_key, scale)
+
+        trained = Trained(scope.varying(trained.params), trained.rows)
+        grads, (metrics, new_state) = jax.grad(total, has_aux=True)(trained)
+        return grads, metrics, new_state
 
     return grads_of
+
+
+def of_parameters(grads_of: Callable[..., tuple[PyTree, PyTree, PyTree]]) -> GradsOf:
+    """A gradient function that differentiates parameters only, as one of Trained."""
+
+    def without_rows(trained, *rest):
+        grads, metrics, model_state = grads_of(trained.params, *rest)
+        return Trained(grads, {}), metrics, model_state
+
+    return without_rows
 
 
 def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
@@ -61,7 +86,7 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
             grads, metrics = jax.vmap(example_gradient, spmd_axis_name=axes or None)(batch)
         return *jax.tree.map(lambda x: x.sum(0), (grads, metrics)), model_state
 
-    return grads_of
+    return of_parameters(grads_of)
 
 
 PARTS = "parts"  # the sums that measure_parts adds; no metric
@@ -72,9 +97,9 @@ def measure_parts(grads_of: GradsOf) -> GradsOf:
     is taken by itself (a microbatch, a device's rows), and how many examples the part has.
     """
 
-    def measured(params, model_state, batch, step_key, scale):
-        grads, metrics, model_state = grads_of(params, model_state, batch, step_key, scale)
-        square = jnp.square(tree.global_norm(grads))
+    def measured(trained, model_state, batch, step_key, scale):
+        grads, metrics, model_state = grads_of(trained, model_state, batch, step_key, scale)
+        square = jnp.square(tree.global_norm(grads.params))
         num = batch["weight"].sum().astype(square.dtype)
         parts = {PARTS: (square, num**2), f"{PARTS}/examples": (num, num**0)}
         return grads, metrics | parts, model_state
@@ -139,23 +164,40 @@ def microbatches(batch: PyTree, num: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, num, *x.shape[1:]), 1, 0), batch)
 
 
+def join_microbatches(parts: PyTree) -> PyTree:
+    """[M, B/M, ...] -> [B, ...] for each leaf: the inverse of `microbatches`."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), parts
+    )
+
+
 def accumulate(grads_of: GradsOf, num_microbatches: int) -> GradsOf:
-    """Sums gradients over microbatches in a scan: the memory of one, the gradient of all."""
+    """Sums the gradients of parameters over microbatches in a scan: the memory of one, the gradient of all.
+
+    The gradients of rows are put together again in the order of the batch.
+    """
     if num_microbatches == 1:
         return grads_of
 
-    def summed(params, model_state, batch, step_key, scale):
-        batches = microbatches(batch, num_microbatches)
+    def summed(trained, model_state, batch, step_key, scale):
+        def grads_at(microbatch, model_state):
+            batch, rows = microbatch
+            part = Trained(trained.params, rows)
+            grads, metrics, model_state = grads_of(part, model_state, batch, step_key, scale)
+            return (grads.params, metrics), grads.rows, model_state
+
+        batches = microbatches((batch, trained.rows), num_microbatches)
         first = jax.tree.map(lambda x: x[0], batches)
-        shapes = jax.eval_shape(grads_of, params, model_state, first, step_key, scale)
-        zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2]))
+        shapes = jax.eval_shape(grads_at, first, model_state)[0]
+        zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
         def body(carry, microbatch):
             sums, model_state = carry
-            *new, model_state = grads_of(params, model_state, microbatch, step_key, scale)
-            return (jax.tree.map(jnp.add, sums, tuple(new)), model_state), None
+            new, row_grads, model_state = grads_at(microbatch, model_state)
+            return (jax.tree.map(jnp.add, sums, new), model_state), row_grads
 
-        ((grads, metrics), model_state), _ = jax.lax.scan(body, (zeros, model_state), batches)
-        return grads, metrics, model_state
+        (sums, model_state), row_grads = jax.lax.scan(body, (zeros, model_state), batches)
+        grads, metrics = sums
+        return Trained(grads, join_microbatches(row_grads)), metrics, model_state
 
     return summed

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from spmd.core import tree
 from spmd.core.fields import check
 from spmd.parallel import scope, sharding
-from spmd.strategies.grads.direct import GradsOf, microbatches
+from spmd.strategies.grads.direct import microbatches
 from spmd.strategies.grads.pipeline import schedules
 from spmd.strategies.grads.pipeline.arrays import STAGE, StackedLeaves
 from spmd.strategies.grads.pipeline.stage import Stage, StagedLoss
@@ -28,7 +28,7 @@ MANUAL_BATCH = ("replica", "data")
 
 def grads_of(
     staged: StagedLoss, dims: Mapping[str, Any], mesh: Mesh, table: schedules.Table
-) -> GradsOf:
+) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
     """The gradient function that runs `table` on mesh.stage. dims: of the parameters; those whose dims begin
     with "layers" are stacked.
 
