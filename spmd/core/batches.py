@@ -124,6 +124,12 @@ def index_ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]
     return task.ranges(batch, logits)
 
 
+def _holds_bytes(x: Any, num: int) -> bool:
+    """Whether a feature is N values of bytes: a list, or an object array."""
+    lists = isinstance(x, list) or (isinstance(x, np.ndarray) and x.dtype.hasobject)
+    return lists and len(x) == num and all(isinstance(value, bytes) for value in x)
+
+
 _LOADERS = ("example_id", "weight")  # features that the loader adds
 
 
@@ -147,6 +153,8 @@ class Expected(NamedTuple):
             return batch
         num = len(example_N)
         for name, (shape, dtype) in self.features.items():
+            if dtype == "bytes" and name in batch and _holds_bytes(batch[name], num):
+                continue
             x = np.asarray(batch[name]) if name in batch else None
             if x is None or x.shape != (num, *shape) or x.dtype != dtype:
                 self._refuse_feature(name, batch, num)

@@ -11,7 +11,7 @@ import tyro
 from spmd.core.fields import check, free
 from spmd.core.storage import cache_root as cache_root
 from spmd.core.storage import data_root as data_root
-from spmd.data.transform import BatchTransform, Pipeline, Transform, declare
+from spmd.data.transform import BatchTransform, Pipeline, Transform, close, declare
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +31,8 @@ class Source(Protocol):
         """Number of examples."""
         ...
 
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Examples at `indices` int64 [N] -> {feature: [N, ...]}.
+    def take(self, indices: np.ndarray) -> dict[str, Any]:
+        """Examples at `indices` int64 [N] -> {feature: [N, ...]}; a feature of bytes is a list.
 
         Any error counts as that of a bad record, which data.skip_bad lets pass.
         """
@@ -97,7 +97,7 @@ class DataConfig:
             "data.transforms and data.eval_transforms need data.features, {name: (shape, dtype)}; declare"
             " them",
         )
-        return declare(transforms, self.features)[-1]
+        return close(declare(transforms, self.features)[-1], transforms, split)
 
     def pipeline(
         self,

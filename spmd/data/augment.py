@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from spmd.core.fields import check, closest
+from spmd.data import ragged
 from spmd.data.transform import Batch, Draws, Transform
 
 if TYPE_CHECKING:
@@ -93,17 +94,9 @@ class Mixup(Transform):
     def features(self, features: Features) -> Features:
         """The image in floating values, `mix`, and a `_b` for each label."""
         name = image_name(self, self.image, {k: shape for k, (shape, _) in features.items()})
-        labels = [k for k, (s, d) in features.items() if not s and "int" in d]
-        check(
-            bool(labels),
-            "mixup needs a label, an integer feature of shape []; the features are"
-            f" {', '.join(f'{k} {d}{list(s)}' for k, (s, d) in features.items())}",
-        )
-        added = {f"{label}_b": features[label] for label in labels} | {"mix": ((), "float32")}
-        for new in added:
-            check(new not in features, f"with mixup the feature name {new!r} is the loader's own")
+        features = with_partner_labels(self, features)
         shape, dtype = features[name]
-        return {**features, name: (shape, dtype if "float" in dtype else "float32"), **added}
+        return {**features, name: (shape, dtype if "float" in dtype else "float32")}
 
     def __call__(self, batch: Batch, draws: Draws) -> Batch:
         """The batch blended with the partners; a bad record is nobody's partner."""
@@ -118,21 +111,56 @@ class Mixup(Transform):
         image -= b  # b + share * (a - b), in place: fresh memory costs more than the arithmetic
         image *= mix_N.astype(image.dtype).reshape(-1, *[1] * (image.ndim - 1))
         image += b
-        labels = {
-            f"{k}_b": other[k]
-            for k, x in batch.items()
-            if x.ndim == 1 and np.issubdtype(x.dtype, np.integer)
-        }
-        return batch | labels | {name: image, "mix": mix_N}
+        return batch | partner_labels(batch, other) | {name: image, "mix": mix_N}
+
+
+def with_partner_labels(transform: Transform, features: Features) -> Features:
+    """The features, `mix`, and a `_b` for each label; ValueError without a label."""
+    labels = [k for k, (s, d) in features.items() if not s and "int" in d]
+    check(
+        bool(labels),
+        f"{transform.name} needs a label, an integer feature of shape []; the features are"
+        f" {', '.join(f'{k} {d}{list(s)}' for k, (s, d) in features.items())}",
+    )
+    added = {f"{label}_b": features[label] for label in labels} | {"mix": ((), "float32")}
+    for new in added:
+        check(
+            new not in features,
+            f"with {transform.name} the feature name {new!r} is the loader's own",
+        )
+    return {**features, **added}
+
+
+def partner_labels(batch: Batch, other: Batch) -> Batch:
+    """The labels of the partners: {`label_b`: [N]}."""
+    return {
+        f"{k}_b": other[k]
+        for k, x in batch.items()
+        if x.ndim == 1 and np.issubdtype(x.dtype, np.integer)
+    }
 
 
 def example_shapes(batch: Batch) -> dict[str, tuple[int, ...]]:
-    """{feature: shape of an example} of a batch."""
-    return {name: x.shape[1:] for name, x in batch.items()}
+    """{feature: shape of an example} of a batch; of images not decoded yet, with -1 for the sizes."""
+    return {
+        name: (ragged.UNKNOWN, ragged.UNKNOWN, *x[0].shape[2:])
+        if x.dtype.hasobject and hasattr(x[0], "shape")
+        else x.shape[1:]
+        for name, x in batch.items()
+    }
 
 
-def image_name(transform: Transform, name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """`name`, or that of the one feature of shape [H, W, C]; ValueError when there is none, or more."""
+def image_name(
+    transform: Transform,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    sized: bool = True,
+) -> str:
+    """`name`, or that of the one feature of shape [H, W, C]; ValueError when there is none, or more.
+
+    sized: ValueError also where its height and width differ among the examples.
+    """
     shown = ", ".join(f"{k} {list(shape)}" for k, shape in shapes.items()) or "none"
     if name:
         check(
@@ -140,6 +168,7 @@ def image_name(transform: Transform, name: str, shapes: Mapping[str, tuple[int, 
             f"{transform.name}: there is no feature {name!r}.{closest(name, shapes)} The features are"
             f" {shown}",
         )
+        check(not sized or ragged.UNKNOWN not in shapes[name], _unsized(transform, name))
         return name
     images = [k for k, shape in shapes.items() if len(shape) == 3]
     check(
@@ -147,20 +176,34 @@ def image_name(transform: Transform, name: str, shapes: Mapping[str, tuple[int, 
         f"{transform.name} needs one image, a feature of shape [H, W, C], or the name of one; the features"
         f" are {shown}",
     )
+    check(not sized or ragged.UNKNOWN not in shapes[images[0]], _unsized(transform, images[0]))
     return images[0]
 
 
+def _unsized(transform: Transform, name: str) -> str:
+    return (
+        f"{transform.name}: the images of {name!r} differ in size; put resize:PIXELS, central_crop:PIXELS or"
+        " random_resized_crop:PIXELS before it"
+    )
+
+
 def moved_names(
-    transform: Transform, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+    transform: Transform,
+    names: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    sized: bool = True,
 ) -> tuple[str, ...]:
     """The features that a transform moves: `names`, or the one of shape [H, W, C].
+
+    sized: as image_name takes it.
 
     Raises:
       ValueError: a feature is missing or no image, their sizes differ, or another feature of the image's
         size would silently stay where it is.
     """
     if not names:
-        image = image_name(transform, "", shapes)
+        image = image_name(transform, "", shapes, sized=sized)
         beside = [k for k, s in shapes.items() if k != image and s[:2] == shapes[image][:2]]
         check(
             not beside,
@@ -169,7 +212,7 @@ def moved_names(
         )
         return (image,)
     for name in names:
-        image_name(transform, name, shapes)
+        image_name(transform, name, shapes, sized=sized)
     sizes = {name: list(shapes[name][:2]) for name in names}
     check(
         all(len(size) == 2 for size in sizes.values()),

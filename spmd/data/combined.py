@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from spmd.core.fields import check
-from spmd.data import DataConfig, Features, Source, Split
+from spmd.data import DataConfig, Features, Source, Split, ragged
 from spmd.data.mixing import MixedOrder, Turns, check_weights
 from spmd.data.skips import Skips, bad_records
 from spmd.data.transform import ADDED, Batch, BatchTransform, Pipeline
@@ -186,6 +186,9 @@ class CombinedSource:
             for name, (shape, dtype) in self._features[k].items():
                 check(name in taken, f"part {k} of the combined data has no feature {name!r}")
                 x = taken[name]
+                if dtype == ragged.BYTES:
+                    batch[name][rows] = ragged.column(x)
+                    continue
                 check(
                     x.shape == (len(rows), *shape) and x.dtype == dtype,
                     f"feature {name!r} of part {k} of the combined data is {x.dtype}{list(x.shape[1:])}, the"
@@ -200,7 +203,7 @@ class CombinedSource:
 
 
 def _zeros(features: Features, num: int) -> Batch:
-    return {name: np.zeros((num, *shape), dtype) for name, (shape, dtype) in features.items()}
+    return {name: ragged.zeros(num, shape, dtype) for name, (shape, dtype) in features.items()}
 
 
 class _Rows:

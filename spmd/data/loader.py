@@ -7,6 +7,7 @@ sources has its own order, as pure; so may a strategy or privacy, whose order ma
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -17,9 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd.core.batches import Expected
-from spmd.data import Source
+from spmd.data import Source, ragged
 from spmd.data.skips import Skips
-from spmd.data.transform import BatchTransform
+from spmd.data.transform import BatchTransform, Pipeline
 
 
 class Order:
@@ -151,7 +152,10 @@ def train_batches(
     rows = np.arange(batch_size) if rows is None else rows
     skips = skips or Skips()
     example, _ = skips.take(source, np.zeros(1, np.int64))
-    num_bytes = sum(x.nbytes for x in example.values()) * len(rows) * steps_per_dispatch
+    sizes = [ragged.num_bytes(x) for x in example.values()]
+    if isinstance(transform, Pipeline):  # what it decodes may be larger
+        sizes += [math.prod(s) * np.dtype(d).itemsize for s, d in transform.output.values()]
+    num_bytes = max(sum(sizes), 1) * len(rows) * steps_per_dispatch
     if order is None:
         order = source.order(seed) if isinstance(source, Ordered) else Order(seed, len(source))
     reads = _Reads(

@@ -10,9 +10,17 @@ from typing import Any
 from spmd.core.fields import check, closest
 from spmd.core.values import number
 from spmd.data.augment import Crop, Flip, Mixup
+from spmd.data.color import ColorJitter, Normalize
+from spmd.data.erasing import CutMix, RandomErasing
+from spmd.data.randaugment import RandAugment
+from spmd.data.resizing import CentralCrop, Decode, RandomResizedCrop, Resize
 from spmd.data.transform import Transform
 
-TRANSFORMS: dict[str, type[Transform]] = {cls.name: cls for cls in (Crop, Flip, Mixup)}
+_CLASSES = (
+    *(Decode, Resize, CentralCrop, RandomResizedCrop),
+    *(Crop, Flip, ColorJitter, RandAugment, RandomErasing, Normalize, Mixup, CutMix),
+)
+TRANSFORMS: dict[str, type[Transform]] = {cls.name: cls for cls in _CLASSES}
 
 
 def parse(text: str) -> tuple[Transform, ...]:
@@ -51,7 +59,8 @@ def _value(word: str, field: str, kind: Any, text: str) -> Any:
     if kind is str:
         return text
     if kind not in (int, float):
-        return tuple(text.split("+"))
+        inner = typing.get_args(kind)[0]
+        return tuple(_value(word, field, inner, part) for part in text.split("+"))
     try:
         return int(text) if kind is int else number(text)
     except ValueError:
@@ -76,10 +85,9 @@ def text_of(transforms: Sequence[Transform]) -> str:
 def _text_of_one(transform: Transform) -> str:
     if TRANSFORMS.get(transform.name) is not type(transform):
         return repr(transform)
-    values = [
-        "+".join(x) if isinstance(x, tuple) else str(x)
-        for x in (getattr(transform, f.name) for f in dataclasses.fields(transform))
-    ]
-    while values and not values[-1]:
+    fields = dataclasses.fields(transform)
+    given = [getattr(transform, f.name) for f in fields]
+    values = ["+".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in given]
+    while values and given[len(values) - 1] == fields[len(values) - 1].default:
         values.pop()
     return ":".join([transform.name, *values])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spmd.data import Features, Source
+from spmd.data import Features, Source, ragged
 from spmd.data.cache import limit_message
 
 Batch = dict[str, np.ndarray]
@@ -39,7 +39,7 @@ class Skips:
         bad = bad_records(source)
         good_N = ~np.isin(indices, list(bad)) if bad else np.ones(len(indices), bool)
         try:
-            return source.take(indices), good_N
+            return ragged.columns(source.take(indices)), good_N
         except MemoryError:
             raise
         except Exception as error:
@@ -53,35 +53,43 @@ class Skips:
         rows: list[Batch | None] = []
         for index in indices:
             try:
-                rows.append(source.take(np.array([index], np.int64)))
+                rows.append(ragged.columns(source.take(np.array([index], np.int64))))
             except Exception as problem:
                 rows.append(None)
-                self._add(int(index), problem)
+                self._add(source, int(index), problem)
         good_N = good_N & np.array([row is not None for row in rows])
         if all(row is not None for row in rows):
             raise error  # it belongs to no single example
         example = next((row for row in rows if row is not None), None) or self._zeros(source)
-        filled = [row or {name: np.zeros_like(x) for name, x in example.items()} for row in rows]
+        filled = [
+            row or {name: ragged.zeros_like(x) for name, x in example.items()} for row in rows
+        ]
         return {name: np.concatenate([row[name] for row in filled]) for name in example}, good_N
 
     def _zeros(self, source: Source) -> Batch:
         """An empty row with the declared shapes, or those of an example that can be read."""
         if self._features:
             return {
-                name: np.zeros((1, *shape), dtype)
+                name: ragged.zeros(1, shape, dtype)
                 for name, (shape, dtype) in self._features.items()
             }
         for index in range(min(self.limit + 1, len(source))):
             try:
-                return source.take(np.array([index], np.int64))
+                return ragged.columns(source.take(np.array([index], np.int64)))
             except Exception as error:
-                self._add(index, error)
+                self._add(source, index, error)
         raise ValueError(f"no example of the {self.split} data can be read")
 
-    def _add(self, index: int, error: Exception) -> None:
+    def note(self, source: Source, index: int, reason: str) -> None:
+        """Count an example that a transform found to be bad; ValueError beyond the limit."""
+        self._add(source, index, ValueError(reason))
+
+    def _add(self, source: Source, index: int, error: Exception) -> None:
         text = " ".join(str(error).split())[:200]
         kind = "" if isinstance(error, ValueError) and text else f"{type(error).__name__}: "
-        reason = f"example {index} of the {self.split} data: {kind}{text}"
+        name_of = getattr(source, "name_of", None)  # of a source whose examples are files, say
+        named = f" ({name_of(index)})" if name_of else ""
+        reason = f"example {index}{named} of the {self.split} data: {kind}{text}"
         with self._lock:
             self.reasons.setdefault(index, reason)
             exceeded = len(self.reasons) > self.limit

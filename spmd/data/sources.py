@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 
 from spmd.core.fields import check, closest
-from spmd.data import Features
+from spmd.data import Features, ragged
+
+
+def _is_encoded(values: Any) -> bool:
+    """Whether a feature is a list of bytes: encoded images, say."""
+    return isinstance(values, list) and bool(values) and isinstance(values[0], bytes)
 
 
 class ArraySource:
@@ -26,13 +31,18 @@ class ArraySource:
         bad: Mapping[int, str] | None = None,
     ):
         # Mapped files as plain arrays: the indexing of np.memmap, in Python, takes twice as long as take.
-        arrays = {name: np.asarray(a) for name, a in arrays.items()}
+        arrays = {
+            name: ragged.column(a) if _is_encoded(a) else np.asarray(a)
+            for name, a in arrays.items()
+        }
         for name, (shape, dtype) in (features or {}).items():
             check(
                 name in arrays,
                 f"data has no feature {name!r}.{closest(name, arrays)} It has: {', '.join(arrays)}",
             )
             a = arrays[name]
+            if dtype == ragged.BYTES and a.dtype.hasobject:
+                continue
             check(
                 a.shape[1:] == tuple(shape) and a.dtype == dtype,
                 f"feature {name!r} is {a.dtype}{list(a.shape[1:])}, the experiment declares"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from spmd.core.fields import check
+from spmd.data import ragged
 
 if TYPE_CHECKING:
     from spmd.data import Features, Source
@@ -43,7 +44,10 @@ class Transform:
         return features
 
     def __call__(self, batch: Batch, draws: Draws) -> Batch:
-        """{feature: [N, ...]} as `features` declares it; the arrays given are the source's, not to change."""
+        """{feature: [N, ...]} as `features` declares it; the arrays given are the source's, not to change.
+
+        A feature declared as "bytes", or with sizes that differ (-1), is a list, or an object array [N].
+        """
         raise NotImplementedError
 
 
@@ -55,9 +59,10 @@ class Partners(NamedTuple):
 
 
 class Draws:
-    """Random numbers of one call of a transform, and its partners.
+    """Random numbers of one call of a transform, its partners, and the rows that it finds to be bad.
 
-    partners: one `Partners` for each that the transform asks for.
+    partners: one `Partners` for each that the transform asks for. bad: {row: why}, which the transform adds
+    to; such a row weighs nothing, and counts against data.skip_bad.
     """
 
     def __init__(
@@ -65,6 +70,12 @@ class Draws:
     ):
         self._seed, self._number, self._position_N = seed, number, position_N
         self.partners = tuple(partners)
+        self.bad: dict[int, str] = {}
+
+    @property
+    def num(self) -> int:
+        """N, the number of rows."""
+        return len(self._position_N)
 
     def uniform(self) -> np.ndarray:
         """[N] float64 in [0, 1), independent of those of the calls before."""
@@ -102,6 +113,22 @@ def declare(transforms: Sequence[Transform], features: Features) -> list[Feature
             )
         stages.append(after)
     return stages
+
+
+def close(features: Features, transforms: Sequence[Transform], split: str) -> Features:
+    """The features after the last transform; ValueError where one is not yet an array of one shape."""
+    for name, (shape, dtype) in features.items():
+        if not ragged.is_open(shape, dtype):
+            continue
+        field = "data.transforms" if split == "train" else "data.eval_transforms"
+        names = ",".join(t.name or type(t).__name__ for t in transforms) or "none"
+        what = "still encoded" if dtype == ragged.BYTES else "of different sizes"
+        needed = "decode,resize:PIXELS" if dtype == ragged.BYTES else "resize:PIXELS"
+        raise ValueError(
+            f"feature {name!r} is {what} after {field} ({names}); a batch needs arrays of one shape: give"
+            f" {needed}, or decode and random_resized_crop:PIXELS or central_crop:PIXELS"
+        )
+    return features
 
 
 def _number_draws(transforms: Sequence[Transform]) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -157,17 +184,31 @@ class Pipeline:
     def __call__(self, batch: Batch, position_N: np.ndarray) -> Batch:
         added = {name: batch[name] for name in ADDED if name in batch}
         given = {name: x for name, x in batch.items() if name not in added}
-        return self._run(len(self._transforms), given, position_N, 0) | added
+        ids = added.get("example_id")
+        example_N = position_N if ids is None else np.maximum(ids, 0).astype(np.int64)
+        rows, good_N = self._run(len(self._transforms), given, position_N, 0, example_N)
+        if "weight" in added and not good_N.all():
+            added["weight"] = added["weight"] * good_N.astype(added["weight"].dtype)
+        return rows | added
 
-    def _run(self, count: int, batch: Batch, position_N: np.ndarray, start: int) -> Batch:
-        """The batch after the first `count` transforms; start: number that the stream's draws begin at."""
+    def _run(
+        self, count: int, batch: Batch, position_N: np.ndarray, start: int, example_N: np.ndarray
+    ) -> tuple[Batch, np.ndarray]:
+        """(the batch after the first `count` transforms, whether each row is good: bool [N]).
+
+        start: number that the stream's draws begin at. example_N: the examples, to name bad ones.
+        """
+        good_N = np.ones(len(position_N), bool)
         for i, transform in enumerate(self._transforms[:count]):
             first, partners_first = self._numbers[i]
             partners = [self._partners(i, position_N, start + begin) for begin in partners_first]
             draws = Draws(self._seed, start + first, position_N, partners)
-            batch = transform(batch, draws)
+            batch = ragged.columns(transform(batch, draws))
             check_output(transform, batch, self._stages[i + 1], len(position_N))
-        return batch
+            for row, reason in draws.bad.items():
+                self._skips.note(self._source, int(example_N[row]), reason)
+                good_N[row] = False
+        return batch, good_N
 
     def _partners(self, place: int, position_N: np.ndarray, start: int) -> Partners:
         """Partners of the transform at `place`; which examples they are is the draw before their stream's."""
@@ -175,7 +216,8 @@ class Pipeline:
         example_N = (u_N * len(self._examples)).astype(np.int64) + self._examples.start
         taken, good_N = self._skips.take(self._source, example_N)
         batch = {name: taken[name] for name in self._stages[0]}
-        return Partners(self._run(place, batch, position_N, start), good_N)
+        rows, decoded_N = self._run(place, batch, position_N, start, example_N)
+        return Partners(rows, good_N & decoded_N)
 
 
 def check_output(transform: Any, batch: Mapping[str, Any], declared: Features, num: int) -> None:
@@ -197,6 +239,8 @@ def check_output(transform: Any, batch: Mapping[str, Any], declared: Features, n
         if name in declared:
             shape, dtype = declared[name]
             expected = f"{dtype}{[num, *shape]}"
+            if ragged.is_open(shape, dtype):  # of each example its own size
+                expected = f"object[{num}]"
         check(
             given == expected,
             f"{transform!r}: feature {name!r} is declared {expected} and the transform gives {given}"
