@@ -32,9 +32,9 @@ class Normalize(Transform):
     name: ClassVar[str] = "normalize"
 
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Of each channel, or one for all."""
+    """A value for each channel, or one for all."""
     std: tuple[float, ...] = IMAGENET_STD
-    """Of each channel, or one for all."""
+    """A value for each channel, or one for all."""
     image: str = ""
     """Feature that is normalised; empty is the one feature [H, W, C]."""
 
