@@ -26,9 +26,6 @@ from spmd.weights import adapters, init
 if TYPE_CHECKING:
     from spmd.experiment.base import Experiment
 
-# Optimizers that read rate and decay from a step's knobs alone; a user's may read the fields.
-KNOBBED = frozenset(optim.OPTIMIZERS.values())
-
 
 def build(
     exp: Experiment,
@@ -153,8 +150,16 @@ def strategy_parts(
         skip=exp.train.nonfinite == "skip",
         privacy=mechanism,
         noise_scale=exp.train.noise_scale,
-        knobs=exp.optimizer.knobs(examples) if type(exp.optimizer) in KNOBBED else {},
+        knobs=exp.optimizer.knobs(examples) if has_knobs(exp.optimizer) else {},
     )
+
+
+def has_knobs(optimizer: optim.Optimizer) -> bool:
+    """Whether rate and decay can be arguments of the step: those of the library read them as that alone. An
+    optimizer of the user's may read the fields, and a function of Optax the rate, as constants.
+    """
+    chosen = [optimizer, *(group.optimizer for group in optimizer.groups if group.optimizer)]
+    return all(type(each) in optim.OPTIMIZERS.values() for each in chosen)
 
 
 def check_batch_size(exp: Experiment, devices_mesh: Mesh, batch_size: int) -> None:

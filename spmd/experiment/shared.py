@@ -42,7 +42,7 @@ def strategy_of(
 
 def _shape_of(exp: Experiment, parts: Parts, num_steps: int, examples: int) -> list[Any]:
     """Values that two runs must share for one compiled step: all that the step depends on but its knobs."""
-    optimizer = exp.optimizer.without_knobs(examples) if parts.knobs else exp.optimizer
+    optimizer = exp.optimizer.without_knobs() if parts.knobs else exp.optimizer
     init = dataclasses.replace(exp.init, from_="", skip=())
     closed = (exp.model, exp.task, exp.param_dtype, init, exp.strategy, optimizer)
     built = parts._asdict()

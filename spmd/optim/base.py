@@ -83,22 +83,21 @@ class Optimizer:
             " (train.steps or train.epochs): warm up for less, or train for longer",
         )
         remaining = max(num_steps - self.warmup_steps, 1)
-        configured = self._peak(batch_size)
-        scaled = bool(self.base_batch_size and batch_size)
-        first = min(self.learning_rate, configured) if scaled else 0.0
+        decay = max(round(remaining * self.decay_fraction), 1)
+        rates, name_of = self._rates(batch_size), knobs.namer()
 
         def at(count: Any) -> Any:
-            peak = knobs.value("peak", configured)
+            values = {name: knobs.value(name_of(name), rate) for name, rate in rates.items()}
+            peak = values["peak"]
             if self.schedule == "constant":
                 main = optax.constant_schedule(peak)
             elif self.schedule == "cosine":
                 main = optax.cosine_decay_schedule(peak, remaining, alpha=self.final_fraction)
             else:
-                decay, final = max(round(remaining * self.decay_fraction), 1), self.final_fraction
-                begin = remaining - decay
-                main = optax.linear_schedule(peak, peak * final, decay, transition_begin=begin)
+                fall, final = values.get("fall", peak), values.get("final", 0.0)
+                main = linear(fall, final, decay, begin=remaining - decay)
             if self.warmup_steps:
-                warmup = optax.linear_schedule(first, peak, self.warmup_steps)
+                warmup = linear(-values.get("rise", peak), peak, self.warmup_steps)
                 main = optax.join_schedules([warmup, main], [self.warmup_steps])
             # A float count: optax would mix an integer one with floats, which strict promotion refuses.
             # float64 where that is on: the last bit of a float32 cosine depends on the program around it.
@@ -111,23 +110,41 @@ class Optimizer:
         scaled = self.base_batch_size and batch_size
         return self.learning_rate * (batch_size / self.base_batch_size if scaled else 1)
 
-    def knobs(self, batch_size: int = 0) -> dict[str, float]:
-        """Scalars that are arguments of the step; {} where the step holds them as constants.
+    def _rates(self, batch_size: int) -> dict[str, float]:
+        """The learning rates of the schedule: its peak, and where they are no multiple of the peak by a power
+        of two the final rate, the fall to it, and the rise of the warm-up.
 
-        They are constants where an argument would change the last bit of a rate (differences of two rates
-        that are rounded once, not twice), and with groups.
+        Differences are taken here, in float64: those of two rounded arguments would have other last bits.
         """
-        ends = self.schedule == "wsd" and self.final_fraction
-        begins = self.warmup_steps and self.base_batch_size
-        if ends or begins or self.groups:
-            return {}
-        values = {"peak": self._peak(batch_size), "decay": self.weight_decay}
+        rates = {"peak": self._peak(batch_size)}
+        if self.schedule == "wsd" and self.final_fraction:
+            final = rates["peak"] * self.final_fraction
+            rates |= {"final": final, "fall": rates["peak"] - final}
+        if self.warmup_steps and self.base_batch_size and batch_size:
+            rates["rise"] = rates["peak"] - min(self.learning_rate, rates["peak"])
+        return rates
+
+    def knobs(self, batch_size: int = 0) -> dict[str, float]:
+        """Scalars that are arguments of the step, by name: learning rates and weight decays, those of groups
+        included. A zero is none: it leaves parts of the step out.
+        """
+        from spmd.optim import groups
+
+        values = self._rates(batch_size) | {"decay": self.weight_decay}
+        values |= groups.knobs(self, batch_size)
         return {name: float(value) for name, value in values.items() if value}
 
-    def without_knobs(self, batch_size: int = 0) -> Optimizer:
+    def without_knobs(self) -> Optimizer:
         """This configuration with the same value for each knob of all runs that may share a step."""
-        names = {"peak": "learning_rate", "decay": "weight_decay"}
-        return dataclasses.replace(self, **{names[name]: 1.0 for name in self.knobs(batch_size)})
+        from spmd.optim import groups
+
+        same = lambda value: 1.0 if value else 0.0
+        return dataclasses.replace(
+            self,
+            learning_rate=same(self.learning_rate),
+            weight_decay=same(self.weight_decay),
+            groups=groups.without_knobs(self.groups),
+        )
 
     def direction(self, matrices: Any, dims: Dims) -> optax.GradientTransformation:
         """The transformation before weight decay and learning rate, which each optimizer defines.
@@ -156,7 +173,8 @@ class Optimizer:
 
         parts = [self.direction(matrices, dims)]
         if decay:
-            parts.append(optax.masked(knobs.decayed_weights(decay), matrices))
+            name = knobs.namer()("decay")
+            parts.append(optax.masked(knobs.decayed_weights(decay, name), matrices))
         return [
             *parts,
             *self.after_decay(matrices, dims),
@@ -186,6 +204,15 @@ class Optimizer:
             rate = self.rate(num_steps, batch_size)
             parts += self.rule(rate, self.weight_decay, decay_mask, dims or {})
         return narrow.in_float32(optax.chain(*parts))
+
+
+def linear(span: Any, final: Any, steps: int, begin: int = 0) -> optax.Schedule:
+    """From final + span to final in `steps` steps, after `begin` steps; as optax.linear_schedule computes it,
+    which takes the first rate in place of the span.
+    """
+    import jax.numpy as jnp
+
+    return lambda count: span * (1 - jnp.clip(count - begin, 0, steps) / steps) + final
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,45 @@ def frozen_names(groups: Sequence[Group], names: Collection[str]) -> tuple[str, 
     return tuple(name for name, i in claim(groups, names).items() if groups[i].freeze)
 
 
+def trained(groups: Sequence[Group]) -> list[Group]:
+    """The groups that are not frozen; the position here is the label of a group."""
+    return [group for group in groups if not group.freeze]
+
+
+def decay_of(optimizer: Optimizer, group: Group | None) -> float:
+    """Weight decay of a group; of None that of the parameters that no group claims."""
+    if group is None:
+        return optimizer.weight_decay
+    chosen = group.optimizer or optimizer
+    return chosen.weight_decay if group.decay is None else group.decay
+
+
+def knobs(optimizer: Optimizer, batch_size: int) -> dict[str, float]:
+    """The scalars of the groups that are arguments of the step, as `LABEL/NAME`: the factor of the learning
+    rate where it is not 1, the weight decay, and what a group's own optimizer has.
+    """
+    values = dict[str, float]()
+    for label, group in enumerate(trained(optimizer.groups)):
+        own = group.optimizer.knobs(batch_size) if group.optimizer else {}
+        own |= {"rate": group.rate} if group.rate != 1 else {}
+        own |= {"decay": decay_of(optimizer, group)}
+        values |= {f"{label}/{name}": value for name, value in own.items()}
+    return values
+
+
+def without_knobs(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups with the same value for each knob of all runs that may share a step."""
+    return tuple(
+        dataclasses.replace(
+            group,
+            rate=2.0 if group.rate not in (0, 1) else group.rate,
+            decay=1.0 if group.decay else group.decay,
+            optimizer=group.optimizer and group.optimizer.without_knobs(),
+        )
+        for group in groups
+    )
+
+
 def partition(
     optimizer: Optimizer, num_steps: int, decay_mask: Any, dims: Dims, batch_size: int
 ) -> optax.GradientTransformation:
@@ -52,23 +92,29 @@ def partition(
     import optax
 
     from spmd.core import tree
+    from spmd.optim.knobs import value, within
 
-    groups = [group for group in optimizer.groups if not group.freeze]
+    groups = trained(optimizer.groups)
     claimed = claim(groups, tree.named_leaves(decay_mask))
     labels = tree.map_named(lambda name, _: str(claimed.get(name, REST)), decay_mask)
 
     def build(label: str, group: Group | None) -> optax.GradientTransformation:
         chosen = group.optimizer if group and group.optimizer else optimizer
-        schedule, factor = chosen.rate(num_steps, batch_size), group.rate if group else 1.0
-        rate = schedule if factor == 1 else lambda count: factor * schedule(count)
-        decay = group.decay if group and group.decay is not None else chosen.weight_decay
+        prefix = f"{label}/" if group else ""
+        with within(prefix if chosen is not optimizer else ""):
+            schedule = chosen.rate(num_steps, batch_size)
+        factor = group.rate if group else 1.0
+        scaled = lambda count: value(f"{prefix}rate", factor) * schedule(count)
+        rate = schedule if factor == 1 else scaled
+        decay = decay_of(optimizer, group)
         # Structured as the updates of a group are: optax masks the parameters of other groups.
         matrices = tree.map_named(
             lambda _, matrix, other: matrix if other == label else optax.MaskedNode(),
             decay_mask,
             labels,
         )
-        return optax.chain(*chosen.rule(rate, decay, matrices, dims))
+        with within(prefix):
+            return optax.chain(*chosen.rule(rate, decay, matrices, dims))
 
     transformations: dict[Hashable, optax.GradientTransformation] = {
         str(i): build(str(i), group) for i, group in enumerate(groups)

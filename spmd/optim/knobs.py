@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Knobs = Mapping[str, Any]  # name -> float, or its tracer inside a step
 _arguments: contextvars.ContextVar[Knobs] = contextvars.ContextVar("knobs")
+_prefix: contextvars.ContextVar[str] = contextvars.ContextVar("knob_prefix", default="")
 
 
 @contextlib.contextmanager
@@ -33,11 +34,27 @@ def value(name: str, default: float) -> Any:
     return _arguments.get({}).get(name, default)
 
 
-def decayed_weights(decay: float) -> optax.GradientTransformation:
-    """optax.add_decayed_weights, by the knob `decay` within a step that has it."""
+@contextlib.contextmanager
+def within(prefix: str) -> Iterator[None]:
+    """Begin the names of the knobs of all that is built within the block with `prefix`."""
+    token = _prefix.set(prefix)
+    try:
+        yield
+    finally:
+        _prefix.reset(token)
+
+
+def namer() -> Callable[[str], str]:
+    """A function from the name of a knob to that with the prefix of this block."""
+    prefix = _prefix.get()
+    return lambda name: prefix + name
+
+
+def decayed_weights(decay: float, name: str = "decay") -> optax.GradientTransformation:
+    """optax.add_decayed_weights, by the knob `name` within a step that has it."""
     import optax
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return optax.add_decayed_weights(value("decay", decay)).update(updates, state, params)
+        return optax.add_decayed_weights(value(name, decay)).update(updates, state, params)
 
     return optax.GradientTransformation(optax.add_decayed_weights(decay).init, update)
