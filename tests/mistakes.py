@@ -156,6 +156,10 @@ TABLE = {
 # Mistakes in an experiment file: (what is replaced in that of digits, by what, the message).
 SGD = "SGD(learning_rate=0.1, momentum=0.9, warmup_steps=5)"
 DOC = '"""A two-layer network with dropout."""'
+ONDATA = (
+    "evaluations=(__import__('spmd.train.evaluations').train.evaluations.OnData(name='other',"
+    " data=TFDS(name='digits', batch_size=64, features={features})),), train=TrainConfig"
+)
 EDITS = {
     "keyword": (
         "SGD(learning_rate",
@@ -202,6 +206,27 @@ EDITS = {
         "__import__('spmd.optim').optim.Optax(build=3)",
         "optimizer.build=3 must be of type Callable, not int",
     ),
+    "values_shape": (
+        "Classification()",
+        "type('Odd', (Classification,), {'values': lambda self, outputs, batch, train: {'loss': outputs}})()",
+        "task Odd: the values of term 'loss' are of shape [64, 10] and its weights of [64]: they must be",
+    ),
+    "metric_sums": (
+        "Classification()",
+        "type('Odd', (Classification,), {'metrics': (type('M', (__import__('spmd.metrics').metrics.Mean,),"
+        " {'sums': lambda self, *args: {'sum': 1.0}})(name='odd'),), 'train_metrics': ()})()",
+        "metric 'odd': sums() returned sum: float; it returns {name: array}",
+    ),
+    "evaluation_image": (
+        "train=TrainConfig",
+        ONDATA.format(features="{'image': ((4, 4, 1), 'uint8'), 'label': ((), 'int32')}"),
+        "evaluation 'other': an example of shape [4, 4, 1] has 16 values and model.inputs=64",
+    ),
+    "evaluation_label": (
+        "train=TrainConfig",
+        ONDATA.format(features="{'image': ((8, 8, 1), 'uint8')}"),
+        "evaluation 'other': the batch has no feature 'label'",
+    ),
     "own_error": (DOC, "raise ValueError('no such data')", "line 15, in config(): no such data"),
     "library": (DOC, "import json; json.loads('{')", "line 1 column 2 (char 1) (raised by json/decoder.py"),
     "leaves": (DOC, "raise SystemExit(0)", "line 15, in config(): it ends the process (exit code 0)"),
@@ -219,6 +244,7 @@ TABLE |= {name: (f"--experiment {name}.py --run.dir out", edit[2]) for name, edi
 # ---- text and weights: one block on eight bytes
 
 T = "--experiment text.py --run.dir out --simulate 1 "
+T2 = "--experiment text.py --run.dir out --simulate 2 "
 TEXT = '''"""A tiny language model."""
 
 from spmd import Experiment
@@ -265,6 +291,14 @@ TABLE |= {
     "text_short": (T + "--data.sequence-length 900 --model.length 900", "has 540 tokens, too few"),
     "text_length": (T + "--data.sequence-length 9", "sequence_length=9 is more than model.length=8"),
     "text_vocab": (T + "--model.vocab 20", "model.vocab=20 is less than the 256 tokens"),
+    "text_period": (
+        T2 + "--mesh.data 1 --mesh.stage 2 --train.accumulate 4 --model.layers 6 --model.window 4 0",
+        "the 6 layers of the model, which repeat every 2 (model.window); use mesh.stage=3, or 8 layers",
+    ),
+    "text_mask": (
+        T2 + "--mesh.data 1 --mesh.context 2 --model.window 4",
+        "model.context=ring cannot compute a window mask; model.context=ulysses can",
+    ),
     "text_heads": (T + "--model.embed 9", "model.embed=9 does not divide by model.heads=2"),
     "tokenizer_folder": (T + "--data.tokenizer toks", "is a directory; give a tokenizer.json."),
     "tokenizer_other": (T + "--data.tokenizer null.jsonl", "is not a Hugging Face tokenizer.json"),

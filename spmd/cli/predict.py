@@ -16,6 +16,7 @@ from spmd.core.storage import json_text
 from spmd.experiment import registry
 
 FORMATS = (".parquet", ".jsonl")
+NUMBER = "example"  # the column of the numbers of the examples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +53,34 @@ def run(name: str, words: Sequence[str]) -> int:
     with _writer(path) if is_writer else contextlib.nullcontext(lambda rows: None) as write:
         start = 0
         for outputs in snapshot.predictions(source):
-            columns = outputs if isinstance(outputs, Mapping) else {"output": outputs}
-            num = len(next(iter(columns.values())))
-            write({"example": np.arange(start, start + num, dtype=np.int64), **columns})
-            start += num
+            columns = columns_of(outputs, start)
+            write(columns)
+            start += len(columns[NUMBER])
     agree.say(f"{options.out}: {start} rows, step {snapshot.step}")
     return 0
+
+
+def columns_of(outputs: Any, start: int) -> dict[str, Any]:
+    """The columns of a batch.
+
+    Args:
+        outputs: of the model, an array [N, ...] or a dict of them.
+        start: number of the first example.
+
+    Returns:
+        {name: array [N, ...]}, the numbers of the examples first.
+
+    Raises:
+        ValueError: an output has the name of that column.
+    """
+    columns = outputs if isinstance(outputs, Mapping) else {"output": outputs}
+    check(
+        NUMBER not in columns,
+        f"the model has an output named {NUMBER!r}, as is the column of the examples' numbers: rename it"
+        f" (its outputs: {', '.join(columns)})",
+    )
+    num = len(next(iter(columns.values())))
+    return {NUMBER: np.arange(start, start + num, dtype=np.int64), **columns}
 
 
 @contextlib.contextmanager

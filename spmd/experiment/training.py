@@ -76,6 +76,8 @@ def _train_in(
         return Run(exp, str(path), finished["steps"], finished["metrics"], finished["seconds"])
 
     check_best(exp, program)
+    for evaluation in exp.evaluations:
+        evaluation.check(program)
 
     def begin(step: int) -> None:
         if resumes:

@@ -7,11 +7,15 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
+
+from spmd.core import batches
 from spmd.core.fields import check
 from spmd.data import DataConfig, Source
-from spmd.train.evaluate import PREFIX, Measured, evaluator
+from spmd.train.evaluate import PREFIX, Measured, evaluator, metric_names
 
 if TYPE_CHECKING:
+    from spmd.train.program import Program
     from spmd.train.snapshot import Snapshot
 
 
@@ -30,6 +34,9 @@ class Evaluation:
             f"evaluation {self.name!r}: a name is made of letters, digits, '_', '-' and '.'",
         )
         check(self.every >= 0, f"evaluation {self.name!r}: every={self.every} must not be negative")
+
+    def check(self, program: Program) -> None:
+        """ValueError, before the first step of a program, for what could not be measured in it."""
 
     def measure(self, snapshot: Snapshot) -> Mapping[str, float | None]:
         """The values by name, None where there is none; called by all processes at the same step.
@@ -55,6 +62,17 @@ class OnData(Evaluation):
 
     data: DataConfig
     """Read as the experiment's own; its features must be those of the task."""
+
+    def check(self, program: Program) -> None:
+        """ValueError for features that the model or the task does not take, and for missing data."""
+        batch = program._replace(data=self.data).abstract_batch("eval")
+        variables = jax.eval_shape(program.task.init, jax.random.key(0))
+        try:
+            batches.index_ranges(program.task, variables, batch)
+            metric_names(program.task, batch)
+            _ = self._source
+        except ValueError as error:
+            raise ValueError(f"evaluation {self.name!r}: {error}") from error
 
     def measure(self, snapshot: Snapshot) -> Mapping[str, float | None]:
         """The metrics of all its examples."""

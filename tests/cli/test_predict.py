@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import spmd
+from spmd.cli import predict
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -50,3 +51,13 @@ def test_mistakes_with_predictions(words, message, run_main, digits_run):
     done = run_main("predict", "--experiment", "digits", "--run.dir", digits_run, *words)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_output_may_not_have_the_name_of_the_number():
+    outputs = {"scores": np.ones((2, 3)), "example": np.ones(2)}
+    with pytest.raises(
+        ValueError, match=r"an output named 'example'.*its outputs: scores, example"
+    ):
+        predict.columns_of(outputs, 0)
+    columns = predict.columns_of({"scores": outputs["scores"]}, 7)
+    assert [*columns] == ["example", "scores"] and columns["example"].tolist() == [7, 8]
