@@ -45,11 +45,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
     import jax
 
+    from spmd.parallel.mesh import reserve_threads
+
     jax.config.update("jax_compilation_cache_dir", str(_compiled(config)))
     # XLA's own caches for GPUs would make the directory's path a part of each entry's key.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", compilations.MIN_SECONDS)
     jax.config.update("jax_num_cpu_devices", 8)
+    reserve_threads(8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     if not HARDWARE:

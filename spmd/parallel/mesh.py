@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -137,11 +138,26 @@ def describe(mesh: Mesh) -> str:
     return " ".join(f"{a}={s}" for a, s in mesh.shape.items() if s > 1) or "one device"
 
 
+def reserve_threads(num_devices: int) -> None:
+    """Give the CPU client's thread pools room for every collective that may wait at a time.
+
+    A collective of CPU devices blocks its thread until all participants arrive. XLA makes one thread for each
+    device, but a device runs independent collectives, and steps in flight, side by side. When all threads
+    wait, the missing participant finds no thread, and XLA aborts after 40 s ("rendezvous ... may be stuck").
+    NPROC is the variable from which XLA reads the size of its pools. Must come before the backend starts.
+    """
+    wanted = max(16, 4 * num_devices)
+    given = os.environ.get("NPROC", "")
+    if not given.isdigit() or int(given) < wanted:
+        os.environ["NPROC"] = str(wanted)
+
+
 def simulate(num_devices: int) -> None:
     """Gives this process `num_devices` simulated CPU devices; must come before the backend starts."""
     import jax
 
     check(num_devices >= 1, f"simulate={num_devices} must be at least 1")
+    reserve_threads(num_devices)
     try:
         jax.config.update("jax_platforms", "cpu")
         config: Any = jax.config

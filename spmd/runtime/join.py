@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from spmd.core.fields import check
+from spmd.parallel.mesh import reserve_threads
 from spmd.runtime import RuntimeConfig, agree, detect, platforms, proxy
 from spmd.runtime.detect import Member
 from spmd.runtime.lifeline import Lifeline, read_line, send_line
@@ -66,6 +67,7 @@ def join(config: RuntimeConfig, facts: dict[str, Any]) -> bool:
     jax.config.update("jax_enable_preemption_service", False)
     if proxied:  # JAX's warning does not apply: proxy.bypass has excluded these hosts
         jax.config.update("jax_check_proxy_envs", False)
+    reserve_threads(1)
     gpus = detect.local_gpus(member.local, _num_gpus())
     jax.distributed.initialize(
         member.coordinator,

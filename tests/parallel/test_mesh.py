@@ -8,6 +8,7 @@ import pytest
 
 from spmd.parallel import mesh
 from spmd.parallel.mesh import MeshConfig
+from tests.command import REPOSITORY, start
 
 
 def slices(num, each):
@@ -49,3 +50,39 @@ def test_one_slice_is_no_hybrid(devices):
     assert mesh.num_slices(devices) == 1
     made = mesh.make(MeshConfig(replica=2, data=4), devices)
     assert [d.id for d in made.devices[0].flat] == [0, 1, 2, 3]
+
+
+IN_FLIGHT = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from spmd.parallel import mesh
+mesh.simulate(2)
+cut = mesh.make(mesh.MeshConfig(), jax.devices())
+x = jax.device_put(np.arange(256.0).reshape(128, 2), jax.NamedSharding(cut, jax.P("data")))
+
+@jax.jit
+def step(total, x):
+    for scale in (1.0, 2.0, 3.0):  # sums that a device may take side by side
+        total = total + jnp.sum(jnp.tanh(scale * x) @ jnp.ones((2, 64)))
+    return total
+
+total = jnp.zeros(())
+for _ in range(1500):
+    total = step(total, x)
+x = np.asarray(x)
+want = 1500 * 64 * sum(np.tanh(scale * x).sum() for scale in (1.0, 2.0, 3.0))
+np.testing.assert_allclose(float(total), want, rtol=1e-3)
+print("summed")
+"""
+
+
+@pytest.mark.gate
+def test_many_collectives_in_flight_on_simulated_devices(tmp_path):
+    """With a thread for each device, XLA's default, this program waits for itself and is aborted."""
+    script = tmp_path / "in_flight.py"
+    script.write_text(IN_FLIGHT)
+    process = start(
+        cwd=REPOSITORY, script=script, env={"PYTHONPATH": str(REPOSITORY), "NPROC": "1"}
+    )
+    stdout, stderr = process.communicate(timeout=180)
+    assert (process.returncode, stdout) == (0, "summed\n"), stderr[-2000:]

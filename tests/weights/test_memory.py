@@ -16,9 +16,8 @@ SIZES = {"vocab": 1024, "length": 64, "layers": 12, "embed": 1536, "heads": 12, 
 READS = """
 import json, pathlib, sys
 import jax
-jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_platforms", "cpu")
 from spmd.parallel import mesh, sharding; from spmd.core import tree
+mesh.simulate(4)
 from spmd.models.functional import network
 from spmd.weights.huggingface import read
 from spmd.models.transformer import Transformer
