@@ -57,6 +57,7 @@ def build(
         exp.strategy.check_run(num_steps, len(source))
     mechanism = exp.privacy.mechanism(len(source), batch_size, num_steps, replicas)
     task = adapted_task(exp)
+    check_combine(exp, task)
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     batch = abstract_batch(exp.data, batch_size)
     ranges: batches.Ranges = {}
@@ -171,6 +172,26 @@ def check_batch_size(exp: Experiment, devices_mesh: Mesh, batch_size: int) -> No
         f"data.batch_size={batch_size} does not divide over {shards} batch shards"
         f" ({mesh.describe(devices_mesh)}) x train.accumulate={exp.train.accumulate}; use"
         f" {fields.multiples(batch_size, rows)}",
+    )
+
+
+def check_combine(exp: Experiment, task: Objective) -> None:
+    """ValueError where the gradients of the loss terms are combined, and cannot be taken one by one."""
+    if task.combine is None:
+        return
+    takes = (
+        f"task {type(exp.task).__name__} combines the gradients of its loss terms"
+        f" ({type(task.combine).__name__})"
+    )
+    why = exp.strategy.not_by_term()
+    check(
+        not why,
+        f"{takes}, and {why}; use --strategy auto, or allreduce or server without compression",
+    )
+    check(not exp.privacy.on, f"{takes}, and privacy clips the gradient of their sum; leave it off")
+    check(
+        not exp.train.noise_scale,
+        f"{takes}, and train.noise_scale measures the gradient of their sum; leave it off",
     )
 
 

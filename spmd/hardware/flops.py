@@ -19,11 +19,15 @@ Count = collections.Counter[str]  # dtype of the operands -> FLOPs
 
 
 def count_step(task: Any, batch: Any) -> Count:
-    """FLOPs of a step on the abstract global `batch`, by dtype of the operands; traces the loss once."""
+    """FLOPs of a step on the abstract global `batch`, by dtype of the operands; traces the loss once.
+
+    A step with a gradient for each of K loss terms has one forward and K backward passes.
+    """
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     scale = jax.eval_shape(lambda b: task.scale(task.weigh(b)), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return multiply(count_call(task.loss, params, model_state, batch, key, scale), 3)
+    passes = 1 + 2 * task.num_gradients
+    return multiply(count_call(task.loss, params, model_state, batch, key, scale), passes)
 
 
 def count_call(function: Any, *args: Any) -> Count:

@@ -52,6 +52,9 @@ class AllReduce(StrategyConfig):
     def not_private(self) -> str:
         return self.compress.not_private()
 
+    def not_by_term(self) -> str:
+        return self.compress.not_by_term()
+
 
 def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
     """Whole parameters in each replica, cut over its devices by rules.

@@ -30,6 +30,9 @@ class Auto(StrategyConfig):
     def not_private(self) -> str:
         return ""
 
+    def not_by_term(self) -> str:
+        return ""
+
 
 def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Strategy:
     """zero 3: mesh.fsdp cuts parameters and optimizer state. zero 1: the optimizer state only, the update
@@ -40,6 +43,7 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
     params, _ = base.abstract_params(parts)
     place = lambda fsdp: sharding.param_shardings(params, parts.task.dims, parts.mesh, fsdp=fsdp)
     sharded = place(True)
+    gradients = base.gradient_shardings(parts, sharded)
     shardings = base.shardings_of(
         parts, params=sharded if zero == 3 else place(False), moments=sharded, fsdp=zero == 3
     )
@@ -53,7 +57,7 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
                 Trained(state.params, {}), state.model_state, batch, base.step_key(state), scale
             )
         # Says where the sum of the gradients is wanted: a shard, so reduce-scatter instead of all-reduce.
-        total = jax.lax.with_sharding_constraint(grads.params, sharded)
+        total = jax.lax.with_sharding_constraint(grads.params, gradients)
         grads = Trained(total, grads.rows)
         return update.update_state(parts, state, grads, sums, model_state)
 

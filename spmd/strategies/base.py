@@ -194,6 +194,8 @@ def grads_of(parts: Parts) -> direct.GradsOf:
     if parts.mesh.shape["stage"] > 1:
         return narrow.wide_gradients(direct.of_parameters(pipelined(parts)))
     plain = direct.single_pass(parts.task.loss)
+    if parts.task.combine is not None:
+        plain = direct.by_term(parts.task)
     if parts.privacy is not None:
         check_private(parts)
         plain = direct.per_example(parts.task, parts.privacy.clip_norm, parts.privacy.expected)
@@ -217,6 +219,11 @@ def check_private(parts: Parts) -> None:
 def pipelined(parts: Parts) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
     """The gradient function of a pipeline, of the parameters alone; ValueError for what it cannot cut."""
     stages = parts.mesh.shape["stage"]
+    check(
+        parts.task.combine is None,
+        f"the task combines the gradients of its loss terms ({', '.join(parts.task.coefficients)}), and a"
+        f" pipeline (mesh.stage={stages}) adds the terms up as it goes; use mesh.stage=1",
+    )
     for enabled, name in ((parts.privacy, "privacy"), (parts.noise_scale, "train.noise_scale")):
         check(
             not enabled,
@@ -229,6 +236,13 @@ def pipelined(parts: Parts) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
     layers = execute.num_layers(params, parts.task.dims)
     execute.check_layers(layers, stages, table.virtual, staged.period)
     return execute.grads_of(staged, parts.task.dims, parts.mesh, table)
+
+
+def gradient_shardings(parts: Parts, shardings: PyTree) -> PyTree:
+    """Shardings of the gradients of arrays with these shardings: [K, ...] where they are taken by term."""
+    if parts.task.combine is None:
+        return shardings
+    return jax.tree.map(lambda s: NamedSharding(s.mesh, P(None, *s.spec)), shardings)
 
 
 def step_key(state: TrainState) -> jax.Array:

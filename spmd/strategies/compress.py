@@ -49,6 +49,10 @@ class Compression:
         """As StrategyConfig's: noise is measured for clipped gradients, and what is left out comes later."""
         return "" if self.kind == "none" else f"strategy.compress.kind={self.kind} changes the sum"
 
+    def not_by_term(self) -> str:
+        """As StrategyConfig's: what a term's gradient leaves out would come later, with another sum."""
+        return "" if self.kind == "none" else f"strategy.compress.kind={self.kind} changes each sum"
+
 
 class Compressor(NamedTuple):
     """A lossy encoding of a tree of arrays as pure functions, in the way of optax's GradientTransformation.

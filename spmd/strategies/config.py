@@ -31,6 +31,10 @@ class StrategyConfig:
         """
         return f"strategy {self.name} does more with gradients than to sum those of all examples"
 
+    def not_by_term(self) -> str:
+        """Why it cannot reduce a gradient for each loss term; "" where it can."""
+        return f"strategy {self.name} takes steps of its own, before gradients are summed over all devices"
+
     @property
     def copies(self) -> int:
         """Replicas, or clients at once, that train by themselves; 1 is none."""

@@ -51,6 +51,18 @@ def stateless(sum_: Callable[[PyTree], PyTree]) -> Reducer:
     )
 
 
+def each_term(reducer: Reducer) -> Reducer:
+    """A Reducer of gradients [K, ...] by one of gradients [...] that keeps no state."""
+
+    def reduce(grads: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        num = jax.tree.leaves(grads)[0].shape[0]
+        terms = [jax.tree.map(lambda g, k=k: g[k], grads) for k in range(num)]
+        sums = [reducer.reduce(term, state)[0] for term in terms]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *sums), state
+
+    return reducer._replace(reduce=reduce)
+
+
 def init_state(reducer: Reducer, num_devices: int, params: PyTree) -> PyTree:
     """The reducer's state of all devices, to begin with."""
     stack = lambda x: jnp.broadcast_to(x, (num_devices, *x.shape))
@@ -158,13 +170,18 @@ def build_reduction(
     that they do not is tested.
     """
 
+    if by_term := parts.task.combine is not None:
+        reducer = each_term(reducer)
+    lead = (None,) if by_term else ()
+
     def local(grads, state):
         with bind_scope(parts, axes):
             grads, state = (drop_device_dim(grads), map_per_device(drop_device_dim, state))
             grads, state = reducer.reduce(grads, state)
             return grads, map_per_device(add_device_dim, state)
 
-    grad_specs = jax.tree.map(lambda s: P(axes, *s.spec), param_shardings(parts))
+    grad_specs = jax.tree.map(lambda s: P(axes, *lead, *s.spec), param_shardings(parts))
+    out_specs = jax.tree.map(lambda spec: P(*lead, *spec), out_specs)
     sum_specs = jax.tree.map(lambda spec: keep_axes(spec, axes), out_specs)
 
     def apply(grads, state):

@@ -46,6 +46,9 @@ class Server(StrategyConfig):
     def not_private(self) -> str:
         return self.compress.not_private()
 
+    def not_by_term(self) -> str:
+        return self.compress.not_by_term()
+
 
 def build(parts: base.Parts, config: Server) -> base.Strategy:
     """Parameters, moments and average sharded over all replicas; small arrays, and those that do not divide,

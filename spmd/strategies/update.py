@@ -16,6 +16,8 @@ from spmd.strategies import base
 from spmd.strategies.grads import direct
 
 PyTree = Any
+# Folded into the step's key; no example has this id (direct.NOISE is -2, narrow.ROUNDING -3).
+COMBINE = -4
 
 
 def update_state(
@@ -29,7 +31,8 @@ def update_state(
     """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
     on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
 
-    strategy_state: the strategy's new state; None: unchanged.
+    gradients: sums over all devices; where the task combines those of its loss terms, [K, ...] for each
+    parameter, and they are combined first. strategy_state: the strategy's new state; None: unchanged.
     """
     grads = gradients.params
     if parts.privacy is not None:  # once per step, on the whole sum of any strategy
@@ -40,6 +43,10 @@ def update_state(
         if not name.startswith(direct.PARTS)
     }
     metrics["loss"] = parts.task.loss_of(metrics)
+    if parts.task.combine is not None:
+        key = jax.random.fold_in(base.step_key(state), jnp.int32(COMBINE))
+        grads, of_terms = parts.task.combine.join(grads, [*parts.task.coefficients], key)
+        metrics |= of_terms
     metrics["grad_norm"] = tree.global_norm(grads)
     if parts.noise_scale:
         metrics |= direct.signal_and_noise(sums, metrics["grad_norm"])

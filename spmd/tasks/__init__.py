@@ -2,6 +2,7 @@
 
 from spmd.tasks.base import FrozenModel, Task
 from spmd.tasks.classification import Classification
+from spmd.tasks.combine import Combine, PCGrad
 from spmd.tasks.language import LanguageModel
 from spmd.tasks.objective import (
     FROZEN,
@@ -20,11 +21,13 @@ __all__ = [
     "VARIABLES",
     "Batch",
     "Classification",
+    "Combine",
     "FrozenModel",
     "LanguageModel",
     "MetricSums",
     "Notes",
     "Objective",
+    "PCGrad",
     "Staged",
     "Sums",
     "Task",

@@ -17,6 +17,7 @@ from spmd.core import batches
 from spmd.core.batches import Ids
 from spmd.core.fields import check
 from spmd.metrics import Metric, measure
+from spmd.tasks.combine import Combine
 from spmd.tasks.objective import Batch, MetricSums, Objective
 from spmd.tasks.tracing import Tracer
 
@@ -45,6 +46,9 @@ class Task:
     """Measures of an evaluation beside the loss terms; a property where fields decide."""
     train_metrics: ClassVar[tuple[str, ...]] = ()
     """Names of those that training logs too: each a metrics.Mean."""
+    combine: ClassVar[Combine | None] = None
+    """How the gradients of the loss terms, each taken by itself, become one; None adds the terms before the
+    backward pass. A property where fields decide."""
     frozen: ClassVar[Mapping[str, FrozenModel]] = MappingProxyType({})
     """Models beside the trained one, by name; `values` finds their outputs as batch["frozen/NAME"]."""
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spmd.core.batches import Ids
+from spmd.tasks.combine import Combine
 
 Batch = Mapping[str, jax.Array]
 PyTree = Any
@@ -67,6 +68,7 @@ class Objective(NamedTuple):
     state_dims: logical dims of the parts of the model state that are sharded as parameters are; the rest is
       replicated.
     plain: (params, model_state) -> those of the model itself, where more, or something else, is trained.
+    combine: how the gradients of the loss terms become one; None adds the terms before the backward pass.
     staged: () -> the loss in parts; ValueError, by name, for a model that is no stack of layers.
     """
 
@@ -83,7 +85,13 @@ class Objective(NamedTuple):
     state_dims: Mapping[str, tuple[str | None, ...] | None] = MappingProxyType({})
     ranges: Callable[[Any, Any], dict[str, Ids]] = lambda batch, outputs: {}
     plain: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, state: (params, state)
+    combine: Combine | None = None
     staged: Callable[[], Staged] = _unstaged
+
+    @property
+    def num_gradients(self) -> int:
+        """Gradients that a step takes: one, or one for each loss term."""
+        return 1 if self.combine is None else len(self.coefficients)
 
     def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """coefficient / global weight; 0 where a term has no weight in this batch."""

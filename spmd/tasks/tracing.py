@@ -121,6 +121,7 @@ class Tracer:
             ranges=lambda batch, outputs: self.task.ranges(batch, outputs, self.model),
             plain=self.plain,
             staged=self.staged,
+            combine=self.task.combine,
         )
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

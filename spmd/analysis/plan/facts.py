@@ -91,7 +91,8 @@ class Facts(NamedTuple):
     tokens: tokens of a global batch (examples, where there is no sequence). length: tokens of a sequence, 1
     without one. flops: model FLOPs of a step by dtype of the operands. saved: bytes that the backward pass
     keeps of a global batch, for a model without closed forms. compute: bytes of an element of an activation.
-    chunks: chunks of the loss. model: the config of a model with closed forms, else None.
+    chunks: chunks of the loss. model: the config of a model with closed forms, else None. gradients: number
+    of gradients of a step, one for each loss term where the task combines them.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Facts(NamedTuple):
     compute: int
     chunks: int
     model: Transformer | None
+    gradients: int = 1
 
     @property
     def params(self) -> list[StateArray]:
@@ -170,6 +172,7 @@ def from_program(program: Program, model: Any, *, chunks: int = 1) -> Facts:
         compute=jnp.dtype(dtype or param).itemsize,
         chunks=chunks,
         model=transformer,
+        gradients=program.task.num_gradients,
     )
 
 

@@ -5,6 +5,7 @@ step:
 
 - Gradients have the dtype of the parameters, at least float32. ZeRO-3 holds them sharded, ZeRO-1 complete
   (see comms). With accumulation their sum is held beside those of a microbatch.
+  Where a task combines the gradients of its loss terms, there are as many as terms.
 - Saved activations: the input of each block, and what model.remat saves of it (`saved_per_token`); for a
   model without closed forms the residuals of jax.vjp, all sharded by examples.
 - Temporaries: the larger of two moments. In the loss: the logits of a chunk in float32, a fraction of their
@@ -84,6 +85,7 @@ def step_memory(facts: Facts, layout: Layout) -> EstimatedMemory:
     mesh = abstract_mesh(layout.mesh)
     sums = _groups(facts.leaves, mesh, layout.zero)
     gradients, stacked = _gradients(facts.leaves, mesh, layout.zero == 3 or layout.stages > 1)
+    gradients *= facts.gradients
     saved, loss, block = _activations(facts, layout)
     peak_gradients, in_loss = gradients, 0.0  # bytes of gradients, at most and during the loss
     if layout.stages > 1:
@@ -116,7 +118,7 @@ def with_state(
     """
     auto = step_memory(facts, layout)
     gathered = max(auto.parameters - state["params"], 0)
-    rest = ("step", "key", "strategy_state")
+    rest = ("step", "key", "strategy_state", "tables")
     return auto._replace(
         parameters=state["params"],
         optimizer=state["opt_state"],

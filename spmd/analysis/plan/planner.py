@@ -51,6 +51,10 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
     exp_layout = layouts.from_experiment(exp, devices.num_devices)
     layouts.check_fits(exp_facts, exp_layout)
     closed_form = has_closed_form(exp.strategy, exp_layout)
+    if (
+        exp_facts.model and exp_facts.gradients > 1
+    ):  # those of its activations hold for one backward pass
+        closed_form = False
     check(
         closed_form or compiled,
         f"no closed form covers strategy {exp.strategy.name} with these options: drop --no-compile, or add"

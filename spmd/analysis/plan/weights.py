@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh
@@ -18,10 +19,16 @@ TOKEN_AXES = (*BATCH_AXES, "context")  # axes that shard the tokens which a grad
 
 
 def weight_collectives(facts: Facts, layout: Layout) -> list[EstimatedCollective]:
-    """Collectives of parameters and gradients; they depend on mesh, ZeRO level and microbatches only."""
-    mesh = abstract_mesh(layout.mesh)
+    """Collectives of parameters and gradients; they depend on mesh, ZeRO level and microbatches only.
+
+    With K gradients there are K backward passes, each of which gathers parameters and reduces gradients.
+    """
+    mesh, num = abstract_mesh(layout.mesh), facts.gradients
+    passes = {"gradients": num, "parameters": (1 + num) / 2}
     return merge_equal(
-        each for leaf in facts.weights for each in _leaf_collectives(facts, layout, mesh, leaf)
+        dataclasses.replace(each, count=each.count * passes.get(each.payload, 1))
+        for leaf in facts.weights
+        for each in _leaf_collectives(facts, layout, mesh, leaf)
     )
 
 

@@ -17,7 +17,6 @@ from spmd.models.transformer import Transformer
 # GPU: 790 of 989 TFLOP/s, measured on an H200.
 MATMUL_SHARE = {"TPU": 0.85, "GPU": 0.8}
 BANDWIDTH_SHARE = 0.9  # of the memory's, for large arrays: STREAM-like kernels reach 85 to 95 %
-BACKWARD = 2 / 3  # fraction of a step's matmuls in the backward pass, without remat
 # Passes over float32 logits: write, maximum, sum, target; their gradient: read, write, read twice.
 LOGITS_PASSES = 8
 # Passes over the scores of XLA's attention, forward: write, maximum, sum and quotient, read by the second
@@ -43,6 +42,11 @@ def matmul_share(chip: Chip) -> float:
     return MATMUL_SHARE["TPU" if chip.links and chip.links.axes else "GPU"]
 
 
+def backward_share(gradients: int = 1) -> float:
+    """Fraction of a step's matmuls in its backward passes, one for each gradient, without remat."""
+    return 2 * gradients / (1 + 2 * gradients)
+
+
 def step_work(facts: Facts, layout: Layout, chip: Chip) -> Work:
     """Computation of a device in a step."""
     if facts.model is not None:
@@ -52,7 +56,8 @@ def step_work(facts: Facts, layout: Layout, chip: Chip) -> Work:
     busy /= matmul_share(chip)
     # What the backward pass saves is written and read twice, and so are its gradients.
     traffic = 6 * facts.saved / num / bandwidth
-    return Work(busy, busy * BACKWARD, traffic, sum(facts.flops.values()) / num)
+    backward = busy * backward_share(facts.gradients)
+    return Work(busy, backward, traffic, sum(facts.flops.values()) / num)
 
 
 def update_seconds(facts: Facts, layout: Layout, memory: EstimatedMemory, chip: Chip) -> float:

@@ -44,6 +44,29 @@ def single_pass(loss: Callable[..., Any]) -> GradsOf:
     return grads_of
 
 
+def by_term(objective: Any) -> GradsOf:
+    """A gradient function with one backward pass for each loss term: gradients [K, ...], K the terms in the
+    order of objective.coefficients. The forward pass is shared.
+    """
+
+    def grads_of(params, model_state, batch, step_key, scale):
+        terms = [*objective.coefficients]
+
+        def losses(params):
+            _, (sums, new_state) = objective.loss(params, model_state, batch, step_key, scale)
+            parts = [sums[term][0] * scale[term].astype(sums[term][0].dtype) for term in terms]
+            return jnp.stack(parts), (sums, new_state)
+
+        loss_K, pull_back, (metrics, new_state) = jax.vjp(
+            losses, scope.varying(params), has_aux=True
+        )
+        unit_KK = scope.varying(jnp.eye(len(terms), dtype=loss_K.dtype))
+        grads = jax.lax.map(lambda unit_K: pull_back(unit_K)[0], unit_KK)
+        return grads, metrics, new_state
+
+    return of_parameters(grads_of)
+
+
 def of_parameters(grads_of: Callable[..., tuple[PyTree, PyTree, PyTree]]) -> GradsOf:
     """A gradient function that differentiates parameters only, as one of Trained."""
 

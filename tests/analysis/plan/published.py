@@ -237,6 +237,6 @@ def share(row: Scaling, num_devices: int) -> float:
     facts = Facts(row.name, (whole,), batch_size, batch_size, 1, 0, {}, 0, 4, 1, None)
     compute = row.rows / row.rate
     collectives = comms.step_collectives(facts, Layout({"data": num_devices}))
-    computed = work.Work(compute, compute * work.BACKWARD, elementwise=0, flops=0)
+    computed = work.Work(compute, compute * work.backward_share(), elementwise=0, flops=0)
     networks = cost.network_seconds(collectives, levels, computed)[0].values()
     return compute / (compute + sum(exposed for _, exposed in networks))
