@@ -95,12 +95,9 @@ def gram(grads: PyTree) -> jax.Array:
         grad = grad.astype(tree.at_least_float32(grad.dtype))
         num = grad.shape[0]
         # Sums of products, since a TPU's matmul would round the operands to bfloat16.
-        rows = [
-            [jnp.sum(grad[i] * grad[j]) if j <= i else None for j in range(num)] for i in range(num)
-        ]
-        return jnp.stack(
-            [jnp.stack([rows[max(i, j)][min(i, j)] for j in range(num)]) for i in range(num)]
-        )
+        pairs = {(i, j): jnp.sum(grad[i] * grad[j]) for i in range(num) for j in range(i + 1)}
+        row = lambda i: jnp.stack([pairs[max(i, j), min(i, j)] for j in range(num)])
+        return jnp.stack([row(i) for i in range(num)])
 
     leaves = [products(leaf) for leaf in jax.tree.leaves(grads)]
     return sum(leaves[1:], start=leaves[0])
