@@ -57,7 +57,6 @@ def build(
         exp.strategy.check_run(num_steps, len(source))
     mechanism = exp.privacy.mechanism(len(source), batch_size, num_steps, replicas)
     task = adapted_task(exp)
-    check_combine(exp, task)
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     batch = abstract_batch(exp.data, batch_size)
     ranges: batches.Ranges = {}
@@ -136,6 +135,7 @@ def strategy_parts(
         examples: examples of an optimizer step (the expected number under privacy).
         mechanism: clipping and noise of differentially private training.
     """
+    check_combine(exp, task)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     decayed = optim.decay_mask(params, task.dims)
     return Parts(
