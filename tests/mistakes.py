@@ -310,7 +310,7 @@ TABLE |= {
     "weights_none": (T + "--init.from both", "init.from='both' holds no checkpoint"),
     "weights_field": (
         T + "--init.from weights",
-        "scale_attn_by_inverse_layer_idx: True there, False here",
+        "scale_attn_by_inverse_layer_idx: True in config.json, False in the model",
     ),
     "weights_two": (T + "--init.from two", "a.safetensors, b.safetensors and no model.safetensors.index"),
     "model_code": ("--experiment net.py --run.dir out", "Net has no 'iner'. Did you mean 'inner'?"),

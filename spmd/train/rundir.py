@@ -228,7 +228,7 @@ def check_identity(
     raise Refused(
         "\n".join(
             [
-                f"{path} holds a run of another identity (there -> now):",
+                f"{path} holds a run of another identity (recorded -> now):",
                 *_difference_lines(diff),
                 *advice,
             ]
@@ -262,7 +262,7 @@ def check_saved(
         raise Refused(
             "\n".join(
                 [
-                    f"{path}: the checkpoint was saved by another run (there -> now):",
+                    f"{path}: the checkpoint was saved by another run (recorded -> now):",
                     *_difference_lines(diff),
                     "another process has written into this directory; take the checkpoint away, or use"
                     " --run.fresh or another --run.dir",

@@ -160,10 +160,12 @@ class StoredRun(NamedTuple):
             expected, saved = wanted.get(name), stored.get(name)
             if expected is None or saved is None or not _fits(expected, *saved):
                 expected_text = (
-                    "(absent)" if expected is None else f"{expected.dtype}{list(expected.shape)}"
+                    "absent" if expected is None else f"{expected.dtype}{list(expected.shape)}"
                 )
-                saved_text = "(absent)" if saved is None else f"{saved[1]}{list(saved[0])}"
-                diff.append(f"  {name}: {saved_text} there, {expected_text} here")
+                saved_text = "absent" if saved is None else f"{saved[1]}{list(saved[0])}"
+                diff.append(
+                    f"  {name}: {saved_text} in the checkpoint, {expected_text} in the model"
+                )
         if diff:
             raise ValueError(read.another_model(self.path, diff))
 

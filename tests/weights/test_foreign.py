@@ -97,7 +97,7 @@ def test_an_absent_field_is_the_default_there():
     own = config.build_config(MODELS["gpt2"], "gpt2", "float32")
     del own["n_head"]
     assert config.find_differences(MODELS["gpt2"], "gpt2", own) == [
-        "n_head: 12 (the default) there, 4 here"
+        "n_head: 12 (the default) in config.json, 4 in the model"
     ]
     assert config.find_differences(MODELS["gpt2"], "gpt2", own | {"num_attention_heads": 4}) == []
     own = config.build_config(MODELS["llama"], "llama", "float32")
@@ -105,7 +105,10 @@ def test_an_absent_field_is_the_default_there():
     assert config.find_differences(MODELS["llama"], "llama", own) == []
     bases = own | {"rope_scaling": {"rope_theta": 5e5}, "rope_theta": 1e4}
     (line,) = config.find_differences(MODELS["llama"], "llama", bases)
-    assert line == "rope_theta: 10000.0; rope_scaling.rope_theta: 500000.0 there, which disagree"
+    assert (
+        line
+        == "rope_theta: 10000.0; rope_scaling.rope_theta: 500000.0 in config.json, which disagree"
+    )
 
 
 def test_every_field_of_a_model_is_exported_or_of_no_output():

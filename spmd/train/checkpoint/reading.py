@@ -154,9 +154,9 @@ def inspect(
 
 
 def _check_model(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    show = lambda leaf: f"{leaf[1]}{list(leaf[0])}" if leaf else "(absent)"
+    show = lambda leaf: f"{leaf[1]}{list(leaf[0])}" if leaf else "absent"
     diff = [
-        f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} here"
+        f"  {k}: {show(stored.get(k))} in the checkpoint, {show(wanted.get(k))} in the model"
         for k in sorted({*stored, *wanted})
         if stored.get(k) != wanted.get(k)
     ]

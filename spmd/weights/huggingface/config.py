@@ -193,10 +193,10 @@ def _llama_config(model: Transformer) -> dict[str, Any]:
 def find_differences(model: Transformer, family: str, foreign: Mapping[str, Any]) -> list[str]:
     """Fields of a config.json that the model contradicts, or whose meaning is unknown.
 
-    Returns a line for each field. A field that is null is one that is not there, as in transformers.
+    Returns a line for each field. A field that is null is one that is absent, as in transformers.
     """
     if foreign.get("model_type", family) != family:
-        return [f"model_type: {foreign['model_type']} there, {family} here"]
+        return [f"model_type: {foreign['model_type']} in config.json, {family} in the model"]
     fields = {name: value for name, value in foreign.items() if value is not None}
     return [
         *_compare_sizes(model, family, fields),
@@ -216,10 +216,10 @@ def _compare_sizes(model: Transformer, family: str, fields: Mapping[str, Any]) -
                 name in value for value in _rope_dicts(fields).values()
             )
             default = "" if name in fields or inside else " (the default)"
-            yield f"{name}: {value}{default} there, {expected} here"
+            yield f"{name}: {value}{default} in config.json, {expected} in the model"
     for name, alias in ALIASES[family].items():
         if name in fields and fields.get(alias, fields[name]) != fields[name]:
-            yield f"{name}: {fields[name]} there, but {alias}: {fields[alias]}, which means the same"
+            yield f"{name}: {fields[name]} in config.json, but {alias}: {fields[alias]}, which means the same"
 
 
 def _with_defaults(model: Transformer, family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,25 +244,28 @@ def _compare_rope(family: str, fields: Mapping[str, Any]) -> Iterator[str]:
     """Lines about scaled rotary angles, and contradicting bases."""
     names = [name for name in (*ROPE, "rope_theta") if name in fields]
     if family == "gpt2":
-        yield from (f"{name}: {fields[name]} there, which gpt2 does not have" for name in names)
+        yield from (
+            f"{name}: {fields[name]} in config.json, which gpt2 does not have" for name in names
+        )
         return
     bases = {"rope_theta": fields["rope_theta"]} if "rope_theta" in fields else {}
     for name, value in _rope_dicts(fields).items():
         kind = value.get("rope_type", value.get("type", "default"))
         if kind != "default":
-            yield f"rope_type: {kind} there, which the model does not have"
+            yield f"rope_type: {kind} in config.json, which the model does not have"
             continue
         bases |= {f"{name}.rope_theta": value["rope_theta"]} if "rope_theta" in value else {}
         plain_fields = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
         for inner in sorted(value.keys() - plain_fields):
             if value[inner] is not None and (inner, value[inner]) != ("partial_rotary_factor", 1.0):
-                yield f"{name}.{inner}: {value[inner]} there, which the model does not have"
+                yield f"{name}.{inner}: {value[inner]} in config.json, which the model does not have"
     for name in ROPE:
         if name in fields and not isinstance(fields[name], Mapping):
-            yield f"{name}: {fields[name]} there, which is no object"
+            yield f"{name}: {fields[name]} in config.json, which is no object"
     if len(set(bases.values())) > 1:
         yield (
-            "; ".join(f"{name}: {base}" for name, base in bases.items()) + " there, which disagree"
+            "; ".join(f"{name}: {base}" for name, base in bases.items())
+            + " in config.json, which disagree"
         )
 
 
@@ -278,26 +281,26 @@ def _compare_others(model: Transformer, family: str, fields: Mapping[str, Any]) 
         elif name == "auto_map":
             custom = [k for k in value if "Tokenizer" not in k and "Processor" not in k]
             if custom:
-                yield f"auto_map: {', '.join(custom)} there: a model of its own code, which is not known"
+                yield f"auto_map: {', '.join(custom)} in config.json: code of its own, which is unknown"
         elif name == "sliding_window":
             if not (isinstance(value, int) and value >= model.length):
                 yield (
-                    f"sliding_window: {value} there, but the model attends to all of"
+                    f"sliding_window: {value} in config.json, but the model attends to all of"
                     f" model.length={model.length}"
                 )
         elif name == "layer_types":
             if set(value) != {"full_attention"}:
-                yield f"layer_types: {value} there, but every layer of the model is full_attention"
+                yield f"layer_types: {value} in config.json, but every layer of the model is full_attention"
         elif name in model_fields:
             continue  # compared with the model
         elif name in SUPPORTED:
             if value not in SUPPORTED[name]:
                 supported = " or ".join(map(str, SUPPORTED[name]))
-                yield f"{name}: {value} there, but the model computes that of {supported}"
+                yield f"{name}: {value} in config.json, but the model computes that of {supported}"
         else:
             names = {*HARMLESS, *model_fields, *SUPPORTED}
             yield (
-                f"{name}: {value} there, a field that is not known here.{closest(name, names)} Take it out"
+                f"{name}: {value} in config.json, a field that is unknown.{closest(name, names)} Take it out"
                 " if the model computes the same without it"
             )
 
@@ -306,4 +309,4 @@ def _compare_architectures(family: str, value: Any) -> Iterator[str]:
     names = value if isinstance(value, list) else [value]
     foreign = [name for name in names if not str(name).lower().startswith(family)]
     if foreign:
-        yield f"architectures: {', '.join(map(str, foreign))} there, which is not of {family}"
+        yield f"architectures: {', '.join(map(str, foreign))} in config.json, which is not of {family}"

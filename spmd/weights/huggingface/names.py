@@ -34,7 +34,7 @@ class Part(NamedTuple):
     array: str
     axes: tuple[tuple[int, ...], ...]
 
-    def shape_there(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the tensor, from the shape of a layer's array."""
         return tuple(math.prod(shape[d] for d in dims) for dims in self.axes)
 
@@ -63,7 +63,7 @@ class Part(NamedTuple):
     def flat(self, array: np.ndarray) -> np.ndarray:
         """A layer's array as the tensor's part."""
         order = [d for dims in self.axes for d in dims]
-        return array.transpose(order).reshape(self.shape_there(array.shape))
+        return array.transpose(order).reshape(self.stored_shape(array.shape))
 
 
 class Tensor(NamedTuple):
@@ -81,7 +81,7 @@ class Tensor(NamedTuple):
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
         """From those of a layer's arrays."""
-        shapes_of_parts = [part.shape_there(self.inner(shapes[part.array])) for part in self.parts]
+        shapes_of_parts = [part.stored_shape(self.inner(shapes[part.array])) for part in self.parts]
         return (*shapes_of_parts[0][:-1], sum(shape[-1] for shape in shapes_of_parts))
 
 
@@ -140,7 +140,7 @@ def _gpt2() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
 
 
 def _llama(bias: bool, dense: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """Names of a Llama layer: matrices [outputs, inputs]; rotary pairs are the halves of a head, as here."""
+    """Names of a Llama layer: matrices [outputs, inputs]; rotary pairs are the halves of a head, as ours."""
     yield "input_layernorm.weight", [("attention_norm/scale", ((0,),))]
     for letter, layer_name in (("q", "query"), ("k", "key"), ("v", "value")):
         yield (

@@ -60,11 +60,11 @@ class Weights(NamedTuple):
             if name not in expected and self.model.tied and name == "lm_head.weight":
                 continue  # a copy of the table
             if expected.get(name) != shape or dtype not in DTYPES:
-                expected_text = (
-                    f"{list(expected[name])} here" if name in expected else "(absent) here"
+                expected_text = f"{list(expected[name])}" if name in expected else "absent"
+                stored_text = "absent" if shape is None else f"{dtype}{list(shape)}"
+                diff.append(
+                    f"  {name}: {stored_text} in the checkpoint, {expected_text} in the model"
                 )
-                stored_text = "(absent)" if shape is None else f"{dtype}{list(shape)}"
-                diff.append(f"  {name}: {stored_text} there, {expected_text}")
         if diff:
             raise ValueError(another_model(self.path, diff))
 
@@ -91,7 +91,7 @@ class Weights(NamedTuple):
                         if name in wanted:
                             block = (part, view, offset, shape, tensor.at)
                             arrays[name] = _put(wanted[name], arrays.get(name), *block)
-                        offset += part.shape_there(shape)[-1]
+                        offset += part.stored_shape(shape)[-1]
         return arrays
 
     def _stored_names(self, stored: Any) -> dict[str, str]:

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from spmd import strategies
 from spmd.cli import help
 from spmd.core import sources
+from tests.command import REPOSITORY
 
 SHARED = [place for places in help.SHARED.values() for place in places]
 CLASSES = [c for place in SHARED for c in (sources.classes_of(place).values() or [place])]
@@ -55,6 +55,7 @@ def test_tables_read_are_those_of_the_package(place: str):
 
 @pytest.mark.parametrize("words", [["--help"], ["--list"]])
 def test_help_imports_no_jax(words: list[str]):
-    root = Path(__file__).parent.parent
     script = f"import sys; from spmd.cli import main; main({words}); sys.exit('jax' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL
+    )
