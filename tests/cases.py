@@ -16,6 +16,7 @@ from spmd import optim, tasks
 from spmd.analysis.plan import facts
 from spmd.analysis.plan.layout import Layout
 from spmd.models.cnn import CNN
+from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
@@ -34,6 +35,9 @@ MODELS = {
 MODELS["encoder"] = dataclasses.replace(MODELS["lm"], mask="full", position="learned")
 MODELS["windowed"] = dataclasses.replace(MODELS["lm"], mask="full", window=(3,))
 MODELS["pattern"] = dataclasses.replace(MODELS["lm"], layers=4, window=(3, 0))
+MODELS["pairs"] = EncoderDecoder(
+    vocab=64, encoder_layers=2, layers=2, embed=32, heads=4, kv_heads=2, mlp=64, dropout=0.1
+)
 # Shared experts, the loss by sequence and the offsets: both kinds of balance at once.
 MODELS["moe"] = dataclasses.replace(
     MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)
@@ -46,6 +50,14 @@ TASKS = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
+    EncoderDecoder: tasks.LanguageModel(
+        features=(
+            *("tokens", "source", "positions", "segments"),
+            *("source_positions", "source_segments"),
+        ),
+        z_loss=1e-2,
+        chunks=2,
+    ),
 }
 # Where the local steps of replicas are one step.
 SYNCHRONOUS: Any = {"period": 1, "outer": "average"}
@@ -251,8 +263,23 @@ def tokens_at(step: int) -> dict[str, np.ndarray]:
     return {k: v.astype(np.int32) for k, v in whole.items()} | rest
 
 
+def pairs_at(step: int) -> dict[str, np.ndarray]:
+    """Rows with several pairs of a source and a target, uneven padding on both sides."""
+    batch, rng = tokens_at(step), np.random.default_rng([step, 1])
+    source = tokens_at(step + 1000)
+    # A row's source has its own bounds; some targets have no source in their row, and see no memory.
+    padding = np.arange(16) >= rng.integers(4, 17, (BATCH, 1))
+    return batch | {
+        "source": source["tokens"],
+        "source_positions": source["positions"],
+        "source_segments": np.where(padding, 0, source["segments"]).astype(np.int32),
+    }
+
+
 def data_of(model):
     """Batch by step."""
+    if isinstance(model, EncoderDecoder):
+        return pairs_at
     return tokens_at if isinstance(model, Transformer) else batch_at
 
 

@@ -5,20 +5,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
 from spmd.core.fields import check, free
-from spmd.models.attention import Cache, Mask, TokenPositions, attend
-from spmd.models.attention.cache import update_cache
+from spmd.models.attention import Cache, TokenPositions
 from spmd.models.attention.dispatch import Context, Implementation
-from spmd.models.attention.positions import rotate
-from spmd.models.attention.xla import attend_cached
+from spmd.models.attention.multihead import Attention, Memory
 from spmd.models.feed_forward import FeedForward
-from spmd.models.layers import Dropout, Linear, Norm
-from spmd.models.layers.activations import activation, matmul_input, residual
+from spmd.models.layers import Dropout, Norm
+from spmd.models.layers.activations import matmul_input, residual
 from spmd.models.moe import ExpertLoad, ExpertMixture, Experts
 
 
@@ -121,6 +119,23 @@ class BlockConfig:
         options = {"centred": centred, "bias": self.bias and centred, "epsilon": epsilon}
         return Norm(rngs, self.embed, "embed", layers=layers, **options)
 
+    def build_attention(self, rngs: nnx.Rngs, **options: Any) -> Attention:
+        """Attention of these heads; options: of its initial values, and how many are stacked."""
+        return Attention(
+            rngs,
+            self.embed,
+            self.heads,
+            self.num_kv_heads,
+            self.width,
+            bias=self.bias,
+            qk_norm=self.qk_norm,
+            epsilon=self.norm_epsilon,
+            mask=self.mask,
+            implementation=self.attention,
+            context=self.context,
+            **options,
+        )
+
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (Vaswani et al. 2017, arXiv 1706.03762, norms first).
@@ -131,26 +146,16 @@ class Block(nnx.Module):
         config: sizes and kinds of its layers.
         rngs: source of the initial values.
         layers: how many are stacked.
+        cross: whether tokens attend to a memory too, between the two (the decoder of an encoder-decoder).
     """
 
-    def __init__(self, config: BlockConfig, rngs: nnx.Rngs, layers: int):
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs, layers: int, *, cross: bool = False):
         embed, mlp = config.embed, config.mlp or 4 * config.embed
         options = {"layers": layers, "std": config.init_std, "residual_gain": (2 * layers) ** -0.5}
         self.attention_norm = config.build_norm(rngs, layers)
-        self.attention = Attention(
-            rngs,
-            embed,
-            config.heads,
-            config.num_kv_heads,
-            config.width,
-            bias=config.bias,
-            qk_norm=config.qk_norm,
-            epsilon=config.norm_epsilon,
-            mask=config.mask,
-            implementation=config.attention,
-            context=config.context,
-            **options,
-        )
+        self.attention = config.build_attention(rngs, **options)
+        self.cross_norm = config.build_norm(rngs, layers) if cross else None
+        self.cross = config.build_attention(rngs, **options) if cross else None
         self.mlp_norm = config.build_norm(rngs, layers)
         options |= {"activation": config.activation}
         if config.experts.num:
@@ -166,124 +171,31 @@ class Block(nnx.Module):
         cache: Cache | None = None,
         *,
         window: int = 0,
+        memory: Memory | None = None,
     ) -> tuple[jax.Array, tuple[Cache | None, ExpertLoad | None]]:
         """(residual stream [B, T, D], (the layer's cache with these tokens, the load of its experts)).
 
-        window: a token sees keys less than this many tokens away; 0 is no limit.
+        window: a token sees keys less than this many tokens away; 0 is no limit. memory: what cross-attention
+        attends to.
         """
         y_BTD = matmul_input(self.attention_norm(x_BTD))
         y_BTD, cache = self.attention(y_BTD, positions, cache, window)
-        x_BTD = residual(x_BTD + self.dropout(residual(y_BTD)))
+        x_BTD = self._add(x_BTD, y_BTD)
+        if self.cross is not None and self.cross_norm is not None and memory is not None:
+            y_BTD = matmul_input(self.cross_norm(x_BTD))
+            x_BTD = self._add(x_BTD, self.cross.cross(y_BTD, positions.segments_BT, memory))
         y_BTD, load = matmul_input(self.mlp_norm(x_BTD)), None
         if isinstance(self.mlp, ExpertMixture):
             y_BTD, load = self.mlp(y_BTD, positions.segments_BT)
         else:
             y_BTD = self.mlp(y_BTD)
-        return residual(x_BTD + self.dropout(residual(y_BTD))), (cache, load)
+        return self._add(x_BTD, y_BTD), (cache, load)
+
+    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        """The residual stream with what a layer adds."""
+        return residual(x_BTD + self.dropout(residual(y_BTD)))
 
     def record_load(self, load_L: ExpertLoad | None) -> None:
         """Notes the loads of the experts of layers, stacked; nothing without experts."""
         if load_L is not None and isinstance(self.mlp, ExpertMixture):
             self.mlp.record_load(load_L)
-
-
-class Attention(nnx.Module):
-    """Multi-head attention with grouped keys and values (Ainslie et al. 2023, arXiv 2305.13245).
-
-    Args:
-        rngs: source of the initial values.
-        embed: width D of the residual stream.
-        heads: query heads H.
-        kv_heads: key and value heads G, each serving H / G query heads.
-        head_dim: width K of a head.
-        layers: how many are stacked.
-        bias: whether the linear layers have biases.
-        std: standard deviation of the initial kernels; 0 is 1 / sqrt(fan-in).
-        residual_gain: factor on that of the projection back to the residual stream.
-        qk_norm: RMSNorm over each head of queries and keys (Dehghani et al. 2023, arXiv 2302.05442).
-        epsilon: of these norms.
-        mask: causal or full, within segments.
-        implementation: the kernel.
-        context: how attention is computed where the sequence is sharded.
-    """
-
-    def __init__(
-        self,
-        rngs: nnx.Rngs,
-        embed: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        *,
-        layers: int,
-        bias: bool = False,
-        std: float = 0.0,
-        residual_gain: float = 1.0,
-        qk_norm: bool = False,
-        epsilon: float = 1e-5,
-        mask: Literal["causal", "full"] = "causal",
-        implementation: Implementation = "xla",
-        context: Context = "ring",
-    ):
-        options = {"layers": layers, "bias": bias, "std": std}
-
-        def project(num: int, dim: str) -> Linear:
-            shape, dims = (embed, num, head_dim), ("embed", dim, "head_dim")
-            return Linear(rngs, "btd,dhk->bthk", shape, dims, **options)
-
-        def head_norm() -> Norm | None:
-            if not qk_norm:
-                return None
-            return Norm(rngs, head_dim, "head_dim", layers=layers, epsilon=epsilon)
-
-        self.query = project(heads, "heads")
-        self.key = project(kv_heads, "kv_heads")
-        self.value = project(kv_heads, "kv_heads")
-        self.query_norm, self.key_norm = head_norm(), head_norm()
-        shape, dims = (heads, head_dim, embed), ("heads", "head_dim", "embed")
-        self.out = Linear(rngs, "bthk,hkd->btd", shape, dims, **options, gain=residual_gain)
-        self.mask: Literal["causal", "full"] = mask
-        self.implementation: Implementation = implementation
-        self.context: Context = context
-
-    def __call__(
-        self, x_BTD: jax.Array, positions: TokenPositions, cache: Cache | None, window: int = 0
-    ) -> tuple[jax.Array, Cache | None]:
-        """(attention's output [B, T, D], the layer's cache with the keys and values of these tokens)."""
-        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
-        if positions.angles is not None:
-            q_BTHK, k_BTGK = rotate(q_BTHK, positions.angles), rotate(k_BTGK, positions.angles)
-        q_BTHK = activation("query", q_BTHK, "heads", "head_dim")
-        k_BTGK = activation("key", k_BTGK, "kv_heads", "head_dim")
-        v_BTGK = activation("value", v_BTGK, "kv_heads", "head_dim")
-        if cache is None:
-            y_BTHK = attend(
-                q_BTHK,
-                k_BTGK,
-                v_BTGK,
-                self._mask(positions, window),
-                implementation=self.implementation,
-                context=self.context,
-            )
-        else:
-            check(
-                self.mask == "causal",
-                "model.mask=full: a token sees later ones, so that tokens cannot be decoded in turn; only a"
-                " model with --model.mask causal can",
-            )
-            cache = update_cache(cache, k_BTGK, v_BTGK, positions.positions_BT)
-            y_BTHK = attend_cached(
-                q_BTHK, cache["key"], cache["value"], positions.positions_BT, window=window
-            )
-        return self.out(activation("attended", y_BTHK, "heads", "head_dim")), cache
-
-    def _mask(self, positions: TokenPositions, window: int) -> Mask:
-        segments_BT, before = positions.segments_BT, max(window - 1, 0)
-        return Mask(
-            kind="window" if window else self.mask,
-            window=(before, before if self.mask == "full" else 0),
-            query_segments_BT=segments_BT,
-            key_segments_BS=segments_BT,
-        )

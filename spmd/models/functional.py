@@ -27,7 +27,7 @@ class FunctionalModel(NamedTuple):
     call: (params, model_state, fn, train) -> (fn(module), model_state). dims, state_dims: base dims of
     parameters and of model state, by path. whole_batch: paths of modules whose statistics are those of the
     rows that they see, and thus depend on the mesh. kind: class of the module. follows: base dims of dims of
-    the model's own.
+    the model's own. stacks: its stacks of layers (models.stack.LayerStack), where it names them.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -38,6 +38,7 @@ class FunctionalModel(NamedTuple):
     whole_batch: tuple[str, ...]
     kind: type
     follows: Mapping[str, str]
+    stacks: tuple[Any, ...] = ()
 
     def evaluated(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
         """fn(module) in evaluation mode: without dropout, with the running statistics."""
@@ -95,6 +96,7 @@ def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
         whole_batch=_whole_batch_modules(abstract),
         kind=type(abstract),
         follows=follows,
+        stacks=tuple(getattr(abstract, "stacks", ())),
     )
 
 

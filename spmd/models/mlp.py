@@ -11,7 +11,7 @@ from flax import nnx
 
 from spmd.core.fields import check
 from spmd.models.layers import Dense, Dropout, Linear, he_normal
-from spmd.models.stack import Stack
+from spmd.models.stack import ALL_LAYERS, Chunk, LayerStack, Stack
 from spmd.parallel import scope
 
 
@@ -123,12 +123,17 @@ class _Stack(nnx.Module):
         with scope.layer(self.num_layers):  # a number that no stacked layer has
             return self._activate(self.first(_flat(x, self.inputs)))
 
-    def through(self, x: jax.Array, inputs: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:
-        """Output [B, D] of the layers that a stage holds; first: number of the first of them."""
-        apply = lambda layer, x, _: (self._activate(layer(x)), None)
-        return Stack()(self.layers, x, apply, first=first)[0]
+    @property
+    def stacks(self) -> tuple[LayerStack, ...]:
+        """The hidden layers after the first."""
+        return (LayerStack(name="layers", layers=self.num_layers),)
 
-    def leave(self, x: jax.Array) -> jax.Array:
+    def through(self, x: jax.Array, inputs: jax.Array, *, chunk: Chunk = ALL_LAYERS) -> jax.Array:
+        """Output [B, D] of the layers that a stage holds."""
+        apply = lambda layer, x, _: (self._activate(layer(x)), None)
+        return Stack()(self.layers, x, apply, first=chunk.first)[0]
+
+    def leave(self, x: jax.Array, inputs: jax.Array | None = None) -> jax.Array:
         """Input of the head [B, D]."""
         return x
 

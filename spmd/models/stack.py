@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,33 @@ PyTree = Any
 Remat = Literal["none", "full", "dots", "named"]
 Apply = Callable[[Any, jax.Array, PyTree], tuple[jax.Array, PyTree]]
 Step = Callable[[jax.Array, PyTree], tuple[jax.Array, PyTree]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerStack:
+    """A stack of layers of a model, as a pipeline shards it."""
+
+    name: str
+    """Attribute of the module that holds the layers' parameters."""
+    layers: int
+    """Number of layers."""
+    period: int = 1
+    """Layers after which their pattern repeats; a stage holds whole periods."""
+    repeats: str = ""
+    """The fields that make the pattern."""
+
+
+class Chunk(NamedTuple):
+    """Consecutive layers of a stack: those whose parameters `through` has at hand.
+
+    stack: name of the stack. first: number of the first of the layers.
+    """
+
+    stack: str = ""
+    first: jax.Array | int = 0
+
+
+ALL_LAYERS = Chunk()
 
 
 @dataclasses.dataclass(frozen=True)

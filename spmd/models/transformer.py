@@ -21,7 +21,7 @@ from spmd.models.blocks import Block, BlockConfig
 from spmd.models.layers import Dropout, Embedding, Linear
 from spmd.models.layers.activations import Saved, matmul_input, residual
 from spmd.models.layers.embedding import vocab_logits
-from spmd.models.stack import Stack
+from spmd.models.stack import ALL_LAYERS, Chunk, LayerStack, Stack
 from spmd.parallel import scope
 
 
@@ -138,11 +138,20 @@ class Decoder(nnx.Module):
         with scope.layer(self.config.layers):  # a number that no block has
             return self.dropout(residual(x_BTD))
 
-    def through(self, x_BTD: Array, *inputs: Array | None, first: Array | int = 0) -> Array:
-        """Output [B, T, D] of the blocks that a stage holds; first: number of the first of them."""
-        return self._run_blocks(x_BTD, inputs, first=first)[0]
+    @property
+    def stacks(self) -> tuple[LayerStack, ...]:
+        """The blocks."""
+        config = self.config
+        repeats = "model.window" if config.period > 1 else ""
+        return (
+            LayerStack(name="blocks", layers=config.layers, period=config.period, repeats=repeats),
+        )
 
-    def leave(self, x_BTD: Array) -> Array:
+    def through(self, x_BTD: Array, *inputs: Array | None, chunk: Chunk = ALL_LAYERS) -> Array:
+        """Output [B, T, D] of the blocks that a stage holds."""
+        return self._run_blocks(x_BTD, inputs, first=chunk.first)[0]
+
+    def leave(self, x_BTD: Array, *inputs: Array | None) -> Array:
         """Input of the head [B, T, D], from the output of the last block."""
         return matmul_input(self.norm(x_BTD))
 

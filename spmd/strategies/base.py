@@ -231,10 +231,11 @@ def pipelined(parts: Parts) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
             " it goes; use mesh.stage=1",
         )
     staged = parts.task.staged()
-    table = schedules.make(parts.pipeline, stages, parts.accumulate, parts.virtual_stages)
-    params, _ = abstract_params(parts)
-    layers = execute.num_layers(params, parts.task.dims)
-    execute.check_layers(layers, stages, table.virtual, staged.period)
+    stacks = len(staged.stacks)
+    table = schedules.make(
+        parts.pipeline, stages, parts.accumulate, parts.virtual_stages, stacks=stacks
+    )
+    execute.check_layers(staged.stacks, stages, table.virtual // stacks)
     return execute.grads_of(staged, parts.task.dims, parts.mesh, table)
 
 

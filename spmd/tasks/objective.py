@@ -26,21 +26,28 @@ VARIABLES = "task"  # where in the parameters those of the task itself are
 class Staged(NamedTuple):
     """A training loss in parts, for a pipeline.
 
-    params: a tree in which stacked leaves may hold only some of the layers; enter and leave read none of
-    these, through reads no others. Each leaf of the model state belongs to the layers and is stacked.
+    params: a tree in which the stacked leaves of one stack may hold only some of its layers; enter, between
+    and leave read none of these, through reads no others. Each leaf of the model state belongs to the layers
+    of a stack and is stacked.
 
-    enter: (params, batch, step_key) -> x, the input of the first layer.
-    through: (params, state, x, batch, step_key, first, scale) -> (output of these layers, scaled sum, Sums,
-      their new state); first: the number of the first.
+    enter: (params, batch, step_key) -> x, the stream into the first layer: a pytree of fixed shapes.
+    between: (params, x, batch, step_key, stack) -> x into a further stack, from that out of the one before;
+      None where a model does nothing there.
+    through: (params, state, x, batch, step_key, chunk, scale) -> (x behind these layers, scaled sum, Sums,
+      their new state); chunk: (index of the stack, number of its first layer).
     leave: (params, x, batch, step_key, scale) -> (scaled sum, Sums).
-    stream: logical dims of x. period: layers of which a stage holds a multiple.
+    stream: logical dims of x. stacks: the stacks of layers in order, as models.stack.LayerStack.
+    read_frozen: (state, microbatches) -> (state of the frozen models, the rest of the state, the microbatches
+      with the outputs of these models).
     """
 
-    enter: Callable[..., jax.Array]
-    through: Callable[..., tuple[jax.Array, jax.Array, Sums, PyTree]]
+    enter: Callable[..., PyTree]
+    between: Callable[..., PyTree] | None
+    through: Callable[..., tuple[PyTree, jax.Array, Sums, PyTree]]
     leave: Callable[..., tuple[jax.Array, Sums]]
-    stream: tuple[str | None, ...]
-    period: int = 1
+    stream: PyTree
+    stacks: tuple[Any, ...]
+    read_frozen: Callable[..., tuple[PyTree, PyTree, PyTree]]
 
 
 def _unstaged() -> Staged:

@@ -213,9 +213,12 @@ def test_a_stage_holds_whole_periods():
         r"2 does not divide the 6 layers of the model, which repeat every 2 \(model.window\); use"
     )
     with pytest.raises(ValueError, match=message + r" mesh.stage=3, or 8 layers"):
-        execute.check_layers(6, 2, 1, 2)
-    model = dataclasses.replace(KINDS["llama"], layers=6, window=(3, 0))
-    assert tasks.LanguageModel().build(model).staged().period == 2
+        execute.check_layers(stacks(window=(3, 0)), 2, 1)
+
+
+def stacks(**changes):
+    model = dataclasses.replace(KINDS["llama"], layers=6, **changes)
+    return tasks.LanguageModel().build(model).staged().stacks
 
 
 def test_unrolled_layers_give_one_concatenation():

@@ -274,6 +274,7 @@ LANGUAGE = ["fsdp8", "hsdp2x4", "zero1_2x4", "tensor2", "sequence2x2", "psum2x4"
 PRIVATE_LAYOUTS = [*LANGUAGE, "psum2_tensor2", "psum2x2_fsdp2"]
 LANGUAGE += ["local8", "powersgd4", "local_powersgd4x2x2"]  # blocks stacked in three dims and more
 LANGUAGE += [name for name in LAYOUTS if "context" in name or "2_tensor2" in name]
+FULL = ("encoder", "pairs")
 ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", "local2_context2")
 
 
@@ -286,7 +287,7 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             ("context2", "lm", "ulysses", "float64"),
             ("context2x2", "lm", "ulysses", "float64"),
             *((f"context{n}", "lm", "ring", "float32") for n in (2, 4, 8)),
-            *((layout, "encoder", "ring", "float64") for layout in ENCODED),
+            *((layout, name, "ring", "float64") for layout in ENCODED for name in FULL),
             *((layout, "windowed", "ulysses", "float64") for layout in ("context2", "tensor2")),
             ("context2x2", "encoder", "ulysses", "float64"),
         ],
@@ -312,6 +313,7 @@ PIPELINED += [
     (f"stage2_{rest}", "lm", "ulysses", "float64")
     for rest in ("context2", "context2x2", "context2_fsdp2")
 ]
+PIPELINED += [(f"stage2{rest}", "pairs", "ring", "float64") for rest in ("_fsdp2x2", "_psum2")]
 PIPELINED += [("stage2", "pattern", "ring", "float64")]
 PIPELINED += [("stage2_context2", "pattern", "ulysses", "float64")]
 PIPELINED += [(f"stage2{rest}", "lm", "ring", "float32") for rest in ("", "_context2", "_psum2")]

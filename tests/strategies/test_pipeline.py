@@ -16,11 +16,13 @@ from spmd.models.cnn import CNN
 from spmd.models.layers import BatchNorm
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
+from spmd.models.stack import LayerStack
 from spmd.models.transformer import Transformer
 from spmd.parallel import mesh, scope, sharding
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import base
 from spmd.strategies.grads.direct import Trained
+from tests import cases
 from tests.cases import TASKS, assert_same_values, data_of
 from tests.marks import slow_but
 
@@ -49,6 +51,7 @@ MODELS = {
 
 
 MODELS["moe"] = dataclasses.replace(MODELS["lm"], experts=Experts(num=8, top_k=2))
+MODELS["pairs"] = dataclasses.replace(cases.MODELS["pairs"], encoder_layers=4, layers=8)
 MODELS["deep"] = MLP(inputs=64, hidden=(16,) * 17, dropout=0.3, stacked=True)
 
 
@@ -155,11 +158,20 @@ OTHERS = [
     )
     for beside in kinds
 ]
+# Two stacks: chunks of the encoder, then of the decoder, with a memory that travels along.
+PAIRS = ("fsdp", "fsdp_tensor", "replica_data", "context2", "context2_tensor", "stage4_context2")
+OTHERS += [("pairs", "1f1b", beside) for beside in PAIRS]
+OTHERS += [("pairs", kind, "fsdp_tensor") for kind in ("gpipe", "interleaved")]
 OTHERS += [("lm", kind, "context2") for kind in ("gpipe", "interleaved")]
 OTHERS += [("moe", kind, "expert2") for kind in ("gpipe", "interleaved")]
 
 
-@pytest.mark.parametrize("name,kind,beside", slow_but([("mlp", "1f1b", "fsdp")], OTHERS))
+BESIDE_IN_THE_GATE = [("pairs", "1f1b", "fsdp_tensor")]
+
+
+@pytest.mark.parametrize(
+    "name,kind,beside", slow_but([("mlp", "1f1b", "fsdp")], OTHERS, gate=BESIDE_IN_THE_GATE)
+)
 def test_beside_other_axes(name, kind, beside):
     assert_same(gradients(name, BESIDE[beside], 4, kind), one_device(name, 4))
 
@@ -212,6 +224,10 @@ def test_mistakes_say_what_works():
     text = refused(CNN(), {"stage": 2}, 4)
     assert "spmd.models.cnn" in text and "no enter, through, leave, logits, stream" in text
     assert "model.stacked" in refused(MLP(inputs=64, hidden=(16,) * 5), {"stage": 2}, 4)
+    text = refused("pairs", {"stage": 8}, 8)
+    assert "does not divide the 4 layers of encoder; use mesh.stage=2 or 4, or 8 layers" in text
+    text = refused("pairs", {"stage": 4}, 6)
+    assert "6 microbatches: a model of 2 stacks takes them in groups of mesh.stage=4; use 4" in text
     with pytest.raises(ValueError, match=r"keeps a state that is not of its layers .*: norm/mean"):
         TASKS[MLP].build(Statistics).staged()
 
@@ -220,6 +236,7 @@ class Statistics(nnx.Module):
     """The parts of a pipeline, and batch statistics."""
 
     stream = ("batch", "mlp")
+    stacks = (LayerStack(name="layers", layers=2),)
     enter = through = leave = logits = lambda self: None
 
     def __init__(self, rngs):

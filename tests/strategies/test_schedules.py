@@ -31,6 +31,19 @@ def test_ticks_and_bubble_are_those_of_the_formulas(kind, stages, microbatches, 
         assert schedules.idle(table, cost) == pytest.approx(bubble)
 
 
+@pytest.mark.parametrize("kind", ["gpipe", "1f1b", "interleaved"])
+def test_several_stacks_have_a_chunk_each_on_every_stage(kind):
+    stages, microbatches, chunks = 4, 8, 6 if kind == "interleaved" else 2
+    table = schedules.make(kind, stages, microbatches, 3, stacks=2)
+    schedules.check(table)
+    assert table.virtual == schedules.num_chunks(kind, 3, 2) == chunks
+    assert table.ticks == schedules.ticks(kind, stages, microbatches, 3, stacks=2)
+    if kind == "1f1b":
+        same = schedules.make("interleaved", stages, microbatches, 2)
+        assert (table.forward == same.forward).all() and (table.backward == same.backward).all()
+    assert schedules.idle(table) == pytest.approx(schedules.bubble(stages, microbatches, chunks))
+
+
 @pytest.mark.parametrize("stages,microbatches", [(2, 16), (3, 12), (4, 16), (8, 64)])
 def test_inputs_kept_are_flat_in_the_microbatches_but_for_gpipe(stages, microbatches):
     slots = lambda kind, m: schedules.program(schedules.make(kind, stages, m, 2))[1]
@@ -116,6 +129,8 @@ def test_broken_tables_are_refused_by_tick_and_stage():
 def test_mistakes_say_what_works():
     with pytest.raises(ValueError, match=r"train.accumulate=6 .*mesh.stage=4; use 4 or 8, or"):
         schedules.make("interleaved", 4, 6, 2)
+    with pytest.raises(ValueError, match=r"6 microbatches: a model of 2 stacks .*; use 4 or 8$"):
+        schedules.make("1f1b", 4, 6, stacks=2)
     with pytest.raises(ValueError, match="at least 2 stages"):
         schedules.make("1f1b", 1, 4)
     with pytest.raises(ValueError, match=r"virtual_stages=1.*with 1 it is 1f1b"):

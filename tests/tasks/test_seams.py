@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from spmd import optim
+from spmd.core import tree
 from spmd.metrics import RMSE, Accuracy
 from spmd.models.layers.linear import Dense
 from spmd.models.mlp import MLP
@@ -22,6 +23,7 @@ from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, Local, Server, base
 from spmd.strategies.privacy import Mechanism
 from spmd.tasks import Classification, FrozenModel, Task, losses
+from tests.cases import assert_same_values
 from tests.marks import slow_but
 
 STEPS, BATCH = 6, 16
@@ -320,8 +322,27 @@ def test_a_task_that_calls_its_model_twice_is_not_pipelined(devices, x64):
     model = MLP(inputs=6, hidden=(8, 8, 8), classes=4, stacked=True)
     with pytest.raises(ValueError, match=r"Twice calls the model .* cannot be pipelined"):
         trained(Twice(), model, layout)
-    with pytest.raises(ValueError, match="does not carry frozen models"):
-        trained(Distilled(), model, layout)
+
+
+DEEP = MLP(inputs=6, hidden=(8,) * 5, classes=4, stacked=True)
+STAGED = {
+    "stage2": (Auto(), MeshConfig(data=1, stage=2), 2, 2),
+    "stage2 fsdp2x2": (Auto(), MeshConfig(data=2, fsdp=2, stage=2), 8, 2),
+    "stage2 allreduce2": (AllReduce(), MeshConfig(data=2, stage=2), 4, 2),
+}
+
+
+@pytest.mark.parametrize("layout", slow_but([], STAGED, gate=["stage2 fsdp2x2"]))
+def test_a_frozen_teacher_stands_beside_a_pipeline(layout, devices, x64):
+    """Its layers too are sharded over the stages; its outputs are those of the direct step."""
+    teacher = MappingProxyType({"teacher": FrozenModel(model=DEEP)})
+    task = type("Deep", (Distilled,), {"frozen": teacher})()
+    want, want_losses = trained(task, DEEP, (Auto(), MeshConfig(), 1, 2))
+    got, losses = trained(task, DEEP, STAGED[layout])
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-10)
+    named = lambda state: tree.named_leaves((state.params, state.model_state))
+    assert_same_values(named(got), named(want))
+    assert np.abs(want.params["task"]["log_variance"]).min() > 1e-3
 
 
 def test_gathered_batches_are_refused_where_there_is_no_batch(x64):

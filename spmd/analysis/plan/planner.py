@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
-
 from spmd.analysis.plan import comms, cost, facts, isolated, memory, report
 from spmd.analysis.plan import layout as layouts
 from spmd.analysis.plan import scaling as curves
@@ -122,9 +120,10 @@ def schedule(exp: Experiment, target: str) -> Schedule:
     staged = task.staged()
     stages = exp.mesh.resolve(targets.parse(target).num_devices)["stage"]
     train = exp.train
-    table = schedules.make(train.pipeline, stages, train.accumulate, train.virtual_stages)
-    layers = execute.num_layers(jax.eval_shape(task.init, jax.random.key(0))[0], task.dims)
-    execute.check_layers(layers, stages, table.virtual, staged.period)
+    kind, num = train.pipeline, len(staged.stacks)
+    table = schedules.make(kind, stages, train.accumulate, train.virtual_stages, stacks=num)
+    execute.check_layers(staged.stacks, stages, table.virtual // num)
+    layers = sum(stack.layers for stack in staged.stacks)
     return Schedule(table, layers, exp.pipeline_warning(stages))
 
 

@@ -68,3 +68,11 @@ def rotate(x_BTHK: jax.Array, angles: Angles) -> jax.Array:
     cos, sin = angles
     a, b = jnp.split(x_BTHK.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def sinusoids(positions_BT: jax.Array, size: int, dtype: Any) -> jax.Array:
+    """[B, T, size] sines, then cosines, of wavelengths from 2 pi to 10,000 x 2 pi (Vaswani et al. 2017)."""
+    real = tree.at_least_float32(jnp.dtype(dtype))
+    rate_K = 10_000.0 ** -(jnp.arange(size // 2, dtype=real) / (size // 2))
+    angle_BTK = positions_BT.astype(real)[..., None] * rate_K.reshape(1, 1, -1)
+    return jnp.concatenate([jnp.sin(angle_BTK), jnp.cos(angle_BTK)], axis=-1).astype(dtype)

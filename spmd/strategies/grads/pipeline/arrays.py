@@ -11,51 +11,50 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from spmd.strategies.grads.pipeline import schedules
-
 PyTree = Any
 STAGE = "stage"
 
 
-class StackedLeaves(NamedTuple):
-    """How a parameter tree falls into stacked leaves and the others (embedding, last norm, head)."""
+class LeafGroups(NamedTuple):
+    """How a tree falls into the leaves of each stack of layers, and the others (embedding, last norm, head).
 
-    stacked: list[bool]
+    group_of: for each leaf the index of its stack; `stacks`, their number, for one of the others.
+    """
+
+    group_of: list[int]
     structure: Any
+    stacks: int
     specs: list[P]
 
-    def split(self, params: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
-        """(stacked, others)."""
-        return self._sides(self.structure.flatten_up_to(params))
+    def split(self, nested: PyTree) -> list[list[Any]]:
+        """The leaves of each stack, then the others."""
+        return self._groups(self.structure.flatten_up_to(nested))
 
-    def _sides(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-        pairs = list(zip(leaves, self.stacked, strict=True))
-        return [x for x, is_stacked in pairs if is_stacked], [
-            x for x, is_stacked in pairs if not is_stacked
+    def _groups(self, leaves: list[Any]) -> list[list[Any]]:
+        pairs = list(zip(leaves, self.group_of, strict=True))
+        return [[x for x, of in pairs if of == group] for group in range(self.stacks + 1)]
+
+    def constrain(self, groups: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        """Sums of gradients (chunks [V, L/SV, ...] of each stack, and others), sharded as parameters are."""
+        place = jax.lax.with_sharding_constraint
+        leads = [(None,)] * self.stacks + [()]
+        return [
+            [place(x, P(*lead, *spec)) for x, spec in zip(leaves, specs, strict=True)]
+            for leaves, specs, lead in zip(groups, self._groups(self.specs), leads, strict=True)
         ]
 
-    def constrain(self, chunks: list[jax.Array], others: list[jax.Array]) -> Any:
-        """Sums of gradients (chunks [V, L/SV, ...] and others), sharded as the parameters are."""
-        chunk_specs, other_specs = self._sides(self.specs)
-        place = jax.lax.with_sharding_constraint
-        return (
-            [place(x, P(None, *spec)) for x, spec in zip(chunks, chunk_specs, strict=True)],
-            [place(x, spec) for x, spec in zip(others, other_specs, strict=True)],
-        )
-
-    def join(self, stacked: Any, others: Any) -> PyTree:
+    def join(self, groups: list[list[Any]]) -> PyTree:
         """The tree again."""
-        sides = iter(stacked), iter(others)
-        return self.structure.unflatten(
-            [next(sides[not is_stacked]) for is_stacked in self.stacked]
-        )
+        sides = [iter(group) for group in groups]
+        return self.structure.unflatten([next(sides[of]) for of in self.group_of])
 
 
-def exchange_chunks(chunks: PyTree, table: schedules.Table, *, back: bool) -> PyTree:
+def exchange_chunks(chunks: PyTree, num: int, virtual: int, *, back: bool) -> PyTree:
     """[V, ...] on each stage: from V neighbouring chunks of layers, as the parameters are sharded, to every
     S-th chunk, as virtual stages take them; `back` undoes it. V rounds of one chunk each.
+
+    num: stages. virtual: chunks of this stack on each.
     """
-    num, virtual = table.stages, table.virtual
     if virtual == 1:
         return chunks
     stage = jax.lax.axis_index(STAGE)
@@ -109,9 +108,10 @@ def put_state(
     return jax.tree.map(put_leaf, states, new)
 
 
-def pick(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[index]; an index of -1, where nothing is read, is as good as 0."""
-    return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+def pick(nested: PyTree, index: jax.Array) -> PyTree:
+    """x[index] of each leaf x; an index of -1, where nothing is read, is as good as 0."""
+    at = lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+    return jax.tree.map(at, nested)
 
 
 def put(x: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
@@ -119,7 +119,8 @@ def put(x: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(x, new, index, 0)
 
 
-def put_if(x: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    """x with x[index] = new, or x for an index of -1."""
+def put_if(nested: PyTree, new: PyTree, index: jax.Array) -> PyTree:
+    """Each leaf x with x[index] = new, or x for an index of -1."""
     at = jnp.maximum(index, 0)
-    return put(x, jnp.where(index >= 0, new, pick(x, at)), at)
+    put_leaf = lambda x, n: put(x, jnp.where(index >= 0, n, pick(x, at)), at)
+    return jax.tree.map(put_leaf, nested, new)

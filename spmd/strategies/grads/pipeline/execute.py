@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,9 @@ from spmd.core.fields import check
 from spmd.parallel import scope, sharding
 from spmd.strategies.grads.direct import microbatches
 from spmd.strategies.grads.pipeline import schedules
-from spmd.strategies.grads.pipeline.arrays import STAGE, StackedLeaves
-from spmd.strategies.grads.pipeline.stage import Stage, StagedLoss
+from spmd.strategies.grads.pipeline.arrays import STAGE, LeafGroups
+from spmd.strategies.grads.pipeline.parts import StackOfLayers, StagedLoss, StageParts
+from spmd.strategies.grads.pipeline.stage import Stage
 
 PyTree = Any
 # Manual beside the stages, so that gradients are summed over them once a step instead of once a microbatch;
@@ -40,19 +41,21 @@ def grads_of(
     def pipelined(params, model_state, batch, step_key, scale):
         outer, manual = scope.current().axes, sharding.inside()
         axes = tuple(a for a in MANUAL_BATCH if mesh.shape[a] > 1 and a not in manual)
-        stacked = [_is_stacked(dims, name) for name in tree.named_leaves(params)]
-        structure = jax.tree.structure(params)
-        specs = structure.unflatten([P(STAGE) if is_stacked else P() for is_stacked in stacked])
-        layers = num_layers(params, dims)
-        leaves = StackedLeaves(stacked, structure, _specs(params, dims, mesh))
+        batch_M = microbatches(batch, table.microbatches)
+        frozen, model_state, batch_M = staged.read_frozen(model_state, batch_M)
+        leaves = _groups(params, staged.stacks, dims, _specs(params, dims, mesh))
+        states = _groups(model_state, staged.stacks)
+        is_other = [of == leaves.stacks for of in leaves.group_of]
+        specs = leaves.structure.unflatten([P() if other else P(STAGE) for other in is_other])
 
         def local(params, model_state, batch_M, step_key, scale):
             with scope.bind(axes=(*outer, *axes), partial=True):
                 orders = scope.platform() == "cpu" and mesh.size > table.stages
-                per_chunk = layers // (table.stages * table.virtual)
                 args = (params, batch_M, step_key, scale)
-                stage = Stage(staged, table, leaves, per_chunk, permutes, orders, *args)
-                return stage.run(model_state, program, num_inputs, num_gradients, axes)
+                parts = StageParts(staged, table, leaves, states, orders, *args)
+                return Stage(parts, permutes).run(
+                    model_state, program, num_inputs, num_gradients, axes
+                )
 
         run = jax.shard_map(
             local,
@@ -63,13 +66,38 @@ def grads_of(
             # Exchanges within a stage are shard_maps of their own, which say nothing of how results vary.
             check_vma=False,
         )
-        return run(params, model_state, microbatches(batch, table.microbatches), step_key, scale)
+        grads, sums, model_state = run(params, model_state, batch_M, step_key, scale)
+        return grads, sums, {**model_state, **frozen}
 
     return pipelined
 
 
-def _is_stacked(dims: Mapping[str, Any], name: str) -> bool:
-    return (dims.get(name) or ("",))[0] == "layers"
+def _groups(
+    nested: PyTree,
+    stacks: Sequence[StackOfLayers],
+    dims: Mapping[str, Any] | None = None,
+    specs: Sequence[P] = (),
+) -> LeafGroups:
+    """The leaves by stack: a stack has the stacked leaves below its name, the only one all of them.
+
+    dims: of the leaves; None where all are stacked.
+    """
+    numbers = {stack.name: i for i, stack in enumerate(stacks)}
+
+    def group_of(name: str) -> int:
+        if dims is not None and (dims.get(name) or ("",))[0] != "layers":
+            return len(stacks)
+        top = name.split("/")[0]
+        check(
+            len(stacks) == 1 or top in numbers,
+            f"mesh.stage: {name} is stacked by layers, and belongs to none of the model's stacks"
+            f" ({', '.join(numbers)})",
+        )
+        return 0 if len(stacks) == 1 else numbers[top]
+
+    names = tree.named_leaves(nested)
+    structure = jax.tree.structure(nested)
+    return LeafGroups([group_of(name) for name in names], structure, len(stacks), list(specs))
 
 
 def _specs(params: PyTree, dims: Mapping[str, Any], mesh: Mesh) -> list[P]:
@@ -81,21 +109,23 @@ def _specs(params: PyTree, dims: Mapping[str, Any], mesh: Mesh) -> list[P]:
     return [P(*(None if axis == STAGE else axis for axis in spec)) for spec in specs]
 
 
-def num_layers(params: PyTree, dims: Mapping[str, Any]) -> int:
-    """Number of stacked layers."""
-    named = tree.named_leaves(params)
-    return max(x.shape[0] for name, x in named.items() if _is_stacked(dims, name))
+def check_layers(stacks: Sequence[StackOfLayers], stages: int, virtual: int) -> None:
+    """ValueError with the counts that work, for layers that the stages do not divide into whole periods.
 
-
-def check_layers(layers: int, stages: int, virtual: int, period: int = 1) -> None:
-    """ValueError with the counts that work, for layers that the stages do not divide into whole periods."""
+    virtual: chunks of each stack on a stage.
+    """
     times = f" x train.virtual_stages={virtual}" if virtual > 1 else ""
-    periods = f", which repeat every {period} (model.window)" if period > 1 else ""
-    unit = stages * virtual * period
-    counts = [n for n in range(2, layers // virtual + 1) if layers % (n * virtual * period) == 0]
-    check(
-        layers % unit == 0,
-        f"mesh.stage={stages}{times} does not divide the {layers} layers of the model{periods}; "
-        + (f"use mesh.stage={' or '.join(map(str, counts))}" if counts else "use mesh.stage=1")
-        + f", or {-(-layers // unit) * unit} layers",
-    )
+    most = min(stack.layers // stack.period for stack in stacks) // virtual
+    divides = lambda n: all(s.layers % (n * virtual * s.period) == 0 for s in stacks)
+    counts = [n for n in range(2, most + 1) if divides(n)]
+    for stack in stacks:
+        of = "the model" if len(stacks) == 1 else stack.name
+        repeats = f" ({stack.repeats})" if stack.repeats else ""
+        periods = f", which repeat every {stack.period}{repeats}" if stack.period > 1 else ""
+        unit = stages * virtual * stack.period
+        check(
+            stack.layers % unit == 0,
+            f"mesh.stage={stages}{times} does not divide the {stack.layers} layers of {of}{periods}; "
+            + (f"use mesh.stage={' or '.join(map(str, counts))}" if counts else "use mesh.stage=1")
+            + f", or {-(-stack.layers // unit) * unit} layers",
+        )

@@ -45,13 +45,15 @@ class Table(NamedTuple):
             yield int(tick), int(stage), int(microbatch), int(chunk)
 
 
-def make(kind: Kind, stages: int, microbatches: int, virtual: int = 1) -> Table:
+def make(kind: Kind, stages: int, microbatches: int, virtual: int = 1, *, stacks: int = 1) -> Table:
     """The table of a schedule; ValueError for numbers that it cannot take.
 
     gpipe: all forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965): 2 (m + S - 1) ticks.
     1f1b: a backward as soon as it can be (Narayanan et al. 2019, PipeDream): m + 2 (S - 1) ticks.
     interleaved: 1f1b over v chunks on each stage (Narayanan et al. 2021, arXiv 2104.04473):
     v m + (v + 1) S - 2 ticks, each 1 / v as long.
+    Of a model of several stacks (encoder, decoder) each stage has as many chunks of each, those of the first
+    stack first: any kind is then a table of stacks x v chunks.
     """
     fields.check(
         stages >= 2,
@@ -63,17 +65,17 @@ def make(kind: Kind, stages: int, microbatches: int, virtual: int = 1) -> Table:
             virtual >= 2,
             f"train.virtual_stages={virtual}: train.pipeline=interleaved needs at least 2; with 1 it is 1f1b",
         )
-        fields.check(
-            microbatches % stages == 0,
-            f"train.accumulate={microbatches} microbatches: train.pipeline=interleaved takes them in groups"
-            f" of mesh.stage={stages}; use {fields.multiples(microbatches, stages)}, or"
-            " train.pipeline=1f1b",
-        )
-    else:
-        virtual = 1
+    virtual = num_chunks(kind, virtual, stacks)
+    several = f"a model of {stacks} stacks" if stacks > 1 else "train.pipeline=interleaved"
+    fields.check(
+        virtual == 1 or microbatches % stages == 0,
+        f"train.accumulate={microbatches} microbatches: {several} takes them in groups"
+        f" of mesh.stage={stages}; use {fields.multiples(microbatches, stages)}"
+        + (", or train.pipeline=1f1b" if stacks == 1 else ""),
+    )
     num = virtual * microbatches  # of forwards on a stage
     # The first backward: once all forwards are done, or where its microbatch has just gone through.
-    first = microbatches + stages - 1 if kind == "gpipe" else virtual * stages - 1
+    first = num + stages - 1 if kind == "gpipe" else virtual * stages - 1
     forward = np.full((first + num + stages - 1, stages, 2), IDLE, np.int32)
     backward = forward.copy()
     for stage in range(stages):
@@ -86,11 +88,16 @@ def make(kind: Kind, stages: int, microbatches: int, virtual: int = 1) -> Table:
     return Table(kind, stages, microbatches, virtual, forward, backward)
 
 
-def ticks(kind: Kind, stages: int, microbatches: int, virtual: int = 1) -> int:
+def num_chunks(kind: Kind, virtual: int, stacks: int = 1) -> int:
+    """Chunks of layers on each stage: `virtual` of each stack if interleaved, else one of each."""
+    return stacks * (virtual if kind == "interleaved" else 1)
+
+
+def ticks(kind: Kind, stages: int, microbatches: int, virtual: int = 1, *, stacks: int = 1) -> int:
     """Length of a table by formula."""
+    virtual = num_chunks(kind, virtual, stacks)
     if kind == "gpipe":
-        return 2 * (microbatches + stages - 1)
-    virtual = virtual if kind == "interleaved" else 1
+        return 2 * (virtual * microbatches + stages - 1)
     return virtual * microbatches + (virtual + 1) * stages - 2
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ from spmd.parallel import scope
 from spmd.strategies.grads.pipeline import schedules
 from spmd.strategies.grads.pipeline.arrays import (
     STAGE,
-    StackedLeaves,
     add,
-    exchange_chunks,
     pick,
     put,
     put_if,
@@ -25,120 +23,56 @@ from spmd.strategies.grads.pipeline.arrays import (
     where,
     zeros,
 )
+from spmd.strategies.grads.pipeline.parts import StageParts
 
 PyTree = Any
 
 
-class StagedLoss(Protocol):
-    """A loss in parts, as tasks.Staged: what comes before a stack of layers, the layers, what comes after."""
-
-    enter: Callable[..., jax.Array]
-    through: Callable[..., tuple[jax.Array, jax.Array, PyTree, PyTree]]
-    leave: Callable[..., tuple[jax.Array, PyTree]]
-    stream: tuple[str | None, ...]
-
-
 class Carry(NamedTuple):
-    """State of a stage between ticks. grads: of the stacked leaves [V, L/SV, ...] and of the others."""
+    """State of a stage between ticks. The stream is a pytree, and so are inputs, gradients and sent.
 
-    grads: tuple[list[jax.Array], list[jax.Array]]
+    grads: of the leaves of each stack [V, L/SV, ...], and of the others.
+    """
+
+    grads: list[list[jax.Array]]
     sums: PyTree
-    states: PyTree  # [M + 1, V, L/SV, ...]: of the layers, before each microbatch
-    inputs: jax.Array  # [slots, ...]
-    gradients: jax.Array  # [slots, ...]
-    sent: tuple[jax.Array, jax.Array]  # to this stage: an input, a gradient
+    states: PyTree  # [M + 1, V, L/SV, ...] by stack: of the layers, before each microbatch
+    inputs: PyTree  # [slots, ...]
+    gradients: PyTree  # [slots, ...]
+    sent: tuple[PyTree, PyTree]  # to this stage: an input, a gradient
 
 
 class Stage:
-    """A device's stage while it is traced.
+    """The ticks of a device's stage while they are traced.
 
     permutes: the layers permute blocks within a stage. A permutation waits for all devices, so it must not be
     in a branch that some stages skip: an idle stage runs its layers on the buffer's content at the same time
-    as the others, and its results are discarded. orders: see _wait_for.
+    as the others, and its results are discarded.
     """
 
-    def __init__(
-        self,
-        staged: StagedLoss,
-        table: schedules.Table,
-        leaves: StackedLeaves,
-        per_chunk: int,
-        permutes: bool,
-        orders: bool,
-        params: PyTree,
-        batch_M: PyTree,
-        step_key: jax.Array,
-        scale: PyTree,
-    ):
-        self.staged, self.table, self.leaves = staged, table, leaves
-        self.per_chunk, self.permutes, self.orders = per_chunk, permutes, orders
-        self.batch_M, self.key, self.scale = batch_M, step_key, scale
-        self.index = jax.lax.axis_index(STAGE)
-        stacked, self.others = leaves.split(params)
-        self.chunks = [x.reshape(table.virtual, -1, *x.shape[1:]) for x in stacked]
-        self.chunks = exchange_chunks(self.chunks, table, back=False)
-        # Stand-ins, so that a part that reads what it does not get a gradient for fails while it is traced.
-        shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        self.no_chunk = [shapes(x[0]) for x in self.chunks]
-        self.no_others = [shapes(x) for x in self.others]
+    def __init__(self, parts: StageParts, permutes: bool):
+        self.parts, self.permutes = parts, permutes
+        self.table, self.leaves, self.virtual = parts.table, parts.leaves, parts.virtual
 
-    def enter(self, others: list[jax.Array], microbatch: jax.Array) -> jax.Array:
-        """Input of the first layer."""
-        params = self.leaves.join(self.no_chunk, others)
-        return self.staged.enter(params, self._rows(microbatch), self.key)
-
-    def through(
-        self,
-        chunk: list[jax.Array],
-        x: jax.Array,
-        states: PyTree,
-        number: jax.Array,
-        microbatch: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, PyTree, PyTree]:
-        """(x behind the layers of chunk `number` of this stage, scaled loss, sums, their new state)."""
-        params = self.leaves.join(chunk, self.no_others)
-        first = (number * self.table.stages + self.index) * self.per_chunk
-        state = jax.tree.map(lambda s: pick(pick(s, microbatch), number), states)
-        rows = self._rows(microbatch)
-        return self.staged.through(params, state, x, rows, self.key, first, self.scale)
-
-    def leave(self, others: list[jax.Array], x: jax.Array, microbatch: jax.Array) -> Any:
-        """(scaled loss, sums)."""
-        params = self.leaves.join(self.no_chunk, others)
-        return self.staged.leave(params, x, self._rows(microbatch), self.key, self.scale)
-
-    def _rows(self, microbatch: jax.Array) -> PyTree:
-        return jax.tree.map(lambda x: pick(x, microbatch), self.batch_M)
-
-    def _is_first(self, chunk: jax.Array) -> jax.Array:
-        return (self.index == 0) & (chunk == 0)
-
-    def _is_last(self, chunk: jax.Array) -> jax.Array:
-        return (self.index == self.table.stages - 1) & (chunk == self.table.virtual - 1)
-
-    # The partitioner requires both branches to return the same shardings, so each result is constrained.
-
-    def _constrain(self, x: jax.Array) -> jax.Array:
-        return scope.constrain(x, *self.staged.stream)
-
-    def _wait_for(self, x: jax.Array, *numbers: jax.Array) -> tuple[jax.Array, ...]:
-        """The numbers, made to depend on x.
-
-        XLA on CPUs may start a collective that follows a branch before those in the branch, in an order that
-        differs by device: a deadlock. A collective that depends on the branch's result cannot start earlier.
-        """
-        if not self.orders:
-            return numbers
-        zero = lambda x: (x.reshape(-1)[0] > 0).astype(jnp.int32) >> 1  # XLA does not fold it
-        zero = scope.max_over_replicas(scope.blockwise(zero, (self.staged.stream,), ())(x))
-        return tuple(number + zero for number in numbers)
-
-    def _input(self, kept: jax.Array, chunk: jax.Array, microbatch: jax.Array) -> jax.Array:
-        return jax.lax.cond(
-            (microbatch >= 0) & self._is_first(chunk),
-            lambda: self._constrain(self.enter(self.others, microbatch)),
-            lambda: self._constrain(kept),
-        )
+    def _by_stack(
+        self, chunk: jax.Array, runs: jax.Array, carry: Any, step: Callable[..., tuple[Any, Any]]
+    ) -> tuple[Any, Any]:
+        """step(stack, number of the chunk in it, runs, carry) -> (stream, carry), of the chunk's stack."""
+        num = len(self.parts.staged.stacks)
+        if num == 1:
+            return step(0, chunk, runs, carry)
+        at = [chunk - stack * self.virtual for stack in range(num)]
+        own = chunk // self.virtual
+        if not self.permutes:
+            branches = [functools.partial(step, i, at[i], runs, carry) for i in range(num)]
+            return jax.lax.switch(own, branches)
+        streams = []
+        for stack in range(num):  # as an idle stage, each runs the layers of all stacks
+            number = jnp.clip(at[stack], 0, self.virtual - 1)
+            x, carry = step(stack, number, runs & (own == stack), carry)
+            streams.append(x)
+        select = lambda *xs: jax.lax.select_n(own, *xs)
+        return jax.tree.map(select, *streams), carry
 
     # What is kept is read outside of the branches: a buffer that goes into one is copied.
 
@@ -147,146 +81,177 @@ class Stage:
         carry: Carry,
         row: schedules.BufferedTable,
         now: schedules.BufferedTable,
-        idle: jax.Array,
-    ) -> tuple[jax.Array, PyTree]:
+        idle: PyTree,
+    ) -> tuple[PyTree, PyTree]:
         """(what goes to the next stage, states); row: the tick of all stages, now: of this one. That of
         the last one is part of its backward.
         """
         kept = pick(carry.inputs, now.forward_x)
-        x = self._input(kept, now.forward_chunk, now.forward)
-        number, microbatch, some = self._wait_for(
+        x = self.parts.stream_into(kept, now.forward_chunk, now.forward)
+        chunk, microbatch, some = self.parts.wait_for(
             x, now.forward_chunk, now.forward, row.forward.max()
         )
-        runs = (microbatch >= 0) & ~self._is_last(number)
+        runs = (microbatch >= 0) & ~self.parts.is_last(chunk - self._before_last)
 
-        def run() -> tuple[jax.Array, PyTree]:
-            chunk = [pick(w, number) for w in self.chunks]
-            y, _, _, state = self.through(chunk, x, carry.states, number, microbatch)
-            return self._constrain(y), put_state(carry.states, state, number, microbatch, runs)
+        def step(stack: int, number: jax.Array, runs: jax.Array, states: PyTree) -> Any:
+            weights = [pick(w, number) for w in self.parts.chunks[stack]]
+            y, _, _, state = self.parts.through(stack, weights, x, states, number, microbatch)
+            states = list(states)
+            states[stack] = put_state(states[stack], state, number, microbatch, runs)
+            return self.parts.constrain(y), states
 
-        rest = lambda: (self._constrain(idle), carry.states)
+        run = lambda: self._by_stack(chunk, runs, carry.states, step)
+        rest = lambda: (self.parts.constrain(idle), carry.states)
         return jax.lax.cond(some >= 0 if self.permutes else runs, run, rest)
+
+    @property
+    def _before_last(self) -> int:
+        """Chunks of a stage before those of the last stack."""
+        return self.table.virtual - self.virtual
 
     def backward(
         self,
         carry: Carry,
         row: schedules.BufferedTable,
         now: schedules.BufferedTable,
-        idle: jax.Array,
-        y: jax.Array,
-    ) -> tuple[Any, PyTree, PyTree, jax.Array]:
+        idle: PyTree,
+        y: PyTree,
+    ) -> tuple[Any, PyTree, PyTree, PyTree]:
         """(gradients, sums, states, cotangent for the previous stage); rematerialises the chunk.
 
         y: output of the same tick's forward, which runs first.
         """
         kept = pick(carry.inputs, now.backward_x)
-        at = self._wait_for(y, now.backward_chunk, now.backward, row.backward.max())
-        x = self._input(kept, *at[:2])
-        number, microbatch, some = self._wait_for(x, *at)
+        at = self.parts.wait_for(y, now.backward_chunk, now.backward, row.backward.max())
+        x = self.parts.stream_into(kept, *at[:2])
+        chunk, microbatch, some = self.parts.wait_for(x, *at)
         runs = microbatch >= 0
-        is_first, is_last = runs & self._is_first(number), runs & self._is_last(number)
         arrived = pick(carry.gradients, now.backward_ct)
 
-        def layers(chunk: list[jax.Array], x: jax.Array) -> Any:
-            y, loss, *aux = self.through(chunk, x, carry.states, number, microbatch)
-            return (y, loss), aux
+        def step(stack: int, number: jax.Array, runs: jax.Array, sofar: Any) -> Any:
+            (*stack_grads, other_grads), sums, states = sofar
+            weights = [pick(w, number) for w in self.parts.chunks[stack]]
 
-        def run() -> tuple[Any, PyTree, PyTree, jax.Array]:
-            chunk = [pick(w, number) for w in self.chunks]
-            (y, loss), pull, (layer_sums, state) = jax.vjp(layers, chunk, x, has_aux=True)
-            cotangent, other_grads, sums = self._head(carry, is_last, y, arrived, microbatch)
+            def layers(weights: list[jax.Array], x: PyTree) -> Any:
+                y, loss, *aux = self.parts.through(stack, weights, x, states, number, microbatch)
+                return (y, loss), aux
+
+            (y, loss), pull, (layer_sums, state) = jax.vjp(layers, weights, x, has_aux=True)
+            cotangent, states = arrived, list(states)
+            if stack == len(self.parts.chunks) - 1:
+                is_last = runs & self.parts.is_last(number)
+                groups = [*stack_grads, other_grads]
+                cotangent, other_grads, sums = self._head(
+                    groups, sums, is_last, y, arrived, microbatch
+                )
+                states[stack] = put_state(states[stack], state, number, microbatch, is_last)
             grads, cotangent = self._pull_layers(pull, cotangent, jnp.ones_like(loss))
-            other_grads = self._embedding(carry, is_first, other_grads, cotangent, microbatch)
+            if self.parts.has_entry(stack):
+                enters = runs & self.parts.is_first(number)
+                groups = [*stack_grads, other_grads]
+                other_grads, cotangent = self._entry(
+                    stack, groups, enters, kept, cotangent, microbatch
+                )
             if self.permutes:
                 grads, layer_sums = where(runs, (grads, layer_sums), zeros((grads, layer_sums)))
-            chunk_grads = [
+            stack_grads[stack] = [
                 put(sum_, pick(sum_, number) + new, number)
-                for sum_, new in zip(carry.grads[0], grads, strict=True)
+                for sum_, new in zip(stack_grads[stack], grads, strict=True)
             ]
-            grads = self.leaves.constrain(chunk_grads, other_grads)
-            states = put_state(carry.states, state, number, microbatch, is_last)
-            return grads, add(sums, layer_sums), states, self._constrain(cotangent)
+            summed = self.leaves.constrain([*stack_grads, other_grads]), add(sums, layer_sums)
+            return self.parts.constrain(cotangent), (*summed, states)
 
-        def rest() -> tuple[Any, PyTree, PyTree, jax.Array]:
-            grads = self.leaves.constrain(*carry.grads)
-            return grads, carry.sums, carry.states, self._constrain(idle)
-
-        return jax.lax.cond(some >= 0 if self.permutes else runs, run, rest)
+        sofar = carry.grads, carry.sums, carry.states
+        run = lambda: self._by_stack(chunk, runs, sofar, step)
+        rest = lambda: (self.parts.constrain(idle), (self.leaves.constrain(sofar[0]), *sofar[1:]))
+        cotangent, (grads, sums, states) = jax.lax.cond(
+            some >= 0 if self.permutes else runs, run, rest
+        )
+        return grads, sums, states, cotangent
 
     # The gradients of head and embedding are each taken inside a branch, so that no array of the size of the
     # logits leaves it.
 
-    def _constrain_others(self, carry: Carry, others: list[jax.Array]) -> list[jax.Array]:
-        return self.leaves.constrain(carry.grads[0], others)[1]
+    def _constrain_others(
+        self, groups: list[list[jax.Array]], others: list[jax.Array]
+    ) -> list[jax.Array]:
+        return self.leaves.constrain([*groups[:-1], others])[-1]
 
     def _head(
         self,
-        carry: Carry,
+        grads: list[list[jax.Array]],
+        sums: PyTree,
         is_last: jax.Array,
-        y: jax.Array,
-        arrived: jax.Array,
+        y: PyTree,
+        arrived: PyTree,
         microbatch: jax.Array,
-    ) -> tuple[jax.Array, list[jax.Array], PyTree]:
+    ) -> tuple[PyTree, list[jax.Array], PyTree]:
         """(cotangent of y, gradients of the other leaves, sums); of the last chunk those of the loss too."""
-        place = functools.partial(self._constrain_others, carry)
+        place = functools.partial(self._constrain_others, grads)
 
-        def head() -> tuple[jax.Array, list[jax.Array], PyTree]:
-            leave = lambda others, y: self.leave(others, y, microbatch)
-            loss, pull, sums = jax.vjp(leave, self.others, y, has_aux=True)
-            grads, cotangent = pull(jnp.ones_like(loss))
-            cotangent = self._constrain(cotangent)
-            return cotangent, place(add(carry.grads[1], grads)), add(carry.sums, sums)
+        def head() -> tuple[PyTree, list[jax.Array], PyTree]:
+            leave = lambda others, y: self.parts.leave(others, y, microbatch)
+            loss, pull, new = jax.vjp(leave, self.parts.others, y, has_aux=True)
+            new_grads, cotangent = pull(jnp.ones_like(loss))
+            cotangent = self.parts.constrain(cotangent)
+            return cotangent, place(add(grads[-1], new_grads)), add(sums, new)
 
-        rest = lambda: (self._constrain(arrived), place(carry.grads[1]), carry.sums)
+        rest = lambda: (self.parts.constrain(arrived), place(grads[-1]), sums)
         return jax.lax.cond(is_last, head, rest)
 
-    def _embedding(
+    def _entry(
         self,
-        carry: Carry,
-        is_first: jax.Array,
-        grads: list[jax.Array],
-        cotangent: jax.Array,
+        stack: int,
+        grads: list[list[jax.Array]],
+        enters: jax.Array,
+        kept: PyTree,
+        cotangent: PyTree,
         microbatch: jax.Array,
-    ) -> list[jax.Array]:
-        """The gradients of the other leaves, with the embedding's where the chunk is the first."""
-        place = functools.partial(self._constrain_others, carry)
+    ) -> tuple[list[jax.Array], PyTree]:
+        """(gradients of the other leaves, cotangent of `kept`), from that of the stream into the chunk.
+
+        They change where the chunk is the first of its stack: by the embedding's, or what is between stacks.
+        """
+        place = functools.partial(self._constrain_others, grads)
+        enter = lambda others, x: self.parts.enter(stack, others, x, microbatch)
 
         def embedding() -> list[jax.Array]:
-            _, pull = jax.vjp(lambda others: self.enter(others, microbatch), self.others)
-            return place(add(grads, pull(cotangent)[0]))
+            _, pull = jax.vjp(lambda others: enter(others, kept), self.parts.others)
+            return place(add(grads[-1], pull(cotangent)[0]))
 
-        return jax.lax.cond(is_first, embedding, lambda: place(grads))
+        def between() -> tuple[list[jax.Array], PyTree]:
+            _, pull = jax.vjp(enter, self.parts.others, kept)
+            new, below = pull(cotangent)
+            return place(add(grads[-1], new)), self.parts.constrain(below)
 
-    def _pull_layers(self, pull: Callable[..., Any], cotangent: jax.Array, one: jax.Array) -> Any:
+        if stack == 0:
+            rest = lambda: place(grads[-1])
+            return jax.lax.cond(enters, embedding, rest), cotangent
+        unchanged = lambda: (place(grads[-1]), self.parts.constrain(cotangent))
+        return jax.lax.cond(enters, between, unchanged)
+
+    def _pull_layers(self, pull: Callable[..., Any], cotangent: PyTree, one: jax.Array) -> Any:
         """The layers' gradients and the cotangent of their input, computed after the head's."""
         run = lambda: pull((cotangent, one))
-        if not self.orders:
+        if not self.parts.orders:
             return run()
-        (when,) = self._wait_for(cotangent, jnp.int32(0))
+        (when,) = self.parts.wait_for(cotangent, jnp.int32(0))
         return jax.lax.cond(when >= 0, run, lambda: zeros(jax.eval_shape(run)))
 
     def start(self, model_state: PyTree, num_inputs: int, num_gradients: int) -> Carry:
         """The state before the first tick."""
-        chunks = jax.tree.map(
-            lambda s: s.reshape(self.table.virtual, -1, *s.shape[1:]), model_state
-        )
         states = jax.tree.map(
             lambda s: jnp.broadcast_to(s, (self.table.microbatches + 1, *s.shape)),
-            exchange_chunks(chunks, self.table, back=False),
+            self.parts.in_chunks(self.parts.state_leaves.split(model_state)[:-1]),
         )
-        at = jnp.int32(0)
+        x, sums = jax.eval_shape(lambda: self.parts.first_pass(states))
 
-        def first_and_last() -> tuple[jax.Array, PyTree]:
-            x = self.enter(self.others, at)
-            _, _, layer_sums, _ = self.through([w[0] for w in self.chunks], x, states, at, at)
-            return x, self.leave(self.others, x, at)[1] | layer_sums
+        def slots(num: int) -> PyTree:
+            empty = jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), x)
+            return self.parts.constrain(empty, None)
 
-        x, sums = jax.eval_shape(first_and_last)
-        slots = lambda num: scope.constrain(
-            jnp.zeros((num, *x.shape), x.dtype), None, *self.staged.stream
-        )
-        grads = self.leaves.constrain(*zeros((self.chunks, self.others)))
-        idle = scope.mapped(zeros(x))
+        grads = self.leaves.constrain(zeros([*self.parts.chunks, self.parts.others]))
+        idle = jax.tree.map(scope.mapped, zeros(x))
         sent = idle, idle
         return Carry(grads, zeros(sums), states, slots(num_inputs), slots(num_gradients), sent)
 
@@ -302,9 +267,11 @@ class Stage:
         start = self.start(model_state, num_inputs, num_gradients)
         idle, num = start.sent[0], self.table.stages
         up = [(i, (i + 1) % num) for i in range(num if self.table.virtual > 1 else num - 1)]
+        down = [(j, i) for i, j in up]
+        send = lambda x, pairs: jax.tree.map(lambda x: jax.lax.ppermute(x, STAGE, pairs), x)
 
         def tick(carry: Carry, row: schedules.BufferedTable) -> tuple[Carry, None]:
-            now = jax.tree.map(lambda x_S: pick(x_S, self.index), row)
+            now = jax.tree.map(lambda x_S: pick(x_S, self.parts.index), row)
             # Written first, read later: the other way round XLA would copy the buffers in every tick.
             carry = carry._replace(
                 inputs=put_if(carry.inputs, carry.sent[0], now.x_to),
@@ -314,21 +281,18 @@ class Stage:
             carry = carry._replace(states=states)
             grads, sums, states, below = self.backward(carry, row, now, idle, y)
             # Outside every branch: all stages exchange at every tick.
-            down = [(j, i) for i, j in up]
-            sent = jax.lax.ppermute(y, STAGE, up), jax.lax.ppermute(below, STAGE, down)
+            sent = send(y, up), send(below, down)
             return carry._replace(grads=grads, sums=sums, states=states, sent=sent), None
 
         last, _ = jax.lax.scan(tick, start, jax.tree.map(jnp.asarray, program))
-        chunk_grads, other_grads = last.grads
-        states = jax.tree.map(lambda s: s[-1], last.states)
-        chunk_grads, states = exchange_chunks((chunk_grads, states), self.table, back=True)
-        stack_grads, model_state = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:]), (chunk_grads, states)
-        )
+        *stack_grads, other_grads = last.grads
+        states = [jax.tree.map(lambda s: s[-1], stack) for stack in last.states]
+        stack_grads, states = self.parts.out_of_chunks((stack_grads, states))
         if axes:
             stack_grads = jax.lax.psum(stack_grads, axes)
         # Over the stages too: a tied embedding has a part of its gradient on two.
         everywhere = (*axes, STAGE)
         other_grads = jax.lax.psum(other_grads, everywhere)
         sums = jax.lax.psum(last.sums, everywhere)
-        return self.leaves.join(stack_grads, other_grads), sums, model_state
+        grads = self.leaves.join([*stack_grads, other_grads])
+        return grads, sums, self.parts.state_leaves.join([*states, []])

@@ -1,0 +1,144 @@
+"""Multi-head attention: projections, norms of heads, rotary positions, the mask and the cache."""
+
+# B batch, T time, S time of a memory, D embed, H query heads, G key and value heads, K head_dim
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+from flax import nnx
+
+from spmd.core.fields import check
+from spmd.models.attention.cache import Cache, update_cache
+from spmd.models.attention.dispatch import Context, Implementation, attend
+from spmd.models.attention.mask import Mask
+from spmd.models.attention.positions import TokenPositions, rotate
+from spmd.models.attention.xla import attend_cached
+from spmd.models.layers import Linear, Norm
+from spmd.models.layers.activations import activation
+
+
+class Memory(NamedTuple):
+    """The output of an encoder, to which cross-attention attends, and the segments of its tokens.
+
+    segments_BS: numbers, 0 for padding; a query sees tokens of its own number. None is one segment.
+    """
+
+    x_BSD: jax.Array
+    segments_BS: jax.Array | None
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped keys and values (Ainslie et al. 2023, arXiv 2305.13245).
+
+    Args:
+        rngs: source of the initial values.
+        embed: width D of the residual stream.
+        heads: query heads H.
+        kv_heads: key and value heads G, each serving H / G query heads.
+        head_dim: width K of a head.
+        layers: how many are stacked.
+        bias: whether the linear layers have biases.
+        std: standard deviation of the initial kernels; 0 is 1 / sqrt(fan-in).
+        residual_gain: factor on that of the projection back to the residual stream.
+        qk_norm: RMSNorm over each head of queries and keys (Dehghani et al. 2023, arXiv 2302.05442).
+        epsilon: of these norms.
+        mask: causal or full, within segments.
+        implementation: the kernel.
+        context: how attention is computed where the sequence is sharded.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        embed: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        layers: int,
+        bias: bool = False,
+        std: float = 0.0,
+        residual_gain: float = 1.0,
+        qk_norm: bool = False,
+        epsilon: float = 1e-5,
+        mask: Literal["causal", "full"] = "causal",
+        implementation: Implementation = "xla",
+        context: Context = "ring",
+    ):
+        options = {"layers": layers, "bias": bias, "std": std}
+
+        def project(num: int, dim: str) -> Linear:
+            shape, dims = (embed, num, head_dim), ("embed", dim, "head_dim")
+            return Linear(rngs, "btd,dhk->bthk", shape, dims, **options)
+
+        def head_norm() -> Norm | None:
+            if not qk_norm:
+                return None
+            return Norm(rngs, head_dim, "head_dim", layers=layers, epsilon=epsilon)
+
+        self.query = project(heads, "heads")
+        self.key = project(kv_heads, "kv_heads")
+        self.value = project(kv_heads, "kv_heads")
+        self.query_norm, self.key_norm = head_norm(), head_norm()
+        shape, dims = (heads, head_dim, embed), ("heads", "head_dim", "embed")
+        self.out = Linear(rngs, "bthk,hkd->btd", shape, dims, **options, gain=residual_gain)
+        self.mask: Literal["causal", "full"] = mask
+        self.implementation: Implementation = implementation
+        self.context: Context = context
+
+    def __call__(
+        self, x_BTD: jax.Array, positions: TokenPositions, cache: Cache | None, window: int = 0
+    ) -> tuple[jax.Array, Cache | None]:
+        """(attention's output [B, T, D], the layer's cache with the keys and values of these tokens)."""
+        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        if positions.angles is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, positions.angles), rotate(k_BTGK, positions.angles)
+        q_BTHK = activation("query", q_BTHK, "heads", "head_dim")
+        k_BTGK = activation("key", k_BTGK, "kv_heads", "head_dim")
+        v_BTGK = activation("value", v_BTGK, "kv_heads", "head_dim")
+        if cache is None:
+            y_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, self._mask(positions, window))
+        else:
+            check(
+                self.mask == "causal",
+                "model.mask=full: a token sees later ones, so that tokens cannot be decoded in turn; only a"
+                " model with --model.mask causal can",
+            )
+            cache = update_cache(cache, k_BTGK, v_BTGK, positions.positions_BT)
+            y_BTHK = attend_cached(
+                q_BTHK, cache["key"], cache["value"], positions.positions_BT, window=window
+            )
+        return self.out(activation("attended", y_BTHK, "heads", "head_dim")), cache
+
+    def cross(self, x_BTD: jax.Array, segments_BT: jax.Array | None, memory: Memory) -> jax.Array:
+        """Attention's output [B, T, D] for queries that see all of a memory's tokens, within segments.
+
+        Keys and values have no positions but those that the memory itself has.
+        """
+        q_BTHK = activation("query", self.query(x_BTD), "heads", "head_dim")
+        k_BSGK = activation("key", self.key(memory.x_BSD), "kv_heads", "head_dim")
+        v_BSGK = activation("value", self.value(memory.x_BSD), "kv_heads", "head_dim")
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
+        mask = Mask(kind="full", query_segments_BT=segments_BT, key_segments_BS=memory.segments_BS)
+        y_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, mask)
+        return self.out(activation("attended", y_BTHK, "heads", "head_dim"))
+
+    def _attend(
+        self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: Mask
+    ) -> jax.Array:
+        kernel, context = self.implementation, self.context
+        return attend(q_BTHK, k_BSGK, v_BSGK, mask, implementation=kernel, context=context)
+
+    def _mask(self, positions: TokenPositions, window: int) -> Mask:
+        segments_BT, before = positions.segments_BT, max(window - 1, 0)
+        return Mask(
+            kind="window" if window else self.mask,
+            window=(before, before if self.mask == "full" else 0),
+            query_segments_BT=segments_BT,
+            key_segments_BS=segments_BT,
+        )

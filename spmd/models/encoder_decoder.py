@@ -1,0 +1,222 @@
+"""An encoder-decoder: sequences from sequences (translation), by cross-attention."""
+
+# B batch, T time, S time of the source, D embed, V vocab
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from spmd.core.fields import check, free
+from spmd.models.attention.multihead import Memory
+from spmd.models.attention.positions import positions_or_default, sinusoids, token_positions
+from spmd.models.blocks import Block, BlockConfig
+from spmd.models.layers import Dropout, Embedding, Linear
+from spmd.models.layers.activations import Saved, matmul_input, residual
+from spmd.models.layers.embedding import vocab_logits
+from spmd.models.stack import ALL_LAYERS, Chunk, LayerStack, Stack
+from spmd.parallel import scope
+
+ENCODER, DECODER = "encoder", "decoder"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderDecoder(BlockConfig):
+    """Encoder-decoder transformer (Vaswani et al. 2017, arXiv 1706.03762), norms first.
+
+    Source and target share a vocabulary and its table. Called with the tokens of the target and of the
+    source; pairs are packed by segments on both sides.
+    """
+
+    vocab: int
+    """Number of tokens, of source and target together."""
+    encoder_layers: int = 6
+    """Number of blocks that read the source."""
+    layers: int = 6
+    """Number of blocks that write the target."""
+    position: Literal["sinusoid", "rope"] = "sinusoid"
+    """Sinusoids added to the embeddings (Vaswani et al. 2017, section 3.5), or rotary angles (RoPE)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary angles."""
+    tied: bool = True
+    """Whether the head is the embedding's table."""
+    dtype: Literal["", "bfloat16", "float32"] = ""
+    """Compute type; empty is that of the parameters. Norms, softmax and sums of gradients stay float32."""
+    scan: bool = free(True)
+    """Compile a single block and scan it over the layers; unrolled layers compile slower and run faster."""
+    remat: Literal["none", "full", "dots", "named"] = free("none")
+    """Which activations the backward pass rematerialises: none, all, all but matmuls, all but `saved`."""
+    saved: tuple[Saved, ...] = free(("query", "key", "value", "attended"))
+    """The activations that remat=named keeps."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "encoder_layers", "layers"):
+            value = getattr(self, name)
+            check(value >= 1, f"model.{name}={value} must be at least 1")
+        super().__post_init__()
+        check(
+            self.width % 2 == 0,
+            f"the head dim must be even, given {self.width}: positions are pairs",
+        )
+        check(not self.window, "model.window: an encoder-decoder has no windows; leave it out")
+        check(
+            not self.experts.num,
+            "model.experts.num: an encoder-decoder has no experts; use spmd.models.transformer",
+        )
+        check(
+            self.mask == "causal",
+            "model.mask is that of the decoder, which is causal; the encoder sees all tokens",
+        )
+
+    @property
+    def encoder(self) -> BlockConfig:
+        """The encoder's blocks, which see both sides."""
+        fields = dataclasses.fields(BlockConfig)
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields}
+        return BlockConfig(**{**own, "mask": "full"})
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The module, with initial weights."""
+        return Translator(self, rngs)
+
+
+class Translator(nnx.Module):
+    """Embedding, the blocks of encoder and decoder, norms and logits.
+
+    The stream is {memory [B, S, D], x [B, T, D]}: the encoder's blocks transform the memory, those of the
+    decoder x, while the memory travels with it. A pipeline runs enter, through, between and leave.
+    """
+
+    stream: ClassVar[dict[str, Any]] = {
+        "memory": ("batch", "residual_time", "embed"),
+        "x": ("batch", "residual_time", "embed"),
+    }
+
+    def __init__(self, config: EncoderDecoder, rngs: nnx.Rngs):
+        self.config = config
+        init = jax.nn.initializers.normal(config.init_std or config.embed**-0.5)
+        self.embed = Embedding(rngs, (config.vocab, config.embed), "vocab", init)
+        self.dropout = Dropout(config.dropout)
+        self.encoder = Block(config.encoder, rngs, config.encoder_layers)
+        self.encoder_norm = config.build_norm(rngs)
+        self.decoder = Block(config, rngs, config.layers, cross=True)
+        self.decoder_norm = config.build_norm(rngs)
+        self.stack = Stack(config.scan, config.remat, config.saved)
+        shape, dims = (config.embed, config.vocab), ("embed", "vocab")
+        head = lambda: Linear(rngs, "btd,dv->btv", shape, dims, std=config.init_std)
+        self.head = None if config.tied else head()
+
+    def __call__(self, tokens_BT: Array, source_BS: Array, *packing: Array | None) -> Array:
+        """Logits [B, T, V].
+
+        Args:
+            tokens_BT: tokens of the target, each before the one that its logits predict.
+            source_BS: tokens of the source.
+            packing: of packed pairs the positions and the segments of the target [B, T], then those of the
+                source [B, S]; None each where a row is one pair. Padding has segment 0.
+        """
+        return self.logits(self.hidden(tokens_BT, source_BS, *packing))
+
+    def hidden(self, *inputs: Array | None) -> Array:
+        """Input of the head [B, T, D]."""
+        stream = self.through(self.enter(*inputs), *inputs, chunk=Chunk(ENCODER))
+        stream = self.between(stream, *inputs, stack=DECODER)
+        return self.leave(self.through(stream, *inputs, chunk=Chunk(DECODER)), *inputs)
+
+    @property
+    def stacks(self) -> tuple[LayerStack, ...]:
+        """The blocks of the encoder, then those of the decoder."""
+        config = self.config
+        return (
+            LayerStack(name=ENCODER, layers=config.encoder_layers),
+            LayerStack(name=DECODER, layers=config.layers),
+        )
+
+    def enter(self, *inputs: Array | None) -> dict[str, Array]:
+        """The stream into the encoder: the embeddings of both sides."""
+        (tokens_BT, positions_BT, _), (source_BS, positions_BS, _) = _sides(*inputs)
+        layers = self.config.encoder_layers + self.config.layers
+        return {
+            "memory": self._embed(source_BS, positions_BS, layer=layers),
+            "x": self._embed(tokens_BT, positions_BT, layer=layers + 1),
+        }
+
+    def through(
+        self, stream: dict[str, Array], *inputs: Array | None, chunk: Chunk = ALL_LAYERS
+    ) -> dict[str, Array]:
+        """The stream behind blocks of the encoder, or of the decoder."""
+        target, source = _sides(*inputs)
+        memory_BSD, x_BTD = stream["memory"], stream["x"]
+        if chunk.stack == ENCODER:
+            memory_BSD = self._run(self.encoder, memory_BSD, source, chunk.first)
+        else:
+            # Numbers that no block of the encoder has, so that dropout differs.
+            first = self.config.encoder_layers + chunk.first
+            memory = Memory(matmul_input(memory_BSD), source[2])
+            x_BTD = self._run(self.decoder, x_BTD, target, first, memory)
+        return {"memory": memory_BSD, "x": x_BTD}
+
+    def between(
+        self, stream: dict[str, Array], *inputs: Array | None, stack: str
+    ) -> dict[str, Array]:
+        """The stream into the decoder: the memory is the normed output of the encoder."""
+        return stream | {"memory": residual(self.encoder_norm(stream["memory"]))}
+
+    def leave(self, stream: dict[str, Array], *inputs: Array | None) -> Array:
+        """Input of the head [B, T, D], from the stream behind the decoder."""
+        return matmul_input(self.decoder_norm(stream["x"]))
+
+    def logits(self, x_BTD: Array) -> Array:
+        """Logits [B, T, V], at least float32, from the input of the head."""
+        spec, kernel = "btd,vd->btv", self.embed.table
+        if self.head is not None:
+            spec, kernel = self.head.spec, self.head.kernel
+        return vocab_logits(spec, x_BTD, kernel[...], vocab=self.config.vocab)
+
+    def _embed(self, tokens_BT: Array, positions_BT: Array | None, *, layer: int) -> Array:
+        dtype = jnp.dtype(self.config.dtype or self.embed.table[...].dtype)
+        x_BTD = self.embed(tokens_BT, dtype)
+        if self.config.position == "sinusoid":
+            positions_BT = positions_or_default(tokens_BT, positions_BT)
+            x_BTD = x_BTD * self.config.embed**0.5 + sinusoids(positions_BT, x_BTD.shape[-1], dtype)
+        with scope.layer(layer):
+            return self.dropout(residual(x_BTD))
+
+    def _run(
+        self,
+        blocks: Block,
+        x_BTD: Array,
+        side: tuple[Any, ...],
+        first: Array | int,
+        memory: Memory | None = None,
+    ) -> Array:
+        config = self.config
+        rotary = (config.width, config.rope_theta) if config.position == "rope" else None
+        positions = token_positions(*side, rotary=rotary, dtype=x_BTD.dtype)
+        apply = functools.partial(_apply, positions=positions, memory=memory)
+        return self.stack(blocks, x_BTD, apply, first=first)[0]
+
+
+def _apply(block: Block, x_BTD: Array, _: None, **options: Any) -> tuple[Array, None]:
+    return block(x_BTD, **options)[0], None
+
+
+def _sides(
+    tokens_BT: Array | None,
+    source_BS: Array | None,
+    positions_BT: Array | None = None,
+    segments_BT: Array | None = None,
+    positions_BS: Array | None = None,
+    segments_BS: Array | None = None,
+) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
+    """(tokens, positions, segments) of the target and of the source."""
+    check(
+        source_BS is not None, "an encoder-decoder reads a source beside the tokens of its target"
+    )
+    return (tokens_BT, positions_BT, segments_BT), (source_BS, positions_BS, segments_BS)
