@@ -19,10 +19,17 @@ if TYPE_CHECKING:
 
 
 def load(name: str, args: Sequence[str] = ()) -> Handle:
-    """The experiment `name` (or a path) with command-line words applied.
+    """The experiment of a name or path with command-line words applied.
 
-    `load("digits", ["--train.steps", "50"])`; its fields are those of `.experiment`. ValueError when a word
-    is not understood.
+    Args:
+        name: of an experiment, or the path of its file.
+        args: words as on the command line: `load("digits", ["--train.steps", "50"])`.
+
+    Returns:
+        A handle, whose methods are the commands; `.experiment` has the fields.
+
+    Raises:
+        ValueError: no such experiment, or a word is not understood.
     """
     base = registry.from_file(files.find(name))
     return Handle(overrides.override(base, args)[0])
@@ -54,8 +61,14 @@ class Handle:
         return self.experiment.train_run()
 
     def verify(self, steps: int = 20, *, all_meshes: bool = False) -> VerifyReport:
-        """Compare the step on the mesh (or on all meshes of the devices) with that of one device:
-        `report.verified`, `print(report)`, `report.results[0].fault`.
+        """Compare the step on the mesh with that of one device.
+
+        Args:
+            steps: number of steps.
+            all_meshes: compare all meshes of the devices.
+
+        Returns:
+            A report: `report.verified`, `print(report)`, `report.results[0].fault`.
         """
         from spmd.analysis.verify.experiment import verify
 
@@ -64,10 +77,18 @@ class Handle:
     def compare(
         self, strategies: Sequence[str], *, network: str = "10gbe", compute: float = 0.0
     ) -> Comparison:
-        """Train strategies (`["allreduce", "local:period=50"]`) with this experiment's budget, or reuse their
-        finished runs; print the result, or let a notebook draw it.
+        """Train strategies with this experiment's budget, or reuse their finished runs.
 
-        network, compute: as in `run.py compare`. Interrupted, it raises Stopped; the next call resumes.
+        Args:
+            strategies: names with fields, `["allreduce", "local:period=50"]`.
+            network: between the replicas, as in `run.py compare`.
+            compute: seconds of a step's computation; 0 measures them.
+
+        Returns:
+            A comparison: print it, or let a notebook draw it.
+
+        Raises:
+            Stopped: interrupted; the next call resumes.
         """
         from spmd.analysis import compare
 

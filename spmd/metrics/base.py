@@ -66,11 +66,30 @@ class Metric:
         raise NotImplementedError
 
     def counted(self, weights: Weights, shape: tuple[int, ...]) -> jax.Array:
-        """int32 of `shape`: 1 where an element has a weight, else 0."""
+        """The elements that have a weight.
+
+        Args:
+            weights: {term: [B, ...]}, as `sums` takes them.
+            shape: of the values.
+
+        Returns:
+            int32 of `shape`: 1 where an element has a weight, else 0.
+        """
         return (self.weight(weights, shape) > 0).astype(jnp.int32)
 
     def weight(self, weights: Weights, shape: tuple[int, ...]) -> jax.Array:
-        """The weights of this metric's term; ValueError unless they are of `shape`."""
+        """The weights of this metric's term.
+
+        Args:
+            weights: {term: [B, ...]}, as `sums` takes them.
+            shape: of the values.
+
+        Returns:
+            [B, ...] of `shape`.
+
+        Raises:
+            ValueError: the task has no such term, or its weights are of another shape.
+        """
         check(
             self.term in weights,
             f"metric {self.name!r} reads the weights of term {self.term!r}; the task has:"
@@ -93,7 +112,15 @@ class Mean(Metric):
     """
 
     def values(self, outputs: Any, batch: Batch) -> jax.Array:
-        """[B, ...] the value of each element, of the shape of its weights."""
+        """The value of each element.
+
+        Args:
+            outputs: the array that `select` picked.
+            batch: the features, each [B, ...].
+
+        Returns:
+            [B, ...] of the shape of the weights.
+        """
         raise NotImplementedError
 
     def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
@@ -117,7 +144,20 @@ def ratio(total: Any, weight: Any) -> float | None:
 
 
 def measure(metric: Metric, outputs: Any, batch: Batch, weights: Weights) -> Sums:
-    """The sums of one batch; ValueError unless they are {name: array}."""
+    """The sums of one batch.
+
+    Args:
+        metric: whose sums.
+        outputs: of the model.
+        batch: the features, each [B, ...].
+        weights: {term: [B, ...]}, the example's weight included.
+
+    Returns:
+        {name: array}.
+
+    Raises:
+        ValueError: `sums` returned something else.
+    """
     sums = metric.sums(metric.select(outputs), batch, weights)
     right = isinstance(sums, Mapping) and all(isinstance(x, ARRAYS) for x in sums.values())
     check(
@@ -135,10 +175,17 @@ def _described(sums: Any) -> str:
 
 
 def added(total: Any, sums: Any) -> Any:
-    """The sum of two trees of host arrays, integers in int64, floats in float64.
+    """Add two trees of host arrays, integers in int64, floats in float64.
+
+    Args:
+        total: the sums of the batches before, {metric: {name: array}}.
+        sums: those of a batch.
+
+    Returns:
+        Their sum.
 
     Raises:
-      ValueError: the sums of a metric have other names or shapes than those before.
+        ValueError: the sums of a metric have other names or shapes than those before.
     """
     for name in sums:
         before, now = (
@@ -159,14 +206,22 @@ def added(total: Any, sums: Any) -> Any:
 
 
 def check_metrics(metrics: Iterable[Metric], terms: Iterable[str]) -> None:
-    """ValueError for a metric of a term's name, or two of one name."""
+    """ValueError for two metrics of one name, or one of a term's. terms: names of loss terms."""
     names = [m.name for m in metrics]
     twice = {name for name in names if names.count(name) > 1} | {n for n in names if n in [*terms]}
     check(not twice, f"two metrics or loss terms are called {', '.join(sorted(twice))}: rename one")
 
 
 def computed(metrics: Iterable[Metric], totals: Mapping[str, Mapping[str, np.ndarray]]) -> Values:
-    """The values of all totals: of each metric its own, of other names the mean of `sum` over `weight`."""
+    """The values of all totals: of each metric its own, of other names the mean of `sum` over `weight`.
+
+    Args:
+        metrics: those that compute their values.
+        totals: {metric or loss term: {name: array}}.
+
+    Returns:
+        {name: value}, None where nothing counted.
+    """
     by_name = {metric.name: metric for metric in metrics}
     values: Values = {}
     for name, sums in totals.items():

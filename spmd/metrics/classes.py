@@ -45,7 +45,16 @@ class Accuracy(Mean):
 
 
 def blended(values_of: Any, batch: Batch, label: str) -> jax.Array:
-    """values_of(indices of `label`); under mixup, the blend of those of an example's two labels."""
+    """The values of an example; under mixup, the blend of those of its two labels.
+
+    Args:
+        values_of: function of class indices [B, ...] that returns values [B, ...].
+        batch: the features; under mixup `mix` [B] and the second label, `LABEL_b`.
+        label: feature of the class indices.
+
+    Returns:
+        [B, ...].
+    """
     values = values_of(batches.wide_indices(batches.feature(batch, label)))
     if "mix" not in batch:
         return values

@@ -207,8 +207,13 @@ class Optimizer:
 
 
 def linear(span: Any, final: Any, steps: int, begin: int = 0) -> optax.Schedule:
-    """From final + span to final in `steps` steps, after `begin` steps; as optax.linear_schedule computes it,
-    which takes the first rate in place of the span.
+    """A linear schedule as that of optax, which takes the first rate in place of the span.
+
+    Args:
+        span: first rate - final rate.
+        final: final rate.
+        steps: length of the change.
+        begin: steps before it.
     """
     import jax.numpy as jnp
 

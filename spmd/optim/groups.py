@@ -20,6 +20,10 @@ REST = "rest"  # label of the parameters that no group claims
 def claim(groups: Sequence[Group], names: Iterable[str]) -> dict[str, int]:
     """Position of the group that claims a parameter, by name; parameters of no group are absent.
 
+    Args:
+        groups: those of an optimizer.
+        names: of all parameters.
+
     Raises:
         ValueError: a pattern matches nothing, or two groups claim one parameter.
     """
@@ -36,7 +40,15 @@ def claim(groups: Sequence[Group], names: Iterable[str]) -> dict[str, int]:
 
 
 def frozen_names(groups: Sequence[Group], names: Collection[str]) -> tuple[str, ...]:
-    """Names of the parameters that a group freezes; ValueError as in `claim`. names: of all parameters."""
+    """Names of the parameters that a group freezes.
+
+    Args:
+        groups: those of an optimizer.
+        names: of all parameters.
+
+    Raises:
+        ValueError: as in `claim`.
+    """
     if not any(group.freeze for group in groups):
         return ()
     return tuple(name for name, i in claim(groups, names).items() if groups[i].freeze)
@@ -86,8 +98,11 @@ def partition(
 ) -> optax.GradientTransformation:
     """Each group's transformation of its own parameters, and the optimizer's of the rest.
 
-    optimizer: the one with the groups; the other arguments are those of `Optimizer.transformation`. Frozen
-    parameters are none by now: they are part of the model state (weights.adapters).
+    Frozen parameters are none by now: they are part of the model state (weights.adapters).
+
+    Args:
+        optimizer: the one with the groups.
+        num_steps, decay_mask, dims, batch_size: as `Optimizer.transformation` takes them.
     """
     import optax
 

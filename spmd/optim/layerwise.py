@@ -70,6 +70,11 @@ def trust_ratio(trust: float, matrices: Any, dims: Dims) -> optax.GradientTransf
     A layer is an array in `matrices`, each slice along its stacked dims (`layers`, `experts`) by itself, so
     that stacked equals unstacked; a layer of zeros keeps its update. Others (biases, norms) are scaled by
     `trust` alone. Takes logical arrays under jit: the norm of a shard would be wrong.
+
+    Args:
+        trust: norm of an update over that of the weights.
+        matrices: tree of bools, structured as the parameters.
+        dims: logical dims by parameter name.
     """
     import jax.numpy as jnp
     import optax

@@ -8,16 +8,11 @@ has not been taken yet, A[I_X] is cut over X. Several axes are one: their device
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-
-from spmd.parallel import sharding
 
 PyTree = Any
 Axes = tuple[str, ...]
@@ -40,22 +35,46 @@ def index(axes: Axes) -> jax.Array:
 
 
 def ring_reduce_scatter(x_NC: jax.Array, axes: Axes, *, bidirectional: bool = False) -> jax.Array:
-    """A[N, C] {U_X} -> A[N_X, C], this device's chunk [C]; each device sends (N - 1) / N of A to a neighbour.
+    """A[N, C] {U_X} -> A[N_X, C]; each device sends (N - 1) / N of A to a neighbour.
 
-    bidirectional: half of each chunk travels in the opposite direction, on the links' other lane.
+    Args:
+        x_NC: [N, C] this device's summand.
+        axes: X, of N devices.
+        bidirectional: half of each chunk travels in the opposite direction, on the links' other lane.
+
+    Returns:
+        [C] this device's chunk of the sum.
     """
     parts = [_ring_scatter(x, axes, step) for x, step in _directions(x_NC, bidirectional)]
     return jnp.concatenate(parts)
 
 
 def ring_all_gather(x_C: jax.Array, axes: Axes, *, bidirectional: bool = False) -> jax.Array:
-    """A[N_X, C] -> A[N, C], from this device's chunk [C]; each device sends (N - 1) / N of A."""
+    """A[N_X, C] -> A[N, C]; each device sends (N - 1) / N of A.
+
+    Args:
+        x_C: [C] this device's chunk.
+        axes: X, of N devices.
+        bidirectional: as in `ring_reduce_scatter`.
+
+    Returns:
+        [N, C] the chunks of all devices.
+    """
     parts = [_ring_gather(x, axes, step) for x, step in _directions(x_C, bidirectional)]
     return jnp.concatenate(parts, axis=1)
 
 
 def ring_all_reduce(x: jax.Array, axes: Axes, *, bidirectional: bool = False) -> jax.Array:
-    """A[n] {U_X} -> A[n] in 2 (N - 1) hops (Patarasuk and Yuan 2009); padded until N divides it."""
+    """A[n] {U_X} -> A[n] in 2 (N - 1) hops (Patarasuk and Yuan 2009); padded until N divides it.
+
+    Args:
+        x: [n] this device's summand.
+        axes: X, of N devices.
+        bidirectional: as in `ring_reduce_scatter`.
+
+    Returns:
+        [n] the sum.
+    """
     chunk = ring_reduce_scatter(split(x, size(axes)), axes, bidirectional=bidirectional)
     return ring_all_gather(chunk, axes, bidirectional=bidirectional).reshape(-1)[: x.size]
 
@@ -112,13 +131,30 @@ def _ring_gather(x_C: jax.Array, axes: Axes, step: int) -> jax.Array:
 
 
 def scatter_gather(x: jax.Array, axes: Axes) -> jax.Array:
-    """A[n] {U_X} -> A[n] by the compiler's reduce-scatter and all-gather; padded until N divides it."""
+    """A[n] {U_X} -> A[n] by the compiler's reduce-scatter and all-gather; padded until N divides it.
+
+    Args:
+        x: [n] this device's summand.
+        axes: X, of N devices.
+
+    Returns:
+        [n] the sum.
+    """
     return hierarchical(x, axes, ())
 
 
 def hierarchical(x: jax.Array, inner: Axes, outer: Axes) -> jax.Array:
-    """A[n] {U_XY} -> A[n], X inner, Y outer: reduce-scatter within X, the shards' sum across Y, all-gather
-    within X. So a device sends only 1 / size(X) of A over the slow network of Y.
+    """A[n] {U_XY} -> A[n]: reduce-scatter within X, the shards' sum across Y, all-gather within X.
+
+    A device sends only 1 / size(X) of A over the slow network of Y.
+
+    Args:
+        x: [n] this device's summand.
+        inner: X.
+        outer: Y.
+
+    Returns:
+        [n] the sum.
     """
     chunk = split(x, size(inner)).reshape(-1)
     if inner:
@@ -131,14 +167,32 @@ def hierarchical(x: jax.Array, inner: Axes, outer: Axes) -> jax.Array:
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
-    """A[I, J] {U_X} -> A[I_X, J] with I dim number `dim`; None: -> A[I, J], all-reduced."""
+    """A[I, J] {U_X} -> A[I_X, J].
+
+    Args:
+        x: [..., I, ...] this device's summand.
+        axes: X.
+        dim: the number of I; None all-reduces.
+
+    Returns:
+        This device's shard of the sum, of dim None all of it.
+    """
     if dim is None or not axes:
         return jax.lax.psum(x, axes) if axes else x
     return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
 
 def local_shard(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
-    """A[I, J] -> A[I_X, J], this device's shard of a replicated array, nothing sent; None: all of it."""
+    """A[I, J] -> A[I_X, J] of a replicated array; nothing is sent.
+
+    Args:
+        x: [..., I, ...] equal on all devices.
+        axes: X.
+        dim: the number of I; None keeps all.
+
+    Returns:
+        This device's shard.
+    """
     if dim is None or not axes:
         return x
     rows = x.shape[dim] // size(axes)
@@ -151,9 +205,16 @@ def local_shard(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
 def reduce_buckets(
     reduce: Callable[[jax.Array], jax.Array], grads: PyTree, bucket_bytes: float
 ) -> PyTree:
-    """Apply `reduce`, [n] -> [n], to leaves concatenated in buckets of one dtype and about bucket_bytes, so
-    that small leaves share a message and the first buckets are sent while later gradients are computed. A
-    leaf is never split.
+    """Reduce small leaves together, so that they share a message, and the first buckets while later gradients
+    are computed.
+
+    Args:
+        reduce: [n] -> [n], of one dtype.
+        grads: tree of arrays.
+        bucket_bytes: size of a bucket, about; a leaf is never split.
+
+    Returns:
+        The tree of the results.
     """
     leaves, structure = jax.tree.flatten(grads)
     out = list(leaves)
@@ -167,7 +228,15 @@ def reduce_buckets(
 
 
 def buckets(leaves: list[Any], bucket_bytes: float) -> list[list[int]]:
-    """Places in `leaves` (arrays or their shapes) that travel together, in order."""
+    """Choose the leaves that travel together.
+
+    Args:
+        leaves: arrays or their shapes.
+        bucket_bytes: size of a bucket, about.
+
+    Returns:
+        Places in `leaves` by bucket, each of one dtype, in their order.
+    """
     places: list[list[int]] = []
     last: dict[Any, tuple[list[int], int]] = {}  # dtype -> its last bucket, bytes in it
     for i, leaf in enumerate(leaves):
@@ -182,87 +251,31 @@ def buckets(leaves: list[Any], bucket_bytes: float) -> list[list[int]]:
 
 
 def split(x: jax.Array, num: int) -> jax.Array:
-    """[n] -> [N, C], zeros at the end where N does not divide n."""
+    """[n] -> [N, C].
+
+    Args:
+        x: [n].
+        num: N.
+
+    Returns:
+        [N, C], zeros at the end where N does not divide n.
+    """
     return jnp.pad(x, (0, -x.size % num)).reshape(num, -1)
-
-
-# ---- messages
-
-
-class Communicator(NamedTuple):
-    """The devices that exchange messages, trees of arrays, along mesh or vmap axes.
-
-    size: number of them. copies: devices that hold identical copies of each array; every one sends 1 / copies
-    of it. divide: wraps a collective of one array accordingly. replicate: wraps a local computation on
-    replicated arrays that the compiler cannot partition. The defaults: one device holds each array.
-    """
-
-    axes: Axes
-    size: int
-    copies: int = 1
-    divide: Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.Array]] = (
-        lambda fn: fn
-    )
-    replicate: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn
-
-    def all_to_all(self, message: PyTree) -> PyTree:
-        """A[N, C] {different on each device} -> A[N, C]: row i is what device i had in this device's row."""
-        if not self.axes:
-            return message
-        swap = self.divide(lambda x: jax.lax.all_to_all(x, self.axes, 0, 0, tiled=True))
-        return jax.tree.map(swap, message)
-
-    def all_gather(self, message: PyTree) -> PyTree:
-        """A[N_X, C] -> A[N, C], from this device's [C]."""
-        if not self.axes:
-            return jax.tree.map(lambda x: x[None], message)
-        gather = self.divide(lambda x: jax.lax.all_gather(x, self.axes))
-        return jax.tree.map(gather, message)
-
-    def pad(self, x: jax.Array) -> jax.Array:
-        """[k] -> [k'], zeros at the end until the copies divide it."""
-        return jnp.pad(x, (0, -x.size % self.copies))
-
-
-def divide_among_copies(group: Communicator, mesh: Mesh, axes: Axes) -> Communicator:
-    """Split each message among the devices that hold identical copies of it, so that each sends 1/n of it.
-
-    Within a shard_map over the mesh `axes` the exchange is a shard_map over the others; under a vmap the
-    compiler makes it, from the sharding of its operand.
-    """
-    others = tuple(axis for axis in mesh.axis_names if axis not in axes and mesh.shape[axis] > 1)
-    copies = math.prod(mesh.shape[axis] for axis in others)
-
-    def shard_map(fn: Callable[..., Any], in_specs: P, out_specs: P) -> Callable[..., Any]:
-        # That replicated arrays are equal on all devices is not in their types.
-        return jax.shard_map(
-            fn, in_specs=in_specs, out_specs=out_specs, check_vma=False, **sharding.manual(mesh)
-        )
-
-    def divide(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-        last = lambda ndim: P(*(None,) * (ndim - 1), others)
-        shard = lambda x: sharding.constrain(x, NamedSharding(mesh, last(x.ndim)))
-
-        def run(x: jax.Array) -> jax.Array:
-            if copies == 1 or x.shape[-1] % copies:
-                return fn(x)
-            if not sharding.inside():
-                return shard(fn(shard(x)))
-            return shard_map(fn, last(x.ndim), last(jax.eval_shape(fn, x).ndim))(x)
-
-        return run
-
-    def replicate(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: shard_map(fn, P(), P())(*args)
-
-    return group._replace(copies=copies, divide=divide, replicate=replicate)
 
 
 # ---- int8
 
 
 def quantise(x_C: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """[..., C] -> int8 [..., C'], scales float32 [..., C' / block], C' the next multiple of `block`."""
+    """Encode in 8 bits, each block by its largest magnitude.
+
+    Args:
+        x_C: [..., C].
+        block: number of elements that share a scale.
+
+    Returns:
+        int8 [..., C'], C' the next multiple of `block`, and the scales, float32 [..., C' / block].
+    """
     x_C = jnp.pad(x_C, [(0, 0)] * (x_C.ndim - 1) + [(0, -x_C.shape[-1] % block)])
     x_K = x_C.reshape(*x_C.shape[:-1], -1, block)
     scale = (jnp.max(jnp.abs(x_K), axis=-1) / 127).astype(jnp.float32)  # NaN stays NaN
@@ -272,7 +285,16 @@ def quantise(x_C: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
 
 
 def dequantise(q_C: jax.Array, scale: jax.Array, like: jax.Array) -> jax.Array:
-    """The array that `quantise` encoded, up to its rounding error; shape and dtype of `like`."""
+    """Decode what `quantise` encoded, up to its rounding error.
+
+    Args:
+        q_C: int8 [..., C'].
+        scale: float32 [..., C' / block].
+        like: an array [..., C] of the dtype of the result.
+
+    Returns:
+        [..., C].
+    """
     q_K = q_C.reshape(*scale.shape, -1).astype(like.dtype)
     x_C = (q_K * scale[..., None].astype(like.dtype)).reshape(*q_C.shape)
     return x_C[..., : like.shape[-1]]

@@ -30,6 +30,11 @@ def base_dims(follows: Mapping[str, str]) -> dict[str, str]:
 def resolve_dims(name: str, dims: Dims | None, follows: Mapping[str, str]) -> Dims | None:
     """The base dims of an array's dims.
 
+    Args:
+        name: of the array, for messages.
+        dims: of the array; None has none.
+        follows: base dim by dim of the model's own.
+
     Raises:
         ValueError: a dim is no base dim and follows none.
     """

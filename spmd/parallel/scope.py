@@ -88,13 +88,28 @@ def _base_dims(dims: Dims) -> Dims:
 
 
 def example_keys(step_key: jax.Array, example_id_B: jax.Array) -> jax.Array:
-    """[B] keys from the step's key and the global example ids: never from the device."""
+    """Keys from the step's key and the global example ids: never from the device.
+
+    Args:
+        step_key: of this step.
+        example_id_B: int32 [B].
+
+    Returns:
+        [B] keys.
+    """
     return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(example_id_B)
 
 
 @contextlib.contextmanager
 def layer(index: jax.Array | int) -> Iterator[Scope]:
-    """Folds a layer's index into the example keys, so that scanned equals unrolled."""
+    """Fold a layer's index into the example keys, so that scanned equals unrolled.
+
+    Args:
+        index: int32 [], the number of the layer.
+
+    Returns:
+        A context manager of the scope.
+    """
     keys = current().keys
     if keys is not None:
         keys = jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
@@ -115,14 +130,27 @@ def next_keys() -> jax.Array:
 
 
 def batch_sum(x: jax.Array) -> jax.Array:
-    """Sum over the devices that share the batch; `x` is this trace's partial sum. {U_batch} -> A."""
+    """Sum over the devices that share the batch. {U_batch} -> A.
+
+    Args:
+        x: [...] this trace's partial sum.
+
+    Returns:
+        [...] the sum, on all devices.
+    """
     axes = current().axes
     return jax.lax.psum(x, axes) if axes else x
 
 
 def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
-    """Mean over `reduce_dims` (dim 0, the batch, among them) of the global batch, by example weight; summed
-    in float32 at least, as x's type.
+    """Mean over the global batch, by example weight; summed in float32 at least.
+
+    Args:
+        x_BD: [B, ...] of this trace's examples.
+        reduce_dims: dims to take the mean over, dim 0 (the batch) among them.
+
+    Returns:
+        The remaining dims, of x's type.
     """
     dtype = x_BD.dtype
     x_BD = x_BD.astype(tree.at_least_float32(dtype))
@@ -150,14 +178,20 @@ class GatheredBatch:
 
 
 def gather_batch(x: jax.Array) -> GatheredBatch:
-    """Gather the rows of x [B, ...] of all devices that share the batch (in-batch negatives).
+    """Gather the rows of all devices that share the batch (in-batch negatives). A[I_batch, ...] -> A[I, ...].
 
-    A[I_batch, ...] -> A[I, ...]. The batch is the microbatch where gradients are accumulated, and a replica's
-    own under the strategies `local` and `federated`. Mask rows of weight 0.
+    The batch is the microbatch where gradients are accumulated, and a replica's own under the strategies
+    `local` and `federated`.
+
+    Args:
+        x: [B, ...] of this trace's examples.
+
+    Returns:
+        Rows [N, ...] and weights [N] of all; mask rows of weight 0.
 
     Raises:
-      ValueError: outside a training step, where a result must not depend on the batch size, and where the
-        gradient of each example is taken by itself (DP-SGD).
+        ValueError: outside a training step, where a result must not depend on the batch size, and where the
+            gradient of each example is taken by itself (DP-SGD).
     """
     scope = current()
     if scope.by_example:
@@ -180,7 +214,15 @@ def gather_batch(x: jax.Array) -> GatheredBatch:
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-    """Constrain the sharding of x by logical dims; the identity without a scope and on one device."""
+    """Constrain a sharding by logical dims; the identity without a scope and on one device.
+
+    Args:
+        x: [...].
+        dims: the name of each dim, None for one that is not sharded.
+
+    Returns:
+        x.
+    """
     rule = current().constrain
     return x if rule is None else rule(x, _base_dims(dims))
 
@@ -192,7 +234,13 @@ def blockwise(
 
     For kernels that the compiler cannot partition, and for explicit collectives over `sharding_axes`.
 
-    out_dims: dims of the result, or a tuple of them for several results.
+    Args:
+        fn: function of arrays.
+        in_dims: dims of each argument.
+        out_dims: dims of the result, or a tuple of them for several results.
+
+    Returns:
+        A function of the unsharded arrays.
     """
     rule = current().blockwise
     if rule is None:
@@ -220,13 +268,27 @@ def num_shards(dim: str) -> int:
 
 
 def max_over_replicas(x: jax.Array) -> jax.Array:
-    """Maximum over the replicas that vmap runs on one device, so that a lax.cond on it stays one branch."""
+    """Maximum over the replicas that vmap runs on one device, so that a lax.cond on it stays one branch.
+
+    Args:
+        x: [...] of a replica.
+
+    Returns:
+        [...] the same for all replicas.
+    """
     axis = current().mapped
     return jax.lax.pmax(x, axis) if axis else x
 
 
 def mapped(x: jax.Array) -> jax.Array:
-    """x, batched over the replicas that vmap runs on one device, as the results of other branches are."""
+    """Batch a value over the replicas that vmap runs on one device, as the results of other branches are.
+
+    Args:
+        x: [...].
+
+    Returns:
+        x.
+    """
     axis = current().mapped
     return x + (jax.lax.axis_index(axis) * 0).astype(x.dtype) if axis else x
 
@@ -237,7 +299,13 @@ def platform() -> str:
 
 
 def note(name: str, value_B: jax.Array, weight_B: jax.Array) -> None:
-    """Record a value for each example: a loss term that the task asked for, else a metric. Not in a scan."""
+    """Record a value for each example: a loss term that the task asked for, else a metric. Not in a scan.
+
+    Args:
+        name: of the term or metric.
+        value_B: [B].
+        weight_B: [B] of each value in the mean.
+    """
     notes = current().notes
     if notes is not None:
         notes[name] = (value_B, weight_B)
@@ -254,5 +322,13 @@ def varying(tree: Any) -> Any:
 
 
 def tap(name: str, x: jax.Array) -> jax.Array:
-    """Name a tensor, for remat policies and for verify to locate a difference; free at run time."""
+    """Name a tensor, for remat policies and for verify to locate a difference; free at run time.
+
+    Args:
+        name: path of the module.
+        x: [...].
+
+    Returns:
+        x.
+    """
     return checkpoint_name(x, name)

@@ -54,7 +54,7 @@ def whole_sequences(rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[str, t
 
 
 def unknown_dim(name: str, dim: str, names: Iterable[str] = ()) -> ValueError:
-    """The error for a dim that is none of RULES nor of `names`."""
+    """The error for a dim that is none of RULES nor of `names`; name, dim: of the array, and its dim."""
     known = [*names, *RULES]
     return ValueError(
         f"{name}: unknown logical dim {dim!r}.{closest(dim, known)} Known: {', '.join(known)}; a dim of the"
@@ -78,7 +78,18 @@ def spec_of(
     fsdp: bool,
     rules: Mapping[str, tuple[str, ...]] = RULES,
 ) -> P:
-    """The PartitionSpec of an array; ValueError when two dims take an axis, or a size does not divide."""
+    """The PartitionSpec of an array.
+
+    Args:
+        name: for messages.
+        shape, dims: of the array, a logical dim or None for each of its dims; dims None: it has none.
+        mesh: its axes of size 1 shard nothing.
+        fsdp: whether the largest free dim is sharded over `fsdp` too.
+        rules: mesh axes by logical dim.
+
+    Raises:
+        ValueError: two dims take one axis, or a size does not divide.
+    """
     if dims is None:
         dims = (None,) * len(shape)
     check(
@@ -130,7 +141,13 @@ def _shard_largest(
 
 
 def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> PyTree:
-    """NamedShardings of a parameter tree; `dims` has a tuple or None in the place of each array."""
+    """NamedShardings of a parameter tree.
+
+    Args:
+        params: arrays, or their shapes.
+        dims: a tuple or None in the place of each array.
+        mesh, fsdp: as in `spec_of`.
+    """
     dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
     return tree.map_named(
         lambda name, x: NamedSharding(
@@ -142,7 +159,7 @@ def param_shardings(params: PyTree, dims: PyTree, mesh: Mesh, *, fsdp: bool) -> 
 
 def owner_shardings(params: PyTree, dims: PyTree, mesh: Mesh, axes: tuple[str, ...]) -> PyTree:
     """NamedShardings that shard each parameter over `axes` too, as fsdp does: for a strategy whose devices
-    each own a shard of it.
+    each own a shard of it. params, dims, mesh: as in `param_shardings`.
     """
     dims_of = tree.named_leaves(dims, is_leaf=lambda x: x is None or isinstance(x, tuple))
 
@@ -166,6 +183,11 @@ def opt_shardings(
     factored one drops the reduced dim, everything else is replicated.
 
     jit's default would silently replicate the moments.
+
+    Args:
+        tx, opt_state, params: the optimizer, shapes of its state and of the parameters.
+        shardings: of the parameters.
+        mesh: where the state is placed.
 
     Raises:
         ValueError: a leaf of more than MAX_REPLICATED_BYTES would be replicated while parameters are sharded.
@@ -237,6 +259,8 @@ def missing_dim(name: str, shape: Sequence[int], param_shape: Sequence[int]) -> 
 
     Adafactor's rows lack the largest dim and its columns the second largest. In a square matrix only the
     names differ; two equal dims are ordered as optax's argsort orders them.
+
+    name, shape: of the leaf. param_shape: of its parameter.
     """
     drops = [
         i for i in range(len(param_shape)) if (*param_shape[:i], *param_shape[i + 1 :]) == shape
@@ -270,7 +294,11 @@ def manual(mesh: Mesh, axes: Collection[str] | None = None) -> dict[str, Any]:
 
 
 def constrain(x: jax.Array, place: NamedSharding) -> jax.Array:
-    """with_sharding_constraint that also works inside a shard_map over other axes."""
+    """with_sharding_constraint that also works inside a shard_map over other axes.
+
+    Args: x: [...]. place: its sharding on the whole mesh.
+    Returns: x.
+    """
     target: Any = place.spec if inside() else place
     return jax.lax.with_sharding_constraint(x, target)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from spmd.core import tree
 from spmd.core.fields import check
 from spmd.parallel import collectives
-from spmd.parallel.collectives import Communicator
+from spmd.parallel.communicator import Communicator
 from spmd.strategies.reduce import Leaves
 
 PyTree = Any

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.core import tree
 from spmd.parallel import collectives
-from spmd.parallel.collectives import Communicator
+from spmd.parallel.communicator import Communicator
 from spmd.strategies.compress import (
     Compression,
     Feedback,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spmd.parallel import collectives
+from spmd.parallel.communicator import Communicator, divide_among_copies
 from spmd.parallel.mesh import BATCH_AXES
 from spmd.strategies import base, exchange, reduce
 from spmd.strategies.compress import Compression
@@ -72,8 +72,8 @@ def build(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
         return stateless(weighted_mean)
     all_reduce = lambda leaves: {n: jax.lax.psum(x, REPLICAS) for n, x in leaves.items()}
     sums = exchange.PlainSums(all_reduce, all_reduce)
-    group = collectives.Communicator((REPLICAS,), num_replicas)
-    group = collectives.divide_among_copies(group, parts.mesh, (AXIS,))
+    group = Communicator((REPLICAS,), num_replicas)
+    group = divide_among_copies(group, parts.mesh, (AXIS,))
     reducer = exchange.build_reducer(config, group, sums, _BUCKET_BYTES)
     axes = {reduce.PER_DEVICE: 0, reduce.COMMON: None}
     send = jax.vmap(

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.core import tree
 from spmd.core.fields import check
-from spmd.parallel import collectives, scope, sharding
+from spmd.parallel import scope, sharding
+from spmd.parallel.communicator import Communicator, divide_among_copies
 from spmd.strategies import base
 from spmd.strategies.grads.direct import Trained
 
@@ -78,12 +79,12 @@ def state_shardings(parts: base.Parts, axes: tuple[str, ...], reducer: Reducer) 
     return jax.tree.map(lambda spec: NamedSharding(parts.mesh, spec), specs)
 
 
-def communicator(parts: base.Parts, axes: tuple[str, ...]) -> collectives.Communicator:
+def communicator(parts: base.Parts, axes: tuple[str, ...]) -> Communicator:
     """The devices along `axes`, for use within a shard_map over them."""
-    group = collectives.Communicator(axes, num_devices(parts, axes))
+    group = Communicator(axes, num_devices(parts, axes))
     if not shares_model(parts):
         return group
-    return collectives.divide_among_copies(group, parts.mesh, axes)
+    return divide_among_copies(group, parts.mesh, axes)
 
 
 def num_devices(parts: base.Parts, axes: tuple[str, ...]) -> int:

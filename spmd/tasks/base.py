@@ -75,9 +75,15 @@ class Task:
         return {"loss": jnp.ones(weight_B.shape, weight_B.dtype)}
 
     def values(self, outputs: Any, batch: Batch, *, train: bool) -> dict[str, jax.Array]:
-        """{term: [B, ...]}: the loss of each element, of the shape of its weights.
+        """The loss of each element.
 
-        batch: the features; the outputs of frozen models as `frozen/NAME`, variables as `task/NAME`.
+        Args:
+            outputs: of the model.
+            batch: the features; the outputs of frozen models as `frozen/NAME`, variables as `task/NAME`.
+            train: whether a training step asks, not an evaluation.
+
+        Returns:
+            {term: [B, ...]}, of the shape of its weights.
         """
         raise NotImplementedError(f"task {type(self).__name__} has no method values")
 
@@ -99,11 +105,19 @@ class Task:
     def sums(
         self, model: Any, batch: Batch, *, hidden: jax.Array | None = None, train: bool
     ) -> tuple[dict[str, jax.Array], MetricSums]:
-        """(sum of each loss term, sums of each metric).
+        """The sums of a batch.
 
         Overridden by a task that cannot hold all its outputs, or that calls its model twice; the latter
-        cannot be pipelined. model: called with the inputs. hidden: the input of model.logits, where a
-        pipeline has computed it already.
+        cannot be pipelined.
+
+        Args:
+            model: called with the inputs.
+            batch: as `values` takes it.
+            hidden: [B, ...] the input of model.logits, where a pipeline has computed it already.
+            train: as `values` takes it.
+
+        Returns:
+            {term: []} the sum of each loss term, and the sums of each metric.
         """
         outputs = model(*self.inputs(batch)) if hidden is None else model.logits(hidden)
         return self.sums_of(outputs, batch, self.counted(batch), train=train)
@@ -136,7 +150,17 @@ class Task:
     def sums_of(
         self, outputs: Any, batch: Batch, counted: Mapping[str, jax.Array], *, train: bool
     ) -> tuple[dict[str, jax.Array], MetricSums]:
-        """As `sums`, from the outputs and the weights of these elements."""
+        """As `sums`, from the outputs of some elements.
+
+        Args:
+            outputs: of the model.
+            batch: as `values` takes it.
+            counted: {term: [B, ...]} the weights of these elements, times the example's weight.
+            train: as `values` takes it.
+
+        Returns:
+            As `sums`.
+        """
         values = self.values(outputs, batch, train=train)
         self._check_values(values, counted)
         totals = {term: jnp.sum(v * counted[term].astype(v.dtype)) for term, v in values.items()}

@@ -25,23 +25,29 @@ class Combine:
     """
 
     def weights(self, gram_KK: jax.Array, key: jax.Array) -> jax.Array:
-        """[K] factors of the gradients in their sum.
+        """Factors of the gradients in their sum.
 
         Args:
-          gram_KK: inner products of the gradients, float32 at least.
-          key: of this step, the same on all devices.
+            gram_KK: [K, K] inner products of the gradients, float32 at least.
+            key: of this step, the same on all devices.
+
+        Returns:
+            [K].
         """
         raise NotImplementedError(f"{type(self).__name__} has no method weights")
 
     def join(
         self, grads: PyTree, terms: Sequence[str], key: jax.Array
     ) -> tuple[PyTree, dict[str, jax.Array]]:
-        """(the combined gradient, grad_norm/TERM and grad_cosine/TERM/TERM of the gradients before).
+        """Combine the gradients of the loss terms.
 
         Args:
-          grads: [K, ...] for each leaf.
-          terms: names of the K loss terms.
-          key: as `weights` takes it.
+            grads: [K, ...] for each leaf.
+            terms: names of the K loss terms.
+            key: as `weights` takes it.
+
+        Returns:
+            The combined gradient, and of the gradients before grad_norm/TERM and grad_cosine/TERM/TERM.
         """
         gram_KK = gram(grads)
         norm_K = jnp.sqrt(jnp.diagonal(gram_KK))

@@ -17,9 +17,15 @@ from spmd.metrics import Mean
 
 
 def cross_entropy(logits_BC: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """[B] cross-entropy in at least float32; labels are class indices.
+    """Cross-entropy in at least float32.
 
-    smoothing: mass spread evenly over all classes (Szegedy et al. 2016, section 7).
+    Args:
+        logits_BC: [B, ..., C].
+        label_B: [B, ...] class indices.
+        smoothing: mass spread evenly over all classes (Szegedy et al. 2016, section 7).
+
+    Returns:
+        [B, ...].
     """
     logits_BC = logits_BC.astype(tree.at_least_float32(logits_BC.dtype))
     loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)
@@ -38,10 +44,17 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(logits_BTV: jax.Array, target_BT: jax.Array) -> TokenLosses:
-    """By token, in at least float32; what stands at a target that is no token means nothing.
+    """Losses by token, in at least float32; that of a target which is no token means nothing.
 
-    Reductions over the vocabulary only, so that a vocabulary cut over devices stays cut (Narayanan et al.
-    2021, arXiv 2104.04473): a gather or an argmax would bring all logits together.
+    Reductions over the vocabulary only, so that a sharded vocabulary stays sharded (Narayanan et al. 2021,
+    arXiv 2104.04473): a gather or an argmax would bring all logits together.
+
+    Args:
+        logits_BTV: [B, T, V].
+        target_BT: [B, T] token indices.
+
+    Returns:
+        [B, T] each.
     """
     logits_BTV = logits_BTV.astype(tree.at_least_float32(logits_BTV.dtype))
     partition_BT = jax.nn.logsumexp(logits_BTV, axis=-1)

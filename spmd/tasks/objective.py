@@ -101,7 +101,14 @@ class Objective(NamedTuple):
         return 1 if self.combine is None else len(self.coefficients)
 
     def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """coefficient / global weight; 0 where a term has no weight in this batch."""
+        """coefficient / global weight.
+
+        Args:
+            weights: {term: []}, summed over all devices.
+
+        Returns:
+            {term: []}, 0 where a term has no weight in this batch.
+        """
         return {
             term: jnp.where(w > 0, self.coefficients[term] / jnp.where(w > 0, w, 1), 0)
             for term, w in weights.items()
@@ -131,7 +138,15 @@ def total_loss(coefficients: Mapping[str, float], means: Mapping[str, Any]) -> A
 
 
 def scaled_loss(sums: Sums, scale: Mapping[str, jax.Array]) -> jax.Array:
-    """The sum of the loss terms, each times its factor; a part of the model has some of them."""
+    """The sum of the loss terms, each times its factor.
+
+    Args:
+        sums: of the terms that this part of the model has, and of metrics.
+        scale: {term: []}, the factor of each term.
+
+    Returns:
+        [].
+    """
     terms = [term for term in scale if term in sums]
     total = jnp.zeros((), sums[terms[0]][0].dtype if terms else next(iter(scale.values())).dtype)
     for term in terms:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.parallel import collectives
 from spmd.parallel import mesh as meshes
+from spmd.parallel.communicator import Communicator
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import compress
 
@@ -171,7 +172,7 @@ def test_int8(num, chunk, block, seed):
     blocks = [drawn(rng, (num, chunk), np.dtype("float32")) for _ in range(num)]
     blocks[0][0] = 0  # a block of zeros
     sent = [np.stack([np_quantised(row, block) for row in x]) for x in blocks]
-    group = collectives.Communicator(AXES, num)
+    group = Communicator(AXES, num)
     int8 = compress.with_error_feedback(compress.int8(block))
 
     def scatter(x):
