@@ -276,6 +276,20 @@ class Net(nnx.Module):
     def __call__(self, x):
         return self.iner(x.reshape(x.shape[0], -1))
 """
+MASKS = """
+from spmd import Experiment
+from spmd.data.images import Images
+from spmd.data.resizing import Decode, Resize
+from spmd.models.cnn import CNN
+from spmd.optim import SGD
+from spmd.tasks import Classification
+
+
+def config():
+    how = (Decode(), Resize(8, 8, ("image", "mask")))
+    data = Images(target="mask", transforms=how, eval_transforms=how)
+    return Experiment(model=CNN(channels=3), task=Classification(), data=data, optimizer=SGD())
+"""
 TABLE |= {
     "text_twice": (T + "--data.files both/*", "both/a.txt and both/a.txt.gz, one the other compressed"),
     "text_surrogate": (T + "--data.files surrogate.jsonl", "surrogate.jsonl, line 1: half of a surrogate"),
@@ -330,6 +344,47 @@ TABLE |= {
         D + "--runtime.coordinator nohost --runtime.num-processes 2 --runtime.process-id 0",
         "runtime.coordinator='nohost' is no host:port",
     ),
+}  # fmt: skip
+
+# ---- images: the files, and the indices of images
+
+F = "--experiment image_folder --run.dir out --data.path "
+IMAGES = (
+    "nothing/a/",
+    "hole/a/0.png",
+    "hole/b/",
+    "stray/0.png",
+    "stray/a/0.png",
+    "unknown/train/a/0.png",
+    "unknown/eval/b/0.png",
+    *(f"torn_images/{c}/{i}.png" for c in "ab" for i in range(40)),
+    "unpaired/image/0.png",
+    "unpaired/mask/1.png",
+)
+INDICES = {
+    "no_label.csv": "image,lable\nhole/a/0.png,x\n",
+    "no_value.csv": "image,label\nhole/a/0.png,\n",
+    "no_file.csv": "image,label\n" + "".join(f"gone{i}.png,{i % 2}\n" for i in range(40)),
+}
+TABLE |= {
+    "images_none": ("--experiment image_folder --run.dir out", "or name the images: --data.path DIR"),
+    "images_gone": (F + "gone", "data.path='gone' does not exist"),
+    "images_empty": (F + "nothing", "holds no image (.jpg,"),
+    "images_class_empty": (F + "hole", "class without images in"),
+    "images_stray": (F + "stray", "images that are in no class folder: 0.png"),
+    "images_class_unknown": (F + "unknown", "evaluation images that are not among the 1 of training: b."),
+    "images_kind": (F + "poem.txt", "is neither a folder nor an index of images"),
+    "images_column": (F + "no_label.csv", "no column 'label' (data.label_column). Did you mean 'lable'?"),
+    "images_value": (F + "no_value.csv", "column 'label' is empty in 1 of 1 rows, first in row 1"),
+    "images_file": (F + "no_file.csv --data.batch-size 8", "cannot read"),
+    "images_group": (F + "hole --data.group-by patient", "name columns of an index"),
+    "images_torn": (F + "torn_images --data.batch-size 8", "(a/0.png) of the training data: 'image'"),
+    "images_mask": (
+        "--experiment masks.py --run.dir out --data.path unpaired",
+        "have no mask of their name in mask: 0.png",
+    ),
+    "images_decode": (F + "hole --data.transforms flip", "flip needs one image, a feature of shape"),
+    "images_resize": (F + "hole --data.transforms decode", "'image' is of different sizes after"),
 }  # fmt: skip
 
 # ---- environments: the variables of a row

@@ -178,11 +178,28 @@ def recipes() -> dict[str, str]:
     return dict(re.findall(r"^`(\w+)\.py`:\n+```python\n(.*?)^```$", text, re.M | re.S))
 
 
+def _images(directory: Path) -> None:
+    """Folders of images, by class and without."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(90):
+        folder = (
+            directory / "flowers" / ("rose", "tulip")[i % 2] if i < 80 else directory / "unsorted"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (16, 20, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+
+
 def prepare(page: str, directory: Path) -> None:
     """Writes what the names in a page's commands stand for: gpt2.py, DIR, recipes."""
     if page == "docs/extending.md":
         for name, text in recipes().items():
             (directory / f"{name}.py").write_text(text)
+    if page == "docs/data.md":
+        _images(directory)
     if page == "docs/finetune.md":
         import spmd
         from spmd.weights.huggingface import write

@@ -36,7 +36,10 @@ def described(name: str) -> dict:
     second, size = ("fsdp", 4) if isinstance(exp.strategy, Auto) else ("replica", 2)
     exp, _ = overrides.override(exp, ["--mesh.data", str(data), f"--mesh.{second}", str(size)])
     source = ArraySource(
-        {k: np.zeros((EXAMPLES, *shape), dtype) for k, (shape, dtype) in exp.data.features.items()}
+        {
+            k: [b""] * EXAMPLES if dtype == "bytes" else np.zeros((EXAMPLES, *shape), dtype)
+            for k, (shape, dtype) in exp.data.features.items()
+        }
     )
     program = exp.build(jax.devices()[: size * data], source=source)
     placed = tree.named_leaves(program.strategy.state_shardings)

@@ -25,8 +25,8 @@ class PredictOptions:
 
     out: str = ""
     """New file, .parquet or .jsonl: a row for each example."""
-    split: Literal["eval", "train"] = "eval"
-    """Split of the data to predict; --data.* may name other data than the run's."""
+    split: Literal["auto", "eval", "train", "all"] = "auto"
+    """Split to predict; auto: eval, or all examples where --data.path is another than the run's."""
     step: int = -1
     """Step of the checkpoint; -1 is the newest."""
 
@@ -48,14 +48,16 @@ def run(name: str, words: Sequence[str]) -> int:
 
     step = None if options.step < 0 else options.step
     snapshot = exp.restore(step, same=("tokenizer",), other_data=True)
-    source = exp.data.open_checked(options.split)
+    data = snapshot.program.data
+    source = _source(exp, data, options.split)
     is_writer = not agree.has_peers() or agree.is_first()
     with _writer(path) if is_writer else contextlib.nullcontext(lambda rows: None) as write:
         start = 0
         for outputs in snapshot.predictions(source):
             columns = columns_of(outputs, start)
-            write(columns)
-            start += len(columns[NUMBER])
+            rows = columns.pop(NUMBER)
+            write({NUMBER: rows, **_named(source, rows), **_classified(data, columns)})
+            start += len(rows)
     agree.say(f"{options.out}: {start} rows, step {snapshot.step}")
     return 0
 
@@ -81,6 +83,39 @@ def columns_of(outputs: Any, start: int) -> dict[str, Any]:
     )
     num = len(next(iter(columns.values())))
     return {NUMBER: np.arange(start, start + num, dtype=np.int64), **columns}
+
+
+def _source(exp: Any, data: Any, split: str) -> Any:
+    """The examples of a split; data: as the run has it, with the names of the classes."""
+    from spmd.train import rundir
+
+    if split == "auto":
+        trained_on = rundir.read_identity(rundir.locate(exp.run.dir, exp.name)).get("data.path")
+        split = "eval" if getattr(data, "path", None) == trained_on else "all"
+    return data.open_all() if split == "all" else data.open_checked(split)
+
+
+def _named(source: Any, rows: np.ndarray) -> dict[str, Any]:
+    """The file of each example, where examples are files."""
+    name_of = getattr(source, "name_of", None)
+    return {"file": np.array([name_of(int(i)) for i in rows])} if name_of else {}
+
+
+def _classified(data: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns; logits of named classes as the class, its probability and those of all."""
+    output = columns.get("output")
+    classes = getattr(data, "classes", ())
+    if output is None or not classes or output.shape[1:] != (len(classes),):
+        return dict(columns)
+    logits = np.asarray(output, np.float64)
+    scaled = np.exp(logits - logits.max(1, keepdims=True))
+    share = (scaled / scaled.sum(1, keepdims=True)).astype(np.float32)
+    best = share.argmax(1)
+    return {
+        "class": np.array(classes)[best],
+        "probability": share[np.arange(len(best)), best],
+        "probabilities": share,
+    }
 
 
 @contextlib.contextmanager

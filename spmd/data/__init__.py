@@ -125,6 +125,20 @@ class DataConfig:
         """The source of a split."""
         raise NotImplementedError
 
+    def found(self, recorded: Mapping[str, Any] | None = None) -> DataConfig:
+        """The config with what its data tells: names of classes. recorded: the data fields of a run."""
+        del recorded
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data; 0 where it knows none."""
+        return 0
+
+    def open_all(self) -> Source:
+        """All examples, to predict: those of the evaluation, unless the data is one folder or file."""
+        return self.open_checked("eval")
+
     def open_checked(self, split: Split) -> Source:
         """`open`; ValueError where the split has no example."""
         source = self.open(split)

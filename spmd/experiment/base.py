@@ -213,10 +213,14 @@ class Experiment:
         other_data: allow other settings of `data` than the run's.
         ValueError when there is none, or when the directory holds another run.
         """
+        from spmd.experiment.derive import derive
         from spmd.train import dataset, rundir, snapshot
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
+        derived = derive(self, rundir.read_identity(path))
+        if derived is not self:
+            return derived.restore(step, same, other_data=other_data)
         identity, located = self.identity(), fields.located_names(self)
         if other_data:
             located |= {name for name in identity if name.startswith("data.")}

@@ -13,6 +13,7 @@ from etils import epath
 
 from spmd.core import fields
 from spmd.core.fields import check, closest
+from spmd.experiment.derive import derive
 from spmd.experiment.run import Run
 from spmd.runtime import agree, allocator
 from spmd.runtime.stop import Stop
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 def train(exp: Experiment, stop: Stop | None) -> Run:
     """Train, or resume the run in the directory; returns the finished run. stop: collects caught signals."""
+    exp = derive(exp)
     path = rundir.locate(exp.run.dir, exp.name)
     comparison = {"defaults": fields.defaults(exp), "located": fields.located_names(exp)}
     with contextlib.ExitStack() as stack:

@@ -22,14 +22,14 @@ class CNN:
     features: tuple[int, ...] = (32, 64)
     """Channels of each stage."""
     classes: int = 10
-    """Number of logits."""
+    """Number of logits; 0 is that of the data's classes."""
     dropout: float = 0.0
     """Dropout rate before the logits."""
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Compute type; empty is that of the parameters."""
 
     def __post_init__(self) -> None:
-        for width in (self.channels, self.classes, *self.features):
+        for width in (self.channels, self.classes or 1, *self.features):
             check(width >= 1, f"model widths must be at least 1, given {width}")
         check(0 <= self.dropout < 1, f"model.dropout={self.dropout} must be in [0, 1)")
 

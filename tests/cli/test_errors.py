@@ -31,9 +31,28 @@ def make(root: Path) -> None:
     (root / "wrong.py").write_text("def config():\n    return 3\n")
     (root / "moe_tiny.py").write_text(digits)
     (root / "text.py").write_text(mistakes.TEXT)
+    (root / "masks.py").write_text(mistakes.MASKS)
     (root / "poem.txt").write_text("Rose is a rose\n" * 40)
     _texts(root)
     _weights(root)
+    _images(root)
+
+
+def _images(root: Path) -> None:
+    """Folders of images that are not what they should be."""
+    from PIL import Image
+
+    for name in mistakes.IMAGES:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            file.mkdir(exist_ok=True)
+        else:
+            Image.new("L", (6, 6)).save(file)
+    torn = root / "torn_images/a/0.png"
+    torn.write_bytes(torn.read_bytes()[:30])
+    for name, text in mistakes.INDICES.items():
+        (root / name).write_text(text)
 
 
 def _runs(root: Path) -> None:
