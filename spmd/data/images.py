@@ -33,7 +33,7 @@ class Images(DataConfig):
     group_by: str = ""
     """Column of the index: examples with one value of it are all on one side, as those of a patient."""
     target: Literal["label", "mask", "columns"] = "label"
-    """What goes with an image: its class, its mask, or numbers of an index."""
+    """Truth that goes with an image: its class, its mask, or numbers of an index."""
     image_column: str = "image"
     """Column of the index with the files, relative to the index."""
     label_column: str = "label"

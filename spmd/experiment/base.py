@@ -150,8 +150,10 @@ class Experiment:
             learning rate, the weight decay) alone.
         """
         from spmd.experiment.building import build
+        from spmd.experiment.derive import derive
 
-        return build(self, devices, source, training=training, share=share)
+        exp = derive(self, planned=source is not None)
+        return build(exp, devices, source, training=training, share=share)
 
     # ---- what it does
 

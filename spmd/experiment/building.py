@@ -15,7 +15,6 @@ from spmd.core import batches, fields, tree
 from spmd.core.fields import check
 from spmd.data import DataConfig, Split
 from spmd.experiment import shared
-from spmd.experiment.derive import derive
 from spmd.parallel import mesh
 from spmd.runtime import platforms
 from spmd.strategies.base import Parts
@@ -39,7 +38,6 @@ def build(
     """The program of an experiment; arguments as in Experiment.build."""
     several = exp.setup()
     platforms.start()
-    exp = derive(exp, planned=source is not None)
     if devices is None and exp.simulate and not several:
         devices = jax.devices()[: exp.simulate]
     devices_mesh = mesh.make(exp.mesh, devices)

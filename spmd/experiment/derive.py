@@ -1,4 +1,4 @@
-"""What an experiment takes from its data: the names of the classes, and their number for the model."""
+"""Fields that an experiment takes from its data: the names of the classes, and their number for the model."""
 
 from __future__ import annotations
 
