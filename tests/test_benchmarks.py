@@ -16,7 +16,9 @@ from tests.marks import slow_but
 REPOSITORY = Path(__file__).resolve().parent.parent
 TITLES = {
     "digest": ["s for 1 GB"],
+    "input_images": ["images/s", "spmd / faster peer"],
     "input_pipeline": ["steps per item"],
+    "input_tables": ["arrow", "parquet"],
     "votes": ["of 50 ms steps"],
     "pipeline": ["compile", "1f1b / gpipe, median of pairs"],
     "gpu_gpt2": ["spmd", "TFLOP/s", "MFU"],
@@ -41,7 +43,7 @@ SCRIPTS = sorted(p.stem for p in (REPOSITORY / "benchmarks").glob("[!_]*.py"))
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("name", slow_but(("digest", "input_pipeline", "mnist_peers"), SCRIPTS))
+@pytest.mark.parametrize("name", slow_but(("digest", "input_tables", "mnist_peers"), SCRIPTS))
 def test_prints_its_table(name, tmp_path):
     out = tmp_path / "numbers.json"
     shown = bench(name, *(["--json", str(out)] if name == "mnist_peers" else []))

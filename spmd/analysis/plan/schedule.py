@@ -10,7 +10,7 @@ from spmd.strategies.grads.pipeline import schedules
 class Schedule(NamedTuple):
     """A pipeline schedule. layers: those of the model. warning: "" unless the stages mostly wait."""
 
-    table: schedules.Table
+    table: schedules.Timetable
     layers: int
     warning: str
 

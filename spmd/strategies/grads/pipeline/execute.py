@@ -28,7 +28,7 @@ MANUAL_BATCH = ("replica", "data")
 
 
 def grads_of(
-    staged: StagedLoss, dims: Mapping[str, Any], mesh: Mesh, table: schedules.Table
+    staged: StagedLoss, dims: Mapping[str, Any], mesh: Mesh, table: schedules.Timetable
 ) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
     """The gradient function that runs `table` on mesh.stage. dims: of the parameters; those whose dims begin
     with "layers" are stacked.

@@ -50,7 +50,7 @@ class StageParts:
     def __init__(
         self,
         staged: StagedLoss,
-        table: schedules.Table,
+        table: schedules.Timetable,
         leaves: LeafGroups,
         state_leaves: LeafGroups,
         orders: bool,

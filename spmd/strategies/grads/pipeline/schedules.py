@@ -20,7 +20,7 @@ IDLE = -1
 Key = tuple[int, int]  # (virtual stage, microbatch)
 
 
-class Table(NamedTuple):
+class Timetable(NamedTuple):
     """forward, backward: int32 [K, S, 2], the (microbatch, chunk) of a tick on a stage, IDLE where there is
     none. Chunk c of stage s is virtual stage c S + s: layers go through the stages in turn, v times.
     """
@@ -45,7 +45,9 @@ class Table(NamedTuple):
             yield int(tick), int(stage), int(microbatch), int(chunk)
 
 
-def make(kind: Kind, stages: int, microbatches: int, virtual: int = 1, *, stacks: int = 1) -> Table:
+def make(
+    kind: Kind, stages: int, microbatches: int, virtual: int = 1, *, stacks: int = 1
+) -> Timetable:
     """The table of a schedule; ValueError for numbers that it cannot take.
 
     gpipe: all forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965): 2 (m + S - 1) ticks.
@@ -85,7 +87,7 @@ def make(kind: Kind, stages: int, microbatches: int, virtual: int = 1, *, stacks
             microbatch = group * stages + row
             forward[k + stage, stage] = microbatch, chunk
             backward[first + k + stages - 1 - stage, stage] = microbatch, virtual - 1 - chunk
-    return Table(kind, stages, microbatches, virtual, forward, backward)
+    return Timetable(kind, stages, microbatches, virtual, forward, backward)
 
 
 def num_chunks(kind: Kind, virtual: int, stacks: int = 1) -> int:
@@ -117,7 +119,7 @@ def short(stages: int, microbatches: int, virtual: int = 1) -> str:
     )
 
 
-def idle(table: Table, backward_cost: float = 2.0) -> float:
+def idle(table: Timetable, backward_cost: float = 2.0) -> float:
     """The part of the time in which a stage waits, counted in the table: a tick lasts as long as its busiest
     stage works. backward_cost: of a backward, in forwards.
     """
@@ -128,7 +130,7 @@ def idle(table: Table, backward_cost: float = 2.0) -> float:
 # ---- what is wrong with a table
 
 
-def check(table: Table) -> None:
+def check(table: Timetable) -> None:
     """ValueError, with the tick and the stage, for a table that does something twice or not at all, that
     deadlocks, or that reads what is not there yet.
     """
@@ -157,12 +159,12 @@ def check(table: Table) -> None:
                     )
 
 
-def _what(table: Table, way: str, microbatch: int, chunk: int) -> str:
+def _what(table: Timetable, way: str, microbatch: int, chunk: int) -> str:
     of = f" through chunk {chunk}" if table.virtual > 1 else ""
     return f"{way} of microbatch {microbatch}{of}"
 
 
-def _done(table: Table, way: str) -> dict[Key, int]:
+def _done(table: Timetable, way: str) -> dict[Key, int]:
     """The tick of each (virtual stage, microbatch)."""
     found: dict[Key, int] = {}
     for tick, stage, microbatch, chunk in table.slots(way):
@@ -177,7 +179,7 @@ def _done(table: Table, way: str) -> dict[Key, int]:
     return found
 
 
-def _needs(table: Table, way: str, virtual: int, microbatch: int) -> list[tuple[str, Key]]:
+def _needs(table: Timetable, way: str, virtual: int, microbatch: int) -> list[tuple[str, Key]]:
     """Prerequisites of a slot: [(direction, key)]."""
     if way == "forward":
         return [("forward", (virtual - 1, microbatch))] if virtual else []
@@ -186,7 +188,7 @@ def _needs(table: Table, way: str, virtual: int, microbatch: int) -> list[tuple[
     return [("forward", (virtual, microbatch)), *above]
 
 
-def _check_deadlock(table: Table) -> None:
+def _check_deadlock(table: Timetable) -> None:
     """Lets each stage work off its column, waiting where it must; ValueError when all wait for each other."""
     columns: list[list[tuple[int, str, Key]]] = [[] for _ in range(table.stages)]
     for tick in range(table.ticks):
@@ -239,7 +241,7 @@ class BufferedTable(NamedTuple):
     ct_to: Any
 
 
-def program(table: Table) -> tuple[BufferedTable, int, int]:
+def program(table: Timetable) -> tuple[BufferedTable, int, int]:
     """(what the executor reads, slots for inputs, slots for gradients): as few as do; the table is checked.
 
     The first virtual stage keeps no input, since it looks it up again.
@@ -285,7 +287,7 @@ def _slots(lives: dict[Key, tuple[int, int]], stages: int) -> tuple[dict[Key, in
 # ---- as a picture
 
 
-def draw(table: Table, width: int = 160) -> str:
+def draw(table: Timetable, width: int = 160) -> str:
     """A line for each stage, a column for each tick: F3 the forward of microbatch 3, B3 its backward; with
     virtual stages F3.1, of chunk 1.
     """
