@@ -42,6 +42,10 @@ MODELS["pairs"] = EncoderDecoder(
 MODELS["moe"] = dataclasses.replace(
     MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)
 )
+# Dense blocks between those with experts.
+MODELS["unlike"] = dataclasses.replace(
+    MODELS["lm"], layers=4, experts=Experts(num=8, top_k=2, every=2, bias_rate=0.01)
+)
 # Without them: local steps have the mean of each loss over a replica's examples, and offsets of their own.
 MODELS["moe_local"] = dataclasses.replace(
     MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, balance=0.0)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,7 @@ from spmd.models.feed_forward import FeedForward
 from spmd.models.layers import Dropout, Norm
 from spmd.models.layers.activations import matmul_input, residual
 from spmd.models.moe import ExpertLoad, ExpertMixture, Experts
+from spmd.models.stack import LayerStack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,15 +105,46 @@ class BlockConfig:
 
     @property
     def period(self) -> int:
-        """Blocks after which the pattern of windows repeats."""
-        return len(self.windows)
+        """Blocks after which the pattern of windows and experts repeats."""
+        return math.lcm(len(self.windows), self.experts.every)
 
-    def keys_seen(self, length: int) -> list[int]:
-        """Keys for each query, by block of a period: those that a causal mask hides and that a window would
-        reach beyond the ends of the sequence included.
+    @property
+    def repeats(self) -> str:
+        """The fields that make the pattern."""
+        patterns = {
+            "model.window": len(self.windows) > 1,
+            "model.experts.every": self.experts.every > 1,
+        }
+        return " and ".join(name for name, repeated in patterns.items() if repeated)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The kind of each block of a period: 0; with experts in some blocks only, these are 1."""
+        every = self.experts.every
+        return tuple(int(every > 1 and i % every == every - 1) for i in range(self.period))
+
+    def by_kind(self, layers: int) -> list[tuple[BlockConfig, tuple[int, ...]]]:
+        """(config, numbers of its blocks) of each kind among the first `layers`."""
+        configs: list[BlockConfig] = [self]
+        if self.experts.every > 1:
+            dense = dataclasses.replace(self, experts=Experts())
+            mixture = dataclasses.replace(self, experts=dataclasses.replace(self.experts, every=1))
+            configs = [dense, mixture]
+        kind_of = lambda i: self.kinds[i % self.period]
+        numbers = lambda kind: tuple(i for i in range(layers) if kind_of(i) == kind)
+        return [(config, numbers(kind)) for kind, config in enumerate(configs)]
+
+    def window_of(self, block: int) -> int:
+        """Window of a block, by its number; 0 is none."""
+        return self.windows[block % len(self.windows)]
+
+    def keys_seen(self, block: int, length: int) -> int:
+        """Keys for each query of a block: those that a causal mask hides and that a window would reach beyond
+        the ends of the sequence included.
         """
-        seen = lambda window: 2 * window - 1 if self.mask == "full" else window
-        return [min(length, seen(window)) if window else length for window in self.windows]
+        window = self.window_of(block)
+        seen = 2 * window - 1 if self.mask == "full" else window
+        return min(length, seen) if window else length
 
     def build_norm(self, rngs: nnx.Rngs, layers: int = 0) -> Norm:
         """A norm of the residual stream, stacked over layers; 0 is a single one."""
@@ -136,6 +169,28 @@ class BlockConfig:
             **options,
         )
 
+    def stack_of(self, layers: int, *, name: str = "blocks", **options: Any) -> BlockStack:
+        """A stack of these blocks, as a model declares it; options: further fields of BlockStack."""
+        repeats = {"period": self.period, "repeats": self.repeats}
+        return BlockStack(name=name, layers=layers, block=self, **repeats, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockStack(LayerStack):
+    """A stack of blocks, as a planner counts it: the attribute `stacks` of a config has one for each stack.
+
+    A model that declares its stacks is planned over stages, contexts and tensors.
+    """
+
+    block: BlockConfig
+    """Sizes and kinds of its blocks."""
+    reads: int = 0
+    """Which of the model's inputs [B, T, ...] has the tokens that the blocks see."""
+    length: int = 0
+    """Number of tokens, where no input has them (the patches of an image)."""
+    memory: str = ""
+    """Name of the stack whose output the blocks attend to; empty is none."""
+
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (Vaswani et al. 2017, arXiv 1706.03762, norms first).
@@ -146,12 +201,22 @@ class Block(nnx.Module):
         config: sizes and kinds of its layers.
         rngs: source of the initial values.
         layers: how many are stacked.
+        depth: layers of the model, where these are only some: residual layers start at 1 / sqrt(2 depth).
         cross: whether tokens attend to a memory too, between the two (the decoder of an encoder-decoder).
     """
 
-    def __init__(self, config: BlockConfig, rngs: nnx.Rngs, layers: int, *, cross: bool = False):
+    def __init__(
+        self,
+        config: BlockConfig,
+        rngs: nnx.Rngs,
+        layers: int,
+        *,
+        depth: int = 0,
+        cross: bool = False,
+    ):
         embed, mlp = config.embed, config.mlp or 4 * config.embed
-        options = {"layers": layers, "std": config.init_std, "residual_gain": (2 * layers) ** -0.5}
+        gain = (2 * (depth or layers)) ** -0.5
+        options = {"layers": layers, "std": config.init_std, "residual_gain": gain}
         self.attention_norm = config.build_norm(rngs, layers)
         self.attention = config.build_attention(rngs, **options)
         self.cross_norm = config.build_norm(rngs, layers) if cross else None
@@ -172,8 +237,10 @@ class Block(nnx.Module):
         *,
         window: int = 0,
         memory: Memory | None = None,
-    ) -> tuple[jax.Array, tuple[Cache | None, ExpertLoad | None]]:
-        """(residual stream [B, T, D], (the layer's cache with these tokens, the load of its experts)).
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """(residual stream [B, T, D], {cache: the layer's with these tokens, load: of its experts}).
+
+        A block without a cache or experts has no such output.
 
         window: a token sees keys less than this many tokens away; 0 is no limit. memory: what cross-attention
         attends to.
@@ -189,13 +256,26 @@ class Block(nnx.Module):
             y_BTD, load = self.mlp(y_BTD, positions.segments_BT)
         else:
             y_BTD = self.mlp(y_BTD)
-        return self._add(x_BTD, y_BTD), (cache, load)
+        outputs = {"cache": cache, "load": load}
+        return self._add(x_BTD, y_BTD), {k: v for k, v in outputs.items() if v is not None}
 
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
         """The residual stream with what a layer adds."""
         return residual(x_BTD + self.dropout(residual(y_BTD)))
 
-    def record_load(self, load_L: ExpertLoad | None) -> None:
+    def record_load(self, load_L: ExpertLoad) -> None:
         """Notes the loads of the experts of layers, stacked; nothing without experts."""
-        if load_L is not None and isinstance(self.mlp, ExpertMixture):
+        if isinstance(self.mlp, ExpertMixture):
             self.mlp.record_load(load_L)
+
+
+def build_blocks(config: BlockConfig, rngs: nnx.Rngs, layers: int) -> Block | nnx.List[Block]:
+    """Stacked blocks: one Block; of unlike blocks one for each kind of `config.kinds`, with those of it.
+
+    With experts in every n-th of L blocks, `0` are the dense ones [L - L // n, ...] and `1` those with
+    experts [L // n, ...], each in their order.
+    """
+    kinds = config.by_kind(layers)
+    if len(kinds) == 1:
+        return Block(config, rngs, layers)
+    return nnx.List(Block(kind, rngs, len(blocks), depth=layers) for kind, blocks in kinds)

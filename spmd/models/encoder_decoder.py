@@ -16,7 +16,7 @@ from jax import Array
 from spmd.core.fields import check, free
 from spmd.models.attention.multihead import Memory
 from spmd.models.attention.positions import positions_or_default, sinusoids, token_positions
-from spmd.models.blocks import Block, BlockConfig
+from spmd.models.blocks import Block, BlockConfig, BlockStack
 from spmd.models.layers import Dropout, Embedding, Linear
 from spmd.models.layers.activations import Saved, matmul_input, residual
 from spmd.models.layers.embedding import vocab_logits
@@ -81,6 +81,14 @@ class EncoderDecoder(BlockConfig):
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields}
         return BlockConfig(**{**own, "mask": "full"})
 
+    @property
+    def stacks(self) -> tuple[BlockStack, ...]:
+        """The blocks of the encoder, then those of the decoder."""
+        return (
+            self.encoder.stack_of(self.encoder_layers, name=ENCODER, reads=1),
+            self.stack_of(self.layers, name=DECODER, memory=ENCODER),
+        )
+
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The module, with initial weights."""
         return Translator(self, rngs)
@@ -132,11 +140,7 @@ class Translator(nnx.Module):
     @property
     def stacks(self) -> tuple[LayerStack, ...]:
         """The blocks of the encoder, then those of the decoder."""
-        config = self.config
-        return (
-            LayerStack(name=ENCODER, layers=config.encoder_layers),
-            LayerStack(name=DECODER, layers=config.layers),
-        )
+        return self.config.stacks
 
     def enter(self, *inputs: Array | None) -> dict[str, Array]:
         """The stream into the encoder: the embeddings of both sides."""
@@ -203,8 +207,8 @@ class Translator(nnx.Module):
         return self.stack(blocks, x_BTD, apply, first=first)[0]
 
 
-def _apply(block: Block, x_BTD: Array, _: None, **options: Any) -> tuple[Array, None]:
-    return block(x_BTD, **options)[0], None
+def _apply(block: Block, x_BTD: Array, _: None, **options: Any) -> tuple[Array, dict[str, Any]]:
+    return block(x_BTD, **options)
 
 
 def _sides(

@@ -130,7 +130,7 @@ class _Stack(nnx.Module):
 
     def through(self, x: jax.Array, inputs: jax.Array, *, chunk: Chunk = ALL_LAYERS) -> jax.Array:
         """Output [B, D] of the layers that a stage holds."""
-        apply = lambda layer, x, _: (self._activate(layer(x)), None)
+        apply = lambda layer, x, _: (self._activate(layer(x)), {})
         return Stack()(self.layers, x, apply, first=chunk.first)[0]
 
     def leave(self, x: jax.Array, inputs: jax.Array | None = None) -> jax.Array:

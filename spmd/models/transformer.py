@@ -17,7 +17,7 @@ from spmd.core.fields import check, free
 from spmd.models.attention import Cache
 from spmd.models.attention.cache import empty_cache
 from spmd.models.attention.positions import positions_or_default, token_positions
-from spmd.models.blocks import Block, BlockConfig
+from spmd.models.blocks import Block, BlockConfig, BlockStack, build_blocks
 from spmd.models.layers import Dropout, Embedding, Linear
 from spmd.models.layers.activations import Saved, matmul_input, residual
 from spmd.models.layers.embedding import vocab_logits
@@ -58,6 +58,10 @@ class Transformer(BlockConfig):
         for name in ("vocab", "length", "layers", "vocab_multiple"):
             value = getattr(self, name)
             check(value >= 1, f"model.{name}={value} must be at least 1")
+        check(
+            self.layers >= self.experts.every,
+            f"model.experts.every={self.experts.every} leaves none of the {self.layers} layers with experts",
+        )
         check(self.logit_cap >= 0, f"model.logit_cap={self.logit_cap} must not be negative")
         super().__post_init__()
         check(
@@ -76,6 +80,11 @@ class Transformer(BlockConfig):
         """`{name: weight}` of the losses that a forward pass notes in its scope."""
         balance = self.experts.balance if self.experts.num else 0.0
         return {"balance": balance} if balance else {}
+
+    @property
+    def stacks(self) -> tuple[BlockStack, ...]:
+        """The blocks."""
+        return (self.stack_of(self.layers),)
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The module, with initial weights."""
@@ -99,7 +108,7 @@ class Decoder(nnx.Module):
         learned = lambda: Embedding(rngs, (config.length, config.embed), "position", init)
         self.position = learned() if config.position == "learned" else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = Block(config, rngs, config.layers)
+        self.blocks = build_blocks(config, rngs, config.layers)
         self.stack = Stack(config.scan, config.remat, config.saved)
         self.norm = config.build_norm(rngs)
         head = lambda: Linear(rngs, "btd,dv->btv", shape, ("embed", "vocab"), std=std)
@@ -141,11 +150,7 @@ class Decoder(nnx.Module):
     @property
     def stacks(self) -> tuple[LayerStack, ...]:
         """The blocks."""
-        config = self.config
-        repeats = "model.window" if config.period > 1 else ""
-        return (
-            LayerStack(name="blocks", layers=config.layers, period=config.period, repeats=repeats),
-        )
+        return self.config.stacks
 
     def through(self, x_BTD: Array, *inputs: Array | None, chunk: Chunk = ALL_LAYERS) -> Array:
         """Output [B, T, D] of the blocks that a stage holds."""
@@ -186,10 +191,13 @@ class Decoder(nnx.Module):
         rotary = (config.width, config.rope_theta) if config.position == "rope" else None
         positions = token_positions(*inputs, rotary=rotary, dtype=x_BTD.dtype)
         apply = lambda block, x_BTD, cache, window: block(x_BTD, positions, cache, window=window)
-        pattern = [functools.partial(apply, window=window) for window in config.windows]
-        x_BTD, (cache, load) = self.stack(self.blocks, x_BTD, pattern, cache, first=first)
-        self.blocks.record_load(load)
-        return x_BTD, cache
+        windows = [config.window_of(block) for block in range(config.period)]
+        pattern = [functools.partial(apply, window=window) for window in windows]
+        blocks = [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
+        x_BTD, outputs = self.stack(blocks, x_BTD, pattern, cache, kinds=config.kinds, first=first)
+        for kind in blocks if "load" in outputs else ():
+            kind.record_load(outputs["load"])
+        return x_BTD, outputs.get("cache")
 
     @property
     def _dtype(self) -> Any:

@@ -214,6 +214,27 @@ def test_a_stage_holds_whole_periods():
     )
     with pytest.raises(ValueError, match=message + r" mesh.stage=3, or 8 layers"):
         execute.check_layers(stacks(window=(3, 0)), 2, 1)
+    both = stacks(window=(3, 0), experts=Experts(num=4, every=3))
+    with pytest.raises(ValueError, match=r"every 6 \(model.window and model.experts.every\); use"):
+        execute.check_layers(both, 2, 1)
+
+
+@pytest.mark.parametrize("layers", slow_but((), (4, 5), gate=(5,)))
+def test_a_pattern_of_unlike_blocks_in_any_form(layers):
+    """Experts in every second block, dense ones between; a window pattern beside it; remat; unrolled."""
+    experts = Experts(num=4, top_k=2, every=2)
+    model = dataclasses.replace(
+        KINDS["llama"], layers=layers, experts=experts, window=(3, 0), dropout=0.2
+    )
+    task, params, _ = started(model)
+    named = tree.named_leaves(params)
+    assert named["blocks/0/mlp/up/kernel"].shape[0] == layers - layers // 2
+    assert named["blocks/1/mlp/up/kernel"].shape[:2] == (layers // 2, 4)
+    want = gradient(task, params, packed())
+    for change in ({"scan": False}, {"remat": "full"}):
+        other = started(dataclasses.replace(model, **change))[0]
+        assert_close(gradient(other, params, packed()), want)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(want[1]))
 
 
 def stacks(**changes):
@@ -253,13 +274,18 @@ def weight_products(jaxpr):
     return found
 
 
-WINDOWS = {"none": (), "one": (4,), "pattern": (4, 0)}
+PATTERNS = {
+    "none": {},
+    "one": {"window": (4,)},
+    "pattern": {"window": (4, 0)},
+    "unlike": {"experts": Experts(num=4, every=2), "bias": False},
+}
 
 
-@pytest.mark.parametrize("windows", slow_but(("none",), WINDOWS, gate=("pattern",)))
-def test_cached_logits_are_the_full_ones(kind, windows):
+@pytest.mark.parametrize("pattern", slow_but(("none",), PATTERNS, gate=("pattern",)))
+def test_cached_logits_are_the_full_ones(kind, pattern):
     """Prompts of different lengths at once, then token by token."""
-    task, params, _ = started(dataclasses.replace(kind, window=WINDOWS[windows]))
+    task, params, _ = started(dataclasses.replace(kind, **PATTERNS[pattern]))
     tokens = packed()["tokens"]
     full = task.predict(params, {}, {"tokens": tokens})
     lengths = np.array([3, 7, 5])
@@ -344,6 +370,7 @@ def test_initial_weights():
         ({"heads": 5}, "model.embed=32 does not divide by model.heads=5"),
         ({"kv_heads": 3}, "use one of 1, 2, 4"),
         ({"head_dim": 5}, "head dim must be even, given 5"),
+        ({"experts": Experts(num=4, every=5)}, "every=5 leaves none of the 2 layers with experts"),
         ({"layers": 0}, "model.layers=0 must be at least 1"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
         ({"logit_cap": -1.0}, "model.logit_cap=-1.0"),

@@ -364,6 +364,27 @@ def test_experts_equal_one_device(layout, dtype):
     assert name == "moe_local" or want.norms["model_state/blocks/mlp/offset"] > 0
 
 
+UNLIKE = ("dp2", "expert2", "fsdp8", "tensor2", "expert2x2x2", "expert4_context2", "psum2_expert2")
+UNLIKE_STAGED = ("stage2", "stage2_fsdp2x2", "stage2_expert2_tensor2", "stage2_psum2_expert2")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    slow_but([], [*UNLIKE, *UNLIKE_STAGED], gate=["expert2"]),
+)
+def test_unlike_blocks_equal_one_device(layout):
+    """Dense blocks and blocks with experts in turn, their offsets included."""
+    with jax.enable_x64(True):
+        strategy = (LAYOUTS | PIPELINES)[layout]
+        accumulate = 4 if layout in PIPELINES else 1
+        how = {"dtype": "float64", "steps": 3, "accumulate": accumulate}
+        how |= {"optimizer": optimizer_of(strategy[0])}
+        want = reference("unlike", **how)
+        got = trajectory(MODELS["unlike"], *strategy, **how)
+    assert_same(got, want, 1e-10)
+    assert want.norms["model_state/blocks/1/mlp/offset"] > 0
+
+
 @pytest.mark.parametrize(
     "layout",
     slow_but(

@@ -51,6 +51,9 @@ MODELS = {
 
 
 MODELS["moe"] = dataclasses.replace(MODELS["lm"], experts=Experts(num=8, top_k=2))
+MODELS["unlike"] = dataclasses.replace(
+    MODELS["lm"], experts=Experts(num=8, top_k=2, every=2), window=(0, 0)
+)
 MODELS["pairs"] = dataclasses.replace(cases.MODELS["pairs"], encoder_layers=4, layers=8)
 MODELS["deep"] = MLP(inputs=64, hidden=(16,) * 17, dropout=0.3, stacked=True)
 
@@ -162,6 +165,10 @@ OTHERS = [
 PAIRS = ("fsdp", "fsdp_tensor", "replica_data", "context2", "context2_tensor", "stage4_context2")
 OTHERS += [("pairs", "1f1b", beside) for beside in PAIRS]
 OTHERS += [("pairs", kind, "fsdp_tensor") for kind in ("gpipe", "interleaved")]
+# Two kinds of blocks in a period, the experts of one of them sharded.
+UNLIKE = ("fsdp_tensor", "expert2", "data_expert2", "context2_expert2")
+OTHERS += [("unlike", "1f1b", beside) for beside in UNLIKE]
+OTHERS += [("unlike", "interleaved", "expert2")]
 OTHERS += [("lm", kind, "context2") for kind in ("gpipe", "interleaved")]
 OTHERS += [("moe", kind, "expert2") for kind in ("gpipe", "interleaved")]
 

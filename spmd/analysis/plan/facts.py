@@ -241,8 +241,7 @@ def matmul_flops(model: Transformer, length: int) -> dict[str, float]:
     """
     width = widths(model)
     matmuls = {name: 2.0 * model.embed * width[name] for name in width if name != "residual"}
-    # the mean of all blocks, of which the last may be a part of a period
-    seen = [model.keys_seen(length)[i % model.period] for i in range(model.layers)]
+    seen = [model.keys_seen(block, length) for block in range(model.layers)]
     matmuls["attended"] = 4.0 * width["query"] * statistics.fmean(seen)
     matmuls["out"] = 2.0 * width["query"] * model.embed
     matmuls["down"] = 2.0 * width["up"] * model.embed

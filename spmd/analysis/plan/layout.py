@@ -186,7 +186,7 @@ def check_mesh(facts: Facts, layout: Layout) -> None:
         f"mesh.expert={expert} does not divide the {experts} experts",
     )
     if layout.stages > 1:
-        execute.check_layers(model.layers, layout.stages, 1, model.period)
+        execute.check_layers(model.stacks, layout.stages, 1)
     context = layout.size("context")
     check(
         facts.length % context == 0,
@@ -228,7 +228,7 @@ def _check_stages(facts: Facts, layout: Layout) -> None:
         all(leaf.group == GROUPS["params"] for leaf in facts.weights),
         f"mesh.stage={stages}: a pipeline takes no frozen parameters or adapters",
     )
-    execute.check_layers(facts.model.layers, stages, layout.virtual, facts.model.period)
+    execute.check_layers(facts.model.stacks, stages, layout.virtual)
     check(
         layout.pipeline != "interleaved" or (layout.virtual > 1 and micro % stages == 0),
         f"train.pipeline=interleaved takes train.accumulate in multiples of mesh.stage={stages}, and at least"

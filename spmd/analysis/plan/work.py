@@ -196,13 +196,13 @@ def ring_share(model: Transformer, layout: Layout) -> float:
 
 def _computed_keys(model: Transformer, length: int) -> float:
     """Mean number of keys per query that a fused kernel computes, over all blocks."""
-    seen = model.keys_seen(length)
+    seen = [model.keys_seen(block, length) for block in range(model.layers)]
     if model.mask == "full":
         skips = model.attention == "splash"  # cuDNN skips beyond windows to the left only
         computed = seen if skips else [length] * len(seen)
     else:  # the first queries of a row have fewer
         computed = [keys * (1 - keys / (2 * length)) for keys in seen]
-    return statistics.fmean(computed[i % model.period] for i in range(model.layers))
+    return statistics.fmean(computed)
 
 
 def _operand_bytes(facts: Facts, layout: Layout) -> float:

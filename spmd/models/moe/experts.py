@@ -15,6 +15,8 @@ class Experts:
     """Experts of each layer; 0 is one dense layer."""
     top_k: int = 2
     """Experts that a token goes to."""
+    every: int = 1
+    """A mixture is in every n-th block, the last of n (GShard, arXiv 2006.16668: 2); the others are dense."""
     shared: int = 0
     """Experts that see every token beside these (DeepSeekMoE, arXiv 2401.06066)."""
     balance: float = 0.01
@@ -29,6 +31,11 @@ class Experts:
         check(
             not self.num or 1 <= self.top_k <= self.num,
             f"model.experts.top_k={self.top_k} must be from 1 to model.experts.num={self.num}",
+        )
+        check(self.every >= 1, f"model.experts.every={self.every} must be at least 1")
+        check(
+            bool(self.num) or self.every == 1,
+            f"model.experts.every={self.every} needs experts: set model.experts.num",
         )
         check(
             bool(self.num) or not self.shared,

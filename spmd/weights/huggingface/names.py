@@ -169,7 +169,7 @@ def family_of(model: Any) -> str:
     for family, fields in FAMILIES.items():
         expected = fields | {"qk_norm": False, "logit_cap": 0.0, "mask": "causal"}
         if family == "mixtral":
-            expected |= {"experts.shared": 0, "experts.bias_rate": 0.0}
+            expected |= {"experts.shared": 0, "experts.bias_rate": 0.0, "experts.every": 1}
         else:
             expected |= {"experts.num": 0}
         actual = {name: operator.attrgetter(name)(model) for name in expected}

@@ -22,10 +22,25 @@ PyTree = Any
 class StackOfLayers(Protocol):
     """A stack of layers, as models.stack.LayerStack declares it."""
 
-    name: str
-    layers: int
-    period: int
-    repeats: str
+    @property
+    def name(self) -> str:
+        """Top of the names of its parameters."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        ...
+
+    @property
+    def period(self) -> int:
+        """A stage holds a multiple of so many."""
+        ...
+
+    @property
+    def repeats(self) -> str:
+        """The fields that make the period."""
+        ...
 
 
 class StagedLoss(Protocol):
