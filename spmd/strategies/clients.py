@@ -44,7 +44,13 @@ def labels(source: Any) -> np.ndarray:
 
 def deal(label_N: np.ndarray, num_clients: int, alpha: float, seed: int) -> list[np.ndarray]:
     """The examples of each client, at least one: of each class, shares drawn from Dirichlet(alpha) (Hsu et
-    al. 2019, arXiv 1909.06335). A small alpha gives a client few classes, and clients unequal sizes.
+    al. 2019, arXiv 1909.06335).
+
+    Args:
+        label_N: class of each example.
+        num_clients: number of clients.
+        alpha: a small one gives a client few classes, and clients unequal sizes.
+        seed: of the shares.
     """
     rng = _rng(seed, _DEAL)
     owner_N = np.empty(len(label_N), np.int64)

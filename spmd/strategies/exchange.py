@@ -45,7 +45,14 @@ class PlainSums(NamedTuple):
 def build_reducer(
     config: Compression, group: Communicator, plain: PlainSums, bucket_bytes: float
 ) -> Reducer:
-    """The Reducer of a Compression; what it does not take (vectors, for PowerSGD) is summed plainly."""
+    """The Reducer of a Compression.
+
+    Args:
+        config: the compression.
+        group: devices that exchange messages.
+        plain: sums of what the compression does not take (vectors, for PowerSGD).
+        bucket_bytes: size of a message, about.
+    """
     takes: Callable[[str, Any], bool] = lambda name, leaf: True
     dims = plain.dims
     match config.kind:
@@ -69,7 +76,13 @@ def build_reducer(
 def keep_shards(
     inner: Reducer, dims: Mapping[str, int | None] | None, group: Communicator
 ) -> Reducer:
-    """Keep this device's shards, along `dims`, of sums that every device has; None: keep all."""
+    """Keep this device's shards of sums that every device has.
+
+    Args:
+        inner: the Reducer of the sums.
+        dims: the dim of each leaf that is sharded over the group, by name; None keeps all.
+        group: as `build_reducer` takes it.
+    """
     if dims is None:
         return inner
 
@@ -84,7 +97,13 @@ def keep_shards(
 def split_reduction(
     takes: Callable[[str, Any], bool], compressed: Reducer, plain: Callable[[Leaves], Leaves]
 ) -> Reducer:
-    """A Reducer of trees: the named leaves that `takes` holds for are compressed, the others are not."""
+    """A Reducer of trees whose leaves are compressed, or not.
+
+    Args:
+        takes: whether a leaf, by its name and shape, is compressed.
+        compressed: the Reducer of those.
+        plain: sums of the others.
+    """
 
     def taken(params: PyTree) -> Leaves:
         return {name: x for name, x in tree.named_leaves(params).items() if takes(name, x)}
@@ -109,6 +128,10 @@ def int8_all_reduce(block: int, bucket_bytes: float, group: Communicator) -> Red
     """All-reduce in two hops: chunks of each bucket go to their owners as int8, the sums come back as int8.
 
     Two quantisations, and error feedback for both: for the second one at the owner, in the state's "chunks".
+
+    Args:
+        block: number of elements that share a scale.
+        bucket_bytes, group: as `build_reducer` takes them.
     """
     packing = pack_buckets(group.size, bucket_bytes)
     addends = with_error_feedback(replicate(pack_first(int8(block), packing), group))
@@ -130,7 +153,13 @@ def int8_all_reduce(block: int, bucket_bytes: float, group: Communicator) -> Red
 
 
 def int8_reduce_scatter(block: int, dims: Mapping[str, int], group: Communicator) -> Reducer:
-    """Reduce-scatter in one hop: each device's part of an array goes to its owner as int8, who sums."""
+    """Reduce-scatter in one hop: each device's part of an array goes to its owner as int8, who sums.
+
+    Args:
+        block: number of elements that share a scale.
+        dims: the dim of each leaf that is sharded over the group, by name.
+        group: as `build_reducer` takes it.
+    """
     packing = pack_shards(group.size, dims)
     addends = with_error_feedback(replicate(pack_first(int8(block), packing), group))
 
@@ -150,7 +179,18 @@ def int8_reduce_scatter(block: int, dims: Mapping[str, int], group: Communicator
 def sum_rows(
     message: PyTree, block: int, pack: Callable[[Leaves], Any], like: Leaves, group: Communicator
 ) -> list[jax.Array]:
-    """int8 messages of A[N, C] {U_X} -> A[N_X, C]: each device sums the rows that are meant for it."""
+    """int8 messages of A[N, C] {U_X} -> A[N_X, C]: each device sums the rows that are meant for it.
+
+    Args:
+        message: the encoded rows.
+        block: number of elements that share a scale.
+        pack: puts leaves into rows, as the sender did.
+        like: leaves of the shapes and dtypes that were sent.
+        group: as `build_reducer` takes it.
+
+    Returns:
+        [C] of each array.
+    """
     rows = replicate(int8(block), group)
     received = rows.decode(group.all_to_all(message), jax.eval_shape(pack, like))
     return [x_NC.sum(axis=0) for x_NC in received]

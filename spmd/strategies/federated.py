@@ -123,9 +123,18 @@ def build(
     proximal: float,
     limit: float,
 ) -> base.Strategy:
-    """num_slots: clients of a round. limit: of a parameter's change, for secure aggregation; 0 is without it.
+    """The Strategy of rounds of clients.
 
-    ValueError for data without a label, and as `local.build`.
+    Args:
+        parts: as of every strategy.
+        num_slots: clients of a round.
+        period: steps of a round.
+        tx: outer optimizer.
+        proximal: weight of the pull towards the round's first parameters.
+        limit: of a parameter's change, for secure aggregation; 0 is without it.
+
+    Raises:
+        ValueError: data without a label, and as `local.build`.
     """
     clients.label_of(parts.batch)
     mean = merge.weighted_mean

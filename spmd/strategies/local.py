@@ -79,7 +79,13 @@ class Local(RoundsConfig):
 def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
     """The Strategy of replicas and an outer optimizer.
 
-    ValueError where the replicas do not divide over the mesh, or the batch not over the replicas.
+    Args:
+        parts: as of every strategy.
+        num_replicas: number of replicas.
+        outer: how they are merged, and how often.
+
+    Raises:
+        ValueError: the replicas do not divide over the mesh, or the batch not over the replicas.
     """
     check_fits(parts, num_replicas)
     check(
@@ -215,6 +221,12 @@ def replica_metrics(
 ) -> base.Metrics:
     """Metrics over all replicas, and those of the outer step. The norm of their common gradient would cost an
     all-reduce of it: replica_grad_norm is the root mean square of the replicas' own norms.
+
+    Args:
+        parts: as of every strategy.
+        state: before the step.
+        local: what the replicas' steps returned, each leaf [R, ...].
+        outer_metrics: of the outer step.
     """
     sums, norm_R = local.sums, local.norm
     if parts.skip:  # what a replica skips is no part of the means either

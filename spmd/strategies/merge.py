@@ -46,7 +46,15 @@ def stateless(mean: Callable[..., tuple[PyTree, base.Metrics]]) -> Merge:
 
 
 def shares(weight_R: jax.Array, like_R: jax.Array) -> jax.Array:
-    """[R] -> [R, 1, ...], of the sum; zeros where nothing weighs. As `like`, [R, ...]."""
+    """The share of each replica in a mean.
+
+    Args:
+        weight_R: [R].
+        like_R: [R, ...], of whose dtype and number of dims the result is.
+
+    Returns:
+        [R, 1, ...], zeros where nothing weighs.
+    """
     weight_R = weight_R.astype(like_R.dtype)
     total = weight_R.sum()
     share_R = weight_R / jnp.where(total > 0, total, jnp.ones_like(total))
@@ -54,20 +62,43 @@ def shares(weight_R: jax.Array, like_R: jax.Array) -> jax.Array:
 
 
 def weighted(x_R: jax.Array, weight_R: jax.Array) -> jax.Array:
-    """[R, ...] -> [...], the mean by weights [R]; zeros where nothing weighs."""
+    """The mean over replicas.
+
+    Args:
+        x_R: [R, ...].
+        weight_R: [R].
+
+    Returns:
+        [...], zeros where nothing weighs.
+    """
     return jnp.sum(x_R * shares(weight_R, x_R), axis=0)
 
 
 def weighted_mean(
     x_R: PyTree, weight_R: jax.Array, key: jax.Array
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-    """([R, ...] -> [...] by weights [R], no metrics)."""
+    """The mean over replicas of a tree, without compression.
+
+    Args:
+        x_R: [R, ...] for each leaf.
+        weight_R: [R].
+        key: of this step; not read.
+
+    Returns:
+        [...] for each leaf, and no metrics.
+    """
     del key
     return jax.tree.map(lambda leaf_R: weighted(leaf_R, weight_R), x_R), {}
 
 
 def build(config: Compression, parts: base.Parts, num_replicas: int) -> Merge:
-    """The Merge of strategy.compress; batch statistics are sent uncompressed."""
+    """The Merge of strategy.compress; batch statistics are sent uncompressed.
+
+    Args:
+        config: the compression.
+        parts: as of every strategy.
+        num_replicas: number of replicas.
+    """
     if config.kind == "none":
         return stateless(weighted_mean)
     all_reduce = lambda leaves: {n: jax.lax.psum(x, REPLICAS) for n, x in leaves.items()}

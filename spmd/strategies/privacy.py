@@ -88,7 +88,7 @@ class Privacy:
         return dataclasses.replace(self, expected_batch_size=0).sampled(batch_size, parts)
 
     def check_use(self, strategy: Any, data: Any, source: Any) -> None:
-        """ValueError for what cannot be private; all are the experiment's own."""
+        """ValueError for what cannot be private; strategy, data, source: those of the experiment."""
         if not self.on:
             return
         why = strategy.not_private()
@@ -113,8 +113,14 @@ class Privacy:
     ) -> Mechanism | None:
         """The mechanism of a step, its noise calibrated to epsilon; None when privacy is off.
 
-        num_examples: 0 while planning without data, which skips the accounting. Raises ValueError when no
-        noise reaches epsilon.
+        Args:
+            num_examples: of the training data; 0 while planning without data, which skips the accounting.
+            batch_size: rows of a step.
+            num_steps: length of the run.
+            parts: parts of a batch that are drawn apart, as replicas are.
+
+        Raises:
+            ValueError: no noise reaches epsilon.
         """
         if not self.on:
             return None
@@ -146,7 +152,13 @@ class Privacy:
         return mechanism
 
     def order(self, source: Any, seed: int, batch_size: int, parts: int = 1) -> Poisson:
-        """The order in which `source` is read."""
+        """The order in which data is read: each example is drawn by itself.
+
+        Args:
+            source: training data.
+            seed: of the experiment.
+            batch_size, parts: as `mechanism` takes them.
+        """
         mean = self.sampled(batch_size, parts)
         return Poisson(seed, len(source), mean, batch_size, parts)
 

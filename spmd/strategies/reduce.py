@@ -65,13 +65,25 @@ def each_term(reducer: Reducer) -> Reducer:
 
 
 def init_state(reducer: Reducer, num_devices: int, params: PyTree) -> PyTree:
-    """The reducer's state of all devices, to begin with."""
+    """The reducer's state of all devices, to begin with.
+
+    Args:
+        reducer: whose state.
+        num_devices: that reduce.
+        params: of the model.
+    """
     stack = lambda x: jnp.broadcast_to(x, (num_devices, *x.shape))
     return map_per_device(lambda part: jax.tree.map(stack, part), reducer.init(params))
 
 
 def state_shardings(parts: base.Parts, axes: tuple[str, ...], reducer: Reducer) -> PyTree:
-    """Shardings of `init_state`: what differs by device is sharded over `axes` first."""
+    """Shardings of `init_state`: what differs by device is sharded over the reduction's axes first.
+
+    Args:
+        parts: as of every strategy.
+        axes: of the reduction.
+        reducer: whose state.
+    """
     params, _ = base.abstract_params(parts)
     param_specs = jax.tree.map(lambda s: s.spec, param_shardings(parts))
     specs = reducer.specs(params, param_specs)
@@ -163,12 +175,17 @@ def build_reduction(
     *,
     check_vma: bool = False,
 ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
-    """A function (gradients of `build_gradients`, state) -> (their sums, sharded by out_specs, state).
+    """A function (gradients of `build_gradients`, state) -> (their sums, state).
 
     Each device sums its shards of its replica's gradients.
 
-    check_vma: off by default, since gathers and rings are typed as differing by device, though they do not;
-    that they do not is tested.
+    Args:
+        parts: as of every strategy.
+        axes: of the reduction.
+        reducer: sums the gradients.
+        out_specs: specs of the sums.
+        check_vma: off by default, since gathers and rings are typed as differing by device, though they do
+            not; that they do not is tested.
     """
 
     if by_term := parts.task.combine is not None:

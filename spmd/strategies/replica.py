@@ -57,6 +57,11 @@ def map_over_replicas(
     A step that branches by device (a pipeline, the rounds of experts) needs a shard_map around the replicas
     of one device: a vmap over all of them would turn the branches into selections. Others are mapped without
     one, since XLA then sums a table's gradient over fsdp instead of gathering all rows on one device.
+
+    Args:
+        parts: as of every strategy.
+        step: of one replica.
+        num_replicas: R.
     """
     over = parts.mesh.shape[AXIS]
     if all(parts.mesh.shape[axis] == 1 for axis in ("stage", "context", "expert")):
@@ -84,6 +89,11 @@ def build_replica_step(
 ) -> Callable[..., Any]:
     """The step of one replica, to be mapped: (shared, (params, model_state, opt_state), its rows, its number)
     -> (the new three, LocalStep).
+
+    Args:
+        parts: as of every strategy.
+        grad_shardings: of the gradients, within the replica.
+        outer: the proximal term is in the local step.
     """
     grads_of = base.grads_of(parts)
     placement = sharding.placement(parts.mesh, RULES)
@@ -147,7 +157,11 @@ def take_outer_step(
 ) -> tuple[base.TrainState, base.Metrics]:
     """The outer step: the only one in which parameters and batch statistics cross `replica`.
 
-    stack: [...] -> [R, ...], a copy for each replica.
+    Args:
+        parts: as of every strategy.
+        state: after the local steps.
+        outer: how the replicas are merged.
+        stack: [...] -> [R, ...], a copy for each replica.
     """
     replica_state = state.strategy_state
     consensus = {"params": state.params, "statistics": unfrozen(state.model_state)}

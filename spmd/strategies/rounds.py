@@ -72,7 +72,13 @@ class Outer(NamedTuple):
 def outer_tx(
     kind: Literal["average", "nesterov", "adam"], learning_rate: float, momentum: float
 ) -> optax.GradientTransformation:
-    """The outer optimizer; of Adam, epsilon and the second decay are those of Reddi et al. (tau, beta 2)."""
+    """The outer optimizer.
+
+    Args:
+        kind: of Adam, epsilon and the second decay are those of Reddi et al. (tau, beta 2).
+        learning_rate: of the outer step.
+        momentum: its first moment's decay.
+    """
     if kind == "adam":
         adam = optax.scale_by_adam(b1=momentum, b2=0.99, eps=1e-3)
         return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))

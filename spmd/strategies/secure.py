@@ -31,20 +31,45 @@ def fraction_bits(num_clients: int, limit: float) -> int:
 
 
 def to_fixed_point(x: jax.Array, places: int) -> jax.Array:
-    """Integers modulo 2^32 with so many binary places, uint32."""
+    """Integers modulo 2^32.
+
+    Args:
+        x: float [...].
+        places: binary places.
+
+    Returns:
+        uint32 [...].
+    """
     return jax.lax.bitcast_convert_type(jnp.round(x * 2.0**places).astype(jnp.int32), jnp.uint32)
 
 
 def from_fixed_point(x: jax.Array, places: int, dtype: Any) -> jax.Array:
-    """Inverse of `to_fixed_point`."""
+    """Inverse of `to_fixed_point`.
+
+    Args:
+        x: uint32 [...].
+        places: binary places.
+        dtype: of the result.
+
+    Returns:
+        [...].
+    """
     return jax.lax.bitcast_convert_type(x, jnp.int32).astype(dtype) / 2.0**places
 
 
 def mask_inputs(x_S: jax.Array, present_S: jax.Array, key: jax.Array) -> jax.Array:
-    """Messages of the clients to the server, uint32 [S, ...]: x plus the client's masks.
+    """Messages of the clients to the server: x plus the client's masks.
 
-    present: bool [S]; in the place of an absent client stand its masks towards the present ones, which these
-    reveal, so that the sum over S is the sum of the present x. key: of this round and array.
+    In the place of an absent client are its masks towards the present ones, which these reveal, so that the
+    sum over S is the sum of the present x.
+
+    Args:
+        x_S: uint32 [S, ...].
+        present_S: bool [S].
+        key: of this round and array.
+
+    Returns:
+        uint32 [S, ...].
     """
     num_clients = len(x_S)
     shape = x_S.shape[1:]
@@ -70,9 +95,17 @@ def mask_inputs(x_S: jax.Array, present_S: jax.Array, key: jax.Array) -> jax.Arr
 def mean(
     x_S: PyTree, weight_S: jax.Array, key: jax.Array, *, limit: float, max_weight: float
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-    """The weighted mean [...] of [S, ...] by weights [S], integers up to `max_weight`, 0 for drop-outs.
+    """The weighted mean of the clients' arrays.
 
-    limit: of the absolute value of x; larger ones are clipped, and counted in the metric secure_clipped.
+    Args:
+        x_S: [S, ...] for each leaf.
+        weight_S: [S] integers, 0 for drop-outs.
+        key: of this round.
+        limit: of the absolute value of x; larger ones are clipped.
+        max_weight: the largest weight.
+
+    Returns:
+        [...] for each leaf, and the metric secure_clipped, the number of clipped values.
     """
     num_clients = len(weight_S)
     places = fraction_bits(num_clients, limit)

@@ -60,7 +60,15 @@ def without(nested: PyTree, *keys: str) -> PyTree:
 
 
 def training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextManager[Any]:
-    """The scope of a training step's forward pass: a key and a weight for each example."""
+    """The scope of a training step's forward pass: a key and a weight for each example.
+
+    Args:
+        batch: the features.
+        step_key: [] of this step.
+
+    Returns:
+        A context manager.
+    """
     keys_B = scope.example_keys(step_key, batch["example_id"])
     return scope.bind(keys=keys_B, weight=batch["weight"], calls=0)
 

@@ -78,11 +78,16 @@ def of_parameters(grads_of: Callable[..., tuple[PyTree, PyTree, PyTree]]) -> Gra
 
 
 def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
-    """Each example's gradient, scaled down to at most `clip_norm`, summed and divided by `expected`, the
-    number of examples in a batch on average (Abadi et al. 2016, arXiv 1607.00133).
+    """Each example's gradient, scaled down, summed and divided by the number of examples in a batch on
+    average (Abadi et al. 2016, arXiv 1607.00133).
 
     The loss of an example has its own weight below it, never that of the batch. Holds one gradient for each
     row that a device sees at once: accumulate to have fewer.
+
+    Args:
+        task: the objective.
+        clip_norm: largest norm of an example's gradient.
+        expected: number of examples in a batch, on average.
     """
 
     def grads_of(params, model_state, batch, step_key, scale):
@@ -131,12 +136,19 @@ def measure_parts(grads_of: GradsOf) -> GradsOf:
 
 
 def signal_and_noise(sums: PyTree, norm: jax.Array) -> dict[str, jax.Array]:
-    """gradient_signal, the squared norm of the true gradient, and gradient_variance, the trace of the
-    covariance of one example's, without bias, from the norm of the whole gradient (McCandlish et al. 2018,
-    arXiv 1812.06162, appendix A.1). Their ratio, once both are averaged, is the noise scale, in examples.
+    """The parts of the gradient noise scale, without bias (McCandlish et al. 2018, arXiv 1812.06162,
+    appendix A.1). Their ratio, once both are averaged, is the scale, in examples.
 
     For a sum over b of W examples the square expected is b^2 signal + b variance, over W^2: two equations,
-    for the parts together and for the whole, however unevenly the examples lie.
+    for the parts together and for the whole, however unevenly the examples are spread.
+
+    Args:
+        sums: metrics of `measure_parts` among others.
+        norm: [] of the whole gradient.
+
+    Returns:
+        [] gradient_signal, the squared norm of the true gradient, and gradient_variance, the trace of the
+        covariance of one example's.
     """
     (squares, nums), (num_examples, _) = sums[PARTS], sums[f"{PARTS}/examples"]
     num_examples = jnp.maximum(num_examples, 1)
@@ -163,9 +175,16 @@ NOISE = -2
 def add_noise(
     grads: PyTree, step_key: jax.Array, deviation: float, part: jax.Array | None = None
 ) -> PyTree:
-    """Adds a normal deviate to each element; once a step, to whole arrays, so that no cut of them shows.
+    """Add a normal deviate to each element; once a step, to logical arrays: no sharding shows.
 
-    part: number of the one of a step's several sums that this is.
+    Args:
+        grads: [...] for each leaf.
+        step_key: [] of this step.
+        deviation: standard deviation.
+        part: [] number of this sum, where a step has several.
+
+    Returns:
+        The tree with noise.
     """
     leaves, structure = jax.tree.flatten(grads)
     key = jax.random.fold_in(step_key, jnp.int32(NOISE))
