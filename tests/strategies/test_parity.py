@@ -207,17 +207,29 @@ def test_equals_one_device(layout, name, accumulate, dtype):
     )
 
 
-# Where sums differ by their order only (the model computes in float32, or each example by itself), narrow
-# parameters are rounded by the same bits, and but for a few end up as the same numbers.
-# A tensor axis splits the matmul of an example, whose parts would be rounded to bfloat16 before their sum:
-# there the model computes in float32.
+# Narrow parameters are rounded by the same bits. Where each example is computed by itself, alike, they end up
+# as the same numbers, in bfloat16 too.
+def differing_share(layout):
+    """Share of parameters that may differ, where the model then computes in float32; 0: none, in bfloat16.
+
+    A tensor axis rounds the parts of a matmul before their sum. The compiler, which shards within the
+    replicas of an explicit strategy, keeps other intermediates in float32 (xla_allow_excess_precision).
+    PowerSGD's factors round more. A rounding that falls the other way changes all gradients after it.
+    """
+    strategy, config, _ = LAYOUTS[layout]
+    axes = ("tensor",) if isinstance(strategy, Auto) else ("fsdp", "context", "expert", "tensor")
+    if "powersgd" in layout:
+        return 5e-2
+    return 1e-2 if any(getattr(config, axis) > 1 for axis in axes) else 0.0
+
+
 NARROW = [
-    (layout, "mlp", accumulate, 1e-3 if LAYOUTS[layout][1].tensor > 1 else 0.0)
+    (layout, "mlp", accumulate, differing_share(layout))
     for layout in LAYOUTS
     for accumulate in (1, 2)
 ]
-NARROW += [(layout, "lm", 1, 1e-3) for layout in ("dp8", "zero1_2x4", "tensor2", "psum2x4")]
-NARROW += [("stage2_fsdp2x2", "lm", 4, 1e-3), ("stage2_psum2", "lm", 4, 1e-3)]
+NARROW += [(layout, "lm", 1, 1e-2) for layout in ("dp8", "zero1_2x4", "tensor2", "psum2x4")]
+NARROW += [("stage2_fsdp2x2", "lm", 4, 1e-2), ("stage2_psum2", "lm", 4, 1e-2)]
 NARROW = [case for case in NARROW if not isinstance((LAYOUTS | PIPELINES)[case[0]][0], Local)]
 NARROW_QUICK = [("psum2x4", "mlp", 2, 0.0)]
 NARROW_IN_THE_GATE = [("dp2", "mlp", 1, 0.0), ("dp8", "mlp", 2, 0.0)]
@@ -253,7 +265,7 @@ def test_narrow_parameters_are_rounded_alike(layout, name, accumulate, differing
     compute = "float32" if differing else ""
     losses, params = narrow_run(name, layout, accumulate, compute)
     want_losses, want = narrow_run(name, "", accumulate, compute)
-    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-4 if "powersgd" in layout else 1e-5)
     differ = np.concatenate([(params[k] != leaf).ravel() for k, leaf in want.items()])
     assert differ.mean() <= differing
     assert losses[-1] < losses[0]
