@@ -70,10 +70,14 @@ def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
 def build_synchronous(
     parts: base.Parts, axes: tuple[str, ...], reducer: reduce.Reducer, *, check_vma: bool = False
 ) -> base.Strategy:
-    """Synchronous SGD with any Reducer over `axes`: each device's gradient, their sum, one update.
+    """Synchronous SGD with any Reducer: each device's gradient, their sum, one update.
 
-    check_vma: whether the types of the reduction's results say that they are equal on all devices, as those
-    of the compiler's collectives do.
+    Args:
+        parts: as of every strategy.
+        axes: of the reduction.
+        reducer: sums the gradients.
+        check_vma: whether the types of the reduction's results say that they are equal on all devices, as
+            those of the compiler's collectives do.
     """
     placed = reduce.param_shardings(parts)
     shardings = dataclasses.replace(

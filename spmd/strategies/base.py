@@ -130,7 +130,10 @@ def build_init(
     init_strategy: StrategyInit | None = None,
     extend: StateInit | None = None,
 ) -> Callable[[jax.Array], TrainState]:
-    """Strategy.init: jitted, so that every leaf is created with its sharding."""
+    """Strategy.init: jitted, so that every leaf is created with its sharding.
+
+    shardings, init_strategy, extend: as `build_strategy` takes them.
+    """
 
     def init(key: jax.Array) -> TrainState:
         params, model_state = parts.task.init(jax.random.fold_in(key, 0))
@@ -153,8 +156,9 @@ def shardings_of(
 ) -> TrainState:
     """State shardings from those of the parameters and of parameter-shaped optimizer leaves.
 
-    fsdp: whether mesh.fsdp cuts what in the model state is placed as parameters are.
-    The moving average lies as the moments do: it is read only by the update, so ZeRO-1 cuts it too.
+    The moving average is sharded as the moments are: it is read only by the update, so ZeRO-1 shards it too.
+
+    params, moments: shardings. fsdp: whether mesh.fsdp shards what in the state is placed as parameters.
     """
     mesh = parts.mesh
     shapes, model_state = abstract_params(parts)
@@ -260,8 +264,9 @@ def build_strategy(
 ) -> Strategy:
     """A Strategy around an unjitted step function.
 
-    init_strategy: the strategy state of the first parameters, and of others that replace them; None: it has
-    none, or none that depends on the parameters. extend: makes the state that the strategy keeps.
+    shardings: of the state. step: (state, batch) -> (state, metrics). init_strategy: the strategy state of
+    the first parameters, and of others that replace them; None: it has none, or none that depends on the
+    parameters. extend: makes the state that the strategy keeps.
     """
     batches = batch_shardings(parts)
     reinit = None

@@ -22,7 +22,13 @@ class StrategyConfig:
         raise NotImplementedError
 
     def order(self, source: Any, seed: int, batch_size: int) -> Any:
-        """The order in which `source` is read, as loader.train_batches takes it; None is the source's own."""
+        """The order in which data is read, as loader.train_batches takes it; None is the source's own.
+
+        Args:
+            source: training data.
+            seed: of the experiment.
+            batch_size: rows of a step.
+        """
         return None
 
     def not_private(self) -> str:

@@ -107,7 +107,14 @@ def build_pull(parts: base.Parts, axes: tuple[str, ...], specs: PyTree) -> Any:
 def build_reducer(
     parts: base.Parts, config: Server, axes: tuple[str, ...], owners: PyTree
 ) -> reduce.Reducer:
-    """The Reducer of the push: each owner receives the sum of its shards."""
+    """The Reducer of the push: each owner receives the sum of its shards.
+
+    Args:
+        parts: as of every strategy.
+        config: the strategy.
+        axes: of the reduction.
+        owners: shardings of the parameters over their owners.
+    """
     dims = {name: sharded_dim(s.spec, axes) for name, s in tree.named_leaves(owners).items()}
 
     def reduce_scatter(grads: reduce.Leaves) -> reduce.Leaves:

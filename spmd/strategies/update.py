@@ -28,11 +28,18 @@ def update_state(
     model_state: PyTree,
     strategy_state: PyTree = None,
 ) -> tuple[base.TrainState, base.Metrics]:
-    """The third part of a step, on whole logical arrays: global-norm clipping, LAMB, Adafactor are wrong
-    on shards. With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
+    """The third part of a step, on logical arrays: global-norm clipping, LAMB, Adafactor are wrong on shards.
 
-    gradients: sums over all devices; where the task combines those of its loss terms, [K, ...] for each
-    parameter, and they are combined first. strategy_state: the strategy's new state; None: unchanged.
+    With parts.skip a step with a non-finite loss or gradient changes nothing but the step count.
+
+    Args:
+        parts: as of every strategy.
+        state: before the step.
+        gradients: sums over all devices; where the task combines those of its loss terms, [K, ...] for each
+            parameter, and they are combined first.
+        sums: (sum, weight) of each metric, [] each.
+        model_state: the new one.
+        strategy_state: the strategy's new state; None: unchanged.
     """
     grads = gradients.params
     if parts.privacy is not None:  # once per step, on the whole sum of any strategy
@@ -103,8 +110,16 @@ def apply_gradients(
     key: Callable[[], jax.Array],
     part: Any = None,
 ) -> tuple[PyTree, PyTree]:
-    """(new parameters, new optimizer state). Narrow parameters are updated in float32 and rounded once, by
-    random bits of the step's key() and of `part` (narrow.rounded_like).
+    """Apply the optimizer. Narrow parameters are updated in float32 and rounded once.
+
+    Args:
+        tx: the optimizer.
+        grads, opt_state, params: its arguments.
+        key: returns the step's key, for the random bits of the rounding.
+        part: folded into that key where a step makes several updates, as narrow.rounded_like takes it.
+
+    Returns:
+        (new parameters, new optimizer state).
     """
     params32 = narrow.at_least_float32(params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
