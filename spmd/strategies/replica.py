@@ -157,11 +157,7 @@ def take_outer_step(
 ) -> tuple[base.TrainState, base.Metrics]:
     """The outer step: the only one in which parameters and batch statistics cross `replica`.
 
-    Args:
-        parts: as of every strategy.
-        state: after the local steps.
-        outer: how the replicas are merged.
-        stack: [...] -> [R, ...], a copy for each replica.
+    state: after the local steps. outer: how the replicas are merged. stack: [...] -> [R, ...].
     """
     replica_state = state.strategy_state
     consensus = {"params": state.params, "statistics": unfrozen(state.model_state)}
