@@ -205,9 +205,14 @@ class TFDS(DataConfig):
     """Where decoded arrays go; empty is $SPMD_CACHE_DIR, else ~/.cache/spmd."""
 
     def open(self, split: Split) -> Source:
-        """Memory-mapped decoded arrays; decoded once. ValueError says what to type when not prepared."""
-        from spmd.data import decoded
+        """Memory-mapped decoded arrays, decoded once; with features of bytes, the records as they are.
 
+        ValueError says what to type when not prepared.
+        """
+        from spmd.data import decoded, streamed
+
+        if any(dtype == "bytes" for _, dtype in self.features.values()):
+            return streamed.open_split(self, self._split(split))
         return decoded.open_split(self, self._split(split))
 
     def content(self, split: Split, source: Callable[[], Source]) -> Content:

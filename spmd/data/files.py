@@ -152,6 +152,21 @@ def read_part(path: str, start: int, size: int) -> bytes:
     return data
 
 
+def read_parts(parts: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Several parts (path, start, size) of files: those of a bucket at the same time."""
+    if parts and is_remote(parts[0][0]):
+        return list(_requests().map(lambda part: read_part(*part), parts))
+    return [read_part(*part) for part in parts]
+
+
+def opened(path: str) -> Any:
+    """A file to read and seek in; ValueError where it cannot be opened."""
+    try:
+        return bucket().open(path) if is_remote(path) else open(path, "rb")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+
+
 def read_all(paths: Sequence[str]) -> list[bytes]:
     """The bytes of several files: those of a bucket at the same time."""
     if paths and is_remote(paths[0]):

@@ -251,13 +251,18 @@ def fingerprint(directory: Path, split: str) -> str:
     return key.hexdigest()
 
 
-def open_reader(config: TFDS, directory: Path, split: str, features: Iterable[str]) -> Any:
-    """TFDS's random access to a split, checked for `features`; quiet."""
+def open_reader(
+    config: TFDS, directory: Path, split: str, features: Iterable[str], encoded: Iterable[str] = ()
+) -> Any:
+    """TFDS's random access to a split, checked for `features`; quiet. encoded: those that stay bytes."""
     import tensorflow_datasets as tfds
 
     with quiet():
         builder: Any = tfds.builder_from_directory(str(directory))
-        source = builder.as_data_source(split=split)
+        skip: Any = tfds.decode.SkipDecoding
+        has = builder.info.features
+        decoders = {name: skip() for name in encoded if name in has}
+        source = builder.as_data_source(split=split, decoders=decoders or None)
         names = list(source.dataset_info.features)
     for feature in features:
         check(

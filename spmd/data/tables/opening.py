@@ -78,11 +78,20 @@ def open_split(config: Table, split: str) -> TableSource:
     held = grouped.Held(None, every, held=split == "eval")
     rows = _rows(config, paths)
     source = (GroupedSource if isinstance(rows, ParquetRows) else TableSource)(rows, held)
+    check_missing(config, rows, paths[0])
+    return source
+
+
+def check_missing(config: Any, rows: Any, path: str) -> None:
+    """ValueError, with their counts, where values are missing that may not be.
+
+    config: of the table: features, columns, what takes the place of missing values. rows: opened.
+    """
     total = sum(rows.missing.values())
     shown = ", ".join(f"{name} ({num} of {len(rows)})" for name, num in rows.missing.items())
     check(
         not total or config.missing != "error" or config.skip_bad > 0,
-        f"{paths[0]}: values are missing in {shown}; take --data.missing nan or zero in their place, or leave"
+        f"{path}: values are missing in {shown}; take --data.missing nan or zero in their place, or leave"
         " such rows out with --data.skip-bad N",
     )
     if total and config.missing == "nan":
@@ -95,7 +104,6 @@ def open_split(config: Table, split: str) -> TableSource:
             f"data.missing=nan: feature {', '.join(without)} holds whole numbers, which have no NaN; declare"
             " float32, or take --data.missing zero",
         )
-    return source
 
 
 def _rows(config: Table, paths: list[str]) -> Any:
