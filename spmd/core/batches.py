@@ -111,8 +111,9 @@ def index_ranges(task: Any, variables: tuple[Any, Any], batch: Mapping[str, Any]
     Raises:
       ValueError: the model or the task does not take these shapes.
     """
+    with_rows = task.with_rows(batch)
     try:
-        logits = jax.eval_shape(task.predict, *variables, batch)
+        logits = jax.eval_shape(task.predict, *variables, with_rows)
     except (TypeError, ValueError) as error:
         if explain.from_package(error):
             raise

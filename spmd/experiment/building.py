@@ -136,6 +136,7 @@ def strategy_parts(
         mechanism: clipping and noise of differentially private training.
     """
     check_combine(exp, task)
+    check_tables(exp, task)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     decayed = optim.decay_mask(params, task.dims)
     return Parts(
@@ -152,6 +153,7 @@ def strategy_parts(
         privacy=mechanism,
         noise_scale=exp.train.noise_scale,
         knobs=exp.optimizer.knobs(examples) if has_knobs(exp.optimizer) else {},
+        rows=exp.optimizer.rows,
     )
 
 
@@ -193,6 +195,26 @@ def check_combine(exp: Experiment, task: Objective) -> None:
         not exp.train.noise_scale,
         f"{takes}, and train.noise_scale measures the gradient of their sum; leave it off",
     )
+
+
+def check_tables(exp: Experiment, task: Objective) -> None:
+    """ValueError where a model has sparse tables, and the experiment something that they do not take."""
+    if not task.tables:
+        return
+    has = f"model {type(exp.model).__name__} has sparse tables ({', '.join(task.tables)}), and"
+    why = exp.strategy.not_sparse()
+    check(not why, f"{has} {why}; use --strategy auto, or allreduce or server without compression")
+    for used, reason in (
+        (exp.privacy.on, "privacy clips the gradient of each example, rows included; leave it off"),
+        (
+            exp.optimizer.ema,
+            "optimizer.ema averages every row in every step; use --optimizer.ema 0",
+        ),
+        (exp.train.noise_scale, "train.noise_scale measures parameters alone; leave it off"),
+        (task.combine, "the task combines gradients by loss term, which rows have only in sum"),
+        (exp.mesh.stage > 1, "a pipeline does not pass rows to its stages; use --mesh.stage 1"),
+    ):
+        check(not used, f"{has} {reason}")
 
 
 def check_noise_scale(exp: Experiment, devices_mesh: Mesh) -> None:

@@ -27,6 +27,7 @@ def count_step(task: Any, batch: Any) -> Count:
     scale = jax.eval_shape(lambda b: task.scale(task.weigh(b)), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
     passes = 1 + 2 * task.num_gradients
+    batch = task.with_rows(batch)
     return multiply(count_call(task.loss, params, model_state, batch, key, scale), passes)
 
 

@@ -14,6 +14,7 @@ from spmd.optim.optimizers import (
     matrix_axes,
 )
 from spmd.optim.registry import OPTIMIZERS, named
+from spmd.optim.rowwise import RowWise
 from spmd.optim.transformed import Optax
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Muon",
     "Optax",
     "Optimizer",
+    "RowWise",
     "decay_mask",
     "frozen_names",
     "is_hidden_matrix",

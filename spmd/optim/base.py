@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from spmd.core.fields import check
+from spmd.optim.rowwise import RowWise
 
 if TYPE_CHECKING:
     import optax
@@ -41,6 +42,8 @@ class Optimizer:
     """Clips the global gradient norm to this; 0 is off."""
     ema: float = 0.0
     """Decay of the moving average of the parameters that is evaluated; 0 is off."""
+    rows: RowWise = RowWise()
+    """Optimizer of the rows of sparse tables."""
     groups: tyro.conf.Suppress[tuple[Group, ...]] = ()
     """Parameters with another rate, decay or optimizer, or that are frozen; none of two groups."""
 

@@ -10,7 +10,7 @@ import jax
 
 from spmd.core.fields import check, free
 from spmd.parallel import collectives, scope
-from spmd.strategies import base, exchange, reduce, update
+from spmd.strategies import base, exchange, reduce, tables, update
 from spmd.strategies.compress import Compression
 from spmd.strategies.config import StrategyConfig
 from spmd.strategies.grads.direct import Trained
@@ -55,6 +55,9 @@ class AllReduce(StrategyConfig):
     def not_by_term(self) -> str:
         return self.compress.not_by_term()
 
+    def not_sparse(self) -> str:
+        return self.compress.not_sparse()
+
 
 def build(parts: base.Parts, config: AllReduce) -> base.Strategy:
     """Whole parameters in each replica, cut over its devices by rules.
@@ -91,12 +94,13 @@ def build_synchronous(
     init = functools.partial(reduce.init_state, reducer, reduce.num_devices(parts, axes))
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
+        pulled = tables.pull(parts, state, batch)
         grads, sums, model_state = gradients(
-            Trained(state.params, {}), state.model_state, batch, base.step_key(state)
+            Trained(state.params, pulled.rows), state.model_state, batch, base.step_key(state)
         )
         total, carried = reduction(grads.params, state.strategy_state)
         grads = Trained(total, grads.rows)
-        return update.update_state(parts, state, grads, sums, model_state, carried)
+        return update.update_state(parts, state, grads, sums, model_state, pulled, carried)
 
     return base.build_strategy(parts, shardings, step, init)
 

@@ -9,7 +9,7 @@ import jax
 
 from spmd.core.fields import free
 from spmd.parallel import scope, sharding
-from spmd.strategies import base, update
+from spmd.strategies import base, tables, update
 from spmd.strategies.config import StrategyConfig
 from spmd.strategies.grads.direct import Trained
 
@@ -33,6 +33,9 @@ class Auto(StrategyConfig):
     def not_by_term(self) -> str:
         return ""
 
+    def not_sparse(self) -> str:
+        return ""
+
 
 def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Strategy:
     """zero 3: mesh.fsdp cuts parameters and optimizer state. zero 1: the optimizer state only, the update
@@ -51,14 +54,19 @@ def build(parts: base.Parts, *, zero: int, sequence_parallel: bool) -> base.Stra
     placement = sharding.placement(parts.mesh, rules)
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
+        pulled = tables.pull(parts, state, batch)
         with scope.bind(**placement):
             scale = parts.task.scale(parts.task.weigh(batch))
             grads, sums, model_state = grads_of(
-                Trained(state.params, {}), state.model_state, batch, base.step_key(state), scale
+                Trained(state.params, pulled.rows),
+                state.model_state,
+                batch,
+                base.step_key(state),
+                scale,
             )
         # Says where the sum of the gradients is wanted: a shard, so reduce-scatter instead of all-reduce.
         total = jax.lax.with_sharding_constraint(grads.params, gradients)
         grads = Trained(total, grads.rows)
-        return update.update_state(parts, state, grads, sums, model_state)
+        return update.update_state(parts, state, grads, sums, model_state, pulled)
 
     return base.build_strategy(parts, shardings, step)

@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from spmd.core import narrow, tree
 from spmd.core.fields import check
+from spmd.optim import RowWise
 from spmd.optim import knobs as optim_knobs
 from spmd.parallel import sharding
+from spmd.strategies import tables
 from spmd.strategies.grads import direct
 from spmd.strategies.grads.pipeline import execute, schedules
 from spmd.strategies.privacy import Mechanism
@@ -85,7 +87,7 @@ class Parts(NamedTuple):
     skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
     privacy: clips the gradient of each example, and adds noise to their sum; None is off.
     noise_scale: measures what the gradient noise scale is told from.
-    knobs: scalars of the optimizer that are arguments of the step.
+    knobs: scalars of the optimizer that are arguments of the step. rows: optimizer of sparse tables.
     """
 
     task: Any
@@ -101,6 +103,7 @@ class Parts(NamedTuple):
     privacy: Mechanism | None = None
     noise_scale: bool = False
     knobs: Mapping[str, float] = MappingProxyType({})
+    rows: RowWise = RowWise()
 
 
 def weighed_names(metrics: Iterable[str]) -> list[str]:
@@ -145,6 +148,7 @@ def build_init(
             key=jax.random.key_data(key),
             strategy_state=init_strategy(params) if init_strategy else {},
             ema=widen(params) if parts.ema else {},
+            tables=tables.init(parts, jax.random.fold_in(key, 0)),
         )
         return extend(state) if extend else state
 
@@ -180,6 +184,7 @@ def shardings_of(
         key=replicated,
         strategy_state={},
         ema=moments if parts.ema else {},
+        tables=tables.shardings(parts),
     )
 
 

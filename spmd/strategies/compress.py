@@ -53,6 +53,12 @@ class Compression:
         """As StrategyConfig's: what a term's gradient leaves out would come later, with another sum."""
         return "" if self.kind == "none" else f"strategy.compress.kind={self.kind} changes each sum"
 
+    def not_sparse(self) -> str:
+        """As StrategyConfig's: what is left out would have to find its row in a later step."""
+        if self.kind == "none":
+            return ""
+        return f"strategy.compress.kind={self.kind} would send a part of a row's gradient in a later step"
+
 
 class Compressor(NamedTuple):
     """A lossy encoding of a tree of arrays as pure functions, in the way of optax's GradientTransformation.

@@ -41,6 +41,10 @@ class StrategyConfig:
         """Why it cannot reduce a gradient for each loss term; "" where it can."""
         return f"strategy {self.name} takes steps of its own, before gradients are summed over all devices"
 
+    def not_sparse(self) -> str:
+        """Why it cannot train sparse tables; "" where it can."""
+        return f"strategy {self.name} gives each replica parameters of its own, and the rows exist once"
+
     @property
     def copies(self) -> int:
         """Replicas, or clients at once, that train by themselves; 1 is none."""

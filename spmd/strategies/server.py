@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from spmd.core import tree
 from spmd.core.fields import check
 from spmd.parallel import collectives, scope, sharding
-from spmd.strategies import base, exchange, reduce, update
+from spmd.strategies import base, exchange, reduce, tables, update
 from spmd.strategies.compress import Compression
 from spmd.strategies.config import StrategyConfig
 from spmd.strategies.grads.direct import Trained
@@ -49,6 +49,11 @@ class Server(StrategyConfig):
     def not_by_term(self) -> str:
         return self.compress.not_by_term()
 
+    def not_sparse(self) -> str:
+        if self.staleness:
+            return f"strategy.staleness={self.staleness} would pair new rows with old parameters"
+        return self.compress.not_sparse()
+
 
 def build(parts: base.Parts, config: Server) -> base.Strategy:
     """Parameters, moments and average sharded over all replicas; small arrays, and those that do not divide,
@@ -70,9 +75,10 @@ def build(parts: base.Parts, config: Server) -> base.Strategy:
     pull = build_pull(parts, axes, specs)
 
     def step(state: base.TrainState, batch: base.Batch) -> tuple[base.TrainState, base.Metrics]:
+        pulled = tables.pull(parts, state, batch)
         stale, queued = queue.exchange(state.strategy_state, state.params)
         grads, sums, model_state = gradients(
-            Trained(pull(stale), {}), state.model_state, batch, base.step_key(state)
+            Trained(pull(stale), pulled.rows), state.model_state, batch, base.step_key(state)
         )
         carried = {
             key: part
@@ -81,7 +87,7 @@ def build(parts: base.Parts, config: Server) -> base.Strategy:
         }
         total, carried = push(grads.params, carried)
         grads = Trained(total, grads.rows)
-        return update.update_state(parts, state, grads, sums, model_state, queued | carried)
+        return update.update_state(parts, state, grads, sums, model_state, pulled, queued | carried)
 
     num = reduce.num_devices(parts, axes)
     init = lambda params: queue.init(params) | reduce.init_state(reducer, num, params)

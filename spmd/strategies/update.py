@@ -12,7 +12,8 @@ import optax
 
 from spmd.core import narrow, tree
 from spmd.parallel import scope
-from spmd.strategies import base
+from spmd.parallel.sparse import Pulled
+from spmd.strategies import base, tables
 from spmd.strategies.grads import direct
 
 PyTree = Any
@@ -26,6 +27,7 @@ def update_state(
     gradients: direct.Trained,
     sums: PyTree,
     model_state: PyTree,
+    pulled: Pulled,
     strategy_state: PyTree = None,
 ) -> tuple[base.TrainState, base.Metrics]:
     """The third part of a step, on logical arrays: global-norm clipping, LAMB, Adafactor are wrong on shards.
@@ -39,6 +41,7 @@ def update_state(
             parameter, and they are combined first.
         sums: (sum, weight) of each metric, [] each.
         model_state: the new one.
+        pulled: the rows of the batch; their tables are updated here, row by row.
         strategy_state: the strategy's new state; None: unchanged.
     """
     grads = gradients.params
@@ -50,10 +53,8 @@ def update_state(
         if not name.startswith(direct.PARTS)
     }
     metrics["loss"] = parts.task.loss_of(metrics)
-    if parts.task.combine is not None:
-        key = jax.random.fold_in(base.step_key(state), jnp.int32(COMBINE))
-        grads, of_terms = parts.task.combine.join(grads, [*parts.task.coefficients], key)
-        metrics |= of_terms
+    grads, of_terms = combine_terms(parts, state, grads)
+    metrics |= of_terms
     metrics["grad_norm"] = tree.global_norm(grads)
     if parts.noise_scale:
         metrics |= direct.signal_and_noise(sums, metrics["grad_norm"])
@@ -63,6 +64,9 @@ def update_state(
             base.WATCHED_GRADIENTS + name: grad for name, grad in tree.named_leaves(grads).items()
         }
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    if pulled.rows:
+        finite &= tables.all_finite(gradients.rows)
+        metrics["lookup_rounds"] = pulled.rounds.astype(jnp.float32)
     metrics["finite"] = finite.astype(jnp.float32)
     metrics = add_weights(metrics, sums, finite)
     params, opt_state = apply_gradients(
@@ -78,8 +82,21 @@ def update_state(
     )
     if parts.skip:
         # Donation makes a host-side skip impossible. The selection costs a pass over the state.
-        new = tree.select(finite, new, state)
-    return dataclasses.replace(new, step=state.step + 1), metrics
+        # Tables apart: a pass over all rows would cost more than the step.
+        without = [dataclasses.replace(each, tables={}) for each in (new, state)]
+        new = tree.select(finite, *without)
+    pushed = tables.push(parts, state, pulled, gradients.rows, finite)
+    return dataclasses.replace(new, step=state.step + 1, tables=pushed), metrics
+
+
+def combine_terms(
+    parts: base.Parts, state: base.TrainState, grads: PyTree
+) -> tuple[PyTree, base.Metrics]:
+    """(one gradient, norms and cosines of those of the loss terms), where the task combines them."""
+    if parts.task.combine is None:
+        return grads, {}
+    key = jax.random.fold_in(base.step_key(state), jnp.int32(COMBINE))
+    return parts.task.combine.join(grads, [*parts.task.coefficients], key)
 
 
 def add_weights(metrics: base.Metrics, sums: PyTree, counts: jax.Array) -> base.Metrics:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from spmd.core.batches import Ids
+from spmd.parallel import tables
+from spmd.parallel.tables import SparseTable
 from spmd.tasks.combine import Combine
 
 Batch = Mapping[str, jax.Array]
@@ -76,6 +78,8 @@ class Objective(NamedTuple):
       replicated.
     plain: (params, model_state) -> those of the model itself, where more, or something else, is trained.
     combine: how the gradients of the loss terms become one; None adds the terms before the backward pass.
+    tables: the sparse tables of the model; what they give a batch is read as batch["rows/FEATURE"].
+    row_dtype: type of their rows.
     staged: () -> the loss in parts; ValueError, by name, for a model that is no stack of layers.
     """
 
@@ -93,12 +97,18 @@ class Objective(NamedTuple):
     ranges: Callable[[Any, Any], dict[str, Ids]] = lambda batch, outputs: {}
     plain: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, state: (params, state)
     combine: Combine | None = None
+    tables: Mapping[str, SparseTable] = MappingProxyType({})
+    row_dtype: Any = jnp.float32
     staged: Callable[[], Staged] = _unstaged
 
     @property
     def num_gradients(self) -> int:
         """Gradients that a step takes: one, or one for each loss term."""
         return 1 if self.combine is None else len(self.coefficients)
+
+    def with_rows(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The shapes of a batch, with those of the rows that it looks up."""
+        return {**batch, **tables.row_shapes(self.tables, batch, self.row_dtype)}
 
     def scale(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """coefficient / global weight.

@@ -18,6 +18,7 @@ from spmd.core.fields import check
 from spmd.metrics import Mean
 from spmd.models.functional import network
 from spmd.parallel import scope
+from spmd.parallel.tables import id_ranges
 from spmd.tasks.bound import BoundModel, as_inputs, noted_sums, training, without
 from spmd.tasks.objective import (
     FROZEN,
@@ -47,6 +48,7 @@ class Tracer:
         self.real = tree.at_least_float32(jnp.dtype(param_dtype))
         self.param_dtype = param_dtype
         self.coefficients = task.coefficients(model)
+        self.tables = getattr(model, "tables", {})
         self.frozen = {name: network(f.model, param_dtype) for name, f in task.frozen.items()}
         check(
             bool(self.coefficients),
@@ -79,10 +81,15 @@ class Tracer:
             call=lambda params, state, fn: self.net.evaluated(*self.plain(params, state), fn),
             whole_batch=self.net.whole_batch,
             state_dims=state_dims,
-            ranges=lambda batch, outputs: self.task.ranges(batch, outputs, self.model),
+            ranges=lambda batch, outputs: {
+                **id_ranges(self.tables),
+                **self.task.ranges(batch, outputs, self.model),
+            },
             plain=self.plain,
             staged=self.staged,
             combine=self.task.combine,
+            tables=self.tables,
+            row_dtype=self.real,
         )
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

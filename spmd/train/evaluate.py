@@ -19,6 +19,8 @@ from spmd.data.skips import Skips
 from spmd.data.transform import BatchTransform
 from spmd.parallel import mesh as meshes
 from spmd.parallel import scope, sharding
+from spmd.parallel.sparse import ShardedTables
+from spmd.parallel.tables import SparseTable
 from spmd.train.program import Program
 
 PREFIX = "eval/"  # of all values that an evaluation logs
@@ -30,7 +32,11 @@ class Evaluator(Protocol):
     """Measures a split."""
 
     def __call__(
-        self, params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
+        self,
+        params: Any,
+        model_state: Any,
+        tables: Any,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> Measured | None:
         """The metrics; None when `interrupted`, asked every few batches, said so."""
         ...
@@ -68,15 +74,18 @@ def evaluator(program: Program, source: Any, skips: Skips) -> Evaluator:
     task, mesh, batch_size = program.task, program.mesh, program.data.eval_batch_size
     expected = program.expected("evaluation")
     transform = program.evaluation_transform(source, skips)
-    measure = _measuring(task.evaluate, mesh)
+    measure = _measuring(task.evaluate, mesh, tuple(task.tables.items()))
 
     def evaluate(
-        params: Any, model_state: Any, interrupted: Callable[[], bool] = lambda: False
+        params: Any,
+        model_state: Any,
+        tables: Any,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> Measured | None:
         total: Any = None
         running: collections.deque[Any] = collections.deque()
         for i, batch in enumerate(_batches(mesh, source, batch_size, skips, expected, transform)):
-            running.append(measure(params, model_state, batch))
+            running.append(measure(params, model_state, tables, batch))
             if len(running) > IN_FLIGHT:
                 total = _added(total, running.popleft())
             if i % IN_FLIGHT == IN_FLIGHT - 1 and interrupted():
@@ -89,12 +98,18 @@ def evaluator(program: Program, source: Any, skips: Skips) -> Evaluator:
 
 
 @functools.lru_cache(maxsize=8)
-def _measuring(evaluate: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The compiled sums of a batch; one for all evaluations by a function of a task."""
-    placement = sharding.placement(mesh)
+def _measuring(
+    evaluate: Callable[..., Any], mesh: Mesh, declared: tuple[tuple[str, SparseTable], ...]
+) -> Callable[..., Any]:
+    """The compiled sums of a batch; one for all evaluations by a function of a task.
+
+    declared: the sparse tables of its model.
+    """
+    placement, sharded = sharding.placement(mesh), ShardedTables(dict(declared), mesh)
 
     @jax.jit
-    def measure(params, model_state, batch):
+    def measure(params, model_state, tables, batch):
+        batch = {**batch, **sharded.pull(tables, batch).rows}
         with scope.bind(**placement):
             return evaluate(params, model_state, batch)
 
@@ -115,25 +130,25 @@ def named(values: Mapping[str, float | None]) -> Measured:
 def metric_names(task: Any, batch: Any) -> list[str]:
     """The names that an evaluation gives, from the shapes of a batch."""
     variables = jax.eval_shape(task.init, jax.random.key(0))
-    shapes = jax.eval_shape(task.evaluate, *variables, batch)
+    shapes = jax.eval_shape(task.evaluate, *variables, task.with_rows(batch))
     return list(named(task.measured(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))))
 
 
-def predictor(
-    task: Any, mesh: Mesh, batch_size: int
-) -> Callable[[Any, Any, Any, Expected, BatchTransform | None], Iterator[Any]]:
-    """(params, model_state, source, expected, transform) -> outputs of each batch, numpy [n, ...]."""
-    placement = sharding.placement(mesh)
+def predictor(task: Any, mesh: Mesh, batch_size: int) -> Callable[..., Iterator[Any]]:
+    """(params, model_state, tables, source, expected, transform) -> outputs of each batch, numpy [n, ...]."""
+    placement, sharded = sharding.placement(mesh), ShardedTables(task.tables, mesh)
 
     # Replicated, so that each process can read all rows.
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
-    def outputs(params, model_state, batch):
+    def outputs(params, model_state, tables, batch):
+        batch = {**batch, **sharded.pull(tables, batch).rows}
         with scope.bind(**placement):
             return task.predict(params, model_state, batch)
 
     def predict(
         params: Any,
         model_state: Any,
+        tables: Any,
         source: Any,
         expected: Expected,
         transform: BatchTransform | None,
@@ -142,7 +157,8 @@ def predictor(
         for batch in _batches(mesh, source, batch_size, None, expected, transform):
             rows = min(remaining, jax.tree.leaves(batch)[0].shape[0])
             yield jax.tree.map(
-                lambda x, n=rows: x[:n], jax.device_get(outputs(params, model_state, batch))
+                lambda x, n=rows: x[:n],
+                jax.device_get(outputs(params, model_state, tables, batch)),
             )
             remaining -= rows
 

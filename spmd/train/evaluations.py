@@ -78,7 +78,7 @@ class OnData(Evaluation):
         """The metrics of all its examples."""
         program = snapshot.program._replace(data=self.data)
         measure = evaluator(program, self._source, self.data.skips("evaluation"))
-        values: Any = measure(*snapshot.variables)
+        values: Any = measure(*snapshot.variables, snapshot.state.tables)
         return {name.removeprefix(PREFIX): value for name, value in values.items()}
 
     @functools.cached_property

@@ -48,7 +48,7 @@ class Snapshot:
 
     def evaluate(self) -> dict[str, float]:
         """`{"eval/accuracy": ...}` over the evaluation split."""
-        metrics = self._evaluator(*self.variables)
+        metrics = self._evaluator(*self.variables, self.state.tables)
         unweighted = [name for name, value in metrics.items() if value is None]
         check(
             not unweighted,
@@ -77,7 +77,8 @@ class Snapshot:
         ranges = {k: ids for k, ids in self.program.ranges.items() if not ids.target}
         expected = Expected("given", features, ranges)
         transform = self.program.data.pipeline("eval", source, self.program.seed, features=features)
-        return self._predictor(*self.variables, source, expected, transform)
+        variables = (*self.variables, self.state.tables)
+        return self._predictor(*variables, source, expected, transform)
 
     @functools.cached_property
     def _evaluator(self) -> Any:

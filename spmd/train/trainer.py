@@ -258,7 +258,7 @@ class Trainer:
         self.logs.flush(self.step)
         with self.clock("evaluation"):
             variables = self.strategy.eval_variables(self.state)
-            metrics = self.evaluate(*variables, self._should_stop)
+            metrics = self.evaluate(*variables, self.state.tables, self._should_stop)
         if metrics is None:
             return
         self.measured = metrics | self.skipped.count()

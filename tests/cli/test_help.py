@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spmd import strategies
+from spmd import optim, strategies
 from spmd.cli import help
 from spmd.core import sources
 from tests.command import REPOSITORY
@@ -39,7 +39,7 @@ def test_fields_read_are_those_of_the_class(place: str):
         if field.default is dataclasses.MISSING:
             assert read[field.name].default == "", field.name
         else:
-            scope = vars(inspect.getmodule(resolved(place))) | vars(strategies)
+            scope = vars(inspect.getmodule(resolved(place))) | vars(strategies) | vars(optim)
             assert eval(read[field.name].default, dict(scope)) == field.default, field.name
         hidden = "Suppress" in str(field.type)
         assert hidden or read[field.name].help, f"{place}.{field.name} has no help"

@@ -212,6 +212,7 @@ def _saved(program: Program, batch: Any) -> int:
     def backward(params: Any, *rest: Any) -> Any:
         return jax.vjp(lambda p: task.loss(p, *rest)[0], params)[1]
 
+    batch = task.with_rows(batch)
     residuals = jax.tree.leaves(jax.eval_shape(backward, params, model_state, batch, key, scale))
     rows = program.data.batch_size
     return sum(tree.num_bytes(leaf) for leaf in residuals if leaf.shape[:1] == (rows,))

@@ -1,0 +1,275 @@
+"""Lookups in sharded tables, and updates of the rows that were looked up.
+
+`pull` runs before the gradients, `push` after them; the tables stand outside of the backward pass, so that a
+step costs as much as its lookups, whatever the number of rows.
+"""
+
+# B examples, L ids of all bags of an example, D width of a row, N devices, U = B L / N, K rows of a round
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spmd.core import batches
+from spmd.core.fields import check
+from spmd.parallel import sharding, tables
+from spmd.parallel.mesh import AXES, BATCH_AXES, batch_shards
+from spmd.parallel.routing import (
+    NO_ROW,
+    Route,
+    bucket_slots,
+    dedupe,
+    exchange_rounds,
+    put,
+    take,
+    totals,
+)
+from spmd.parallel.tables import PREFIX, STRIPES, StackedTables, Tables
+
+ROWS = "rows"  # of a stack's arrays: the table itself; the others are state of its optimizer
+Arrays = dict[str, dict[str, jax.Array]]  # stack -> array -> [lines, width] or [V]
+# (rows [K, D], state of the optimizer [K, D] or [K], gradients [K, D], learning rate, step) -> (rows, state)
+UpdateRows = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Routed(NamedTuple):
+    """The lookups of a batch in a stack.
+
+    factor_BL: by which each row is multiplied. widths: ids of an example in each lookup, in sum L.
+    """
+
+    route: Route
+    factor_BL: jax.Array
+    widths: tuple[int, ...]
+
+
+class Pulled(NamedTuple):
+    """Rows of a batch, {"rows/FEATURE": [B, ...]}, and how they were found; rounds of the exchange, int32."""
+
+    rows: dict[str, jax.Array]
+    routed: dict[str, Routed]
+    rounds: jax.Array
+
+
+class ShardedTables:
+    """The tables of a model on a mesh: all devices own rows, whatever else the mesh shards.
+
+    Raises:
+        ValueError: the number of devices does not divide the stripes of the arrays.
+    """
+
+    def __init__(self, declared: Tables, mesh: Mesh) -> None:
+        num = mesh.size
+        check(
+            not declared or STRIPES % num == 0,
+            f"tables are stored in {STRIPES} stripes, which {num} devices do not divide; use"
+            f" {', '.join(str(n) for n in (1, 2, 4, 8, 16))} or another power of two up to {STRIPES}",
+        )
+        self.declared, self.mesh = dict(declared), mesh
+        self.stacks = tables.stack(declared)
+        # The batch first, so that a device's rows of the batch are divided among those that share them.
+        self.axes = (*BATCH_AXES, *(axis for axis in AXES if axis not in BATCH_AXES))
+        self.copies = num // batch_shards(mesh)
+        self.platform = mesh.devices.flat[0].platform
+
+    def shardings(self, arrays: Any) -> Any:
+        """Shardings of the arrays (or of their shapes): rows over all devices."""
+        placed = NamedSharding(self.mesh, P(self.axes))
+        return jax.tree.map(lambda _: placed, arrays)
+
+    def pull(self, arrays: Arrays, batch: Mapping[str, jax.Array]) -> Pulled:
+        """The rows that a global batch looks up; an id that a table does not have gives NaN."""
+        rows, routed, rounds = dict[str, jax.Array](), dict[str, Routed](), jnp.int32(0)
+        placed = NamedSharding(self.mesh, sharding.batch_spec())
+        for stacked in self.stacks:
+            table = arrays[stacked.name][ROWS]
+            place_BL, factor_BL = self._places(stacked, batch, table.dtype)
+            widths = tuple(batch[lookup.feature][:1].size for lookup, *_ in stacked.lookups)
+            looked_up, route, count = self._mapped(
+                functools.partial(self._pull, stacked, widths),
+                (P(self.axes),) * 3,
+                (P(self.axes), P(self.axes), P()),
+            )(table, place_BL, factor_BL)
+            num = batch["weight"].shape[0]
+            for (lookup, *_), found in zip(stacked.lookups, looked_up, strict=True):
+                found = self._drop_padding(found, num)
+                if found.ndim == 3 and batch[lookup.feature].ndim == 1:
+                    found = found[:, 0]
+                rows[PREFIX + lookup.feature] = jax.lax.with_sharding_constraint(found, placed)
+            routed[stacked.name] = Routed(route, factor_BL, widths)
+            rounds += count
+        return Pulled(rows, routed, rounds)
+
+    def push(
+        self,
+        arrays: Arrays,
+        pulled: Pulled,
+        grads: Mapping[str, jax.Array],
+        update: UpdateRows,
+        rate: jax.Array,
+        step: jax.Array,
+        finite: jax.Array,
+    ) -> Arrays:
+        """The arrays after an update of the rows that were pulled; unless `finite` the same rows.
+
+        grads: gradients of pulled.rows. A row that several examples name gets the sum of their gradients.
+        """
+        new: Arrays = {}
+        for stacked in self.stacks:
+            route, factor_BL, widths = pulled.routed[stacked.name]
+            by_lookup = [
+                self._pad(grads[PREFIX + lookup.feature]) for lookup, *_ in stacked.lookups
+            ]
+            along = P(self.axes)
+            new[stacked.name] = self._mapped(
+                functools.partial(self._push, stacked, update, widths),
+                (along, along, along, along, P(), P(), P()),
+                along,
+            )(arrays[stacked.name], route, factor_BL, by_lookup, rate, step, finite)
+        return new
+
+    def _mapped(self, fn: Any, in_specs: Any, out_specs: Any) -> Any:
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    # ---- the batch
+
+    def _places(
+        self, stacked: StackedTables, batch: Mapping[str, jax.Array], dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """(place of each lookup, NO_ROW for none; its factor), [B, L] padded."""
+        places, factors = [], []
+        for lookup, table, offset in stacked.lookups:
+            ids_BL = batches.wide_indices(batch[lookup.feature])
+            ids_BL = ids_BL.reshape(ids_BL.shape[0], -1)
+            signed = jnp.issubdtype(ids_BL.dtype, jnp.signedinteger)
+            absent_BL = ids_BL == -1 if signed else jnp.zeros(ids_BL.shape, bool)
+            if table.hashed:
+                ids_BL = tables.hash_ids(ids_BL, table.ids)
+            known_BL = (ids_BL >= 0) & (ids_BL < table.ids) & ~absent_BL
+            place_BL = stacked.placement.place(ids_BL.astype(jnp.int32) + offset)
+            places.append(jnp.where(known_BL, place_BL, NO_ROW))
+            weight_BL = jnp.ones(ids_BL.shape, dtype)
+            if lookup.weights:
+                weight_BL = batch[lookup.weights].reshape(ids_BL.shape).astype(dtype)
+            factor_BL = jnp.where(known_BL, weight_BL, jnp.where(absent_BL, 0, jnp.nan))
+            if lookup.pool == "mean":
+                total_B = factor_BL.sum(1, keepdims=True)
+                factor_BL = factor_BL / jnp.where(total_B != 0, total_B, 1)
+            factors.append(factor_BL.astype(dtype))
+        pad = lambda parts, value: self._pad(jnp.concatenate(parts, axis=1), value)
+        return pad(places, NO_ROW), pad(factors, 0)
+
+    def _pad(self, x: jax.Array, value: Any = 0) -> jax.Array:
+        """[B, ...] with rows added to each batch shard, so that the devices that share it divide it."""
+        shards = batch_shards(self.mesh)
+        rows = x.shape[0] // shards
+        missing = -rows % self.copies
+        if not missing:
+            return x
+        x = x.reshape(shards, rows, *x.shape[1:])
+        widths = [(0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)]
+        return jnp.pad(x, widths, constant_values=value).reshape(-1, *x.shape[2:])
+
+    def _drop_padding(self, x: jax.Array, num: int) -> jax.Array:
+        """The inverse of `_pad`. num: rows without padding."""
+        shards = batch_shards(self.mesh)
+        if x.shape[0] == num:
+            return x
+        return x.reshape(shards, -1, *x.shape[1:])[:, : num // shards].reshape(num, *x.shape[1:])
+
+    # ---- on each device
+
+    def _owned(self, stacked: StackedTables) -> tuple[int, jax.Array]:
+        """(rows of an owner, the first place of this one)."""
+        block = stacked.placement.rows // self.mesh.size
+        return block, jax.lax.axis_index(self.axes).astype(jnp.int32) * block
+
+    def _swap(self, x: jax.Array) -> jax.Array:
+        """Bucket i of each device goes to device i."""
+        return jax.lax.all_to_all(x, self.axes, 0, 0, tiled=True)
+
+    def _ask(self, route: Route, index: jax.Array) -> jax.Array:
+        """[K] the places that the other devices ask this one for."""
+        return self._swap(route.rows.at[index].get(mode="fill", fill_value=NO_ROW)).ravel()
+
+    def _pull(
+        self,
+        stacked: StackedTables,
+        widths: tuple[int, ...],
+        table: jax.Array,
+        place_BL: jax.Array,
+        factor_BL: jax.Array,
+    ) -> tuple[list[jax.Array], Route, jax.Array]:
+        dim, (block, start) = stacked.placement.dim, self._owned(stacked)
+        route = dedupe(place_BL.ravel())
+        by_line = self.platform == "tpu"
+
+        def exchange(rows_UD: jax.Array, index: jax.Array) -> jax.Array:
+            asked_K = self._ask(route, index)
+            local_K = jnp.where(asked_K == NO_ROW, block, asked_K - start)
+            rows = self._swap(take(table, dim, local_K, by_line).reshape(*index.shape, dim))
+            return rows_UD.at[index].set(rows, mode="drop", unique_indices=True)
+
+        zeros = jnp.zeros((place_BL.size, dim), table.dtype)
+        rows_UD, count = exchange_rounds(
+            route.rows,
+            block,
+            bucket_slots(place_BL.size, self.mesh.size),
+            self.axes,
+            exchange,
+            jax.lax.pcast(zeros, self.axes, to="varying"),
+        )
+        rows_BLD = rows_UD[route.inverse].reshape(*place_BL.shape, dim) * factor_BL[..., None]
+        found, first = [], 0
+        for (lookup, *_), num in zip(stacked.lookups, widths, strict=True):
+            part = rows_BLD[:, first : first + num]
+            found.append(part if lookup.pool == "none" else part.sum(1))
+            first += num
+        return found, route, count
+
+    def _push(
+        self,
+        stacked: StackedTables,
+        update: UpdateRows,
+        widths: tuple[int, ...],
+        held: dict[str, jax.Array],
+        route: Route,
+        factor_BL: jax.Array,
+        grads: list[jax.Array],
+        rate: jax.Array,
+        step: jax.Array,
+        finite: jax.Array,
+    ) -> dict[str, jax.Array]:
+        dim, (block, start) = stacked.placement.dim, self._owned(stacked)
+        by_line, pack = self.platform == "tpu", stacked.placement.pack
+        bags = [
+            jnp.broadcast_to(g if g.ndim == 3 else g[:, None], (g.shape[0], num, dim))
+            for g, num in zip(grads, widths, strict=True)
+        ]
+        each_BLD = jnp.concatenate(bags, axis=1).astype(held[ROWS].dtype) * factor_BL[..., None]
+        sums_UD = totals(route, each_BLD.reshape(-1, dim), factor_BL.size, self.platform)
+
+        def exchange(held: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
+            asked = dedupe(self._ask(route, index))
+            grads_KD = self._swap(sums_UD.at[index].get(mode="fill", fill_value=0))
+            # A device sends a row once at most.
+            grads_KD = totals(asked, grads_KD.reshape(-1, dim), self.mesh.size, self.platform)
+            outside = block + pack * jnp.arange(len(grads_KD), dtype=jnp.int32)
+            local_K = jnp.where(asked.rows == NO_ROW, outside, asked.rows - start)
+            old = {name: take(x, dim, local_K, by_line) for name, x in held.items()}
+            state = {name: x for name, x in old.items() if name != ROWS}
+            rows, state = update(old[ROWS], state, grads_KD, rate, step)
+            new = {ROWS: rows, **state}
+            # A selection of complete tables would cost a pass over them.
+            new = {n: jnp.where(finite, x, old[n]).astype(old[n].dtype) for n, x in new.items()}
+            return {n: put(x, dim, local_K, old[n], new[n], by_line) for n, x in held.items()}
+
+        slots = bucket_slots(factor_BL.size, self.mesh.size)
+        return exchange_rounds(route.rows, block, slots, self.axes, exchange, held)[0]
