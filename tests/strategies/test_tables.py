@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from types import MappingProxyType
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import strategies as st
 
-from spmd import optim
+from spmd import Experiment, optim
 from spmd.core import tree
+from spmd.data import Arrays
 from spmd.models.layers.linear import Dense
 from spmd.optim import RowWise
-from spmd.parallel import mesh, tables
+from spmd.parallel import mesh, sparse, tables
 from spmd.parallel.mesh import MeshConfig
 from spmd.parallel.tables import Lookup, Placement, SparseTable, stack
-from spmd.strategies import AllReduce, Auto, Server, base
-from spmd.tasks import Task
+from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
+from spmd.strategies.privacy import Privacy
+from spmd.tasks import PCGrad, Task
+from spmd.train import TrainConfig
 from tests.marks import slow_but
 
 STEPS, BATCH, USERS, ITEMS = 3, 16, 300, 500
@@ -137,58 +143,79 @@ def dense_tables(arrays: Any) -> dict[str, np.ndarray]:
     return result
 
 
-def oracle(parts: base.Parts, state: Any, batches: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Parameters and tables after some steps, by jnp.take and the gradients of complete tables."""
-    task, rows = parts.task, parts.rows
-    params, held = state.params, {k: jnp.asarray(v) for k, v in dense_tables(state.tables).items()}
+def looked_up(values: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
+    """The rows of a batch by jnp.take of complete tables, as the task reads them."""
+    found = {}
+    for name, table in Ratings.tables.items():
+        for lookup in table.lookups:
+            ids = batch[lookup.feature].reshape(BATCH, -1)
+            ids = tables.hash_ids(ids, table.ids) if table.hashed else ids
+            weights = batch[lookup.weights] if lookup.weights else jnp.ones(ids.shape)
+            factor = jnp.where(ids >= 0, weights, 0)
+            each = jnp.take(values[name], jnp.maximum(ids, 0), axis=0) * factor[..., None]
+            if lookup.pool == "mean":
+                each = each / jnp.maximum(factor.sum(1), 1e-30)[:, None, None]
+            found[f"rows/{lookup.feature}"] = each if lookup.pool == "none" else each.sum(1)
+    return found
 
-    def looked_up(values, batch):
-        found = {}
-        for name, table in Ratings.tables.items():
-            for lookup in table.lookups:
-                ids = batch[lookup.feature].reshape(BATCH, -1)
-                if table.hashed:
-                    ids = tables.hash_ids(jnp.asarray(ids), table.ids)
-                weights = batch[lookup.weights] if lookup.weights else np.ones(ids.shape)
-                factor = jnp.where(ids >= 0, weights, 0)
-                each = jnp.take(values[name], jnp.maximum(ids, 0), axis=0) * factor[..., None]
-                if lookup.pool == "mean":
-                    each = each / jnp.maximum(factor.sum(1), 1e-30)[:, None, None]
-                found[f"rows/{lookup.feature}"] = each if lookup.pool == "none" else each.sum(1)
-        return found
 
-    def loss(params, values, batch, key, scale):
-        return task.loss(params, {}, {**batch, **looked_up(values, batch)}, key, scale)[0]
+def named_rows(batch: Any, name: str) -> np.ndarray:
+    """Which rows of a table the batch names."""
+    table = Ratings.tables[name]
+    named = np.zeros(table.ids, bool)
+    for lookup in table.lookups:
+        ids = jnp.asarray(batch[lookup.feature].ravel())
+        ids = np.asarray(tables.hash_ids(ids, table.ids) if table.hashed else ids)
+        named[ids[ids >= 0]] = True
+    return named
 
-    for step, batch in enumerate(batches):
+
+@functools.cache
+def dense_gradients() -> Any:
+    task = Rated().build(Ratings, "float64")
+
+    def loss(params, values, batch):
+        batch = {**batch, **looked_up(values, batch)}
         scale = task.scale(task.weigh(batch))
+        return task.loss(params, {}, batch, jax.random.key(0), scale)[0]
+
+    return jax.jit(jax.grad(loss, (0, 1)))
+
+
+@functools.cache
+def oracle(rows: RowWise, drawn: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+    """Parameters and tables after some steps on one device, from the gradients of complete tables."""
+    parts = parts_of(ONE, rows)
+    state = built(ONE, rows).init(jax.random.key(0))
+    params, held = state.params, dense_tables(state.tables)
+    for step, batch in enumerate(batches_of(drawn)):
         values = {name: held[f"{name}/rows"] for name in Ratings.tables}
-        named = {name: np.zeros(len(x), bool) for name, x in values.items()}
-        for name, table in Ratings.tables.items():
-            for lookup in table.lookups:
-                ids = batch[lookup.feature].ravel()
-                ids = (
-                    np.asarray(tables.hash_ids(jnp.asarray(ids), table.ids))
-                    if table.hashed
-                    else ids
-                )
-                named[name][ids[ids >= 0]] = True
-        grads, row_grads = jax.grad(loss, (0, 1))(params, values, batch, jax.random.key(0), scale)
+        grads, row_grads = dense_gradients()(params, values, batch)
         rate = parts.rate(jnp.int32(step))
         for name, old in values.items():
             slots = {k.split("/")[1]: x for k, x in held.items() if k.startswith(f"{name}/")}
             del slots["rows"]
             new, slots = rows.update(old, slots, row_grads[name], rate, jnp.int32(step))
+            named = named_rows(batch, name)
             for slot, x in {"rows": new, **slots}.items():
-                keep = named[name].reshape(-1, *(1,) * (x.ndim - 1))
-                held[f"{name}/{slot}"] = jnp.where(keep, x, held[f"{name}/{slot}"])
+                keep = named.reshape(-1, *(1,) * (x.ndim - 1))
+                held[f"{name}/{slot}"] = np.where(keep, x, held[f"{name}/{slot}"])
         params = jax.tree.map(lambda p, g, rate=rate: p - rate * g, params, grads)
     return jax.device_get(tree.named_leaves(params) | held)
 
 
-def run_steps(layout: Any, rows: RowWise, batches: list[Any], **changes: Any) -> tuple[Any, Any]:
+def batches_of(drawn: tuple[tuple[str, int], ...]) -> list[dict[str, np.ndarray]]:
+    """A batch for each (kind of ids, seed)."""
+    return [batch_of(functools.partial(adversary, kind, seed)) for kind, seed in drawn]
+
+
+@functools.cache
+def built(layout: Any, rows: RowWise, **changes: Any) -> base.Strategy:
+    return layout[0].build(parts_of(layout, rows, **changes))
+
+
+def run_steps(strategy: base.Strategy, batches: list[Any]) -> tuple[Any, Any]:
     """(the state after steps on these batches, the metrics of the last)."""
-    strategy = layout[0].build(parts_of(layout, rows, **changes))
     state, metrics = strategy.init(jax.random.key(0)), {}
     for batch in batches:
         placed = jax.device_put({k: v.copy() for k, v in batch.items()}, strategy.batch_shardings)
@@ -196,10 +223,9 @@ def run_steps(layout: Any, rows: RowWise, batches: list[Any], **changes: Any) ->
     return jax.device_get(state), metrics
 
 
-def assert_exact(layout: Any, rows: RowWise, batches: list[Any]) -> None:
-    parts = parts_of(ONE, rows)
-    want = oracle(parts, Auto().build(parts).init(jax.random.key(0)), batches)
-    state, metrics = run_steps(layout, rows, batches)
+def assert_exact(layout: Any, rows: RowWise, drawn: tuple[tuple[str, int], ...]) -> None:
+    want = oracle(rows, drawn)
+    state, metrics = run_steps(built(layout, rows), batches_of(drawn))
     got = tree.named_leaves(state.params) | dense_tables(state.tables)
     assert got.keys() == want.keys()
     for name, leaf in want.items():
@@ -235,6 +261,156 @@ CASES = [(layout, kind) for layout in LAYOUTS for kind in OPTIMIZERS]
 @pytest.mark.parametrize("layout,kind", slow_but(QUICK, CASES))
 def test_a_step_is_that_of_dense_gradients_on_one_device(layout, kind, devices):
     with jax.enable_x64(True):
-        for ids in ("holes", "zipf"):
-            batches = [batch_of(functools.partial(adversary, ids, seed)) for seed in range(STEPS)]
-            assert_exact(LAYOUTS[layout], OPTIMIZERS[kind], batches)
+        drawn = (("holes", 0), ("zipf", 1), ("one owner", 2))
+        assert_exact(LAYOUTS[layout], OPTIMIZERS[kind], drawn)
+
+
+@pytest.mark.gate
+@hypothesis.given(
+    layout=st.sampled_from(["auto2", "auto8 accumulated"]),
+    drawn=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 99)), min_size=1, max_size=3),
+)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+def test_adversarial_ids_change_nothing(layout, drawn):
+    with jax.enable_x64(True):
+        assert_exact(LAYOUTS[layout], OPTIMIZERS["adagrad"], tuple(drawn))
+
+
+def test_places_are_a_permutation_of_the_rows():
+    for placement in (Placement(3000, 4, stripes=8), Placement(5000, 1), Placement(10, 24)):
+        every = np.arange(placement.rows)
+        assert sorted(placement.place(every)) == [*every]
+        np.testing.assert_array_equal(placement.id(placement.place(every)), every)
+
+
+def test_several_steps_of_a_dispatch_and_a_skipped_one(devices):
+    """A scan takes the steps one by one; one that is not finite, or has an unknown id, touches nothing."""
+    with jax.enable_x64(True):
+        layout, rows = LAYOUTS["auto2"], OPTIMIZERS["adagrad"]
+        skipping = built(layout, rows, skip=True)
+        batches = batches_of((("uniform", 0), ("zipf", 1), ("holes", 2)))
+        batches[1]["rating"][5] = np.nan
+        batches[2]["user"][3] = USERS
+        first, _ = run_steps(skipping, batches[:1])
+        last, metrics = run_steps(skipping, batches)
+        assert float(metrics["finite"]) == 0 and int(last.step) == 3
+        jax.tree.map(np.testing.assert_array_equal, last.tables, first.tables)
+        jax.tree.map(np.testing.assert_array_equal, last.params, first.params)
+        several = base.scanned(skipping)
+        stacked = jax.tree.map(lambda *x: np.stack(x), batches[0], *batches_of((("zipf", 1),)))
+        state = several.init(jax.random.key(0))
+        state, _ = several.step(state, jax.device_put(stacked, several.batch_shardings))
+        want, _ = run_steps(skipping, [batches[0], *batches_of((("zipf", 1),))])
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.tables), want.tables)
+
+
+def sized(ids: int) -> Any:
+    """The compiled step of a table with so many rows, and its state's shapes; nothing is allocated."""
+
+    class Sized(nnx.Module):
+        tables = MappingProxyType(
+            {"items": SparseTable(ids=ids, dim=16, lookups=(Lookup(feature="bag"),))}
+        )
+
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.last = Dense(rngs, (16, 1), ("mlp", "classes"))
+
+        def __call__(self, bag):
+            return self.last(bag)[:, 0]
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class OfBag(Rated):
+        def inputs(self, batch):
+            return (batch["rows/bag"],)
+
+    layout = (Auto(), MeshConfig(), 8, 1)
+    parts = parts_of(layout, RowWise(), task=OfBag().build(Sized, "float64"), skip=True)
+    strategy = Auto().build(parts)
+    for chosen, lead in ((strategy, ()), (base.scanned(strategy), (2,))):
+        shapes = jax.eval_shape(chosen.init, jax.random.key(0))
+        batch = {
+            k: jax.ShapeDtypeStruct((*lead, *v.shape), v.dtype) for k, v in parts.batch.items()
+        }
+        yield chosen.step.lower(shapes, batch).compile()
+
+
+@pytest.mark.gate
+def test_no_step_copies_a_table(devices):
+    """Temporaries do not grow with the rows, and the arrays of the state are updated in place."""
+    with jax.enable_x64(True):
+        pairs = [*zip(sized(10**5), sized(10**7), strict=True)]
+    for small, large in pairs:
+        held, more = small.memory_analysis(), large.memory_analysis()
+        assert more.temp_size_in_bytes == held.temp_size_in_bytes
+        assert more.alias_size_in_bytes >= 10**7 * 17 * 8 // 8
+        assert not re.search(r"f64\[1\d{5,6}(,\d+)?\]\S* copy\(", large.as_text() or "")
+
+
+def arrays() -> dict[str, np.ndarray]:
+    batch = batch_of(functools.partial(adversary, "uniform", 0))
+    single = lambda x: x.astype(np.float32) if x.dtype == float else x
+    return {k: single(v) for k, v in batch.items() if k not in ("example_id", "weight")}
+
+
+def experiment(**changes: Any) -> Experiment:
+    features = {k: (v.shape[1:], str(v.dtype)) for k, v in arrays().items()}
+    given = {
+        "task": Rated(),
+        "simulate": 4,
+        "train": TrainConfig(steps=2),
+        "optimizer": optim.SGD(),
+    }
+    given |= {"data": Arrays(train=arrays, eval=arrays, features=features, batch_size=8)}
+    return Experiment(model=Ratings, **given | changes)
+
+
+def combined() -> Task:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Combined(Rated):
+        combine = PCGrad()
+
+    return Combined()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (
+            {"strategy": Local(replicas=4, period=2)},
+            "local gives each replica parameters of its own",
+        ),
+        ({"strategy": AllReduce(compress=Compression(kind="int8"))}, "kind=int8 would send a part"),
+        ({"strategy": Server(staleness=1)}, "staleness=1 would pair new rows with old parameters"),
+        ({"privacy": Privacy(noise_multiplier=1.0)}, "privacy clips the gradient of each example"),
+        ({"optimizer": optim.SGD(ema=0.9)}, "optimizer.ema averages every row"),
+        ({"mesh": MeshConfig(data=2, stage=2)}, "use --mesh.stage 1"),
+        ({"task": combined()}, "combines gradients by loss term"),
+    ],
+)
+def test_what_tables_do_not_take_is_refused(changes, message, devices):
+    with pytest.raises(ValueError, match=message):
+        experiment(**changes).build(source=())
+
+
+def test_an_id_that_a_table_does_not_have_is_named(devices):
+    wrong = arrays()
+    wrong["list"][5, 2] = ITEMS
+    program = experiment(simulate=1).build()
+    with pytest.raises(
+        ValueError, match=r"feature 'list' is 500 in example 5 .* .500 ids of table 'items'"
+    ):
+        program.expected("training").check_ranges(wrong | {"example_id": np.arange(BATCH)})
+
+
+def test_an_owner_is_asked_for_every_row_once(devices):
+    """Buckets of three slots: many rounds, each id in one of them, all gradients of a row in the same."""
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "bucket_slots", lambda lookups, num: 3)
+        layout, rows = LAYOUTS["auto8 accumulated"], OPTIMIZERS["adagrad"]
+        strategy = layout[0].build(parts_of(layout, rows))
+        drawn = (("one owner", 3), ("uniform", 4))
+        state, metrics = run_steps(strategy, batches_of(drawn))
+        want = oracle(rows, drawn)
+        for name, leaf in dense_tables(state.tables).items():
+            assert np.abs(leaf - want[name]).max() <= 1e-12 * max(np.abs(want[name]).max(), 1), name
+        assert float(metrics["lookup_rounds"]) >= 3

@@ -78,6 +78,8 @@ def _bytes(leaf: StateArray, mesh: AbstractMesh, fsdp: bool) -> int:
 
 @functools.lru_cache(maxsize=2**16)  # a search asks for the same shardings thousands of times
 def _axes(leaf: StateArray, mesh: AbstractMesh, fsdp: bool) -> tuple[str, ...]:
+    if leaf.group == GROUPS["tables"]:  # rows over all devices
+        return tuple(axis for axis in AXES if mesh.shape[axis] > 1)
     if leaf.like is None:
         return ()
     spec = sharding.spec_of(leaf.name, leaf.like, leaf.dims, mesh, fsdp=fsdp)
@@ -189,7 +191,8 @@ def _leaves(program: Program) -> tuple[StateArray, ...]:
             size = leaf.dtype.itemsize
             leaves.append(StateArray(rest, group, leaf.shape, size, frozen_dims, leaf.shape))
             continue
-        param = owner(rest, params) if group != OTHER and not in_model_state else ""
+        unowned = in_model_state or group in (OTHER, GROUPS["tables"])
+        param = "" if unowned else owner(rest, params)
         like = params[param].shape if param else None
         drop = -1
         if like is not None and leaf.shape != like:

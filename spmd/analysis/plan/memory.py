@@ -63,12 +63,13 @@ class EstimatedMemory(NamedTuple):
     activations: float
     temporaries: float
     strategy: int = 0
+    tables: int = 0
 
     @property
     def state(self) -> int:
         """Bytes of what a checkpoint stores."""
         arrays = self.parameters + self.optimizer + self.average + self.model_state
-        return arrays + self.strategy
+        return arrays + self.strategy + self.tables
 
     @property
     def peak(self) -> float:
@@ -104,6 +105,7 @@ def step_memory(facts: Facts, layout: Layout) -> EstimatedMemory:
         gradients=peak_gradients,
         activations=saved,
         temporaries=max(in_loss + loss, peak_gradients + block) - peak_gradients,
+        tables=sums[GROUPS["tables"]],
     )
 
 
@@ -118,7 +120,7 @@ def with_state(
     """
     auto = step_memory(facts, layout)
     gathered = max(auto.parameters - state["params"], 0)
-    rest = ("step", "key", "strategy_state", "tables")
+    rest = ("step", "key", "strategy_state")
     return auto._replace(
         parameters=state["params"],
         optimizer=state["opt_state"],
@@ -127,6 +129,7 @@ def with_state(
         gradients=auto.gradients * replicas,
         temporaries=auto.temporaries + gathered,
         strategy=sum(state[name] for name in rest),
+        tables=state["tables"],
     )
 
 

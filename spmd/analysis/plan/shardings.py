@@ -25,6 +25,7 @@ GROUPS = {  # field of the state -> its name in the table
     "opt_state": "optimizer",
     "ema": "moving average",
     "model_state": "model state",
+    "tables": "tables",
 }
 OTHER = "other"  # step, key, what only a strategy has
 LARGE = 2**20  # bytes: smaller arrays may well be replicated
