@@ -47,14 +47,8 @@ def update_state(
     grads = gradients.params
     if parts.privacy is not None:  # once per step, on the whole sum of any strategy
         grads = direct.add_noise(grads, base.step_key(state), parts.privacy.deviation)
-    metrics = {
-        name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
-        for name, (total, weight) in sums.items()
-        if not name.startswith(direct.PARTS)
-    }
-    metrics["loss"] = parts.task.loss_of(metrics)
     grads, of_terms = combine_terms(parts, state, grads)
-    metrics |= of_terms
+    metrics = mean_metrics(parts, sums) | of_terms
     metrics["grad_norm"] = tree.global_norm(grads)
     if parts.noise_scale:
         metrics |= direct.signal_and_noise(sums, metrics["grad_norm"])
@@ -87,6 +81,16 @@ def update_state(
         new = tree.select(finite, *without)
     pushed = tables.push(parts, state, pulled, gradients.rows, finite)
     return dataclasses.replace(new, step=state.step + 1, tables=pushed), metrics
+
+
+def mean_metrics(parts: base.Parts, sums: PyTree) -> base.Metrics:
+    """The means of the loss terms and training metrics, and the loss."""
+    means = {
+        name: total / jnp.where(weight > 0, weight, jnp.ones_like(weight))
+        for name, (total, weight) in sums.items()
+        if not name.startswith(direct.PARTS)
+    }
+    return means | {"loss": parts.task.loss_of(means)}
 
 
 def combine_terms(

@@ -187,11 +187,11 @@ def oracle(rows: RowWise, drawn: tuple[tuple[str, int], ...]) -> dict[str, Any]:
     """Parameters and tables after some steps on one device, from the gradients of complete tables."""
     parts = parts_of(ONE, rows)
     state = built(ONE, rows).init(jax.random.key(0))
-    params, held = state.params, dense_tables(state.tables)
+    params, held = state.params, dict[str, Any](dense_tables(state.tables))
     for step, batch in enumerate(batches_of(drawn)):
         values = {name: held[f"{name}/rows"] for name in Ratings.tables}
         grads, row_grads = dense_gradients()(params, values, batch)
-        rate = parts.rate(jnp.int32(step))
+        rate = jnp.asarray(parts.rate(jnp.int32(step)))
         for name, old in values.items():
             slots = {k.split("/")[1]: x for k, x in held.items() if k.startswith(f"{name}/")}
             del slots["rows"]
@@ -246,8 +246,9 @@ LAYOUTS = {
     "server tensor2": (Server(), MeshConfig(data=2, tensor=2), 4, 1),
 }
 OPTIMIZERS = {
-    kind: RowWise(kind=kind, rate=rate)
-    for kind, rate in (("sgd", 1.0), ("adagrad", 0.3), ("adam", 0.1))
+    "sgd": RowWise(kind="sgd"),
+    "adagrad": RowWise(rate=0.3),
+    "adam": RowWise(kind="adam", rate=0.1),
 }
 QUICK = [
     ("auto2", "adagrad"),
