@@ -81,7 +81,7 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def rounded_like(new: PyTree, params: PyTree, step_key: jax.Array, part: Any = None) -> PyTree:
+def round_like(new: PyTree, params: PyTree, step_key: jax.Array, part: Any = None) -> PyTree:
     """New parameters, float32 at least, in the types of `params`; narrow ones by stochastic rounding.
 
     Args:
@@ -100,7 +100,7 @@ def rounded_like(new: PyTree, params: PyTree, step_key: jax.Array, part: Any = N
     return tree.map_named(round_leaf, new, params)
 
 
-def wide_gradients(grads_of: Callable[..., Any]) -> Callable[..., Any]:
+def widen_gradients(grads_of: Callable[..., Any]) -> Callable[..., Any]:
     """A grad.GradsOf whose gradients are float32 at least: it differentiates at a widened copy of the
     parameters. A model that computes in the parameters' type needs it set explicitly (`with_compute_type`).
     """

@@ -40,12 +40,12 @@ class FunctionalModel(NamedTuple):
     follows: Mapping[str, str]
     stacks: tuple[Any, ...] = ()
 
-    def evaluated(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
+    def evaluate(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
         """fn(module) in evaluation mode: without dropout, with the running statistics."""
         return self.call(params, model_state, fn, train=False)[0]
 
 
-def network(model: Any, param_dtype: str = "float32") -> FunctionalModel:
+def functionalize(model: Any, param_dtype: str = "float32") -> FunctionalModel:
     """Split a model into static graphs and pure functions.
 
     Narrow parameters: a model with a field `dtype` computes in their type unless the field names another; a

@@ -84,7 +84,11 @@ def divide_among_copies(group: Communicator, mesh: Mesh, axes: Axes) -> Communic
     def shard_map(fn: Callable[..., Any], in_specs: P, out_specs: P) -> Callable[..., Any]:
         # That replicated arrays are equal on all devices is not in their types.
         return jax.shard_map(
-            fn, in_specs=in_specs, out_specs=out_specs, check_vma=False, **sharding.manual(mesh)
+            fn,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+            **sharding.shard_map_options(mesh),
         )
 
     def divide(fn: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -94,7 +98,7 @@ def divide_among_copies(group: Communicator, mesh: Mesh, axes: Axes) -> Communic
         def run(x: jax.Array) -> jax.Array:
             if copies == 1 or x.shape[-1] % copies:
                 return fn(x)
-            if not sharding.inside():
+            if not sharding.manual_axes():
                 return shard(fn(shard(x)))
             return shard_map(fn, last(x.ndim), last(jax.eval_shape(fn, x).ndim))(x)
 

@@ -280,7 +280,7 @@ def max_over_replicas(x: jax.Array) -> jax.Array:
     return jax.lax.pmax(x, axis) if axis else x
 
 
-def mapped(x: jax.Array) -> jax.Array:
+def batch_over_replicas(x: jax.Array) -> jax.Array:
     """Batch a value over the replicas that vmap runs on one device, as the results of other branches are.
 
     Args:
@@ -311,7 +311,7 @@ def note(name: str, value_B: jax.Array, weight_B: jax.Array) -> None:
         notes[name] = (value_B, weight_B)
 
 
-def varying(tree: Any) -> Any:
+def mark_varying(tree: Any) -> Any:
     """Types a replicated value as different per device, so that a gradient stays local until reduced.
 
     Under shard_map's check_vma the gradient with respect to an unvarying parameter would already hold the

@@ -277,20 +277,15 @@ def batch_spec(leading: int = 0) -> P:
     return P(*(None,) * leading, BATCH_AXES)
 
 
-def replicated(mesh: Mesh, structure: PyTree) -> PyTree:
-    """Shardings that replicate every leaf on all devices."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, P()), structure)
-
-
-def inside() -> Collection[str]:
+def manual_axes() -> Collection[str]:
     """The manual axes of the shard_maps that are being traced."""
     return jax.sharding.get_abstract_mesh().manual_axes
 
 
-def manual(mesh: Mesh, axes: Collection[str] | None = None) -> dict[str, Any]:
+def shard_map_options(mesh: Mesh, axes: Collection[str] | None = None) -> dict[str, Any]:
     """Arguments for a jax.shard_map manual over `axes` (None: all that remain), nested ones included."""
-    names = set(mesh.axis_names) - set(inside()) if axes is None else set(axes)
-    return {"axis_names": names} | ({} if inside() else {"mesh": mesh})
+    names = set(mesh.axis_names) - set(manual_axes()) if axes is None else set(axes)
+    return {"axis_names": names} | ({} if manual_axes() else {"mesh": mesh})
 
 
 def constrain(x: jax.Array, place: NamedSharding) -> jax.Array:
@@ -299,7 +294,7 @@ def constrain(x: jax.Array, place: NamedSharding) -> jax.Array:
     Args: x: [...]. place: its sharding on the whole mesh.
     Returns: x.
     """
-    target: Any = place.spec if inside() else place
+    target: Any = place.spec if manual_axes() else place
     return jax.lax.with_sharding_constraint(x, target)
 
 
@@ -311,8 +306,8 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
     """
 
     def remaining_rules() -> dict[str, tuple[str, ...]]:
-        manual_axes = inside()
-        return {dim: tuple(a for a in axes if a not in manual_axes) for dim, axes in rules.items()}
+        entered = manual_axes()
+        return {dim: tuple(a for a in axes if a not in entered) for dim, axes in rules.items()}
 
     def spec(shape: Sequence[int], dims: Dims) -> P:
         return spec_of("activation", shape, dims, mesh, fsdp=False, rules=remaining_rules())
@@ -335,7 +330,7 @@ def placement(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> dict[
             outs = tuple(map(result_spec, out_dims)) if several else result_spec(out_dims)
             ins = tuple(spec(x.shape, dims) for x, dims in zip(args, in_dims, strict=True))
             # Kernels (pallas_call) do not declare over which axes their results vary: no check_vma.
-            options = {"check_vma": False, **manual(mesh)}
+            options = {"check_vma": False, **shard_map_options(mesh)}
             return jax.shard_map(fn, in_specs=ins, out_specs=outs, **options)(*args)
 
         return run

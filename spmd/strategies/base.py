@@ -201,7 +201,7 @@ def grads_of(parts: Parts) -> direct.GradsOf:
     ValueError for a model that cannot be private.
     """
     if parts.mesh.shape["stage"] > 1:
-        return narrow.wide_gradients(direct.of_parameters(pipelined(parts)))
+        return narrow.widen_gradients(direct.of_parameters(pipelined(parts)))
     plain = direct.single_pass(parts.task.loss)
     if parts.task.combine is not None:
         plain = direct.by_term(parts.task)
@@ -210,7 +210,7 @@ def grads_of(parts: Parts) -> direct.GradsOf:
         plain = direct.per_example(parts.task, parts.privacy.clip_norm, parts.privacy.expected)
     if parts.noise_scale:
         plain = direct.measure_parts(plain)
-    return narrow.wide_gradients(direct.accumulate(plain, parts.accumulate))
+    return narrow.widen_gradients(direct.accumulate(plain, parts.accumulate))
 
 
 def check_private(parts: Parts) -> None:

@@ -38,9 +38,9 @@ from spmd.strategies.replica import (
     LocalStep,
     Shared,
     build_replica_step,
+    drop_frozen,
     map_over_replicas,
     take_outer_step,
-    unfrozen,
 )
 from spmd.strategies.rounds import Outer, RoundsConfig, check_fits
 from spmd.tasks import is_frozen
@@ -138,7 +138,7 @@ class Replicas:
             opt_state=over_replicas(plain.opt_state),
             strategy_state={
                 "params": over_replicas(placed),
-                "model_state": over_replicas(unfrozen(plain.model_state)),
+                "model_state": over_replicas(drop_frozen(plain.model_state)),
                 "weight": NamedSharding(mesh, P(AXIS)),
                 "outer": sharding.opt_shardings(tx, outer_shapes, params, placed, mesh),
                 "merge": dict(self.outer.merge.shardings),
@@ -153,7 +153,7 @@ class Replicas:
         """The state to begin with, from that of one device."""
         strategy_state = {
             "params": self.stack(state.params),
-            "model_state": self.stack(unfrozen(state.model_state)),
+            "model_state": self.stack(drop_frozen(state.model_state)),
             "weight": jnp.zeros(self.num, jnp.float32),
             "outer": self.outer.tx.init(base.widen(state.params)),
             "merge": self.outer.merge.init(state.params),

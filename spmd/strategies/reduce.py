@@ -164,7 +164,7 @@ def build_gradients(parts: base.Parts, axes: tuple[str, ...]) -> Callable[..., A
 
 def _shard_map(parts: base.Parts, fn: Any, *, over: Sequence[str], **how: Any) -> Any:
     """A shard_map over some axes; over none there is nothing to map."""
-    return jax.shard_map(fn, **how, **sharding.manual(parts.mesh, over)) if over else fn
+    return jax.shard_map(fn, **how, **sharding.shard_map_options(parts.mesh, over)) if over else fn
 
 
 def build_reduction(

@@ -80,7 +80,7 @@ def map_over_replicas(
     specs = {"in_specs": (P(), P(AXIS), P(AXIS), P(AXIS)), "out_specs": P(AXIS)}
     # No collective crosses the axis in there.
     return jax.shard_map(
-        step_device, **specs, check_vma=False, **sharding.manual(parts.mesh, (AXIS,))
+        step_device, **specs, check_vma=False, **sharding.shard_map_options(parts.mesh, (AXIS,))
     )
 
 
@@ -124,7 +124,7 @@ def build_replica_step(
         new_params, new_opt = update.apply_gradients(
             parts.tx, grads, opt_state, params, lambda: shared.key, number
         )
-        new = (new_params, unfrozen(new_state), new_opt)
+        new = (new_params, drop_frozen(new_state), new_opt)
         # Of several loss terms the sum: exact where they have one weight.
         weight = jnp.stack([w.astype(jnp.float32) for w in weights.values()]).sum()
         if parts.privacy is not None:  # how many were sampled must not show: all weigh alike
@@ -160,7 +160,7 @@ def take_outer_step(
     state: after the local steps. outer: how the replicas are merged. stack: [...] -> [R, ...].
     """
     replica_state = state.strategy_state
-    consensus = {"params": state.params, "statistics": unfrozen(state.model_state)}
+    consensus = {"params": state.params, "statistics": drop_frozen(state.model_state)}
     replicas = {"params": replica_state["params"], "statistics": replica_state["model_state"]}
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
 
@@ -211,6 +211,6 @@ def take_outer_step(
     return new, metrics
 
 
-def unfrozen(model_state: PyTree) -> PyTree:
+def drop_frozen(model_state: PyTree) -> PyTree:
     """The model state that a step changes: all but the frozen parameters, which replicas share."""
     return {name: part for name, part in model_state.items() if not is_frozen(name)}

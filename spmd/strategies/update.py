@@ -137,7 +137,7 @@ def apply_gradients(
         tx: the optimizer.
         grads, opt_state, params: its arguments.
         key: returns the step's key, for the random bits of the rounding.
-        part: folded into that key where a step makes several updates, as narrow.rounded_like takes it.
+        part: folded into that key where a step makes several updates, as narrow.round_like takes it.
 
     Returns:
         (new parameters, new optimizer state).
@@ -147,7 +147,7 @@ def apply_gradients(
         updates, opt_state = tx.update(grads, opt_state, params32)
     new = optax.apply_updates(params32, updates)
     if narrow.any_narrow(params):
-        new = narrow.rounded_like(new, params, key(), part)
+        new = narrow.round_like(new, params, key(), part)
     return new, opt_state
 
 

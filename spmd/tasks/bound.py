@@ -26,13 +26,13 @@ class BoundModel:
         self._module, self._real, self._task, self._is_head = module, real, task, is_head
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._whole("the model")(*as_inputs(inputs, self._real))
+        return self._whole("the model")(*cast_inputs(inputs, self._real))
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._module, name)
         if name != "hidden":
             return method
-        return lambda *inputs: self._whole("its layers", method)(*as_inputs(inputs, self._real))
+        return lambda *inputs: self._whole("its layers", method)(*cast_inputs(inputs, self._real))
 
     def _whole(self, what: str, function: Any = None) -> Any:
         check(
@@ -43,7 +43,7 @@ class BoundModel:
         return function or self._module
 
 
-def as_inputs(inputs: tuple[Any, ...], real: Any) -> tuple[Any, ...]:
+def cast_inputs(inputs: tuple[Any, ...], real: Any) -> tuple[Any, ...]:
     """Inputs with floats as precise as `real` at least, and uint8 scaled to [0, 1]."""
 
     def cast(x: Any) -> Any:
@@ -73,7 +73,7 @@ def training(batch: Batch, step_key: jax.Array) -> contextlib.AbstractContextMan
     return scope.bind(keys=keys_B, weight=batch["weight"], calls=0)
 
 
-def noted_sums(notes: Notes, batch: Batch) -> Sums:
+def sum_notes(notes: Notes, batch: Batch) -> Sums:
     """Sums over the examples of the values that layers noted."""
     precise = lambda x_B: x_B.astype(tree.at_least_float32(x_B.dtype))
     total = lambda x_B: jnp.sum(precise(x_B) * batch["weight"].astype(precise(x_B).dtype))

@@ -106,7 +106,7 @@ class LanguageModel(Task):
         split = lambda x: jnp.moveaxis(x.reshape(len(x), -1, self.chunks, *x.shape[2:]), 2, 0)
         chunks = jax.tree.map(split, (x_BTD, batch["targets"], self.counted(batch)))
         shapes = jax.eval_shape(sums_of_chunk, *jax.tree.map(lambda x: x[0], chunks))
-        zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        zeros = scope.mark_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
         return jax.lax.scan(add, zeros, chunks)[0]
 
     def _check(self, batch: Batch, name: str) -> None:

@@ -12,7 +12,7 @@ from spmd.models.functional import FunctionalModel
 from spmd.models.stack import Chunk
 from spmd.parallel import scope
 from spmd.parallel.follows import resolve_dims
-from spmd.tasks.bound import as_inputs, noted_sums, training, without
+from spmd.tasks.bound import cast_inputs, sum_notes, training, without
 from spmd.tasks.objective import VARIABLES, Batch, Notes, PyTree, Staged, Sums, scaled_loss
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def stages_of(tracer: Tracer) -> Staged:
     net: FunctionalModel = tracer.net
     check_stages(net)
     _, unread = jax.eval_shape(net.init, jax.random.key(0))
-    inputs = lambda batch: as_inputs(tracer.task.inputs(batch), tracer.real)
+    inputs = lambda batch: cast_inputs(tracer.task.inputs(batch), tracer.real)
 
     def call(params: PyTree, state: PyTree, run: Callable[[Any], Any]) -> tuple[Any, PyTree]:
         return net.call(without(params, VARIABLES), state, run, train=True)
@@ -50,7 +50,7 @@ def stages_of(tracer: Tracer) -> Staged:
         run = lambda module: module.through(x, *inputs(batch), chunk=of)
         with training(batch, step_key), scope.bind(notes=notes):
             x, state = call(params, state, run)
-        sums = noted_sums(notes, batch)
+        sums = sum_notes(notes, batch)
         return x, scaled_loss(sums, scale), sums, state
 
     def leave(params, x, batch, step_key, scale):

@@ -16,10 +16,10 @@ from spmd import metrics as metric_kinds
 from spmd.core import tree
 from spmd.core.fields import check
 from spmd.metrics import Mean
-from spmd.models.functional import network
+from spmd.models.functional import functionalize
 from spmd.parallel import scope
 from spmd.parallel.tables import id_ranges
-from spmd.tasks.bound import BoundModel, as_inputs, noted_sums, training, without
+from spmd.tasks.bound import BoundModel, cast_inputs, sum_notes, training, without
 from spmd.tasks.objective import (
     FROZEN,
     VARIABLES,
@@ -44,12 +44,12 @@ class Tracer:
 
     def __init__(self, task: Task, model: Any, param_dtype: str) -> None:
         self.task, self.model = task, model
-        self.net = network(model, param_dtype)
+        self.net = functionalize(model, param_dtype)
         self.real = tree.at_least_float32(jnp.dtype(param_dtype))
         self.param_dtype = param_dtype
         self.coefficients = task.coefficients(model)
         self.tables = getattr(model, "tables", {})
-        self.frozen = {name: network(f.model, param_dtype) for name, f in task.frozen.items()}
+        self.frozen = {name: functionalize(f.model, param_dtype) for name, f in task.frozen.items()}
         check(
             bool(self.coefficients),
             f"task {type(task).__name__}: coefficients() names no loss term: {{'loss': 1.0}} is the default",
@@ -78,7 +78,7 @@ class Tracer:
             evaluate=self.evaluate,
             measured=self.measured,
             predict=self.predict,
-            call=lambda params, state, fn: self.net.evaluated(*self.plain(params, state), fn),
+            call=lambda params, state, fn: self.net.evaluate(*self.plain(params, state), fn),
             whole_batch=self.net.whole_batch,
             state_dims=state_dims,
             ranges=lambda batch, outputs: {
@@ -142,10 +142,10 @@ class Tracer:
             notes: Notes = {}
             with scope.bind(notes=notes):
                 totals, metrics = self.task.sums(self._bound(module), batch, train=False)
-            pairs = self._weighed(totals, batch) | noted_sums(notes, batch)
+            pairs = self._weighed(totals, batch) | sum_notes(notes, batch)
             return {n: {"sum": s, "weight": w} for n, (s, w) in pairs.items()} | metrics
 
-        return self.net.evaluated(*self.plain(params, state), run)
+        return self.net.evaluate(*self.plain(params, state), run)
 
     def measured(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
         values = metric_kinds.computed(self.task.metrics, totals)
@@ -154,7 +154,7 @@ class Tracer:
     def predict(self, params: PyTree, state: PyTree, batch: Batch) -> Any:
         batch = self.with_extras(params, state, batch)
         run = lambda module: self.task.predict(self._bound(module), batch)
-        return self.net.evaluated(*self.plain(params, state), run)
+        return self.net.evaluate(*self.plain(params, state), run)
 
     def staged(self) -> Staged:
         """The loss in parts; ValueError, by name, for what a pipeline cannot carry."""
@@ -170,10 +170,10 @@ class Tracer:
         outputs = {}
         for name, net in self.frozen.items():
             if f"{FROZEN}/{name}" in state:
-                part = scope.varying(state[f"{FROZEN}/{name}"])  # as the trained ones are
-                inputs = as_inputs(self.task.inputs(batch), self.real)
+                part = scope.mark_varying(state[f"{FROZEN}/{name}"])  # as the trained ones are
+                inputs = cast_inputs(self.task.inputs(batch), self.real)
                 run = lambda module, inputs=inputs: module(*inputs)
-                output = net.evaluated(part["params"], part["model_state"], run)
+                output = net.evaluate(part["params"], part["model_state"], run)
                 outputs[f"{FROZEN}/{name}"] = jax.lax.stop_gradient(output)
         return outputs
 
@@ -190,7 +190,7 @@ class Tracer:
                 self._bound(module, is_head=hidden is not None), batch, hidden=hidden, train=train
             )
         pairs = {name: (sums["sum"], sums["weight"]) for name, sums in metrics.items()}
-        return self._weighed(totals, batch) | pairs | noted_sums(notes, batch)
+        return self._weighed(totals, batch) | pairs | sum_notes(notes, batch)
 
     def _weighed(self, totals: Mapping[str, jax.Array], batch: Batch) -> Sums:
         weights = self.task.counted(batch)

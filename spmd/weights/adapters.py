@@ -80,7 +80,7 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
         return _join(params, state[FROZEN], matrices, scale), model_state
 
     def loss(params, state, batch, step_key, scale):
-        frozen_state = state | {FROZEN: scope.varying(state[FROZEN])}  # typed as trained ones
+        frozen_state = state | {FROZEN: scope.mark_varying(state[FROZEN])}  # typed as trained ones
         total, (sums, new) = task.loss(*join(params, frozen_state), batch, step_key, scale)
         return total, (sums, new | {FROZEN: state[FROZEN]})
 

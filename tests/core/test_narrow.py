@@ -70,7 +70,7 @@ def test_random_bits_belong_to_elements_not_to_devices(spec):
     new = {"a": jnp.linspace(1, 2, 64 * 16, dtype=jnp.float32).reshape(64, 16)}
     new["b"] = new["a"]
     like = jax.tree.map(lambda x: x.astype(jnp.bfloat16), new)
-    run = jax.jit(lambda new, key, part: narrow.rounded_like(new, like, key, part))
+    run = jax.jit(lambda new, key, part: narrow.round_like(new, like, key, part))
     key = jax.random.key(1)
     want = run(new, key, 0)
     got = run(jax.device_put(new, NamedSharding(cut, spec)), key, 0)

@@ -18,13 +18,13 @@ import json, pathlib, sys
 import jax
 from spmd.parallel import mesh, sharding; from spmd.core import tree
 mesh.simulate(4)
-from spmd.models.functional import network
+from spmd.models.functional import functionalize
 from spmd.weights.huggingface import read
 from spmd.models.transformer import Transformer
 
 model = Transformer(**json.loads(sys.argv[2]))
 cut = mesh.make(mesh.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices())
-net = network(model)
+net = functionalize(model)
 params, _ = jax.eval_shape(net.init, jax.random.key(0))
 placed = sharding.param_shardings(params, net.dims, cut, fsdp=True)
 wanted = {
@@ -98,9 +98,9 @@ def layer_shapes(model):
     import jax
 
     from spmd.core import tree
-    from spmd.models.functional import network
+    from spmd.models.functional import functionalize
 
-    params, _ = jax.eval_shape(network(model).init, jax.random.key(0))
+    params, _ = jax.eval_shape(functionalize(model).init, jax.random.key(0))
     return {
         name: leaf.shape[1:] if name.startswith("blocks/") else leaf.shape
         for name, leaf in tree.named_leaves(params).items()

@@ -37,7 +37,7 @@ def single_pass(loss: Callable[..., Any]) -> GradsOf:
             with_rows = {**batch, **trained.rows}
             return loss(trained.params, model_state, with_rows, step_key, scale)
 
-        trained = Trained(scope.varying(trained.params), trained.rows)
+        trained = Trained(scope.mark_varying(trained.params), trained.rows)
         grads, (metrics, new_state) = jax.grad(total, has_aux=True)(trained)
         return grads, metrics, new_state
 
@@ -58,9 +58,9 @@ def by_term(objective: Any) -> GradsOf:
             return jnp.stack(parts), (sums, new_state)
 
         loss_K, pull_back, (metrics, new_state) = jax.vjp(
-            losses, scope.varying(params), has_aux=True
+            losses, scope.mark_varying(params), has_aux=True
         )
-        unit_KK = scope.varying(jnp.eye(len(terms), dtype=loss_K.dtype))
+        unit_KK = scope.mark_varying(jnp.eye(len(terms), dtype=loss_K.dtype))
         grads = jax.lax.map(lambda unit_K: pull_back(unit_K)[0], unit_KK)
         return grads, metrics, new_state
 
@@ -92,7 +92,7 @@ def per_example(task: Any, clip_norm: float, expected: float) -> GradsOf:
 
     def grads_of(params, model_state, batch, step_key, scale):
         del scale  # of the whole batch
-        params = scope.varying(params)
+        params = scope.mark_varying(params)
 
         def example_gradient(example):
             row = jax.tree.map(lambda x: x[None], example)
@@ -231,7 +231,7 @@ def accumulate(grads_of: GradsOf, num_microbatches: int) -> GradsOf:
         batches = microbatches((batch, trained.rows), num_microbatches)
         first = jax.tree.map(lambda x: x[0], batches)
         shapes = jax.eval_shape(grads_at, first, model_state)[0]
-        zeros = scope.varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+        zeros = scope.mark_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
         def body(carry, microbatch):
             sums, model_state = carry

@@ -39,7 +39,7 @@ def grads_of(
     permutes = mesh.shape["context"] > 1
 
     def pipelined(params, model_state, batch, step_key, scale):
-        outer, manual = scope.current().axes, sharding.inside()
+        outer, manual = scope.current().axes, sharding.manual_axes()
         axes = tuple(a for a in MANUAL_BATCH if mesh.shape[a] > 1 and a not in manual)
         batch_M = microbatches(batch, table.microbatches)
         frozen, model_state, batch_M = staged.read_frozen(model_state, batch_M)
@@ -61,7 +61,7 @@ def grads_of(
             local,
             in_specs=(specs, P(STAGE), P(None, axes), P(), P()),
             out_specs=(specs, P(), P(STAGE)),
-            **sharding.manual(mesh, (STAGE, *axes)),
+            **sharding.shard_map_options(mesh, (STAGE, *axes)),
             # A gradient stays on its device until it is summed, since its branch does not run on all.
             # Exchanges within a stage are shard_maps of their own, which say nothing of how results vary.
             check_vma=False,

@@ -251,7 +251,7 @@ class Stage:
             return self.parts.constrain(empty, None)
 
         grads = self.leaves.constrain(zeros([*self.parts.chunks, self.parts.others]))
-        idle = jax.tree.map(scope.mapped, zeros(x))
+        idle = jax.tree.map(scope.batch_over_replicas, zeros(x))
         sent = idle, idle
         return Carry(grads, zeros(sums), states, slots(num_inputs), slots(num_gradients), sent)
 
