@@ -19,6 +19,7 @@ TITLES = {
     "input_images": ["images/s", "spmd / faster peer"],
     "input_pipeline": ["steps per item"],
     "input_tables": ["arrow", "parquet"],
+    "sparse_tables": ["rows / jnp.take and optax"],
     "votes": ["of 50 ms steps"],
     "pipeline": ["compile", "1f1b / gpipe, median of pairs"],
     "gpu_gpt2": ["spmd", "TFLOP/s", "MFU"],

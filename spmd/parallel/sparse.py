@@ -58,6 +58,11 @@ class Pulled(NamedTuple):
     rounds: jax.Array
 
 
+def platform_of(mesh: Mesh) -> str:
+    """The platform whose forms of gather, scatter and sum are used."""
+    return mesh.devices.flat[0].platform
+
+
 class ShardedTables:
     """The tables of a model on a mesh: all devices own rows, whatever else the mesh shards.
 
@@ -77,7 +82,7 @@ class ShardedTables:
         # The batch first, so that a device's rows of the batch are divided among those that share them.
         self.axes = (*BATCH_AXES, *(axis for axis in AXES if axis not in BATCH_AXES))
         self.copies = num // batch_shards(mesh)
-        self.platform = mesh.devices.flat[0].platform
+        self.platform = platform_of(mesh)
 
     def shardings(self, arrays: Any) -> Any:
         """Shardings of the arrays (or of their shapes): rows over all devices."""
