@@ -55,12 +55,17 @@ class RowWise:
         rate: jax.Array,
         step: jax.Array,
     ) -> tuple[jax.Array, Slots]:
-        """(new rows, new state) of rows with the sums of their gradients.
+        """Update rows with the sums of their gradients.
 
         Args:
-          slots: the state of these rows, [K] or [K, D].
-          rate: learning rate at this step.
-          step: number of steps before, int32.
+            rows_KD: [K, D].
+            slots: the state of these rows, [K] or [K, D].
+            grads_KD: [K, D] sums over all lookups of a row.
+            rate: [] learning rate at this step.
+            step: int32 [] number of steps before.
+
+        Returns:
+            (new rows, new state).
         """
         import jax.numpy as jnp
 

@@ -43,12 +43,26 @@ def bucket_slots(lookups: int, num_devices: int) -> int:
 
 
 def starts_of_runs(key_K: jax.Array) -> jax.Array:
-    """[K] whether an element differs from the one before."""
+    """Where runs of equal elements begin.
+
+    Args:
+        key_K: [K].
+
+    Returns:
+        bool [K], whether an element differs from the one before.
+    """
     return jnp.append(True, key_K[1:] != key_K[:-1])
 
 
 def dedupe(place_U: jax.Array) -> Route:
-    """The distinct rows of a device's lookups, int32."""
+    """The distinct rows of a device's lookups.
+
+    Args:
+        place_U: int32 [U].
+
+    Returns:
+        Rows and lookups of each.
+    """
     number = jnp.arange(place_U.size, dtype=jnp.int32)  # argsort would count in int64 under x64
     ordered, order = jax.lax.sort((place_U, number), num_keys=1, is_stable=True)
     rank = jnp.cumsum(starts_of_runs(ordered), dtype=jnp.int32) - 1
@@ -58,10 +72,19 @@ def dedupe(place_U: jax.Array) -> Route:
 
 
 def totals(route: Route, x_KD: jax.Array, longest: int, platform: str) -> jax.Array:
-    """Sums of x over the lookups of each distinct row, as route.rows lists them; always in the same order.
+    """Sums over the lookups of each distinct row; always in the same order.
 
     GPUs scatter-add by atomics, in no fixed order: there sorted neighbours are added in log2(longest) passes,
-    which take 40 times as long on a CPU. longest: lookups of a row, at most.
+    which take 40 times as long on a CPU.
+
+    Args:
+        route: of the lookups.
+        x_KD: [K, D] of each lookup.
+        longest: lookups of a row, at most.
+        platform: of the devices.
+
+    Returns:
+        Sums [K, D], as route.rows lists them.
     """
     key_K, x_KD, step, none = route.rank, x_KD[route.order], 1, jnp.zeros_like(x_KD)
     if platform != "gpu":
@@ -76,9 +99,16 @@ def totals(route: Route, x_KD: jax.Array, longest: int, platform: str) -> jax.Ar
 
 
 def take(table: jax.Array, dim: int, local_K: jax.Array, by_line: bool) -> jax.Array:
-    """Rows [K, D] of an array of lines (or elements [K] of one of numbers); 0 for a row that is outside.
+    """Rows of an array of lines, or elements of one of numbers.
 
-    by_line: fetch complete lines, as on TPUs, where a reshape to rows would copy the table.
+    Args:
+        table: [lines, width], or [rows] numbers.
+        dim: D, numbers of a row.
+        local_K: int32 [K] numbers of the rows.
+        by_line: fetch complete lines, as on TPUs, where a reshape to rows would copy the table.
+
+    Returns:
+        [K, D] or [K]; 0 for a row that is outside.
     """
     if table.ndim == 1 or not by_line:
         rows = table if table.ndim == 1 else table.reshape(-1, dim)
@@ -92,7 +122,17 @@ def take(table: jax.Array, dim: int, local_K: jax.Array, by_line: bool) -> jax.A
 def put(
     table: jax.Array, dim: int, local_K: jax.Array, old: jax.Array, new: jax.Array, by_line: bool
 ) -> jax.Array:
-    """The array with new rows, in place; no number twice. by_line: adds differences to complete lines."""
+    """Set rows, in place; no number twice.
+
+    Args:
+        table, dim, local_K: as `take` takes them.
+        old: [K, D] or [K], the rows as they are.
+        new: [K, D] or [K].
+        by_line: adds differences to complete lines.
+
+    Returns:
+        The array with the new rows.
+    """
     if table.ndim == 1 or not by_line:
         rows = table.reshape(-1, *new.shape[1:])
         rows = rows.at[local_K].set(new, mode="drop", unique_indices=True)
@@ -112,15 +152,21 @@ def exchange_rounds(
     exchange: Callable[[PyTree, jax.Array], PyTree],
     carry: PyTree,
 ) -> tuple[PyTree, jax.Array]:
-    """exchange(carry, index [N, C] into rows_U) until every row has been in a bucket; (carry, rounds).
+    """Call exchange(carry, index [N, C] into rows_U) until every row has been in a bucket.
 
     A round takes, of each owner, the rows below a bound common to all devices: the least place at which a
     device's bucket is full. So all gradients of a row meet in one round, and the owner may square their sum.
 
     Args:
-        rows_U: distinct places, ascending, then NO_ROW.
+        rows_U: [U] distinct places, ascending, then NO_ROW.
         block: rows of an owner.
         slots: of a bucket.
+        axes: of the exchange.
+        exchange: a round.
+        carry: its first argument in the first round.
+
+    Returns:
+        (the last carry, int32 [] number of rounds).
     """
     num = rows_U.shape[0]
     owners = jnp.arange(jax.lax.axis_size(axes) + 1, dtype=jnp.int32)

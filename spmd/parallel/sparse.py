@@ -90,7 +90,15 @@ class ShardedTables:
         return jax.tree.map(lambda _: placed, arrays)
 
     def pull(self, arrays: Arrays, batch: Mapping[str, jax.Array]) -> Pulled:
-        """The rows that a global batch looks up; an id that a table does not have gives NaN."""
+        """The rows that a global batch looks up.
+
+        Args:
+            arrays: of the stacks.
+            batch: the features, ids [B, ...] among them.
+
+        Returns:
+            The rows; NaN for an id that a table does not have.
+        """
         rows, routed, rounds = dict[str, jax.Array](), dict[str, Routed](), jnp.int32(0)
         placed = NamedSharding(self.mesh, sharding.batch_spec())
         for stacked in self.stacks:
@@ -122,9 +130,19 @@ class ShardedTables:
         step: jax.Array,
         finite: jax.Array,
     ) -> Arrays:
-        """The arrays after an update of the rows that were pulled; unless `finite` the same rows.
+        """Update the rows that were pulled.
 
-        grads: gradients of pulled.rows. A row that several examples name gets the sum of their gradients.
+        Args:
+            arrays: of the stacks.
+            pulled: the lookups of the batch.
+            grads: of pulled.rows [B, ...]; a row that several examples name gets the sum of theirs.
+            update: of rows, as RowWise.update.
+            rate: [] learning rate.
+            step: int32 [] number of steps before.
+            finite: bool [] whether to update; else the rows stay.
+
+        Returns:
+            The arrays after the update.
         """
         new: Arrays = {}
         for stacked in self.stacks:

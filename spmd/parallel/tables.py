@@ -159,7 +159,15 @@ def stack(tables: Tables) -> list[StackedTables]:
 
 
 def hash_ids(id_: jax.Array, num: int) -> jax.Array:
-    """Ids as rows 0 to num - 1: lowbias32 (Wellons 2018) of the id's low 32 bits, modulo num; -1 stays."""
+    """Ids as rows: lowbias32 (Wellons 2018) of the id's low 32 bits, modulo the number of rows.
+
+    Args:
+        id_: integers [...].
+        num: number of rows.
+
+    Returns:
+        [...] 0 to num - 1; -1 stays.
+    """
     x = id_.astype(jnp.uint32)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
@@ -168,7 +176,12 @@ def hash_ids(id_: jax.Array, num: int) -> jax.Array:
 
 
 def row_shapes(tables: Tables, batch: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Shapes of the rows that a batch (arrays, or shapes) looks up, as features of it.
+    """Shapes of the rows that a batch looks up, as features of it.
+
+    Args:
+        tables: of the model.
+        batch: arrays, or shapes.
+        dtype: of the rows.
 
     Raises:
         ValueError: a feature of ids or weights is missing, or has another shape or type.
@@ -206,7 +219,17 @@ def id_ranges(tables: Tables) -> dict[str, batches.Ids]:
 
 
 def initial_rows(stacked: StackedTables, tables: Tables, key: jax.Array, dtype: Any) -> jax.Array:
-    """Rows [lines, width] of a stack, normal deviates times the scale of their table."""
+    """Normal deviates times the scale of their table.
+
+    Args:
+        stacked: the stack.
+        tables: of the model.
+        key: [] of the draws.
+        dtype: of the rows.
+
+    Returns:
+        [lines, width].
+    """
     placement = stacked.placement
     scales = [tables[name].scale or 1 / math.sqrt(placement.dim) for name in stacked.offsets]
     rows = jax.random.normal(key, placement.shape, dtype)

@@ -22,7 +22,15 @@ def sharded_tables(parts: Parts) -> ShardedTables:
 
 
 def init(parts: Parts, key: jax.Array) -> Arrays:
-    """Random rows, and the state of their optimizer, 0: {stack: {"rows": ..., ...}}; {} without tables."""
+    """Random rows, and the state of their optimizer, 0.
+
+    Args:
+        parts: as of every strategy.
+        key: [] of the draws.
+
+    Returns:
+        {stack: {"rows": ..., ...}}; {} without tables.
+    """
     arrays: Arrays = {}
     for stacked in sharded_tables(parts).stacks:
         dtype, placement = parts.task.row_dtype, stacked.placement
@@ -47,9 +55,17 @@ def pull(parts: Parts, state: TrainState, batch: Any) -> Pulled:
 
 
 def push(parts: Parts, state: TrainState, pulled: Pulled, grads: Any, finite: jax.Array) -> Arrays:
-    """The tables after a step, updated in place; a step that is not finite touches no row.
+    """The tables after a step, updated in place.
 
-    grads: gradients of pulled.rows, of each example.
+    Args:
+        parts: as of every strategy.
+        state: before the step.
+        pulled: the lookups of the batch.
+        grads: of pulled.rows, of each example.
+        finite: bool []; a step that is not touches no row.
+
+    Returns:
+        The arrays.
     """
     return sharded_tables(parts).push(
         state.tables,
