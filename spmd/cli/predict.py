@@ -54,35 +54,37 @@ def run(name: str, words: Sequence[str]) -> int:
     with _writer(path) if is_writer else contextlib.nullcontext(lambda rows: None) as write:
         start = 0
         for outputs in snapshot.predictions(source):
-            columns = columns_of(outputs, start)
-            rows = columns.pop(NUMBER)
-            write({NUMBER: rows, **_named(source, rows), **_classified(data, columns)})
-            start += len(rows)
+            columns = columns_of(outputs, start, source)
+            write(_classified(data, columns))
+            start += len(columns[NUMBER])
     agree.say(f"{options.out}: {start} rows, step {snapshot.step}")
     return 0
 
 
-def columns_of(outputs: Any, start: int) -> dict[str, Any]:
+def columns_of(outputs: Any, start: int, source: Any = None) -> dict[str, Any]:
     """The columns of a batch.
 
     Args:
         outputs: of the model, an array [N, ...] or a dict of them.
         start: number of the first example.
+        source: the examples.
 
     Returns:
-        {name: array [N, ...]}, the numbers of the examples first.
+        {name: array [N, ...]}: the numbers of the examples, their files where they are files, the outputs.
 
     Raises:
-        ValueError: an output has the name of that column.
+        ValueError: an output has the name of another column.
     """
     columns = outputs if isinstance(outputs, Mapping) else {"output": outputs}
-    check(
-        NUMBER not in columns,
-        f"the model has an output named {NUMBER!r}, as is the column of the examples' numbers: rename it"
-        f" (its outputs: {', '.join(columns)})",
-    )
-    num = len(next(iter(columns.values())))
-    return {NUMBER: np.arange(start, start + num, dtype=np.int64), **columns}
+    rows = np.arange(start, start + len(next(iter(columns.values()))), dtype=np.int64)
+    own = {NUMBER: rows, **_named(source, rows)}
+    for name in columns:
+        check(
+            name not in own,
+            f"the model has an output named {name!r}, as a column of predict ({', '.join(own)}): rename"
+            f" it (its outputs: {', '.join(columns)})",
+        )
+    return own | {**columns}
 
 
 def _source(exp: Any, data: Any, split: str) -> Any:
@@ -111,7 +113,8 @@ def _classified(data: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
     scaled = np.exp(logits - logits.max(1, keepdims=True))
     share = (scaled / scaled.sum(1, keepdims=True)).astype(np.float32)
     best = share.argmax(1)
-    return {
+    others = {name: x for name, x in columns.items() if name != "output"}
+    return others | {
         "class": np.array(classes)[best],
         "probability": share[np.arange(len(best)), best],
         "probabilities": share,

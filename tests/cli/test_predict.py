@@ -53,11 +53,17 @@ def test_mistakes_with_predictions(words, message, run_main, digits_run):
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_an_output_may_not_have_the_name_of_the_number():
-    outputs = {"scores": np.ones((2, 3)), "example": np.ones(2)}
-    with pytest.raises(
-        ValueError, match=r"an output named 'example'.*its outputs: scores, example"
-    ):
-        predict.columns_of(outputs, 0)
+class Files:
+    """Examples that are files."""
+
+    def name_of(self, index: int) -> str:
+        return f"{index}.png"
+
+
+@pytest.mark.parametrize("name", ["example", "file"])
+def test_an_output_may_not_have_the_name_of_a_column(name):
+    outputs = {"scores": np.ones((2, 3)), name: np.ones(2)}
+    with pytest.raises(ValueError, match=f"an output named '{name}'.*its outputs: scores, {name}"):
+        predict.columns_of(outputs, 0, Files())
     columns = predict.columns_of({"scores": outputs["scores"]}, 7)
     assert [*columns] == ["example", "scores"] and columns["example"].tolist() == [7, 8]
