@@ -1,6 +1,6 @@
 """Metrics: sums on the devices, values on the host."""
 
-from spmd.metrics.base import Mean, Metric, added, check_metrics, computed, measure
+from spmd.metrics.base import Mean, Metric, add_sums, check_metrics, compute_values, measure
 from spmd.metrics.classes import AUC, Accuracy, Calibration, Confusion, blended
 from spmd.metrics.errors import MAE, RMSE
 from spmd.metrics.ranking import Ranking
@@ -15,9 +15,9 @@ __all__ = [
     "Mean",
     "Metric",
     "Ranking",
-    "added",
+    "add_sums",
     "blended",
     "check_metrics",
-    "computed",
+    "compute_values",
     "measure",
 ]

@@ -174,7 +174,7 @@ def _described(sums: Any) -> str:
     return ", ".join(f"{name}: {type(x).__name__}" for name, x in sums.items())
 
 
-def added(total: Any, sums: Any) -> Any:
+def add_sums(total: Any, sums: Any) -> Any:
     """Add two trees of host arrays, integers in int64, floats in float64.
 
     Args:
@@ -212,7 +212,9 @@ def check_metrics(metrics: Iterable[Metric], terms: Iterable[str]) -> None:
     check(not twice, f"two metrics or loss terms are called {', '.join(sorted(twice))}: rename one")
 
 
-def computed(metrics: Iterable[Metric], totals: Mapping[str, Mapping[str, np.ndarray]]) -> Values:
+def compute_values(
+    metrics: Iterable[Metric], totals: Mapping[str, Mapping[str, np.ndarray]]
+) -> Values:
     """The values of all totals: of each metric its own, of other names the mean of `sum` over `weight`.
 
     Args:

@@ -148,7 +148,7 @@ class Tracer:
         return self.net.evaluate(*self.plain(params, state), run)
 
     def measured(self, totals: Mapping[str, Any]) -> dict[str, float | None]:
-        values = metric_kinds.computed(self.task.metrics, totals)
+        values = metric_kinds.compute_values(self.task.metrics, totals)
         return values | ({"loss": total_loss(self.coefficients, values)} if totals else {})
 
     def predict(self, params: PyTree, state: PyTree, batch: Batch) -> Any:

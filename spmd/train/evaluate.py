@@ -119,7 +119,7 @@ def _measuring(
 def _added(total: Any, sums: Any) -> Any:
     """The totals on the host after a batch's sums, which it waits for."""
     host = jax.device_get(sums)
-    return metrics.added(jax.tree.map(np.zeros_like, host) if total is None else total, host)
+    return metrics.add_sums(jax.tree.map(np.zeros_like, host) if total is None else total, host)
 
 
 def named(values: Mapping[str, float | None]) -> Measured:

@@ -136,7 +136,7 @@ def total(metric, outputs, features, weights, rows, place=lambda x: x):
         batch = {name: place(part(x)) for name, x in features.items()}
         new = jax.device_get(sums(place(part(outputs)), batch, place(weight)))
         zeros = jax.tree.map(np.zeros_like, new) if result is None else result
-        result = metrics.added(zeros, new)
+        result = metrics.add_sums(zeros, new)
     return result
 
 
@@ -180,9 +180,9 @@ def test_the_area_under_the_roc_curve_is_within_its_bound(bins):
 
 def test_counts_do_not_stop_at_two_to_the_24():
     big = {"x": np.full(3, 2**24 + 1, np.int32), "y": np.full((), 2**24, np.float32)}
-    result = metrics.added(jax.tree.map(np.zeros_like, big), big)
+    result = metrics.add_sums(jax.tree.map(np.zeros_like, big), big)
     for _ in range(200):
-        result = metrics.added(result, big)
+        result = metrics.add_sums(result, big)
     assert result["x"].tolist() == [201 * (2**24 + 1)] * 3
     assert float(result["y"]) == 201 * 2**24
 
@@ -204,6 +204,6 @@ def test_mistakes_with_metrics():
     with pytest.raises(ValueError, match=r"'odd': sums\(\) returned sum: float; it returns"):
         metrics.measure(odd, jnp.eye(3), {}, {})
     with pytest.raises(ValueError, match=r"'odd': sums\(\) returned arrays of shapes \[\[3\]\]"):
-        metrics.added({"odd": {"sum": np.ones(2)}}, {"odd": {"sum": np.ones(3)}})
+        metrics.add_sums({"odd": {"sum": np.ones(2)}}, {"odd": {"sum": np.ones(3)}})
     with pytest.raises(ValueError, match="cut-offs of at least 1"):
         metrics.Ranking(k=())
