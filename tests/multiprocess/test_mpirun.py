@@ -18,7 +18,7 @@ from tests.command import REPOSITORY, ROOT
 
 pytestmark = pytest.mark.multiprocess
 
-STEPS = 1200
+STEPS = 400
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def plain(text):
 def test_stops_together_and_resumes(mpirun, tmp_path):
     lines = tmp_path / "runs/digits/metrics.jsonl"
     first, end = mpirun(), time.monotonic() + 200
-    while not (lines.exists() and '"step": 100' in lines.read_text()):
+    while not (lines.exists() and '"step": 40' in lines.read_text()):
         assert first.poll() is None and time.monotonic() < end
         time.sleep(0.1)
     ranks = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()

@@ -137,6 +137,7 @@ THEN = (
 )
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(
     platforms.has_gpu() or platforms.has_tpu(), reason="about machines without an accelerator"

@@ -137,12 +137,12 @@ def test_stop_ends_the_job_for_good(slurm, submit, log, run_cli):
 
 def test_trains_on_two_nodes_and_goes_on_after_a_preemption(slurm, run_cli, tmp_path, log):
     """Found by what srun says alone, but for the address: the nodes' names mean nothing on one machine."""
-    steps = 1200
+    steps = 400
     options = ("--nodes", "2", "--simulate", "2", "--train.steps", steps, "--log.every", 20)
     env = slurm.env | {"JAX_PLATFORMS": "cpu", "SPMD_COORDINATOR": f"127.0.0.1:{free_port()}"}
     done = run_cli("launch", "slurm", *NAME, *options, "--", "--comment=real", env=env)
     (number,) = re.findall(r"as job (\d+)", done.stdout)
-    until(lambda: "step 100/" in log(number), timeout=200)
+    until(lambda: "step 40/" in log(number), timeout=200)
     slurm.run("scancel", "--signal=TERM", number)  # what --signal does near the time limit
     job = slurm.until(number, "COMPLETED", "FAILED", "CANCELLED", timeout=400)
     text = log(number)
