@@ -19,7 +19,10 @@ from spmd.models.cnn import CNN
 from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
+from spmd.models.resnet import ResNet
 from spmd.models.transformer import Transformer
+from spmd.models.unet import UNet
+from spmd.models.wide_resnet import WideResNet
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
 
@@ -50,9 +53,16 @@ MODELS["unlike"] = dataclasses.replace(
 MODELS["moe_local"] = dataclasses.replace(
     MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, balance=0.0)
 )
+MODELS["resnet"] = ResNet(depth=20, width=4, channels=1)
+MODELS["bottlenecks"] = ResNet(depth=50, width=4, channels=1)
+MODELS["wide"] = WideResNet(depth=10, widen=1, channels=1, dropout=0.1)
+MODELS["unet"] = UNet(widths=(4, 8), channels=1, classes=3, norm="group", groups=2)
 TASKS = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
+    ResNet: tasks.Classification(),
+    WideResNet: tasks.Classification(),
+    UNet: tasks.Segmentation(dice=0.5, pixel="focal"),
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
     EncoderDecoder: tasks.LanguageModel(
         features=(
@@ -280,10 +290,18 @@ def pairs_at(step: int) -> dict[str, np.ndarray]:
     }
 
 
+def masks_at(step: int) -> dict[str, np.ndarray]:
+    """Images with masks of three classes, some of whose pixels are unlabelled."""
+    mask = np.random.default_rng(step + 1000).integers(-1, 3, (BATCH, 8, 8))
+    return batch_at(step) | {"mask": mask.astype(np.int32)}
+
+
 def data_of(model):
     """Batch by step."""
     if isinstance(model, EncoderDecoder):
         return pairs_at
+    if isinstance(model, UNet):
+        return masks_at
     return tokens_at if isinstance(model, Transformer) else batch_at
 
 

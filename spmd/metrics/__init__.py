@@ -2,7 +2,7 @@
 
 from spmd.metrics.base import Mean, Metric, add_sums, check_metrics, compute_values, measure
 from spmd.metrics.classes import AUC, Accuracy, Calibration, Confusion, blended
-from spmd.metrics.errors import MAE, RMSE
+from spmd.metrics.errors import MAE, RMSE, difference
 from spmd.metrics.ranking import Ranking
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "blended",
     "check_metrics",
     "compute_values",
+    "difference",
     "measure",
 ]

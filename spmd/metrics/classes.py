@@ -77,6 +77,8 @@ class Confusion(Metric):
     label: str = "label"
     prefix: str = ""
     """Before the names of the values."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes in their order: `iou/NAME` and `dice/NAME` of each are values too."""
 
     def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
         """int32 [C, C]: elements by (label, prediction)."""
@@ -95,7 +97,17 @@ class Confusion(Metric):
         occurs = union > 0
         iou, dice = both[occurs] / union[occurs], 2 * both[occurs] / (labels + predictions)[occurs]
         mean = lambda x: float(x.mean()) if occurs.any() else None
-        return {f"{self.prefix}miou": mean(iou), f"{self.prefix}dice": mean(dice)}
+        values = {"miou": mean(iou), "dice": mean(dice)}
+        check(
+            len(self.classes) in (0, len(matrix)),
+            f"metric {self.name!r}: {len(self.classes)} names for {len(matrix)} classes",
+        )
+        of_occurring = np.cumsum(occurs) - 1
+        for index, name in enumerate(self.classes):
+            place = of_occurring[index]
+            values[f"iou/{name}"] = float(iou[place]) if occurs[index] else None
+            values[f"dice/{name}"] = float(dice[place]) if occurs[index] else None
+        return {f"{self.prefix}{name}": value for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,31 +121,53 @@ class AUC(Metric):
     name: str = "auc"
     label: str = "label"
     bins: int = 4096
+    classes: tuple[str, ...] = ()
+    """Names of the classes of labels [B, C]: `auc/NAME` of each is a value too, and `auc` is their mean."""
 
     def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
-        """int32 [Q] each: elements of label 0 and of label 1."""
+        """int32 [Q] each, or [C, Q]: elements of label 0 and of label 1."""
         label = batches.feature(batch, self.label).astype(jnp.int32)
         logit = _binary_logit(outputs, label, self.name)
         place = (jax.nn.sigmoid(logit) * self.bins).astype(jnp.int32).clip(0, self.bins - 1)
         counted = self.counted(weights, label.shape)
+        columns = len(self.classes)
+        check(
+            not columns or label.shape[1:] == (columns,),
+            f"metric {self.name!r}: {columns} names of classes for labels of shape {list(label.shape)}",
+        )
+        if columns:
+            place += self.bins * jnp.arange(columns, dtype=jnp.int32).reshape(1, -1)
 
         def histogram(chosen: jax.Array) -> jax.Array:
-            empty = jnp.zeros(self.bins, jnp.int32)
-            return empty.at[place.reshape(-1)].add((counted * chosen).reshape(-1))
+            empty = jnp.zeros(self.bins * max(columns, 1), jnp.int32)
+            total = empty.at[place.reshape(-1)].add((counted * chosen).reshape(-1))
+            return total.reshape(columns, self.bins) if columns else total
 
         positive = (label > 0).astype(jnp.int32)
         return {"negatives": histogram(1 - positive), "positives": histogram(positive)}
 
     def compute(self, sums: Mapping[str, np.ndarray]) -> Values:
         """The area and its bound; None without elements of both labels."""
-        negatives, positives = (np.asarray(sums[k], np.float64) for k in ("negatives", "positives"))
-        pairs = negatives.sum() * positives.sum()
-        error = f"{self.name}_error"
-        if not pairs:
-            return {self.name: None, error: None}
-        below = np.cumsum(negatives) - negatives
-        tied = float(np.sum(positives * negatives) / pairs / 2)
-        return {self.name: float(np.sum(positives * below) / pairs) + tied, error: tied}
+        rows = [np.asarray(sums[k], np.float64) for k in ("negatives", "positives")]
+        if not self.classes:
+            area, error = _area(*rows)
+            return {self.name: area, f"{self.name}_error": error}
+        pairs = [_area(*row) for row in zip(*rows, strict=True)]
+        known = [pair for pair in pairs if pair[0] is not None]
+        means = [float(np.mean(x)) for x in zip(*known, strict=True)] or [None, None]
+        values = dict(zip((self.name, f"{self.name}_error"), means, strict=True))
+        names = [f"{self.name}/{name}" for name in self.classes]
+        return values | {name: area for name, (area, _) in zip(names, pairs, strict=True)}
+
+
+def _area(negatives: np.ndarray, positives: np.ndarray) -> tuple[float | None, float | None]:
+    """(area under the curve of two histograms [Q], bound on its error); None without elements of both."""
+    pairs = negatives.sum() * positives.sum()
+    if not pairs:
+        return None, None
+    below = np.cumsum(negatives) - negatives
+    tied = float(np.sum(positives * negatives) / pairs / 2)
+    return float(np.sum(positives * below) / pairs) + tied, tied
 
 
 def _binary_logit(outputs: Any, label: Any, name: str) -> jax.Array:

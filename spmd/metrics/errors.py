@@ -24,7 +24,7 @@ class MAE(Mean):
 
     def values(self, outputs: Any, batch: Batch) -> jax.Array:
         """|output - target| of each element."""
-        return jnp.abs(_error(outputs, batch, self.target, self.name))
+        return jnp.abs(difference(outputs, batch, self.target, f"metric {self.name!r}"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class RMSE(Metric):
 
     def sums(self, outputs: Any, batch: Batch, weights: Weights) -> Sums:
         """Sum of squared errors, and weight."""
-        square = jnp.square(_error(outputs, batch, self.target, self.name))
+        square = jnp.square(difference(outputs, batch, self.target, f"metric {self.name!r}"))
         weight = self.weight(weights, square.shape).astype(square.dtype)
         return {"sum": jnp.sum(square * weight), "weight": weight.sum()}
 
@@ -46,12 +46,25 @@ class RMSE(Metric):
         return None if mean is None else mean**0.5
 
 
-def _error(outputs: Any, batch: Batch, target: str, name: str) -> jax.Array:
-    """outputs - target, in at least float32; ValueError for other shapes."""
+def difference(outputs: Any, batch: Batch, target: str, reader: str) -> jax.Array:
+    """outputs - target, in at least float32.
+
+    Args:
+        outputs: numbers of the shape of feature `target`.
+        batch: the features, each [B, ...].
+        target: name of the feature of wanted numbers.
+        reader: who asks, for the message.
+
+    Returns:
+        the differences, of the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     wanted = batches.feature(batch, target)
     check(
         outputs.shape == wanted.shape,
-        f"metric {name!r}: the outputs are of shape {list(outputs.shape)}, and feature {target!r} of"
+        f"{reader}: the outputs are of shape {list(outputs.shape)}, and feature {target!r} of"
         f" {list(wanted.shape)}: they must be the same",
     )
     real = tree.at_least_float32(outputs.dtype)

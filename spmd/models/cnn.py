@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from spmd.core.fields import check
-from spmd.models.layers import BatchNorm, Conv, Dense, Dropout
+from spmd.models.layers import BatchNorm, Conv, Dense, Dropout, max_pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,5 +58,5 @@ class _Net(nnx.Module):
         )
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x_BHWC = jax.nn.relu(norm(conv(x_BHWC)))
-            x_BHWC = nnx.max_pool(x_BHWC, (2, 2), strides=(2, 2))
+            x_BHWC = max_pool(x_BHWC, 2)
         return self.head(self.dropout(x_BHWC.mean(axis=(1, 2))))

@@ -37,6 +37,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "conv": (),
     "input": (),
     "channels": (),
+    "features": ("tensor",),  # channels between the convolutions of a pair
     "classes": (),
 }
 

@@ -4,6 +4,7 @@ from spmd.tasks.base import FrozenModel, Task
 from spmd.tasks.classification import Classification
 from spmd.tasks.combine import Combine, PCGrad
 from spmd.tasks.language import LanguageModel
+from spmd.tasks.multi_label import MultiLabel
 from spmd.tasks.objective import (
     FROZEN,
     VARIABLES,
@@ -15,6 +16,8 @@ from spmd.tasks.objective import (
     Sums,
     is_frozen,
 )
+from spmd.tasks.regression import Regression
+from spmd.tasks.segmentation import Segmentation
 
 __all__ = [
     "FROZEN",
@@ -25,9 +28,12 @@ __all__ = [
     "FrozenModel",
     "LanguageModel",
     "MetricSums",
+    "MultiLabel",
     "Notes",
     "Objective",
     "PCGrad",
+    "Regression",
+    "Segmentation",
     "Staged",
     "Sums",
     "Task",

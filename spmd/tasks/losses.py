@@ -35,6 +35,29 @@ def cross_entropy(logits_BC: jax.Array, label_B: jax.Array, smoothing: float = 0
     return loss_B
 
 
+def soft_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B] 1 minus the mean over classes of the soft Dice coefficient of each image (Milletari et al. 2016,
+    arXiv 1606.04797, with the squares left out).
+
+    A class that an image neither has nor is given counts as met.
+
+    Args:
+        logits: [B, ..., C].
+        mask: class indices [B, ...]; pixels below 0 count nowhere.
+
+    Returns:
+        the losses [B].
+    """
+    logits = logits.astype(tree.at_least_float32(logits.dtype))
+    counted = (mask >= 0)[..., None].astype(logits.dtype)
+    share = jax.nn.softmax(logits) * counted
+    wanted = jax.nn.one_hot(mask, logits.shape[-1], dtype=logits.dtype)  # zeros below 0
+    pixels = tuple(range(1, logits.ndim - 1))
+    both_BC = jnp.sum(share * wanted, pixels)
+    either_BC = jnp.sum(share, pixels) + jnp.sum(wanted, pixels)
+    return 1 - jnp.mean((2 * both_BC + 1) / (either_BC + 1), axis=-1)
+
+
 class TokenLosses(NamedTuple):
     """loss: cross-entropy; partition: log of the sum of exponentials; right: 1 where the target leads."""
 

@@ -91,6 +91,7 @@ def test_the_same_tokens_on_every_mesh(place):
     assert (one != other).any()
 
 
+@pytest.mark.gate
 def test_a_row_stays_at_its_end(place):
     snapshot = load(place).restore()
     free = drawn(snapshot)

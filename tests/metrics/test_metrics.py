@@ -25,6 +25,9 @@ POSITIVE = RNG.integers(0, 2, N).astype(np.int32)
 RELEVANT = (RNG.uniform(size=(N, C)) < 0.3).astype(np.int32)
 
 
+AUC_COLUMNS = ((BINARY, POSITIVE), (LOGITS[:, 0], RELEVANT[:, 0]))
+
+
 def auc(score, label):
     pairs = score[label == 1][:, None] - score[label == 0][None]
     return np.mean((pairs > 0) + 0.5 * (pairs == 0))
@@ -38,6 +41,21 @@ def confusion():
     size = [np.sum(label == c) + np.sum(predicted == c) for c in range(C)]
     mean = lambda x, y: np.mean([a / b for a, b in zip(x, y, strict=True) if b])
     return {"miou": mean(both, either), "dice": mean([2 * b for b in both], size)}
+
+
+def by_class():
+    """IoU and Dice of each class."""
+    counted = (MASKS >= 0) & CHOSEN[:, None, None]
+    label, predicted = MASKS[counted], PIXELS.argmax(-1)[counted]
+    values = {}
+    for c in range(C):
+        both, either = (
+            np.sum((label == c) & (predicted == c)),
+            np.sum((label == c) | (predicted == c)),
+        )
+        values[f"iou/{c}"] = both / either
+        values[f"dice/{c}"] = 2 * both / (both + either)
+    return values
 
 
 def ranking(k):
@@ -107,6 +125,13 @@ CASES = {
         (MASKS >= 0) * WEIGHTS[:, None, None],
         confusion(),
     ),
+    "confusion by class": (
+        metrics.Confusion(classes=tuple(map(str, range(C))), prefix="of/"),
+        PIXELS,
+        {"label": MASKS},
+        (MASKS >= 0) * WEIGHTS[:, None, None],
+        {f"of/{name}": value for name, value in (confusion() | by_class()).items()},
+    ),
     "one candidate": (
         metrics.Ranking(k=(1,)),
         LOGITS,
@@ -174,6 +199,16 @@ def test_the_area_under_the_roc_curve_is_within_its_bound(bins):
         assert found["auc"] == pytest.approx(exact, abs=1e-12)
     both = np.stack([-BINARY / 2, BINARY / 2], -1)
     assert metric.compute(total(metric, both, {"label": POSITIVE}, WEIGHTS, N)) == found
+    # By class: the areas of each column by itself, and their mean.
+    columns = AUC_COLUMNS
+    single = [metric.compute(total(metric, x, {"label": y}, WEIGHTS, N))["auc"] for x, y in columns]
+    logits, labels = (np.stack(x, -1) for x in zip(*columns, strict=True))
+    several = metrics.AUC(bins=bins, classes=("first", "second"))
+    found = several.compute(
+        total(several, logits, {"label": labels}, np.tile(WEIGHTS[:, None], 2), 32)
+    )
+    assert [found["auc/first"], found["auc/second"]] == single
+    assert found["auc"] == pytest.approx(np.mean(single))
     ones = np.ones_like(POSITIVE)
     assert metric.compute(total(metric, BINARY, {"label": ones}, WEIGHTS, N))["auc"] is None
 

@@ -51,6 +51,7 @@ print(text.count('custom_call_target="tpu_custom_call"'), "reduce-scatter" in te
 """
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_splash_compiles_for_a_cut_mesh():
     environ = os.environ | {
@@ -87,7 +88,7 @@ BESIDE = {
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("case", slow_but(("allreduce",), BESIDE))
+@pytest.mark.parametrize("case", slow_but((), BESIDE, gate=("allreduce",)))
 def test_splash_compiles_beside_other_axes_and_strategies(case):
     words = [*TINY.split(), "--model.attention", "splash", *BESIDE[case].split()]
     made = isolated.compile_step(spmd.load("lm_stdlib", words).experiment, "v5e:2x4")

@@ -100,8 +100,9 @@ def train(optimizer, strategy, sizes, num, steps=4):
 @pytest.mark.parametrize(
     ("layout", "name"),
     slow_but(
-        [("fsdp4", "adamw"), ("tensor2", "optax")],
+        [],
         [(x, o) for x in ("fsdp4", "tensor2", "psum4", "server4", "zero1_4") for o in OPTIMIZERS],
+        gate=[("fsdp4", "adamw"), ("tensor2", "optax")],
     ),
 )
 def test_equal_one_device(devices, layout, name):
@@ -155,6 +156,7 @@ def config():
 """
 
 
+@pytest.mark.gate
 def test_a_run_is_stopped_resumed_planned_and_verified(run_main, tmp_path):
     (tmp_path / "grouped.py").write_text(EXPERIMENT)
     words = ("--experiment", "grouped.py", "--simulate", 4, "--mesh.data", 2, "--mesh.fsdp", 2)

@@ -72,6 +72,7 @@ def write(tmp_path, monkeypatch):
     return lambda text=FILE, name="items.py": (tmp_path / name).write_text(text)
 
 
+@pytest.mark.gate
 def test_trains_plans_and_verifies(run_main, write, tmp_path):
     write()
     words = ("--experiment", "items.py", "--simulate", 4, "--mesh.data", 2, "--mesh.tensor", 2)

@@ -15,6 +15,7 @@ import pytest
 
 from spmd import optim
 from spmd.core import tree
+from spmd.models.layers import ConvConfig
 from spmd.models.mlp import MLP
 from spmd.parallel import mesh, scope
 from spmd.parallel.mesh import MeshConfig
@@ -91,7 +92,7 @@ def trajectory(
     how = {"accumulate": accumulate, "dtype": dtype, "optimizer": optimizer, "privacy": privacy}
     built = strategy.build(parts_for(model, cut, **how))
     state = built.init(jax.random.key(0))
-    if isinstance(strategy, Local):
+    if isinstance(strategy, Local) or isinstance(model, ConvConfig):
         # Weights are drawn in float32, and their last bits depend on the program around them.
         one = Auto().build(parts_for(model, mesh.make(MeshConfig(), jax.devices()[:1]), **how))
         first = jax.tree.map(np.array, one.init(jax.random.key(0)).params)
@@ -323,6 +324,25 @@ def test_language_model_equals_one_device(layout, name, context, dtype):
         got = trajectory(model, *LAYOUTS[layout], **how)
     assert_same(got, want, RTOL[dtype])
     assert want.losses[-1] < want.losses[0]
+
+
+# Convolutions: channels over tensor, batch norm over the global batch.
+IMAGES = [
+    (layout, name)
+    for name in ("wide", "unet", "resnet", "bottlenecks")
+    for layout in ("dp8", "fsdp4", "tensor2", "context2x2x2", "psum2x4", "psum2_tensor2")
+]
+
+
+@pytest.mark.parametrize(
+    "layout,name", slow_but([], IMAGES, gate=[("tensor2", "wide"), ("context2x2x2", "unet")])
+)
+def test_image_models_equal_one_device(layout, name):
+    with jax.enable_x64(True):
+        how = {"dtype": "float64", "steps": 3}
+        want = reference(name, 1, **how)
+        got = trajectory(MODELS[name], *LAYOUTS[layout], **how)
+    assert_same(got, want, RTOL["float64"])
 
 
 PIPELINED = [(layout, "lm", "ring", "float64") for layout in PIPELINES if "expert" not in layout]

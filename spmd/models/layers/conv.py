@@ -16,7 +16,9 @@ from spmd.models.layers.initial import he_normal, param
 
 
 class Conv(nnx.Module):
-    """A convolution with a square kernel, stride 1 and SAME padding, without a bias.
+    """A convolution with a square kernel, without a bias; output pixels are H / stride, rounded up.
+
+    The padding is SAME, and with a stride the same on both sides (as in PyTorch, whose weights then fit).
 
     Args:
         rngs: source of the initial values.
@@ -24,45 +26,59 @@ class Conv(nnx.Module):
         channels: input channels C.
         features: output channels F.
         dtype: compute type; empty is that of the parameters.
+        stride: pixels between outputs.
+        dims: logical dims of input and output channels.
     """
 
-    def __init__(self, rngs: nnx.Rngs, size: int, channels: int, features: int, dtype: str = ""):
-        shape, dims = (size, size, channels, features), ("conv", "conv", "channels", "channels")
-        self.kernel = param(rngs, shape, dims, he_normal)
-        self.dtype = dtype
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        size: int,
+        channels: int,
+        features: int,
+        dtype: str = "",
+        *,
+        stride: int = 1,
+        dims: tuple[str, str] = ("channels", "channels"),
+    ):
+        shape = (size, size, channels, features)
+        self.kernel = param(rngs, shape, ("conv", "conv", *dims), he_normal)
+        self.dtype, self.stride = dtype, stride
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, F], in the compute type."""
+        """[B, H, W, C] -> [B, H / stride, W / stride, F], in the compute type."""
         dtype = self.dtype or self.kernel[...].dtype
         if narrow.is_narrow(dtype):
-            result: Any = _narrow_convolve(x_BHWC.astype(dtype), self.kernel[...])
+            result: Any = _narrow_convolve(self.stride, x_BHWC.astype(dtype), self.kernel[...])
             return result
-        return convolve(x_BHWC.astype(dtype), self.kernel[...].astype(dtype))
+        return convolve(self.stride, x_BHWC.astype(dtype), self.kernel[...].astype(dtype))
 
 
-def convolve(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolution [B, H, W, F] with stride 1 and SAME padding, of two arrays of one type."""
+def convolve(stride: int, x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution [B, H / stride, W / stride, F] of two arrays of one type."""
+    margin = (kernel.shape[0] - 1) // 2
+    padding: Any = "SAME" if stride == 1 else [(margin, margin)] * 2
     return jax.lax.conv_general_dilated(
-        x_BHWC, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x_BHWC, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-@jax.custom_vjp
-def _narrow_convolve(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_convolve(stride: int, x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     """`convolve` in x's type; the kernel's gradient is summed in float32, over pixels and over devices."""
-    return convolve(x_BHWC, kernel.astype(x_BHWC.dtype))
+    return convolve(stride, x_BHWC, kernel.astype(x_BHWC.dtype))
 
 
-def _narrow_convolve_forward(x_BHWC, kernel):
-    return convolve(x_BHWC, kernel.astype(x_BHWC.dtype)), (x_BHWC, kernel)
+def _narrow_convolve_forward(stride, x_BHWC, kernel):
+    return convolve(stride, x_BHWC, kernel.astype(x_BHWC.dtype)), (x_BHWC, kernel)
 
 
-def _narrow_convolve_backward(residuals, gradient):
+def _narrow_convolve_backward(stride, residuals, gradient):
     x_BHWC, kernel = residuals
-    _, x_gradient = jax.vjp(lambda x: convolve(x, kernel.astype(x.dtype)), x_BHWC)
+    _, x_gradient = jax.vjp(lambda x: convolve(stride, x, kernel.astype(x.dtype)), x_BHWC)
     kernel_float32 = kernel.astype(jnp.float32)
     x_float32 = x_BHWC.astype(kernel_float32.dtype)
-    _, kernel_gradient = jax.vjp(functools.partial(convolve, x_float32), kernel_float32)
+    _, kernel_gradient = jax.vjp(functools.partial(convolve, stride, x_float32), kernel_float32)
     gradient_float32 = gradient.astype(kernel_float32.dtype)
     return x_gradient(gradient)[0], kernel_gradient(gradient_float32)[0].astype(kernel.dtype)
 

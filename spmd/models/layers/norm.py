@@ -64,11 +64,21 @@ class BatchNorm(nnx.Module):
         features: size of the last dim.
         momentum: weight of the old running statistics.
         epsilon: added to the variance.
+        dim: logical name of the last dim.
+        scale: initial scale; 0 for the last norm of a residual branch (Goyal et al. 2017, arXiv 1706.02677).
     """
 
-    def __init__(self, features: int, momentum: float = 0.9, epsilon: float = 1e-5):
-        self.scale = nnx.Param(jnp.ones(features), dims=("channels",))
-        self.bias = nnx.Param(jnp.zeros(features), dims=("channels",))
+    def __init__(
+        self,
+        features: int,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        *,
+        dim: str = "channels",
+        scale: float = 1.0,
+    ):
+        self.scale = nnx.Param(jnp.full(features, scale), dims=(dim,))
+        self.bias = nnx.Param(jnp.zeros(features), dims=(dim,))
         self.mean = nnx.BatchStat(jnp.zeros(features))
         self.var = nnx.BatchStat(jnp.ones(features))
         self.momentum, self.epsilon = momentum, epsilon
@@ -91,3 +101,40 @@ class BatchNorm(nnx.Module):
         y = (y - mean.reshape(last)) * jax.lax.rsqrt(var + self.epsilon).reshape(last)
         scale, bias = (v[...].astype(dtype).reshape(last) for v in (self.scale, self.bias))
         return (y * scale + bias).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalisation of groups of channels over an image (Wu and He 2018, arXiv 1803.08494): the statistics of
+    an example are its own, whatever the batch.
+
+    Args:
+        features: size of the last dim.
+        groups: number of groups, which divides it.
+        epsilon: added to the variance.
+        dim: logical name of the last dim.
+        scale: initial scale.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        groups: int,
+        epsilon: float = 1e-5,
+        *,
+        dim: str = "channels",
+        scale: float = 1.0,
+    ):
+        self.scale = nnx.Param(jnp.full(features, scale), dims=(dim,))
+        self.bias = nnx.Param(jnp.zeros(features), dims=(dim,))
+        self.groups, self.epsilon = groups, epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, ..., features] normalised, in the type of x; statistics at least in float32."""
+        dtype = tree.at_least_float32(x.dtype)
+        y = x.astype(dtype).reshape(*x.shape[:-1], self.groups, -1)
+        dims = (*range(1, x.ndim - 1), x.ndim)
+        y -= y.mean(dims, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(dims, keepdims=True) + self.epsilon)
+        last = (1,) * (x.ndim - 1) + (-1,)
+        scale, bias = (v[...].astype(dtype).reshape(last) for v in (self.scale, self.bias))
+        return (y.reshape(x.shape) * scale + bias).astype(x.dtype)

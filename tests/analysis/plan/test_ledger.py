@@ -302,7 +302,7 @@ COMPRESSED = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(("int8_fsdp",), COMPRESSED))
+@pytest.mark.parametrize("case", slow_but((), COMPRESSED, gate=("int8_fsdp",)))
 def test_devices_that_share_a_replica_send_a_part_of_what_is_compressed(case):
     """Each a fourth, there and (int8 under allreduce) back."""
     kind, words = COMPRESSED[case]
@@ -337,7 +337,7 @@ AXES_OF_A_STAGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("axes", slow_but(("fsdp 2 tensor 2",), AXES_OF_A_STAGE))
+@pytest.mark.parametrize("axes", slow_but((), AXES_OF_A_STAGE, gate=("fsdp 2 tensor 2",)))
 def test_only_stages_permute_in_a_pipeline(axes):
     """A permutation waits for all devices on CPUs, and in a branch that not all run it would for ever."""
     words = [f"--mesh.{w}" if w.isalpha() else w for w in axes.split()]
@@ -347,6 +347,7 @@ def test_only_stages_permute_in_a_pipeline(axes):
     assert permutes and {c.axes for c in permutes} == {("stage",)}, permutes
 
 
+@pytest.mark.gate
 def test_a_process_of_its_own_finds_the_same_and_remembers_it():
     exp = spmd.load("lm_stdlib", [*WORDS, *CASES["dp_tp"][0]]).experiment
     apart = isolated.compile_step(exp, "cpu:8")
@@ -378,6 +379,7 @@ def test_a_missing_tpu_compiler_says_what_to_install(monkeypatch):
         isolated.compile_step(exp, "v5e:2x4")
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install -r requirements/tpu.txt")
 def test_the_tpu_compiler_sends_what_the_closed_form_says():
     words = ["1", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--model.dtype", "bfloat16"]

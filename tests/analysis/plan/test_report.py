@@ -125,6 +125,7 @@ def test_the_words_of_a_search_plan_the_same():
     assert layout.from_experiment(again, 64) == first.layout
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 def test_the_best_of_a_search_are_ranked_by_the_compiler(capsys):
     tiny = ("--model.layers", "2", "--model.embed", "128", "--model.mlp", "256", "--model.scan")
