@@ -246,9 +246,8 @@ def flip(image: np.ndarray, which_N: np.ndarray) -> np.ndarray:
     c = int(np.prod(image.shape[3:]))
     columns = (np.arange(w)[::-1, None] * c + np.arange(c)).ravel()
     out = image.reshape(n, h, w * c).copy()
-    out[which_N] = out[which_N].take(
-        columns, axis=2
-    )  # twice as fast as a view with negative stride
+    # Twice as fast as a view with negative stride; "clip" spares a buffer, no column is outside.
+    out[which_N] = out[which_N].take(columns, axis=2, mode="clip")
     return out.reshape(image.shape)
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +54,26 @@ class Combined(DataConfig):
     def transformed_features(self, split: Split) -> Features:
         """Those of all parts, each after its transforms."""
         return join_features([part.transformed_features(split) for part in self.parts])
+
+    def found(self, recorded: Mapping[str, Any] | None = None) -> Combined:
+        """With the names of the classes of the parts."""
+        parts = []
+        for k, part in enumerate(self.parts):
+            prefix = f"parts.{k}."
+            mine = {
+                name.removeprefix(prefix): x
+                for name, x in (recorded or {}).items()
+                if name.startswith(prefix)
+            }
+            parts.append(part.found(None if recorded is None else mine))
+        alike = all(new is old for new, old in zip(parts, self.parts, strict=True))
+        return self if alike else dataclasses.replace(self, parts=tuple(parts))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, where all parts that know theirs have as many; else 0."""
+        nums = {part.num_classes for part in self.parts if part.num_classes}
+        return nums.pop() if len(nums) == 1 else 0
 
     def open(self, split: Split) -> CombinedSource:
         """The examples of all parts; in training they take turns."""
@@ -198,8 +218,27 @@ class CombinedSource:
         return batch
 
     def order(self, seed: int) -> MixedOrder:
-        """The order of training: the loader asks for it."""
-        return MixedOrder(self._turns, [len(s) for s in self.sources], seed)
+        """The order of training, parts with an order of their own in that one: the loader asks for it."""
+        from spmd.data.loader import Ordered  # which imports jax
+
+        own = {
+            k: s.order(mix_seed(seed, k))
+            for k, s in enumerate(self.sources)
+            if isinstance(s, Ordered)
+        }
+        return MixedOrder(self._turns, [len(s) for s in self.sources], seed, own)
+
+    def name_of(self, index: int) -> str:
+        """Name of an example: the part, and its name or number there."""
+        k = int(np.searchsorted(self._ends_K, index, side="right"))
+        local = index - self.examples[k].start
+        name_of = getattr(self.sources[k], "name_of", None)
+        return f"part {k}, {name_of(local) if name_of else f'example {local}'}"
+
+
+def mix_seed(seed: int, part: int) -> int:
+    """The seed of a part's own order, another one for each part."""
+    return seed * 1009 + part + 1
 
 
 def _zeros(features: Features, num: int) -> Batch:

@@ -13,6 +13,7 @@ import functools
 import importlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,11 @@ def _simplejpeg() -> Any:
         return None
 
 
+def has_simplejpeg() -> bool:
+    """Whether JPEG images go through simplejpeg."""
+    return _simplejpeg() is not None
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """The threads of all decoding in this process, one for each core that it may use."""
@@ -128,6 +134,18 @@ def _reason(error: Exception) -> str:
     return f"it cannot be decoded ({text or type(error).__name__})"
 
 
+_SCRATCH = threading.local()
+
+
+def _scratch(name: str, size: int) -> np.ndarray:
+    """Memory of this thread, uint8 [size], used again: fresh pages cost much of decoding."""
+    buffer = getattr(_SCRATCH, name, None)
+    if buffer is None or len(buffer) < size:
+        buffer = np.empty(size, np.uint8)
+        setattr(_SCRATCH, name, buffer)
+    return buffer[:size]
+
+
 class Undecodable(ValueError):
     """An image that cannot be decoded."""
 
@@ -159,7 +177,12 @@ def decode(
         decoder = _simplejpeg()
         if decoder is not None and _is_plain(image):
             least = [-(-side // scale) for side in (image.height, image.width)]
-            pixels = decoder.decode_jpeg(image.data, min_height=least[0], min_width=least[1])
+            pixels = decoder.decode_jpeg(
+                image.data,
+                min_height=least[0],
+                min_width=least[1],
+                buffer=_scratch("pixels", 3 * least[0] * least[1]),
+            )
             return resize(*_cut(pixels, box, scale), size)
         with _opened(image.data) as opened:
             if scale > 1:
@@ -250,12 +273,15 @@ def resize(
 
     height, width, channels = pixels.shape
     if (height, width) == tuple(size) and box == (0, 0, height, width):
-        return np.ascontiguousarray(pixels)
+        return pixels.copy()  # the decoder's memory is used again
     pillow_box, pillow_size = (box[1], box[0], box[3], box[2]), (size[1], size[0])
     if pixels.dtype == np.uint8 and channels in _MODES:
-        picture = Image.fromarray(pixels[..., 0] if channels == 1 else np.ascontiguousarray(pixels))
+        rows = _scratch("rows", pixels.size).reshape(pixels.shape)
+        np.copyto(rows, pixels)
+        mode = _MODES[channels]
+        picture = Image.frombuffer(mode, (width, height), rows, "raw", mode, 0, 1)
         small = picture.resize(pillow_size, Image.Resampling.BILINEAR, pillow_box)
-        return np.asarray(small).reshape(*size, channels)
+        return np.frombuffer(small.tobytes(), np.uint8).reshape(*size, channels)
     planes = [
         Image.fromarray(np.ascontiguousarray(pixels[..., c], np.float32)).resize(
             pillow_size, Image.Resampling.BILINEAR, pillow_box

@@ -141,6 +141,7 @@ def _arrow_files(directory: Path) -> list[str]:
 
 def _class_names(directory: Path, label: str) -> list[str]:
     """The names of a ClassLabel column; none where the column has no names."""
-    features = _json(directory / "dataset_info.json").get("features") or {}
+    file = directory / "dataset_info.json"
+    features = _json(file).get("features") or {} if file.exists() else {}
     about = features.get(label)
     return [str(name) for name in about.get("names", ())] if isinstance(about, dict) else []

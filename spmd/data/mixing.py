@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +29,19 @@ def check_weights(weights: Sequence[float], num_parts: int) -> None:
 
 
 class MixedOrder:
-    """Stream position -> example: the part whose turn it is, and its own shuffle."""
+    """Stream position -> example: the part whose turn it is, and its own shuffle.
 
-    def __init__(self, turns: Turns, sizes: Sequence[int], seed: int):
+    own: {part: its order}, of parts that bring one.
+    """
+
+    def __init__(
+        self, turns: Turns, sizes: Sequence[int], seed: int, own: Mapping[int, Any] | None = None
+    ):
         from spmd.data.loader import Order
 
         self._turns = turns
-        self._orders = [Order(seed, size, k) for k, size in enumerate(sizes)]
+        own = own or {}
+        self._orders = [own.get(k) or Order(seed, size, k) for k, size in enumerate(sizes)]
         self._first_K = np.cumsum([0, *sizes[:-1]])
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
