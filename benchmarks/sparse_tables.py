@@ -65,13 +65,15 @@ def sparse(rows: int, simulate: int) -> tuple[Contestant, int]:
         def values(self, outputs: Any, batch: Any, *, train: bool) -> dict[str, jax.Array]:
             return {"loss": jnp.square(outputs - batch["target"])}
 
-    data = {"train": lambda: batches(rows), "eval": lambda: batches(rows)}
+    def log() -> dict[str, Any]:
+        return batches(rows)
+
     features = {"bag": ((BAG,), "int32"), "target": ((), "float32")}
     exp = Experiment(
         model=Bags,
         task=Regression(),
         optimizer=optim.SGD(learning_rate=0.01, momentum=0),
-        data=Arrays(**data, features=features, batch_size=EXAMPLES),
+        data=Arrays(train=log, eval=log, features=features, batch_size=EXAMPLES),
         train=TrainConfig(steps=10**6),
         simulate=simulate,
     )
@@ -85,7 +87,8 @@ def sparse(rows: int, simulate: int) -> tuple[Contestant, int]:
         state[0], metrics = compiled(state[0], batch, dict(strategy.step.knobs))
         return metrics
 
-    return step, compiled.memory_analysis().temp_size_in_bytes
+    memory: Any = compiled.memory_analysis()
+    return step, memory.temp_size_in_bytes
 
 
 def dense(rows: int, simulate: int) -> tuple[Contestant, int]:
@@ -130,7 +133,8 @@ def dense(rows: int, simulate: int) -> tuple[Contestant, int]:
         state[0], value = compiled(state[0], batch)
         return value
 
-    return step, compiled.memory_analysis().temp_size_in_bytes
+    memory: Any = compiled.memory_analysis()
+    return step, memory.temp_size_in_bytes
 
 
 def timed(step: Contestant, steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from spmd.tasks.base import FrozenModel, Task
 from spmd.tasks.classification import Classification
+from spmd.tasks.clicks import ClickPrediction
 from spmd.tasks.combine import Combine, PCGrad
 from spmd.tasks.language import LanguageModel
 from spmd.tasks.multi_label import MultiLabel
@@ -24,6 +25,7 @@ __all__ = [
     "VARIABLES",
     "Batch",
     "Classification",
+    "ClickPrediction",
     "Combine",
     "FrozenModel",
     "LanguageModel",
