@@ -24,7 +24,7 @@ COMMANDS = {
     "compare": "train strategies with the same budget: loss against steps, bytes, and time on a network",
     "plan": "memory, communication and step time on devices that need not be present",
     "export": "write a checkpoint as Hugging Face safetensors: --to DIR",
-    "data": "prepare | show the input data",
+    "data": "prepare | show | check the input data",
     "launch": "train elsewhere or in several processes: local | slurm | tpu-vm | gke",
     "runs": "list | status | check [DIR]: the runs below a directory, or one run",
 }

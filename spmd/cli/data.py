@@ -1,9 +1,11 @@
-"""run.py data prepare | show: the input data of an experiment."""
+"""run.py data prepare | show | check: the input data of an experiment."""
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from spmd.core.fields import check, closest
@@ -11,23 +13,49 @@ from spmd.data import TFDS, data_root
 from spmd.data.text import Sequences
 from spmd.experiment import registry
 
-ACTIONS = ("prepare", "show")
+ACTIONS = ("prepare", "show", "check")
+GRID = 32  # examples of the picture
+COUNTED = 10_000  # labels counted where records must be read for them
+SHOWN = 5  # lines of each kind of finding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Options of `run.py data`."""
+
+    out: str = ""
+    """With show, a new .png: training examples after their transforms, masks laid over them."""
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """`prepare` runs the TFDS builder and tokenizes text; `show` prints splits, features and an example."""
+    """Prepare, show or check the data of an experiment.
+
+    `prepare` runs the TFDS builder and tokenizes text. `show` prints splits, features and class counts, and
+    draws examples. `check` reads every record once; it returns 1 where some are bad, or in both splits.
+    """
     words = list(words)
     action = words.pop(0) if words and not words[0].startswith("-") else ""
     check(
         action in ACTIONS,
         f"run.py data {action or '(nothing)'}: unknown action."
-        f"{closest(action, ACTIONS)} Type: run.py data prepare|show --experiment NAME",
+        f"{closest(action, ACTIONS)} Type: run.py data prepare|show|check --experiment NAME",
     )
-    exp, _ = registry.load(name, words)
+    exp, options = registry.load(name, words, DataOptions)
+    out = Path(options.out) if options.out else None
+    check(out is None or action == "show", "--out FILE.png is an option of run.py data show")
+    if out is not None:
+        check(out.suffix == ".png", f"--out {out} is no .png file")
+        check(not out.exists(), f"--out {out} exists; name a new file, or move it away")
+        check(out.parent.is_dir(), f"--out {out}: there is no directory {out.parent}")
     if action == "prepare":
         _prepare(exp.data)
-    else:
-        _show(exp.data)
+        return 0
+    data = exp.data.found()
+    if action == "check":
+        return _check(data)
+    _show(data)
+    if out is not None:
+        _draw_grid(data, exp.seed, out)
     return 0
 
 
@@ -74,23 +102,111 @@ def _show(data: Any) -> None:
         source = data.open_checked(split)
         first = source.take(np.arange(1))
         print(f"{split}: {len(source)} examples")
+        after = data.transformed_features(split) if data.transforms_of(split) else {}
         for feature, value in first.items():
-            print(
-                f"  {feature}: {value.dtype}{list(value.shape[1:])}"
-                + (f", first {value[0]}" if value[0].size == 1 else "")
-            )
+            print(f"  {feature}: {_described(value)}{_transformed(after.get(feature))}")
+        for feature in after.keys() - first.keys():
+            print(f"  {feature}: added{_transformed(after[feature])}")
         if split == "train" and isinstance(data, Sequences):
             tokenizer = data.open_tokenizer()
             tokens = first["tokens"][0][first["segments"][0] > 0]
             print(f"vocabulary: {tokenizer.vocab_size}; the first window:")
             print(textwrap.indent(tokenizer.decode(tokens), "    "))
-        elif split == "train":
+            continue
+        _show_classes(data, source)
+        if split == "train":
             _draw(first)
+
+
+def _described(value: Any) -> str:
+    """The type and shape of a feature's first example."""
+    if isinstance(value, list) or value.dtype.hasobject:
+        return f"encoded, first {len(value[0])} bytes"
+    first = f", first {value[0]}" if value[0].size == 1 else ""
+    return f"{value.dtype}{list(value.shape[1:])}{first}"
+
+
+def _transformed(declared: Any) -> str:
+    return f" -> {declared[1]}{list(declared[0])}" if declared else ""
+
+
+def _show_classes(data: Any, source: Any) -> None:
+    """Print how many examples each class has; of sources that must be read for it, of the first."""
+    import numpy as np
+
+    if data.features.get("label", ((0,), ""))[0] != ():
+        return
+    columns = getattr(source, "columns", {})
+    num = len(source) if "label" in columns else min(len(source), COUNTED)
+    labels = columns["label"] if "label" in columns else source.take(np.arange(num))["label"]
+    of = "" if num == len(source) else f" of the first {num}"
+    print(f"  classes{of}: {_counts(np.unique(labels, return_counts=True), data)}")
+
+
+def _counts(counts: Any, data: Any) -> str:
+    """`cat 12, dog 30`, at most 20 of them."""
+    names = getattr(data, "classes", ())
+    pairs = list(zip(*counts, strict=True))
+    name_of = lambda value: names[value] if 0 <= value < len(names) else str(value)
+    text = ", ".join(f"{name_of(int(value))} {num}" for value, num in pairs[:20])
+    return text + (f" and {len(pairs) - 20} more" if len(pairs) > 20 else "")
+
+
+def _draw_grid(data: Any, seed: int, out: Path) -> None:
+    """Write the first training batch, after its transforms, as a picture."""
+    from spmd.data import loader, picture
+
+    source = data.open_checked("train")
+    transform = data.pipeline("train", source, seed)
+    options = {"batch_size": GRID, "seed": seed, "stop": 1, "transform": transform}
+    batch = next(loader.train_batches(source, skips=data.skips("training"), **options))
+    picture.draw(batch, out, getattr(data, "classes", ()))
+    print(f"{out}: {GRID} training examples after their transforms")
+
+
+def _check(data: Any) -> int:
+    """Print the findings about each split; 1 where records are bad, or in both splits."""
+    from spmd.data import checking
+
+    check(
+        not isinstance(data, Sequences),
+        "run.py data check reads the records of images, tables and arrays; a text has none",
+    )
+    checker, num_bad = checking.Checker(data), 0
+    for split in ("train", "eval"):
+        report = checker.check(split, data.open_checked(split))
+        num_bad += len(report.bad)
+        print(f"{split}: {report.num} examples, {len(report.bad)} bad")
+        for reason in report.bad[:SHOWN]:
+            print(f"  {reason}")
+        kinds = ", ".join(f"{kind} {num}" for kind, num in report.kinds.most_common() if num)
+        if kinds:
+            low_h, high_h, low_w, high_w = report.sizes
+            print(f"  images: {kinds}; {low_h} to {high_h} pixels high, {low_w} to {high_w} wide")
+        for feature, counts in report.labels.items():
+            if len(counts) <= max(data.num_classes, 100):
+                print(f"  {feature}: {_counts(zip(*sorted(counts.items()), strict=True), data)}")
+        if report.masks:
+            total = sum(report.masks.values())
+            shares = [f"{v} {n / total:.1%}" for v, n in sorted(report.masks.items())[:20]]
+            print(f"  mask values: {', '.join(shares)} of the pixels")
+        _print_pairs(f"the same content twice in {split}", report.same)
+    _print_pairs("the same content in both splits", checker.between)
+    return 1 if num_bad or checker.between else 0
+
+
+def _print_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
+    if pairs:
+        print(f"{title}: {len(pairs)}")
+        for pair in pairs[:SHOWN]:
+            print(f"  {pair[0]} = {pair[1]}")
 
 
 def _draw(first: dict[str, Any]) -> None:
     """Print the first image as characters."""
     for value in first.values():
+        if isinstance(value, list) or value.dtype.hasobject:
+            continue
         if value.ndim == 4 and value.shape[-1] == 1:
             for row in value[0, :, :, 0]:
                 print("    " + "".join(" .:-=+*#%@"[int(v) * 9 // 255] * 2 for v in row))

@@ -54,11 +54,14 @@ class Rows(NamedTuple):
 
 
 class FileSource:
-    """Encoded images read from their files; `name_of` names the file of an example."""
+    """Encoded images read from their files; `name_of` names the file of an example.
+
+    columns: {feature: [N]} of what is no file.
+    """
 
     def __init__(self, rows: Rows, label_N: np.ndarray | None, *, masks: bool):
         self.rows, self._masks = rows, masks
-        self._columns = dict(rows.columns) | ({} if label_N is None else {"label": label_N})
+        self.columns = dict(rows.columns) | ({} if label_N is None else {"label": label_N})
 
     def __len__(self) -> int:
         return len(self.rows.name)
@@ -74,7 +77,7 @@ class FileSource:
             batch["mask"] = files.read_all([self.rows.mask[i] for i in indices])
         elif self._masks:
             batch["mask"] = [_blank(image) for image in batch["image"]]
-        return batch | {name: x[indices] for name, x in self._columns.items()}
+        return batch | {name: x[indices] for name, x in self.columns.items()}
 
 
 def _blank(image: bytes) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -47,7 +48,7 @@ class Decode(Transform):
     def __post_init__(self) -> None:
         check(self.channels in (1, 3, 4), f"decode: channels={self.channels} must be 1, 3 or 4")
 
-    def _channels(self, encoded: list[str]) -> dict[str, int]:
+    def channels_of(self, encoded: Sequence[str]) -> dict[str, int]:
         """{feature: channels, 0 for a mask} of the features that are decoded."""
         masks = self.masks or tuple(name for name in encoded if name == "mask")
         images = self.images or tuple(name for name in encoded if name not in masks)
@@ -56,7 +57,7 @@ class Decode(Transform):
     def features(self, features: Features) -> Features:
         """Images uint8 [-1, -1, C], masks int32 [-1, -1]: their sizes are not known yet."""
         encoded = [name for name, (_, dtype) in features.items() if dtype == ragged.BYTES]
-        channels = self._channels(encoded)
+        channels = self.channels_of(encoded)
         shown = ", ".join(f"{k} {d}{list(s)}" for k, (s, d) in features.items())
         check(bool(channels), f"decode takes encoded images, features of bytes; there are {shown}")
         for name in channels:
@@ -75,7 +76,7 @@ class Decode(Transform):
         """The batch with headers read; pixels are decoded by the next transform."""
         encoded = [name for name, x in batch.items() if x.dtype.hasobject]
         out = dict(batch)
-        for name, channels in self._channels(encoded).items():
+        for name, channels in self.channels_of(encoded).items():
             rows = [decoding.read_header(data, channels) for data in batch[name]]
             out[name] = ragged.column(rows)
         return out
