@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 import spmd
-from spmd import optim, tasks
+from spmd import Experiment, optim, tasks
 from spmd.analysis.plan import facts
 from spmd.analysis.plan.layout import Layout
+from spmd.data import Arrays
 from spmd.models.cnn import CNN
 from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.mlp import MLP
@@ -25,6 +26,7 @@ from spmd.models.unet import UNet
 from spmd.models.wide_resnet import WideResNet
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
+from spmd.train import TrainConfig
 
 STEPS = 50
 BATCH = 32
@@ -337,12 +339,32 @@ def assert_same_values(got, want, limit=1e-9):
         assert error <= limit * max(largest[name], floor), (name, error, largest[name])
 
 
+def pairs_experiment(sizes: dict[str, int], accumulate: int = 1, **changes: Any) -> Experiment:
+    """An encoder-decoder on pairs of 64 and 128 tokens, 16 to a batch, on a mesh of these sizes."""
+    task = dataclasses.replace(TASKS[EncoderDecoder], z_loss=0.0, chunks=1)
+    length = lambda name: 64 if "source" in name else 128
+    names = (*task.features, "targets")
+    model = EncoderDecoder(vocab=512, encoder_layers=2, layers=2, heads=8, mlp=512, tied=False)
+    return Experiment(
+        name="pairs",
+        model=dataclasses.replace(model, **changes),
+        task=task,
+        data=Arrays(
+            train=dict,
+            eval=dict,
+            features={name: ((length(name),), "int32") for name in names},
+            batch_size=16,
+        ),
+        optimizer=optim.AdamW(clip_norm=1.0),
+        mesh=MeshConfig(**{"data": 1} | sizes),
+        train=TrainConfig(steps=10, accumulate=accumulate),
+    )
+
+
 def facts_of(name: str, *words: str) -> facts.Facts:
     """Facts about an experiment, for the closed forms of a plan."""
     exp = spmd.load(name, ["--simulate", "1", "--train.steps", "9000", *words]).experiment
-    return facts.from_program(
-        exp.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1)
-    )
+    return facts.from_experiment(exp)
 
 
 def mesh_words(layout: Layout) -> list[str]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Literal
 
 import jax
@@ -14,14 +13,14 @@ from flax import nnx
 from jax import Array
 
 from spmd.core.fields import check, free
-from spmd.models.attention import Cache
+from spmd.models.attention import Cache, TokenPositions
 from spmd.models.attention.cache import empty_cache
 from spmd.models.attention.positions import positions_or_default, token_positions
-from spmd.models.blocks import Block, BlockConfig, BlockStack, build_blocks
+from spmd.models.blocks import BlockConfig, BlockStack
 from spmd.models.layers import Dropout, Embedding, Linear
 from spmd.models.layers.activations import Saved, matmul_input, residual
 from spmd.models.layers.embedding import vocab_logits
-from spmd.models.stack import ALL_LAYERS, Chunk, LayerStack, Stack
+from spmd.models.stacked import StackedBlocks
 from spmd.parallel import scope
 
 
@@ -91,48 +90,25 @@ class Transformer(BlockConfig):
         return Decoder(self, rngs)
 
 
-class Decoder(nnx.Module):
-    """Embedding, blocks, norm and logits.
+class Decoder(StackedBlocks):
+    """Embedding, blocks, norm and logits [B, T, V]; decode is the cached form.
 
-    hidden and logits are the halves of __call__; enter, through and leave the parts of hidden, which a
-    pipeline runs on its stages; decode is the cached form.
+    Called with tokens [B, T] of packed documents, positions [B, T], the index of each token in its document
+    (None is 0, 1, ... along the row), and segments [B, T], the number of its document (None is one for each
+    row).
     """
 
-    stream = ("batch", "residual_time", "embed")  # logical dims of the activations between stages
-
     def __init__(self, config: Transformer, rngs: nnx.Rngs):
-        self.config = config
         std, shape = config.init_std, (config.embed, config.rows)
         init = jax.nn.initializers.normal(std or config.embed**-0.5)
         self.embed = Embedding(rngs, (config.rows, config.embed), "vocab", init)
         learned = lambda: Embedding(rngs, (config.length, config.embed), "position", init)
         self.position = learned() if config.position == "learned" else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = build_blocks(config, rngs, config.layers)
-        self.stack = Stack(config.scan, config.remat, config.saved)
+        super().__init__(config, rngs)  # in this order, which decides the initial values
         self.norm = config.build_norm(rngs)
         head = lambda: Linear(rngs, "btd,dv->btv", shape, ("embed", "vocab"), std=std)
         self.head = None if config.tied else head()
-
-    def __call__(
-        self, tokens_BT: Array, positions_BT: Array | None = None, segments_BT: Array | None = None
-    ) -> Array:
-        """Logits [B, T, V].
-
-        Args:
-            tokens_BT: tokens of packed documents.
-            positions_BT: index of each token in its document; None is 0, 1, ... along the row.
-            segments_BT: number of each token's document; None is one document for each row.
-        """
-        return self.logits(self.hidden(tokens_BT, positions_BT, segments_BT))
-
-    def hidden(
-        self, tokens_BT: Array, positions_BT: Array | None = None, segments_BT: Array | None = None
-    ) -> Array:
-        """Input of the head [B, T, D]."""
-        x_BTD = self.enter(tokens_BT, positions_BT, segments_BT)
-        x_BTD = self.through(x_BTD, tokens_BT, positions_BT, segments_BT)
-        return self.leave(x_BTD)
 
     def enter(
         self, tokens_BT: Array, positions_BT: Array | None = None, segments_BT: Array | None = None
@@ -147,14 +123,13 @@ class Decoder(nnx.Module):
         with scope.layer(self.config.layers):  # a number that no block has
             return self.dropout(residual(x_BTD))
 
-    @property
-    def stacks(self) -> tuple[LayerStack, ...]:
-        """The blocks."""
-        return self.config.stacks
-
-    def through(self, x_BTD: Array, *inputs: Array | None, chunk: Chunk = ALL_LAYERS) -> Array:
-        """Output [B, T, D] of the blocks that a stage holds."""
-        return self._run_blocks(x_BTD, inputs, first=chunk.first)[0]
+    def positions(self, x_BTD: Array, *inputs: Array | None) -> TokenPositions:
+        """Positions and segments of the tokens, and rotary angles."""
+        config = self.config
+        rotary = (config.width, config.rope_theta) if config.position == "rope" else None
+        tokens_BT, *packing = inputs
+        assert tokens_BT is not None
+        return token_positions(tokens_BT, *packing, rotary=rotary, dtype=x_BTD.dtype)
 
     def leave(self, x_BTD: Array, *inputs: Array | None) -> Array:
         """Input of the head [B, T, D], from the output of the last block."""
@@ -181,23 +156,10 @@ class Decoder(nnx.Module):
         padding, so rows may differ in length. A token attends to the cache up to its position.
         """
         x_BTD = self.enter(tokens_BT, positions_BT)
-        x_BTD, cache = self._run_blocks(x_BTD, (tokens_BT, positions_BT), cache)
-        return self.logits(self.leave(x_BTD)), cache
-
-    def _run_blocks(
-        self, x_BTD: Array, inputs: Any, cache: Any = None, first: Array | int = 0
-    ) -> tuple[Array, Any]:
-        config = self.config
-        rotary = (config.width, config.rope_theta) if config.position == "rope" else None
-        positions = token_positions(*inputs, rotary=rotary, dtype=x_BTD.dtype)
-        apply = lambda block, x_BTD, cache, window: block(x_BTD, positions, cache, window=window)
-        windows = [config.window_of(block) for block in range(config.period)]
-        pattern = [functools.partial(apply, window=window) for window in windows]
-        blocks = [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
-        x_BTD, outputs = self.stack(blocks, x_BTD, pattern, cache, kinds=config.kinds, first=first)
-        for kind in blocks if "load" in outputs else ():
-            kind.record_load(outputs["load"])
-        return x_BTD, outputs.get("cache")
+        positions = self.positions(x_BTD, tokens_BT, positions_BT)
+        x_BTD, new_cache = self.run_blocks(x_BTD, positions, cache)
+        assert new_cache is not None
+        return self.logits(self.leave(x_BTD)), new_cache
 
     @property
     def _dtype(self) -> Any:

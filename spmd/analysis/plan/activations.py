@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from spmd.analysis.plan.blocks import Blocks
 from spmd.analysis.plan.collective import EstimatedCollective
-from spmd.analysis.plan.facts import FLOAT32_BYTES, Facts, abstract_mesh
+from spmd.analysis.plan.facts import FLOAT32_BYTES, Facts, abstract_mesh, head_dims
 from spmd.analysis.plan.layout import Layout, tokens
 from spmd.strategies.grads.pipeline.arrays import STAGE, exchange_turns
 
+Collective = Callable[..., EstimatedCollective]
 # Rounds in which a mixture of experts exchanges its rows: one round has room for even loads only, and loads
 # are never quite even.
 ROUNDS = 2
@@ -20,49 +22,105 @@ def forward_passes(layout: Layout) -> int:
     """Times that attention runs forward per microbatch: remat repeats it, as its kernel saves more than any
     remat policy keeps, and so does a pipeline's backward pass.
     """
-    return 1 + (layout.remat != "none") + (layout.stages > 1)
+    return 1 + (layout.remat not in ("none", "")) + (layout.stages > 1)
 
 
-def block_runs(facts: Facts, layout: Layout) -> int:
-    """Times that a device runs a block forward in a step, recomputation not counted."""
-    assert facts.model
-    return facts.model.layers // layout.stages * layout.accumulate
+def block_runs(blocks: Blocks, layout: Layout) -> int:
+    """Times that a device runs such a block forward in a step, recomputation not counted."""
+    return blocks.num_blocks // layout.stages * layout.accumulate
 
 
 def tensor_collectives(facts: Facts, layout: Layout) -> Iterator[EstimatedCollective]:
     """Collectives of tensor and sequence parallelism."""
-    model, group, local_tokens = facts.model, layout.size("tensor"), tokens(facts, layout)
+    model, group, piped = facts.model, layout.size("tensor"), layout.stages > 1
     assert model
-    size, piped = local_tokens * model.embed * facts.compute, layout.stages > 1
-    recomputes = layout.remat in ("named", "full")  # the attention output
-    mixture = bool(model.experts.num)
-    per_block = 4 + recomputes + 2 * piped - 2 * mixture
-    # And those of the table, which a pipeline looks up twice, and of the head.
-    sums = block_runs(facts, layout) * per_block + (2 + piped) * layout.accumulate
 
-    def over_tensor(kind: str, bytes: float, count: int) -> EstimatedCollective:
+    def over_tensor(kind: str, bytes: float, count: float) -> EstimatedCollective:
         return EstimatedCollective(kind, ("tensor",), group, bytes, count, "activations")
 
-    if layout.sequence_parallel:
-        gathers = (4 if layout.remat == "none" else 6) + 2 * piped
-        yield over_tensor("reduce-scatter", size, sums)
-        count = block_runs(facts, layout) * gathers + (2 + piped) * layout.accumulate
-        yield over_tensor("all-gather", size, count)
-    else:
-        yield over_tensor("all-reduce", size, sums)
-    if mixture:
-        count = block_runs(facts, layout) * (3 + piped)
-        yield over_tensor("all-reduce", local_tokens * model.embed * FLOAT32_BYTES, count)
-    yield over_tensor("all-reduce", local_tokens * 4, 3 * layout.accumulate)
+    def sums(size: float, count: float) -> EstimatedCollective:
+        return over_tensor(
+            "reduce-scatter" if layout.sequence_parallel else "all-reduce", size, count
+        )
+
+    for blocks in model.blocks:
+        runs, num, per_token = (
+            block_runs(blocks, layout),
+            blocks.layers,
+            model.embed * facts.compute,
+        )
+        size = tokens(facts, layout, blocks.length) * per_token
+        recomputes = layout.remat in ("named", "full")  # of all layers of a block but the last
+        per_block = 2 * num + recomputes * (num - 1) + piped * num - 2 * blocks.mixture
+        yield sums(size, runs * per_block)
+        if layout.sequence_parallel:
+            gathers = (2 if layout.remat in ("none", "") else 3) * num + num * piped
+            yield over_tensor("all-gather", size, runs * gathers)
+        if blocks.mixture:
+            size = size / facts.compute * FLOAT32_BYTES
+            yield over_tensor("all-reduce", size, runs * (3 + piped))
+        if blocks.memory:  # its gradients in each block, by its keys and by its values
+            yield sums(tokens(facts, layout, blocks.memory) * per_token, 2 * runs)
+    yield from _vocabulary_collectives(facts, layout, sums, over_tensor)
+
+
+def _vocabulary_collectives(
+    facts: Facts, layout: Layout, sums: Collective, over_tensor: Collective
+) -> Iterator[EstimatedCollective]:
+    """Those of the table, which a pipeline looks up twice, of the head, and of the loss."""
+    model, piped, micro = facts.model, layout.stages > 1, layout.accumulate
+    assert model
+    per_token = model.embed * facts.compute
+    if any(leaf.dims == head_dims(tied=True) for leaf in facts.weights):
+        for length in model.lengths:
+            size = tokens(facts, layout, length) * per_token
+            yield sums(size, (1 + piped) * micro)
+            if layout.sequence_parallel:
+                yield over_tensor("all-gather", size, (1 + piped) * micro)
+    if model.rows:
+        size = tokens(facts, layout) * per_token
+        yield sums(size, micro)
+        if layout.sequence_parallel:
+            yield over_tensor("all-gather", size, micro)
+        yield over_tensor("all-reduce", tokens(facts, layout) * 4, 3 * micro)
 
 
 def context_collectives(facts: Facts, layout: Layout) -> Iterator[EstimatedCollective]:
-    """Collectives of attention to a sequence that is sharded over devices."""
-    model, group, num = facts.model, layout.size("context"), block_runs(facts, layout)
-    assert model
-    per_head = tokens(facts, layout) / layout.size("tensor") * model.width  # elements on a device
-    kv_bytes = per_head * model.num_kv_heads * facts.compute
-    q_bytes = per_head * model.heads * facts.compute
+    """Collectives of attention to sequences that are sharded over devices."""
+    assert facts.model
+    for blocks in facts.model.blocks:
+        q_bytes, kv_bytes = _attention_bytes(facts, layout, blocks, blocks.length)
+        reorders = blocks.config.mask == "causal"
+        runs, compute = block_runs(blocks, layout), facts.compute
+        yield from _attention_collectives(layout, runs, compute, q_bytes, kv_bytes, reorders)
+        if blocks.memory:
+            _, kv_bytes = _attention_bytes(facts, layout, blocks, blocks.memory)
+            yield from _attention_collectives(layout, runs, compute, q_bytes, kv_bytes, False)
+
+
+def _attention_bytes(
+    facts: Facts, layout: Layout, blocks: Blocks, length: int
+) -> tuple[float, float]:
+    """Bytes on a device of the queries, and of the keys or values, of so many tokens."""
+    config = blocks.config
+    per_head = tokens(facts, layout, length) / layout.size("tensor") * config.width * facts.compute
+    return per_head * config.heads, per_head * config.num_kv_heads
+
+
+def _attention_collectives(
+    layout: Layout, num: int, compute: int, q_bytes: float, kv_bytes: float, reorders: bool
+) -> Iterator[EstimatedCollective]:
+    """Those of `num` runs of a layer of attention.
+
+    Args:
+        layout: the layout.
+        num: runs forward, recomputation not counted.
+        compute: bytes of an element.
+        q_bytes: of the queries on a device.
+        kv_bytes: of its keys, or of its values.
+        reorders: whether a ring reorders the sequence, so that devices have the same work.
+    """
+    group = layout.size("context")
     passes = forward_passes(layout) + 1  # and the backward pass
     if layout.context == "ulysses":
         # With the result saved, the all-to-all that returns it is not recomputed.
@@ -79,32 +137,40 @@ def context_collectives(facts: Facts, layout: Layout) -> Iterator[EstimatedColle
         )
 
     yield permute(kv_bytes, 2 * (group - 1) * passes, "keys and values")
-    yield permute(kv_bytes * FLOAT32_BYTES / facts.compute, 2 * group, "keys and values")
-    if model.mask == "full":
-        return
-    # Sequences are reordered in halves; with two devices, each keeps one of its halves.
-    reorders = 2 * passes * (1 if group == 2 else 2)
-    yield permute(kv_bytes / 2, reorders, "activations")
-    yield permute(q_bytes / 2, reorders, "activations")
+    yield permute(kv_bytes * FLOAT32_BYTES / compute, 2 * group, "keys and values")
+    if reorders:  # in halves; with two devices, each keeps one of its halves
+        count = 2 * passes * (1 if group == 2 else 2)
+        yield permute(kv_bytes / 2, count, "activations")
+        yield permute(q_bytes / 2, count, "activations")
 
 
 def expert_collectives(facts: Facts, layout: Layout) -> Iterator[EstimatedCollective]:
     """All-to-alls of the rows that a mixture of experts sends to its experts."""
-    model, group = facts.model, layout.size("expert")
-    assert model
-    size = tokens(facts, layout) * model.experts.top_k * model.embed * facts.compute
+    assert facts.model
+    group = layout.size("expert")
     trips = 2 * (3 + (layout.stages > 1)) * min(ROUNDS, group)
-    count = block_runs(facts, layout) * trips
-    yield EstimatedCollective("all-to-all", ("expert",), group, size, count, "rows")
+    for blocks in facts.model.blocks:
+        if blocks.mixture:
+            config = blocks.config
+            size = tokens(facts, layout, blocks.length) * config.experts.top_k * config.embed
+            count = block_runs(blocks, layout) * trips
+            yield EstimatedCollective(
+                "all-to-all", ("expert",), group, size * facts.compute, count, "rows"
+            )
+
+
+def stream_bytes(facts: Facts, layout: Layout) -> float:
+    """Bytes of a microbatch between two stages: of the tokens of all stacks."""
+    assert facts.model
+    size = tokens(facts, layout, sum(facts.model.lengths)) * facts.model.embed * facts.compute
+    return size / (layout.size("tensor") if layout.sequence_parallel else 1)
 
 
 def stage_collectives(facts: Facts, layout: Layout) -> Iterator[EstimatedCollective]:
     """Permutes between the stages of a pipeline, and those that bring weights to virtual stages."""
-    model, stages, mesh = facts.model, layout.stages, abstract_mesh(layout.mesh)
-    assert model
-    size = tokens(facts, layout) * model.embed * facts.compute
-    size /= layout.size("tensor") if layout.sequence_parallel else 1
+    stages, mesh = layout.stages, abstract_mesh(layout.mesh)
     permute = ("collective-permute", (STAGE,), stages)
+    size = stream_bytes(facts, layout)
     yield EstimatedCollective(*permute, size, 2 * layout.ticks, "microbatches")
     if layout.virtual == 1:
         return

@@ -76,7 +76,7 @@ def step_collectives(
             "context": context_collectives,
             "stage": stage_collectives,
         }
-        if facts.model.experts.num:
+        if facts.model.experts:
             parts["expert"] = expert_collectives
         for axis, part in parts.items():
             if layout.size(axis) > 1:
@@ -110,7 +110,7 @@ def from_program(
             experts = layout.size("expert")
             count *= ROUNDS if program.endless else min(ROUNDS, experts) / experts
         if layout.stages > 1 and each.ticking:
-            count *= layout.accumulate * layout.virtual / layout.ticks
+            count *= layout.accumulate * layout.chunks / layout.ticks
         collectives.append(dataclasses.replace(each, count=count))
     return collectives
 

@@ -135,7 +135,7 @@ def estimate(
     networks, ticking = network_seconds(collectives, levels, work)
     if layout.stages > 1:
         busy = work.matmuls + work.elementwise + ticking
-        seconds["bubble"] = busy * (layout.stages - 1) / (layout.virtual * layout.accumulate)
+        seconds["bubble"] = busy * (layout.stages - 1) / (layout.chunks * layout.accumulate)
     seconds["collectives"] = sum(exposed for _, exposed in networks.values())
     step = sum(seconds.values())
     peak = sum(count / chip.flops[dtype] for dtype, count in facts.flops.items()) / num

@@ -3,25 +3,22 @@
 They come from shapes only: nothing is compiled, and no data are read.
 """
 
-# B batch, T time, D embed, H query heads, G key and value heads, K head_dim, F mlp, V vocab
-
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from spmd.analysis.plan.blocks import BlockModel, block_model, declared_stacks
 from spmd.analysis.plan.shardings import GROUPS, OTHER, owner
 from spmd.core import narrow, tree
 from spmd.hardware import flops
-from spmd.models.transformer import Transformer
 from spmd.parallel import sharding
 from spmd.parallel.mesh import AXES, MeshConfig
 from spmd.train.program import Program
@@ -90,11 +87,12 @@ def _axes(leaf: StateArray, mesh: AbstractMesh, fsdp: bool) -> tuple[str, ...]:
 class Facts(NamedTuple):
     """An experiment as the planner sees it.
 
-    tokens: tokens of a global batch (examples, where there is no sequence). length: tokens of a sequence, 1
-    without one. flops: model FLOPs of a step by dtype of the operands. saved: bytes that the backward pass
-    keeps of a global batch, for a model without closed forms. compute: bytes of an element of an activation.
-    chunks: chunks of the loss. model: the config of a model with closed forms, else None. gradients: number
-    of gradients of a step, one for each loss term where the task combines them.
+    tokens: tokens of a global batch (examples, where there is no sequence), of the last stack of several.
+    length: tokens of such a sequence, 1 without one. flops: model FLOPs of a step by dtype of the operands.
+    saved: bytes that the backward pass keeps of a global batch, for a model without closed forms. compute:
+    bytes of an element of an activation. chunks: chunks of the loss. model: the blocks of a model with closed
+    forms, else None. gradients: number of gradients of a step, one for each loss term where the task combines
+    them.
     """
 
     name: str
@@ -107,7 +105,7 @@ class Facts(NamedTuple):
     saved: int
     compute: int
     chunks: int
-    model: Transformer | None
+    model: BlockModel | None
     gradients: int = 1
 
     @property
@@ -145,37 +143,65 @@ def from_experiment(exp: Experiment) -> Facts:
         mesh=MeshConfig(data=1),
         train=dataclasses.replace(unread.train, accumulate=1),
     )
-    return from_program(single.build(source=()), exp.model, chunks=getattr(exp.task, "chunks", 1))
+    program = single.build(source=())
+    inputs = jax.eval_shape(exp.task.inputs, program.abstract_batch())
+    chunks = getattr(exp.task, "chunks", 1)
+    return from_program(program, exp.model, inputs=inputs, chunks=chunks)
 
 
-def from_program(program: Program, model: Any, *, chunks: int = 1) -> Facts:
-    """Facts of a built experiment; its mesh does not matter. model: its config; chunks: of its loss."""
+def from_program(
+    program: Program, model: Any, *, inputs: Sequence[Any] | None = None, chunks: int = 1
+) -> Facts:
+    """Facts of a built experiment; its mesh does not matter.
+
+    Args:
+        program: the experiment, built.
+        model: its config.
+        inputs: shapes of what the model is called with; by default the feature `tokens`.
+        chunks: of its loss.
+    """
     batch = program.abstract_batch()
     params = jax.tree.leaves(program.abstract_state().params)
     param = max((leaf.dtype for leaf in params), key=lambda dtype: dtype.itemsize)
-    model = narrow.with_compute_type(model, str(param))
-    transformer = model if isinstance(model, Transformer) else None
-    shape = batch["tokens"].shape if "tokens" in batch else (program.data.batch_size, 1)
-    counted = (
-        transformer_flops(transformer, *shape)
-        if transformer
-        else flops.count_step(program.task, batch)
-    )
+    model, leaves = narrow.with_compute_type(model, str(param)), _leaves(program)
+    blocks = _block_model(model, inputs or [batch.get("tokens")], leaves)
+    rows = program.data.batch_size
+    length = blocks.lengths[-1] if blocks else 1
+    if blocks is None and "tokens" in batch:
+        length = batch["tokens"].shape[1]
+    counted = flops.count_step(program.task, batch) if blocks is None else {}
     dtype = getattr(model, "dtype", "float32" if narrow.is_narrow(param) else "")
     return Facts(
         name=program.name,
-        leaves=_leaves(program),
-        batch_size=shape[0],
-        tokens=shape[0] * shape[1],
-        length=shape[1],
+        leaves=leaves,
+        batch_size=rows,
+        tokens=rows * length,
+        length=length,
         batch_bytes=tree.num_bytes(batch),
-        flops=dict(counted),
-        saved=0 if transformer else _saved(program, batch),
+        flops=dict(counted) if blocks is None else {blocks.dtype: blocks.flops(rows)},
+        saved=0 if blocks else _saved(program, batch),
         compute=jnp.dtype(dtype or param).itemsize,
         chunks=chunks,
-        model=transformer,
+        model=blocks,
         gradients=program.task.num_gradients,
     )
+
+
+def _block_model(
+    model: Any, inputs: Sequence[Any], leaves: tuple[StateArray, ...]
+) -> BlockModel | None:
+    """The model in closed forms, its rows of logits from the shape of its head."""
+    if not declared_stacks(model):
+        return None
+    dims = head_dims(getattr(model, "tied", False))
+    heads = [leaf for leaf in leaves if leaf.like is not None and leaf.dims == dims]
+    rows = heads[0].like[dims.index("vocab")] if heads and heads[0].like else 0
+    return block_model(model, inputs, rows)
+
+
+def head_dims(tied: bool) -> tuple[str, str]:
+    """Logical dims of the array whose matmul gives the logits."""
+    return ("vocab", "embed") if tied else ("embed", "vocab")
 
 
 def _leaves(program: Program) -> tuple[StateArray, ...]:
@@ -219,45 +245,3 @@ def _saved(program: Program, batch: Any) -> int:
     residuals = jax.tree.leaves(jax.eval_shape(backward, params, model_state, batch, key, scale))
     rows = program.data.batch_size
     return sum(tree.num_bytes(leaf) for leaf in residuals if leaf.shape[:1] == (rows,))
-
-
-# ---- the transformer
-
-
-def widths(model: Transformer) -> dict[str, int]:
-    """Elements per token of the activations of a block, by the names of model.saved, and of its residual."""
-    query, key = model.heads * model.width, model.num_kv_heads * model.width
-    hidden = model.mlp or 4 * model.embed
-    if (
-        model.experts.num
-    ):  # the experts that a token is routed to; the router's matmul is not counted
-        hidden *= model.experts.top_k + model.experts.shared
-    gate = {"gate": hidden} if model.activation == "swiglu" else {}
-    activations = {"query": query, "key": key, "value": key, "attended": query, "up": hidden}
-    return {"residual": model.embed, **activations, **gate}
-
-
-def matmul_flops(model: Transformer, length: int) -> dict[str, float]:
-    """Forward FLOPs per token of the matmuls of a block, by the name of their output, and of the logits.
-
-    attended: scores and their weighted sum, with the masked half included (the convention of PaLM); of a
-    window only the keys in reach.
-    """
-    width = widths(model)
-    matmuls = {name: 2.0 * model.embed * width[name] for name in width if name != "residual"}
-    seen = [model.keys_seen(block, length) for block in range(model.layers)]
-    matmuls["attended"] = 4.0 * width["query"] * statistics.fmean(seen)
-    matmuls["out"] = 2.0 * width["query"] * model.embed
-    matmuls["down"] = 2.0 * width["up"] * model.embed
-    return matmuls | {"logits": 2.0 * model.embed * model.rows}
-
-
-def transformer_flops(model: Transformer, batch_size: int, length: int) -> dict[str, int]:
-    """Model FLOPs of a step, as flops.count_step counts them (frozen weights as if they were trained), but
-    with attention included where a fused kernel hides it from the jaxpr, and without what XLA's attention
-    computes beyond a window.
-    """
-    matmuls = matmul_flops(model, length)
-    block = sum(count for name, count in matmuls.items() if name != "logits")
-    total = 3 * batch_size * length * (model.layers * block + matmuls["logits"])
-    return {model.dtype or "float32": int(total)}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spmd.analysis.plan.blocks import Blocks, declared_stacks
 from spmd.analysis.plan.facts import Facts
 from spmd.analysis.plan.shardings import GROUPS
 from spmd.core.fields import check
@@ -29,8 +30,8 @@ class Layout(NamedTuple):
     mesh: sizes of the axes that are not 1. zero: what mesh.fsdp shards: 3 parameters and optimizer state, 1
     the optimizer state only. remat: of REMATS, "" for a model without that field. saved: activations that
     remat=named saves. slices: TPU slices that the devices are spread over. pipeline: schedule if mesh.stage
-    shards the layers; each stage has `virtual` chunks of them. context: how mesh.context shards attention, of
-    CONTEXTS.
+    shards the layers; each stage has `virtual` chunks of each of the model's `stacks`. context: how
+    mesh.context shards attention, of CONTEXTS.
     """
 
     mesh: Sizes
@@ -43,6 +44,7 @@ class Layout(NamedTuple):
     pipeline: schedules.Kind = "1f1b"
     virtual: int = 1
     context: str = "ring"
+    stacks: int = 1
 
     def size(self, *axes: str) -> int:
         """Product of the sizes of `axes`."""
@@ -64,7 +66,13 @@ class Layout(NamedTuple):
     @property
     def ticks(self) -> int:
         """Ticks of the pipeline's schedule."""
-        return schedules.ticks(self.pipeline, self.stages, self.accumulate, self.virtual)
+        sizes = self.stages, self.accumulate, self.virtual
+        return schedules.ticks(self.pipeline, *sizes, stacks=self.stacks)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of layers on each stage."""
+        return self.virtual * self.stacks
 
     def words(self) -> list[str]:
         """Command-line flags that select the layout."""
@@ -111,6 +119,7 @@ def from_experiment(exp: Experiment, num_devices: int) -> Layout:
         pipeline=pipeline,
         virtual=train.virtual_stages if pipeline == "interleaved" else 1,
         context=getattr(model, "context", "ring") if "context" in sizes else "ring",
+        stacks=max(len(declared_stacks(model)), 1),
     )
 
 
@@ -140,9 +149,13 @@ def apply(layout: Layout, exp: Experiment) -> Experiment:
     )
 
 
-def tokens(facts: Facts, layout: Layout) -> float:
-    """Tokens of a microbatch on a device, not divided by the tensor axis."""
-    return facts.tokens / layout.size(*BATCH_AXES, "context") / layout.accumulate
+def tokens(facts: Facts, layout: Layout, length: int = 0) -> float:
+    """Tokens of a microbatch on a device, not divided by the tensor axis.
+
+    length: tokens of an example, by default those of `facts`.
+    """
+    num = facts.batch_size * (length or facts.length)
+    return num / layout.size(*BATCH_AXES, "context") / layout.accumulate
 
 
 def check_fits(facts: Facts, layout: Layout) -> None:
@@ -157,66 +170,76 @@ def check_fits(facts: Facts, layout: Layout) -> None:
     if facts.model is None:
         return
     tensor, context = layout.size("tensor"), layout.size("context")
-    check(
-        not layout.sequence_parallel or facts.length % (tensor * context) == 0,
-        f"sequence parallelism: mesh.tensor={tensor}"
-        + (f" x mesh.context={context}" if context > 1 else "")
-        + f" does not divide the {facts.length} tokens of a sequence",
-    )
+    for length in facts.model.lengths:
+        check(
+            not layout.sequence_parallel or length % (tensor * context) == 0,
+            f"sequence parallelism: mesh.tensor={tensor}"
+            + (f" x mesh.context={context}" if context > 1 else "")
+            + f" does not divide the {length} tokens of a sequence",
+        )
     if layout.stages > 1:
         _check_stages(facts, layout)
 
 
 def check_mesh(facts: Facts, layout: Layout) -> None:
     """ValueError if the mesh and the kind of context rule out every layout of the experiment."""
-    model, tensor = facts.model, layout.size("tensor")
+    model = facts.model
     if model is None:
         for axis in ("stage", "context", "tensor"):
             size = layout.size(axis)
-            check(size == 1, f"mesh.{axis}={size}: the planner knows its cost for Transformer only")
+            check(
+                size == 1,
+                f"mesh.{axis}={size}: the planner knows its cost for models that declare their stacks",
+            )
         return
+    for blocks in model.blocks:
+        _check_blocks(blocks, layout)
+    if layout.stages > 1:
+        execute.check_layers(model.stacks, layout.stages, 1)
+
+
+def _check_blocks(blocks: Blocks, layout: Layout) -> None:
+    """The part of check_mesh about some blocks."""
+    config, tensor, context = blocks.config, layout.size("tensor"), layout.size("context")
     check(
-        model.heads % tensor == 0 and model.num_kv_heads % tensor == 0,
-        f"mesh.tensor={tensor} does not divide the {model.heads} heads and"
-        f" {model.num_kv_heads} key and value heads",
+        config.heads % tensor == 0 and config.num_kv_heads % tensor == 0,
+        f"mesh.tensor={tensor} does not divide the {config.heads} heads and"
+        f" {config.num_kv_heads} key and value heads",
     )
-    expert, experts = layout.size("expert"), model.experts.num
+    expert, experts = layout.size("expert"), config.experts.num
     check(
         not experts or experts % expert == 0,
         f"mesh.expert={expert} does not divide the {experts} experts",
     )
-    if layout.stages > 1:
-        execute.check_layers(model.stacks, layout.stages, 1)
-    context = layout.size("context")
     check(
-        facts.length % context == 0,
-        f"mesh.context={context} does not divide the {facts.length} tokens of a sequence",
+        blocks.length % context == 0,
+        f"mesh.context={context} does not divide the {blocks.length} tokens of a sequence",
     )
     if context > 1:
-        _check_context(facts, layout)
+        _check_context(blocks, layout)
 
 
-def _check_context(facts: Facts, layout: Layout) -> None:
+def _check_context(blocks: Blocks, layout: Layout) -> None:
     """The checks of models.attention, which run while a step is traced."""
-    model, context, tensor = facts.model, layout.size("context"), layout.size("tensor")
-    assert model
+    config, context, tensor = blocks.config, layout.size("context"), layout.size("tensor")
     if layout.context == "ring":
         check(
-            model.attention == "xla",
-            f"model.attention={model.attention} needs complete sequences, and model.context=ring shards them",
+            config.attention == "xla",
+            f"model.attention={config.attention} needs complete sequences, and model.context=ring shards"
+            " them",
         )
-        check_ring("window" if any(model.window) else model.mask)
+        check_ring("window" if any(config.window) else config.mask)
         check(
-            model.mask == "full" or facts.length % (2 * context) == 0,
-            f"model.context=ring: 2 x mesh.context={context} does not divide the {facts.length} tokens of a"
+            config.mask == "full" or blocks.length % (2 * context) == 0,
+            f"model.context=ring: 2 x mesh.context={context} does not divide the {blocks.length} tokens of a"
             " sequence",
         )
         return
     check(
-        math.gcd(model.heads, model.num_kv_heads) % (context * tensor) == 0,
+        math.gcd(config.heads, config.num_kv_heads) % (context * tensor) == 0,
         f"model.context=ulysses: mesh.context={context}"
         + (f" x mesh.tensor={tensor}" if tensor > 1 else "")
-        + f" does not divide the {model.heads} heads and {model.num_kv_heads} key and value heads",
+        + f" does not divide the {config.heads} heads and {config.num_kv_heads} key and value heads",
     )
 
 
@@ -229,6 +252,11 @@ def _check_stages(facts: Facts, layout: Layout) -> None:
         f"mesh.stage={stages}: a pipeline takes no frozen parameters or adapters",
     )
     execute.check_layers(facts.model.stacks, stages, layout.virtual)
+    check(
+        layout.stacks == 1 or micro % stages == 0,
+        f"a pipeline of {layout.stacks} stacks takes train.accumulate in multiples of mesh.stage={stages};"
+        f" given train.accumulate={micro}",
+    )
     check(
         layout.pipeline != "interleaved" or (layout.virtual > 1 and micro % stages == 0),
         f"train.pipeline=interleaved takes train.accumulate in multiples of mesh.stage={stages}, and at least"

@@ -33,11 +33,12 @@ from typing import Any, NamedTuple
 
 from jax.sharding import AbstractMesh
 
-from spmd.analysis.plan.facts import FLOAT32_BYTES, Facts, StateArray, abstract_mesh, widths
+from spmd.analysis.plan.activations import stream_bytes
+from spmd.analysis.plan.blocks import Blocks
+from spmd.analysis.plan.facts import FLOAT32_BYTES, Facts, StateArray, abstract_mesh
 from spmd.analysis.plan.layout import Layout, tokens
 from spmd.analysis.plan.shardings import GROUPS, OTHER
 from spmd.analysis.plan.weights import is_head, layers_per_device
-from spmd.models.transformer import Transformer
 from spmd.parallel.mesh import BATCH_AXES
 from spmd.strategies.grads.pipeline import schedules
 
@@ -157,11 +158,14 @@ def _gradients(leaves: tuple[StateArray, ...], mesh: AbstractMesh, fsdp: bool) -
 
 
 @functools.lru_cache(maxsize=2**10)
-def slots(kind: schedules.Kind, stages: int, microbatches: int, virtual: int) -> int:
+def slots(
+    kind: schedules.Kind, stages: int, microbatches: int, virtual: int, stacks: int = 1
+) -> int:
     """Inputs and gradients that a stage keeps at once."""
     # Except under gpipe, the number stops growing at 2 x stages microbatches.
     num = microbatches if kind == "gpipe" else min(microbatches, 2 * stages)
-    _, inputs, gradients = schedules.program(schedules.make(kind, stages, num, virtual))
+    table = schedules.make(kind, stages, num, virtual, stacks=stacks)
+    _, inputs, gradients = schedules.program(table)
     return inputs + gradients
 
 
@@ -180,70 +184,80 @@ def _activations(facts: Facts, layout: Layout) -> tuple[float, float, float]:
         return saved, 0.0, saved / 2  # their gradients, which replace them one by one
     tensor = layout.size("tensor")
     inputs = model.embed * facts.compute / (tensor if layout.sequence_parallel else 1)
-    per_token = saved_per_token(model, facts.length, layout, facts.compute)
-    saved = local_tokens * model.layers / (layout.stages * layout.virtual) * (inputs + per_token)
-    if layout.stages > 1:
-        num = slots(layout.pipeline, layout.stages, layout.accumulate, layout.virtual)
-        saved += local_tokens * inputs * (num + IN_FLIGHT + IN_FLIGHT)
+    saved, in_block = {stack.name: 0.0 for stack in model.stacks}, 0.0
+    without_remat = layout._replace(remat="none")
+    for blocks in model.blocks:
+        num = tokens(facts, layout, blocks.length)
+        per_token = inputs + saved_per_token(blocks, layout, facts.compute)
+        saved[blocks.stack] += num * blocks.num_blocks * per_token
+        block = num * saved_per_token(blocks, without_remat, facts.compute)
+        in_block = max(in_block, block + _transient(facts, layout, blocks))
+    if layout.stages == 1:
+        total = sum(saved.values())
+    else:  # of a chunk, and the microbatches that the schedule keeps or sends
+        total = max(saved.values()) / (layout.stages * layout.virtual)
+        sizes = layout.stages, layout.accumulate, layout.virtual, layout.stacks
+        num_slots = slots(layout.pipeline, *sizes) + IN_FLIGHT + IN_FLIGHT
+        total += stream_bytes(facts, layout) * num_slots
     logits = local_tokens / facts.chunks * model.rows / tensor
     logits *= FLOAT32_BYTES + LOGITS * facts.compute
-    without_remat = layout._replace(remat="none")
-    block = local_tokens * saved_per_token(model, facts.length, without_remat, facts.compute)
-    block += _transient(facts, layout)
-    return saved, logits + _head(facts, layout), block + _weights(facts, layout)
+    return total, logits + _head(facts, layout), in_block + _weights(facts, layout)
 
 
-def saved_per_token(model: Transformer, length: int, layout: Layout, compute: int) -> float:
+def saved_per_token(blocks: Blocks, layout: Layout, compute: int) -> float:
     """Bytes per token and block that `layout.remat` saves on a device, beside the input of the block."""
-    tensor = layout.size("tensor")
-    all_widths = widths(model)
+    config, tensor = blocks.config, layout.size("tensor")
+    all_widths = blocks.widths()
     residual = all_widths.pop("residual") / (tensor if layout.sequence_parallel else 1)
     width = {name: size / tensor for name, size in all_widths.items()}
     if layout.remat == "full":
         return 0.0
     if layout.remat == "named":
         return compute * sum(width[name] for name in layout.saved if name in width)
-    mixture, sharded = model.experts.num > 0, layout.size("expert") > 1
+    mixture, sharded = blocks.mixture, layout.size("expert") > 1
     up, gate = width["up"], width.get("gate", 0)
     if (
         layout.remat == "dots"
-    ):  # matmuls with weights: not attention, but the projection to the residual
+    ):  # matmuls with weights: not attention, but the projections to the residual
         experts = up + gate if mixture else 0
-        return compute * (sum(width.values()) - width["attended"] - experts + residual)
-    # The residuals of jax.vjp: float32 in both norms (three arrays and two numbers each); their outputs
+        outputs = blocks.attentions * residual
+        return compute * (sum(width.values()) - width["attended"] - experts + outputs)
+    # The residuals of jax.vjp: float32 in the norms (three arrays and two numbers each); their outputs
     # (never sharded along time) instead of the input of the block; the intermediate values of the activation
     # function (of GELU, jax 0.12 saves one less).
-    norms = FLOAT32_BYTES * (6 * residual + 4) + compute * (2 * model.embed - residual)
+    norms = FLOAT32_BYTES * blocks.layers * (3 * residual + 2)
+    norms += compute * (blocks.layers * config.embed - residual)
     activation = 6 * up * compute
     if mixture:  # and the rows routed to the experts
-        rows = 2 * model.experts.top_k * model.embed * compute
+        rows = 2 * config.experts.top_k * config.embed * compute
         activation = 0 if sharded else activation + rows
     heads = sum(width[name] for name in ("query", "key", "value", "attended")) * compute
     scores = 0.0
     if layout.size("context") > 1 and layout.context == "ring":
         scores = (2 * width["query"] + 2 * width["key"]) * compute
-        scores += model.heads / tensor * FLOAT32_BYTES
-    elif model.attention == "xla":
-        per_head = length * (FLOAT32_BYTES + compute) + 2 * FLOAT32_BYTES
-        scores = model.heads / tensor * per_head
+        scores += blocks.attentions * config.heads / tensor * FLOAT32_BYTES
+    elif config.attention == "xla":
+        keys = blocks.length + blocks.memory
+        per_head = keys * (FLOAT32_BYTES + compute) + blocks.attentions * 2 * FLOAT32_BYTES
+        scores = config.heads / tensor * per_head
     return norms + heads + activation + scores
 
 
-def _transient(facts: Facts, layout: Layout) -> float:
+def _transient(facts: Facts, layout: Layout, blocks: Blocks) -> float:
     """Bytes that a block needs beside what its backward pass would save: a ring's scores of two chunks with
     their gradients, a round of an exchange between experts.
     """
-    model, local_tokens = facts.model, tokens(facts, layout)
-    assert model
+    config, local_tokens = blocks.config, tokens(facts, layout, blocks.length)
     tensor, context, size = layout.size("tensor"), layout.size("context"), 0.0
     if context > 1 and layout.context == "ring":
-        scores = local_tokens * model.heads / tensor * facts.length / context
-        scores /= 4 if model.mask == "causal" else 1  # two chunks of 2 n, or of n
-        size += scores * 2 * (FLOAT32_BYTES + facts.compute)
-    if model.experts.num and layout.size("expert") > 1:
-        rows = local_tokens * model.experts.top_k
-        per_row = 4 * model.embed + 6 * (model.mlp or 4 * model.embed) / tensor
-        size += rows * per_row * facts.compute + 2 * local_tokens * model.embed * FLOAT32_BYTES
+        per_key = local_tokens * config.heads / tensor / context
+        # two chunks of 2 n, or of n
+        keys = blocks.length / (4 if config.mask == "causal" else 1)
+        size += per_key * max(keys, blocks.memory) * 2 * (FLOAT32_BYTES + facts.compute)
+    if blocks.mixture and layout.size("expert") > 1:
+        rows = local_tokens * config.experts.top_k
+        per_row = 4 * config.embed + 6 * (config.mlp or 4 * config.embed) / tensor
+        size += rows * per_row * facts.compute + 2 * local_tokens * config.embed * FLOAT32_BYTES
     return size
 
 

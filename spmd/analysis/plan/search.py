@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from spmd.analysis.plan import cost, memory, network
+from spmd.analysis.plan.blocks import BlockModel
 from spmd.analysis.plan.collective import EstimatedCollective
 from spmd.analysis.plan.facts import Facts
 from spmd.analysis.plan.layout import CONTEXTS, REMATS, Layout, Sizes, check_mesh
 from spmd.analysis.plan.weights import weight_collectives
 from spmd.core import tree
 from spmd.hardware.targets import Target
-from spmd.models.transformer import Transformer
 from spmd.parallel.mesh import AXES, BATCH_AXES
 
 VIRTUAL = (2, 4)  # numbers of virtual stages to try
@@ -58,14 +58,15 @@ class Candidate(NamedTuple):
 def search(facts: Facts, target: Target, slices: int = 1) -> list[Candidate]:
     """Candidates: those that fit, the fastest first, then the rejected ones.
 
-    They are the meshes over replica (between slices), data, fsdp and tensor, for a Transformer also stage,
-    context and (with experts) expert, x ZeRO level x accumulation (powers of 2) x remat x sequence
-    parallelism x schedule x kind of context. The global batch is fixed. A mesh that is impossible, or whose
-    state alone is too large, is a single candidate. Not tried is what is never better: gpipe (1f1b waits as
-    long, in fewer ticks, and keeps no more), fewer microbatches than stages, and, without stages, more
-    microbatches than the memory requires.
+    They are the meshes over replica (between slices), data, fsdp and tensor, for a model that declares its
+    stacks of blocks also stage, context and (with experts) expert, x ZeRO level x accumulation (powers of 2)
+    x remat x sequence parallelism x schedule x kind of context. The global batch is fixed. A mesh that is
+    impossible, or whose state alone is too large, is a single candidate. Not tried is what is never better:
+    gpipe (1f1b waits as long, in fewer ticks, and keeps no more), fewer microbatches than stages, and,
+    without stages, more microbatches than the memory requires.
     """
     candidates: list[Candidate] = []
+    stacks = len(facts.model.stacks) if facts.model else 1
     for sizes in meshes(target.num_devices, slices, facts.model):
         try:
             network.levels(target, sizes, slices)
@@ -74,7 +75,8 @@ def search(facts: Facts, target: Target, slices: int = 1) -> list[Candidate]:
             continue
         for context in CONTEXTS if sizes.get("context", 1) > 1 else CONTEXTS[:1]:
             for zero in (3, 1) if sizes.get("fsdp", 1) > 1 else (3,):
-                base = Layout(sizes, zero=zero, slices=slices, context=context)
+                options = {"zero": zero, "context": context, "stacks": stacks}
+                base = Layout(sizes, slices=slices, **options)
                 reason = rejection(facts, target, base)
                 candidates += (
                     [Candidate(base, None, reason)] if reason else variants(facts, target, base)
@@ -128,13 +130,13 @@ def evaluate(
     return Candidate(layout, estimate, reason)
 
 
-def meshes(num_devices: int, slices: int = 1, model: Transformer | None = None) -> Iterator[Sizes]:
+def meshes(num_devices: int, slices: int = 1, model: BlockModel | None = None) -> Iterator[Sizes]:
     """Factorisations of the devices over data, fsdp, tensor and the other axes that can shard the model;
     replica is the number of slices.
     """
     axes = ["tensor", "fsdp"]
     if model is not None:
-        axes += ["context", "stage", *(["expert"] if model.experts.num else [])]
+        axes += ["context", "stage", *(["expert"] if model.experts else [])]
 
     def factorise(axes: list[str], left: int) -> Iterator[dict[str, int]]:
         if not axes:
@@ -149,14 +151,13 @@ def meshes(num_devices: int, slices: int = 1, model: Transformer | None = None) 
 
 
 def layouts(facts: Facts, base: Layout) -> Iterator[Layout]:
-    """The layouts of one mesh, ZeRO level and kind of context. remat is a field of the model, which only the
-    Transformer has.
-    """
+    """The layouts of one mesh, ZeRO level and kind of context, with each remat if the model has it."""
     saved = facts.model.saved if facts.model else base.saved
+    remats = REMATS if facts.model and facts.model.remat else ("",)
     for parallel in (False, True) if base.size("tensor") > 1 else (False,):
         for accumulate in accumulations(facts, base):
             for scheduled in schedulings(facts, base._replace(accumulate=accumulate)):
-                for remat in REMATS if facts.model else ("",):
+                for remat in remats:
                     yield scheduled._replace(sequence_parallel=parallel, remat=remat, saved=saved)
 
 
@@ -166,8 +167,10 @@ def schedulings(facts: Facts, layout: Layout) -> Iterator[Layout]:
     if layout.stages == 1 or facts.model is None:
         return
     for virtual in VIRTUAL:
-        chunks = layout.stages * virtual
-        if facts.model.layers % chunks == 0 and layout.accumulate % layout.stages == 0:
+        units = [layout.stages * virtual * stack.period for stack in facts.model.stacks]
+        layers = [stack.layers for stack in facts.model.stacks]
+        divides = all(num % unit == 0 for num, unit in zip(layers, units, strict=True))
+        if divides and layout.accumulate % layout.stages == 0:
             yield layout._replace(pipeline="interleaved", virtual=virtual)
 
 

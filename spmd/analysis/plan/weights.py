@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from jax.sharding import AbstractMesh
 
 from spmd.analysis.plan.collective import EstimatedCollective, merge_equal
-from spmd.analysis.plan.facts import Facts, StateArray, abstract_mesh
+from spmd.analysis.plan.facts import Facts, StateArray, abstract_mesh, head_dims
 from spmd.analysis.plan.layout import Layout, tokens
 from spmd.analysis.plan.shardings import GROUPS
 from spmd.parallel.mesh import AXES, BATCH_AXES
@@ -58,8 +58,7 @@ def is_expert(leaf: StateArray) -> bool:
 
 def is_head(facts: Facts, leaf: StateArray) -> bool:
     """Whether the logits are computed by a matmul with the array."""
-    tied = facts.model is not None and facts.model.tied
-    return leaf.dims == (("vocab", "embed") if tied else ("embed", "vocab"))
+    return leaf.dims == head_dims(facts.model is not None and facts.model.tied)
 
 
 def _leaf_collectives(
@@ -160,8 +159,9 @@ def _row_gathers(
     assert facts.model
     if axes:
         group = layout.size(*axes)
-        size = tokens(facts, layout) * group * facts.model.embed * itemsize
-        yield EstimatedCollective("all-gather", axes, group, size, count, "activations")
+        for length in facts.model.lengths:
+            size = tokens(facts, layout, length) * group * facts.model.embed * itemsize
+            yield EstimatedCollective("all-gather", axes, group, size, count, "activations")
 
 
 def _without(axes: tuple[str, ...], axis: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from spmd.models.transformer import Transformer
 from spmd.parallel.mesh import AXES
 from spmd.strategies.grads.pipeline import schedules
 from tests.analysis.plan import published
-from tests.cases import facts_of, mesh_words
+from tests.cases import facts_of, mesh_words, pairs_experiment
 from tests.command import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -147,7 +147,21 @@ def test_flops_of_the_transformer_are_those_of_its_jaxpr(kind):
     model = Transformer(vocab=64, length=16, layers=3, heads=4, embed=32, **BLOCKS[kind])
     program = published.program(model, 16, 5)
     counted = flops.count_step(program.task, program.abstract_batch())
-    assert facts.transformer_flops(model, 5, 16) == dict(counted)
+    assert {"float32": published.flops_of(model, 5, 16)} == dict(counted)
+
+
+def test_flops_of_unlike_blocks_and_of_several_stacks_are_those_of_their_jaxpr():
+    experts = {"num": 4, "top_k": 1, "every": 2}
+    words = [f"--model.experts.{name.replace('_', '-')}={n}" for name, n in experts.items()]
+    mixed = spmd.load("lm_stdlib", [*words, "--train.steps", "10"]).experiment
+    for exp in (pairs_experiment({}), mixed):
+        program = exp.unread(1).build(source=())
+        counted = flops.count_step(program.task, program.abstract_batch())
+        fact = facts.from_experiment(exp)
+        assert fact.model
+        router = sum(leaf.size for leaf in fact.params if "router" in leaf.name)
+        assert fact.flops == {"float32": counted["float32"] - 6 * router * fact.tokens}
+    assert len(fact.model.blocks) == 2 and fact.model.experts
 
 
 def test_a_mask_changes_the_flops_of_attention():
@@ -157,9 +171,9 @@ def test_a_mask_changes_the_flops_of_attention():
     def flops(*words: str, layout: Layout = one) -> tuple[float, float]:
         fact = facts_of("llama3_8b", *words)
         assert fact.model and fact.length == T
-        per_key = 4 * fact.model.heads * fact.model.width
-        attended = facts.matmul_flops(fact.model, T)["attended"] / per_key
-        return attended, work.attention_flops(fact, layout)[0] / per_key
+        (blocks,) = fact.model.blocks
+        attended = blocks.matmul_flops()["attended"] / blocks.flops_per_key
+        return attended, work.attention_flops(blocks, layout)[0] / blocks.flops_per_key
 
     full, window, splash = (
         ["--model.mask", "full"],
@@ -195,13 +209,11 @@ def test_remat_executes_more_and_a_fused_kernel_less():
     fact = facts_of("llama3_8b", "--data.batch-size", "8")
     model = sum(fact.flops.values())
     assert fact.model
-    head = (
-        fact.tokens * facts.matmul_flops(fact.model, fact.length)["logits"]
-    )  # the chunks' second one
+    head = fact.tokens * fact.model.logits_flops  # the chunks' second one
     assert executed("xla", "none") == pytest.approx(model + head)
     order = [executed("splash", remat) for remat in ("none", "dots", "named", "full")]
     assert order == sorted(order) and order[0] < model
-    down = facts.matmul_flops(fact.model, fact.length)["down"] * fact.tokens * fact.model.layers
+    down = fact.model.blocks[0].matmul_flops()["down"] * fact.tokens * fact.model.layers
     assert executed("xla", "full") == pytest.approx(4 / 3 * model - down)
 
 
@@ -482,7 +494,7 @@ def test_what_cannot_be_is_one_message():
         cost.estimate(fact, targets.parse("cpu:8"), Layout({"fsdp": 8}))
     with pytest.raises(ValueError, match="links between devices of l4:8 are not known"):
         cost.estimate(fact, targets.parse("l4:8"), Layout({"fsdp": 8}))
-    with pytest.raises(ValueError, match="knows its cost for Transformer only"):
+    with pytest.raises(ValueError, match="knows its cost for models that declare their stacks"):
         cost.estimate(facts_of("digits"), targets.parse("h100:8"), Layout({"data": 4, "tensor": 2}))
 
 
@@ -520,9 +532,9 @@ def test_a_pipeline_computes_its_layers_once_more_but_for_the_last_stage():
     fact = facts_of("llama3_8b", "--data.batch-size", "64")
     target, layout = targets.parse("h100:8"), Layout({"stage": 8}, accumulate=16)
     assert fact.model
-    made = facts.matmul_flops(fact.model, fact.length)
-    head = fact.tokens * made.pop("logits")
-    forward = fact.tokens * fact.model.layers * sum(made.values())
+    head = fact.tokens * fact.model.logits_flops
+    block = sum(fact.model.blocks[0].matmul_flops().values())
+    forward = fact.tokens * fact.model.layers * block
     executed = cost.estimate(fact, target, layout).executed_flops
     assert executed == pytest.approx((3 + 7 / 8) * forward + 4 * head)
 

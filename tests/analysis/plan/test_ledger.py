@@ -18,6 +18,7 @@ from spmd.analysis.plan.compile import Compiled
 from spmd.core import tree
 from spmd.hardware import hlo, targets
 from spmd.parallel import sharding
+from tests.cases import pairs_experiment
 from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -258,10 +259,26 @@ PLANNED = {
 }
 
 
+# Two stacks of unlike lengths, and cross-attention. (Of a pipeline's branches for several stacks, the text of
+# a program has the largest only: there, no other axis has collectives in them.)
+PAIRS = {
+    "pairs_tensor": ({"tensor": 4}, 1, {}),
+    "pairs_ring": ({"context": 4}, 1, {}),
+    "pairs_ulysses": ({"context": 4}, 1, {"context": "ulysses", "remat": "full"}),
+    "pairs_stage": ({"data": 2, "stage": 2}, 4, {}),
+}
+
+
 @pytest.mark.gate
-@pytest.mark.parametrize("case", slow_but(("stage", "ring", "experts"), PLANNED))
+@pytest.mark.parametrize(
+    "case", slow_but(("stage", "ring", "experts", "pairs_ring"), [*PLANNED, *PAIRS])
+)
 def test_what_is_planned_is_what_the_program_sends(case):
-    exp = spmd.load("lm_stdlib", [*WORDS, *PLANNED[case]]).experiment
+    if case in PAIRS:
+        sizes, accumulate, changes = PAIRS[case]
+        exp = pairs_experiment(sizes, accumulate, **changes)
+    else:
+        exp = spmd.load("lm_stdlib", [*WORDS, *PLANNED[case]]).experiment
     num = math.prod(exp.mesh.sizes().values())
     made = compile.compile_step(exp.unread(num).build(source=()), targets.parse(f"cpu:{num}"))
     cut = layout.from_experiment(exp, num)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import time
 
+import jax
 import pytest
 
 import spmd
 from spmd.analysis.plan import memory, report, search
-from spmd.analysis.plan.layout import Layout, from_experiment
+from spmd.analysis.plan.facts import from_experiment as from_exp
+from spmd.analysis.plan.layout import Layout, apply, from_experiment
 from spmd.analysis.plan.shardings import GROUPS
 from spmd.core import tree
 from spmd.hardware import targets
 from spmd.parallel.mesh import AXES
-from tests.cases import facts_of, mesh_words
+from tests import printed
+from tests.cases import facts_of, mesh_words, pairs_experiment
 from tests.command import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -136,7 +139,7 @@ def test_a_large_model_is_searched_over_all_axes_in_a_minute(name):
     assert said.startswith("A pipeline loses to FSDP: the best one (") and "% more than" in said
     fit = [c for c in found if c.fits]
     axes = ["data", "fsdp", "stage", "context", "tensor"]
-    axes += ["expert"] if fact.model and fact.model.experts.num else []
+    axes += ["expert"] if fact.model and fact.model.experts else []
     places = {report.best_of(fit, axis) for axis in axes}
     text = DOC.read_text("utf-8")
     for i in sorted({0, 1, 2} | places):
@@ -161,6 +164,30 @@ def test_more_microbatches_than_memory_asks_for_are_left_out():
         assert seconds == sorted(seconds) and len(seconds) > 1
 
 
+@pytest.mark.gate
+@pytest.mark.parametrize("case", ["recipe", "pairs"])
+def test_any_model_that_declares_its_stacks_is_searched_over_all_axes(case, tmp_path):
+    """The fastest layout with each axis builds a step, as it is asked for."""
+    (tmp_path / "encoder.py").write_text(printed.recipes()["encoder"])
+    exp = pairs_experiment({})
+    if case == "recipe":
+        exp = spmd.load(str(tmp_path / "encoder.py"), ["--simulate", "8"]).experiment
+    found = [c.layout for c in search.search(from_exp(exp), targets.parse("h100:8")) if c.fits]
+    kinds = {c.pipeline for c in found if c.stages > 1}
+    assert "1f1b" in kinds
+    for axis in ("stage", "context", "tensor"):
+        layout = next(c for c in found if c.size(axis) > 1)
+        program = apply(layout, exp).unread(8).build(source=())
+        assert program.mesh.shape[axis] == layout.size(axis)
+        jax.eval_shape(program.strategy.step.jitted, *step_inputs(program))
+
+
+def step_inputs(program):
+    """Shapes of the arguments of a step."""
+    knobs = dict(program.strategy.step.knobs)
+    return program.abstract_state(), program.abstract_batch(), knobs
+
+
 def test_a_model_that_is_not_known_is_searched_without_tensor():
     found = search.search(facts_of("digits"), targets.parse("h100:8"))
     assert found[0].fits
@@ -169,5 +196,5 @@ def test_a_model_that_is_not_known_is_searched_without_tensor():
     )
     assert all(c.layout.size("tensor") == 1 for c in found if c.fits)
     assert {c.reason for c in found if c.layout.size("tensor") == 2} == {
-        "mesh.tensor=2: the planner knows its cost for Transformer only"
+        "mesh.tensor=2: the planner knows its cost for models that declare their stacks"
     }
