@@ -239,6 +239,11 @@ def test_files_and_functions_are_short():
     assert too_long(read("spmd")) == {}
 
 
+@pytest.mark.parametrize(("name", "most"), [("classification", 60), ("language", 120)])
+def test_a_task_is_short(name, most):
+    assert len(read("spmd/tasks")[f"spmd/tasks/{name}.py"].splitlines()) <= most
+
+
 def test_a_long_function_is_named():
     body = "    x = 1\n" * MAX_FUNCTION_LINES
     source = f"def short():\n{body[10:]}\n\nclass A:\n    def long(self):\n{body.replace('    ', 8 * ' ')}"
