@@ -328,6 +328,18 @@ TABLE |= {
     ),
     "weights_two": (T + "--init.from two", "a.safetensors, b.safetensors and no model.safetensors.index"),
     "model_code": ("--experiment net.py --run.dir out", "Net has no 'iner'. Did you mean 'inner'?"),
+    "tables_local": (
+        "--experiment clicks --simulate 8 --strategy local --train.steps 100",
+        "strategy local gives each replica parameters of its own, and the rows exist once",
+    ),
+    "tables_devices": (
+        "--experiment clicks --simulate 6 --data.batch-size 768",
+        "stored in 1024 stripes, which 6 devices do not divide; use 1, 2, 4, 8, 16",
+    ),
+    "tables_ids": (
+        "--experiment clicks --data.ids 9 8 --model.ids 9 7 --data.examples 20480",
+        "(7 ids of table 'category_01')",
+    ),
     "named_twice": ("--experiment moe_tiny", "and a file moe_tiny.py in this directory"),
     "named_here": ("--experiment text", "Did you mean 'text.py'?"),
     "wandb_absent": (D + "--log.wandb p", "--log.wandb needs a package"),
