@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ class PredictOptions:
     """Options of `run.py predict`."""
 
     out: str = ""
-    """New file, .parquet or .jsonl: a row for each example."""
+    """New file, .parquet or .jsonl: a row for each example; or a new folder, for masks as PNG."""
     split: Literal["auto", "eval", "train", "all"] = "auto"
     """Split to predict; auto: eval, or all examples where --data.path is another than the run's."""
     step: int = -1
@@ -39,8 +40,8 @@ def run(name: str, words: Sequence[str]) -> int:
     )
     path = Path(options.out)
     check(
-        path.suffix in FORMATS,
-        f"--out {options.out} is neither {' nor '.join(FORMATS)}",
+        path.suffix in (*FORMATS, ""),
+        f"--out {options.out} is neither {' nor '.join(FORMATS)}, nor a folder for masks",
     )
     check(not path.exists(), f"--out {options.out} exists; name a new file, or move it away")
     check(path.parent.is_dir(), f"--out {options.out}: there is no directory {path.parent}")
@@ -126,11 +127,38 @@ def _writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A function that appends columns; the file appears under its name once it is complete."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with _parquet(partial) if path.suffix == ".parquet" else _json_lines(partial) as write:
+        forms = {".parquet": _parquet, ".jsonl": _json_lines, "": _masks}
+        with forms[path.suffix](partial) as write:
             yield write
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _masks(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """PNG files of the likeliest class of each pixel, by the names of the images."""
+    from PIL import Image
+
+    folder.mkdir()
+
+    def write(columns: Mapping[str, Any]) -> None:
+        output = columns.get("output", np.zeros(0))
+        check(
+            output.ndim == 4 and output.shape[3] <= 256,
+            f"--out is a folder for masks, and the model's output is {output.dtype}{list(output.shape)}: it"
+            f" takes logits [N, H, W, classes]; name a {' or '.join(FORMATS)} file",
+        )
+        names = columns.get("file", columns[NUMBER])
+        for name, mask in zip(names.tolist(), output.argmax(-1), strict=True):
+            file = (folder / str(name)).with_suffix(".png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask.astype(np.uint8)).save(file)
+
+    yield write
 
 
 @contextlib.contextmanager
