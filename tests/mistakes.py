@@ -399,6 +399,65 @@ TABLE |= {
     "images_resize": (F + "hole --data.transforms decode", "'image' is of different sizes after"),
 }  # fmt: skip
 
+# ---- tables and tar files, by an experiment of two numbers
+
+TABLES = """
+from spmd import Experiment
+from spmd.data.huggingface import HuggingFace
+from spmd.data.tables import Table
+from spmd.data.tar import Tar
+from spmd.models.mlp import MLP
+from spmd.optim import SGD
+from spmd.tasks import Classification
+from spmd.train import TrainConfig
+
+FEATURES = {"x": ((2,), "float32"), "label": ((), "int32")}
+DATA = {
+    "table": lambda: Table(features=FEATURES, columns={"x": ("a", "b")}),
+    "tar": lambda: Tar(features=FEATURES, members={"x": "npy", "label": "cls"}),
+    "saved": lambda: HuggingFace(features=FEATURES),
+}
+
+
+def config():
+    model = MLP(inputs=2, hidden=(4,), classes=2)
+    train, task = TrainConfig(steps=2), Classification(input="x")
+    return Experiment(model=model, task=task, data=DATA["KIND"](), optimizer=SGD(), train=train)
+"""
+CSV = {
+    "good.csv": "a,b,label\n" + "1,2,0\n" * 40,
+    "lacks.csv": "a,c,label\n" + "1,2,0\n" * 40,
+    "words.csv": "a,b,label\n" + "1,x,0\n" * 40,
+    "holes.csv": "a,b,label\n" + "1,,0\n" * 40,
+    "high.csv": "a,b,label\n" + "1,2,7\n" * 40,
+    "no_rows.csv": "a,b,label\n",
+}
+B = " --run.dir out --data.batch-size 8 --data.cache-dir cached "
+TABLE |= {
+    "table_none": ("--experiment table.py" + B, "data.files is empty; give files, globs in quotes"),
+    "table_gone": ("--experiment table.py --data.files gone*.csv" + B, "matches data.files='gone*.csv'"),
+    "table_kind": ("--experiment table.py --data.files poem.txt" + B, "is no table; what works: .parquet"),
+    "table_parquet": ("--experiment table.py --data.files table.parquet" + B, "is no Parquet file"),
+    "table_fraction": (
+        "--experiment table.py --data.files good.csv --data.eval-fraction 0.7" + B,
+        "data.eval_fraction=0.7 must be more than 0 and at most 0.5",
+    ),
+    "tar_none": ("--experiment tar.py --data.files poem.txt" + B, "is no .tar file"),
+    "tar_text": ("--experiment tar.py --data.files text.tar" + B, "text.tar is damaged, or no tar file"),
+    "saved_none": ("--experiment saved.py --run.dir out --data.path hole", "was not written by save_to_disk"),
+}  # fmt: skip
+# Reading these tables converts them to Arrow IPC first: the cache is written, the run is not.
+CONVERTED = {
+    "table_column": ("lacks.csv", "has no column 'b' (feature 'b')"),
+    "table_words": ("words.csv", "words.csv cannot be read: "),
+    "table_holes": (
+        "holes.csv",
+        "values are missing in b (40 of 40); take --data.missing nan or zero",
+    ),
+    "table_range": ("high.csv", "feature 'label' is 7 in example"),
+    "table_empty": ("no_rows.csv", "no rows; give files that have some"),
+}
+
 # ---- environments: the variables of a row
 
 ENVIRONMENTS = {

@@ -51,8 +51,11 @@ def _images(root: Path) -> None:
             Image.new("L", (6, 6)).save(file)
     torn = root / "torn_images/a/0.png"
     torn.write_bytes(torn.read_bytes()[:30])
-    for name, text in mistakes.INDICES.items():
+    for name, text in (mistakes.INDICES | mistakes.CSV).items():
         (root / name).write_text(text)
+    for kind in ("table", "tar", "saved"):
+        (root / f"{kind}.py").write_text(mistakes.TABLES.replace("KIND", kind))
+    (root / "text.tar").write_text("hello" * 400)
 
 
 def _runs(root: Path) -> None:
@@ -140,6 +143,16 @@ def test_one_clear_message(case, started, place, monkeypatch, capsys):
     assert message in text
     assert "Traceback" not in text
     assert files(place) == before
+
+
+@pytest.mark.parametrize("case", mistakes.CONVERTED)
+def test_one_clear_message_about_a_table(case, started, place, capsys):
+    file, message = mistakes.CONVERTED[case]
+    code = main(f"--experiment table.py --data.files {file}{mistakes.B}".split())
+    shown = capsys.readouterr()
+    text = " ".join(shown.err.split())
+    assert code == 2 and message in text and text.count("error: ") == 1, text
+    assert not (place / "out").exists()
 
 
 @pytest.mark.smoke
