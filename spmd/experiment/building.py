@@ -211,6 +211,10 @@ def check_tables(exp: Experiment, task: Objective) -> None:
             "optimizer.ema averages every row in every step; use --optimizer.ema 0",
         ),
         (exp.train.noise_scale, "train.noise_scale measures parameters alone; leave it off"),
+        (
+            exp.init.from_,
+            "init.from reads parameters alone, and the rows would be random; leave it out",
+        ),
         (task.combine, "the task combines gradients by loss term, which rows have only in sum"),
         (exp.mesh.stage > 1, "a pipeline does not pass rows to its stages; use --mesh.stage 1"),
     ):

@@ -28,6 +28,7 @@ from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
 from spmd.strategies.privacy import Privacy
 from spmd.tasks import PCGrad, Task
 from spmd.train import TrainConfig
+from spmd.weights.config import InitConfig
 from tests.marks import slow_but
 
 STEPS, BATCH, USERS, ITEMS = 3, 16, 300, 500
@@ -385,6 +386,7 @@ def combined() -> Task:
         ({"privacy": Privacy(noise_multiplier=1.0)}, "privacy clips the gradient of each example"),
         ({"optimizer": optim.SGD(ema=0.9)}, "optimizer.ema averages every row"),
         ({"mesh": MeshConfig(data=2, stage=2)}, "use --mesh.stage 1"),
+        ({"init": InitConfig(from_="runs/other")}, "init.from reads parameters alone"),
         ({"task": combined()}, "combines gradients by loss term"),
     ],
 )
