@@ -23,6 +23,7 @@ from spmd.models.moe import Experts
 from spmd.models.resnet import ResNet
 from spmd.models.transformer import Transformer
 from spmd.models.unet import UNet
+from spmd.models.vit import ViT
 from spmd.models.wide_resnet import WideResNet
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
@@ -59,11 +60,18 @@ MODELS["resnet"] = ResNet(depth=20, width=4, channels=1)
 MODELS["bottlenecks"] = ResNet(depth=50, width=4, channels=1)
 MODELS["wide"] = WideResNet(depth=10, widen=1, channels=1, dropout=0.1)
 MODELS["unet"] = UNet(widths=(4, 8), channels=1, classes=3, norm="group", groups=2)
+# 16 patches and a token: padded where context shards them. A bias of keys has no gradient but rounding.
+MODELS["vit"] = ViT(
+    image=8, patch=2, channels=1, classes=10, layers=4, embed=32, heads=4, mlp=64, dropout=0.1,
+    bias=False,
+)  # fmt: skip
+MODELS["vit_mean"] = dataclasses.replace(MODELS["vit"], patch=4, pool="mean", activation="gelu")
 TASKS = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
     ResNet: tasks.Classification(),
     WideResNet: tasks.Classification(),
+    ViT: tasks.Classification(label_smoothing=0.1),
     UNet: tasks.Segmentation(dice=0.5, pixel="focal"),
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
     EncoderDecoder: tasks.LanguageModel(

@@ -42,8 +42,8 @@ class BlockConfig:
     """RMSNorm or LayerNorm."""
     norm_epsilon: float = 1e-5
     """Added to the variance."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """Gated SiLU (Shazeer 2020), or GELU in its tanh form (GPT-2)."""
+    activation: Literal["swiglu", "gelu", "gelu_exact"] = "swiglu"
+    """Gated SiLU (Shazeer 2020), GELU in its tanh form (GPT-2), or by the error function (BERT, ViT)."""
     bias: bool = False
     """Biases in linear layers and in LayerNorm."""
     qk_norm: bool = False
@@ -86,6 +86,10 @@ class BlockConfig:
         check(
             not (self.experts.num and self.bias),
             "model.bias: experts have no biases; set model.bias to False, or model.experts.num to 0",
+        )
+        check(
+            not (self.experts.num and self.activation == "gelu_exact"),
+            "model.activation=gelu_exact: experts take swiglu or gelu",
         )
 
     @property

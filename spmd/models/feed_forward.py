@@ -12,7 +12,7 @@ from flax import nnx
 from spmd.models.layers import Linear
 from spmd.models.layers.activations import activation as named
 
-Activation = Literal["swiglu", "gelu"]
+Activation = Literal["swiglu", "gelu", "gelu_exact"]
 
 
 class FeedForward(nnx.Module):
@@ -23,7 +23,7 @@ class FeedForward(nnx.Module):
         embed: width D of the residual stream.
         width: F of the hidden layer.
         layers: how many are stacked.
-        activation: swiglu, or gelu in its tanh form.
+        activation: swiglu, gelu in its tanh form, or gelu_exact by the error function.
         bias: whether the linear layers have biases.
         std: standard deviation of the initial kernels; 0 is 1 / sqrt(fan-in).
         residual_gain: factor on that of the projection back to the residual stream.
@@ -46,11 +46,12 @@ class FeedForward(nnx.Module):
         back = ("btf,fd->btd", (width, embed), ("mlp", "embed"))
         self.up = Linear(rngs, *into, **options)
         self.gate = Linear(rngs, *into, **options) if activation == "swiglu" else None
+        self.approximate = activation == "gelu"
         self.down = Linear(rngs, *back, **options, gain=residual_gain)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         y_BTF = named("up", self.up(x_BTD), "mlp")
         if self.gate is None:
-            return self.down(jax.nn.gelu(y_BTF, approximate=True))
+            return self.down(jax.nn.gelu(y_BTF, approximate=self.approximate))
         return self.down(jax.nn.silu(named("gate", self.gate(x_BTD), "mlp")) * y_BTF)

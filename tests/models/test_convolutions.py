@@ -1,4 +1,4 @@
-"""Convolutional networks: published sizes, pooling by its definition, what they refuse."""
+"""Networks for images: published sizes, pooling by its definition, what they refuse."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from spmd.models.functional import functionalize
 from spmd.models.layers import GroupNorm, max_pool
 from spmd.models.resnet import ResNet
 from spmd.models.unet import UNet
+from spmd.models.vit import ViT
 from spmd.models.wide_resnet import WideResNet
 
 
@@ -21,6 +22,7 @@ from spmd.models.wide_resnet import WideResNet
         (ResNet(depth=18, classes=1000), 11_689_512),
         (ResNet(depth=50, classes=1000), 25_557_032),
         (WideResNet(depth=28, widen=10), 36_479_194),
+        (ViT(embed=768, heads=12), 86_567_656),
     ],
 )
 def test_numbers_of_parameters_are_the_published_ones(model, published):

@@ -307,11 +307,14 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             *((f"context{n}", "lm", "ring", "float32") for n in (2, 4, 8)),
             *((layout, name, "ring", "float64") for layout in ENCODED for name in FULL),
             *((layout, "windowed", "ulysses", "float64") for layout in ("context2", "tensor2")),
+            *((layout, "vit", "ring", "float64") for layout in (*ENCODED, "sequence2x2", "fsdp8")),
+            *((layout, "vit_mean", "ulysses", "float64") for layout in ("context2", "sequence2x2")),
             ("context2x2", "encoder", "ulysses", "float64"),
         ],
         gate=[
             ("sequence2x2", "lm", "ring", "float64"),
             ("context2x2x2", "encoder", "ring", "float64"),
+            ("context2x2x2", "vit", "ring", "float64"),
         ],
     ),
 )
@@ -351,7 +354,8 @@ PIPELINED += [
     for rest in ("context2", "context2x2", "context2_fsdp2")
 ]
 PIPELINED += [(f"stage2{rest}", "pairs", "ring", "float64") for rest in ("_fsdp2x2", "_psum2")]
-PIPELINED += [("stage2", "pattern", "ring", "float64")]
+PIPELINED += [("stage2", name, "ring", "float64") for name in ("pattern", "vit")]
+PIPELINED += [("stage2_context2", "vit", "ring", "float64")]
 PIPELINED += [("stage2_context2", "pattern", "ulysses", "float64")]
 PIPELINED += [(f"stage2{rest}", "lm", "ring", "float32") for rest in ("", "_context2", "_psum2")]
 
