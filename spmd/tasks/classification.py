@@ -28,6 +28,8 @@ class Classification(Task):
     """Name of the class-index feature."""
     label_smoothing: float = 0.0
     """Mass spread evenly over the classes."""
+    class_weights: tuple[float, ...] = ()
+    """Factor of an example's loss, by its class; empty is 1. Those that average to 1 keep its scale."""
     train_metrics = ("accuracy",)
 
     def __post_init__(self) -> None:
@@ -44,8 +46,8 @@ class Classification(Task):
     def values(self, outputs: Any, batch: Batch, *, train: bool) -> dict[str, jax.Array]:
         """The cross-entropy of each example; of a blend, the blend of those of its labels."""
         self.ranges(batch, outputs)
-        smoothing = self.label_smoothing if train else 0.0
-        loss_of = lambda label_B: losses.cross_entropy(outputs, label_B, smoothing)
+        smoothing, scales = self.label_smoothing if train else 0.0, self.class_weights
+        loss_of = lambda label_B: losses.cross_entropy(outputs, label_B, smoothing, scales)
         return {"loss": blended(loss_of, batch, self.label)}
 
     def ranges(self, batch: Any, outputs: Any, model: Any = None) -> dict[str, Ids]:

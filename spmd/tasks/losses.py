@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,25 +13,43 @@ import jax.numpy as jnp
 import optax
 
 from spmd.core import batches, tree
+from spmd.core.fields import check
 from spmd.metrics import Mean
 
 
-def cross_entropy(logits_BC: jax.Array, label_B: jax.Array, smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(
+    logits_BC: jax.Array,
+    label_B: jax.Array,
+    smoothing: float = 0.0,
+    class_weights: Sequence[float] = (),
+) -> jax.Array:
     """Cross-entropy in at least float32.
 
     Args:
         logits_BC: [B, ..., C].
         label_B: [B, ...] class indices.
         smoothing: mass spread evenly over all classes (Szegedy et al. 2016, section 7).
+        class_weights: factor of the loss by its class, C of them; none is 1.
 
     Returns:
         [B, ...].
+
+    Raises:
+        ValueError: class_weights are not C numbers above 0.
     """
+    num = len(class_weights)
+    check(
+        num in (0, logits_BC.shape[-1]) and all(0 < w < float("inf") for w in class_weights),
+        f"task.class_weights={tuple(class_weights)} must be {logits_BC.shape[-1]} numbers above 0, one for"
+        " each class of the model's output",
+    )
     logits_BC = logits_BC.astype(tree.at_least_float32(logits_BC.dtype))
     loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)
     if smoothing:
         uniform_B = -jnp.mean(jax.nn.log_softmax(logits_BC), axis=-1)
         loss_B = (1 - smoothing) * loss_B + smoothing * uniform_B
+    if num:
+        loss_B *= jnp.asarray(class_weights, loss_B.dtype)[label_B]
     return loss_B
 
 

@@ -16,8 +16,10 @@ from spmd.models.transformer import Transformer
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mixup_blends_the_losses_and_their_gradients(smoothing):
-    task = tasks.Classification(label_smoothing=smoothing).build(MLP(inputs=6, hidden=(8,)))
+@pytest.mark.parametrize("class_weights", [(), tuple(1.0 + c for c in range(10))])
+def test_mixup_blends_the_losses_and_their_gradients(smoothing, class_weights):
+    task = tasks.Classification(label_smoothing=smoothing, class_weights=class_weights)
+    task = task.build(MLP(inputs=6, hidden=(8,)))
     params, state = task.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.integers(0, 10, 5).astype(np.int32)) for _ in range(2))
@@ -47,6 +49,29 @@ def test_mixup_blends_the_losses_and_their_gradients(smoothing):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), gradient, both
     )
     assert abs(float(first - second)) > 1e-3  # the two labels do differ
+
+
+def test_class_weights_are_factors_of_the_loss_and_not_of_metrics():
+    model, weights = MLP(inputs=6, hidden=(8,), classes=3), (1.0, 5.0, 0.25)
+    plain, weighted = (tasks.Classification(class_weights=w).build(model) for w in ((), weights))
+    params, state = plain.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.normal(size=(4, 6)).astype(np.float32))
+    batch = {"image": image, "example_id": jnp.arange(4, dtype=jnp.int32)}
+
+    def measured(task, labels, weight):
+        given = batch | {"label": jnp.asarray(labels, jnp.int32), "weight": jnp.asarray(weight)}
+        return task.measured(jax.device_get(task.evaluate(params, state, given)))
+
+    labels = [0, 1, 2, 1]
+    alone = [measured(plain, labels, np.eye(4, dtype=np.float32)[i])["loss"] for i in range(4)]
+    got = measured(weighted, labels, np.ones(4, np.float32))
+    want = np.mean([weights[label] * loss for label, loss in zip(labels, alone, strict=True)])
+    assert got["loss"] == pytest.approx(want, rel=1e-5)
+    assert got["accuracy"] == measured(plain, labels, np.ones(4, np.float32))["accuracy"]
+    short = tasks.Classification(class_weights=(1.0, 2.0)).build(model)
+    with pytest.raises(ValueError, match="must be 3 numbers above 0, one for each class"):
+        measured(short, labels, np.ones(4, np.float32))
 
 
 MODEL = Transformer(vocab=37, length=8, layers=1, embed=16, heads=2, mlp=32, tied=True)
