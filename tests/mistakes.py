@@ -88,6 +88,15 @@ TABLE = {
         + "--simulate 1 --strategy local --strategy.period 1 --train.noise-scale --train.accumulate 2",
         "replicas that go their own ways never take",
     ),
+    "experts_every": (
+        "--experiment lm_stdlib --model.experts.num 4 --model.experts.every 5",
+        "model.experts.every=5 leaves none of the 4 layers with experts",
+    ),
+    "experts_every_stage": (
+        "--experiment lm_stdlib --simulate 4 --mesh.data 1 --mesh.stage 4 --model.experts.num 4"
+        " --model.experts.every 2 --run.dir out",
+        "4 layers of the model, which repeat every 2 (model.experts.every); use mesh.stage=2",
+    ),
     "stage_privacy": (
         STACKED + "--simulate 2 --mesh.data 1 --mesh.stage 2 --privacy.noise-multiplier 1",
         "privacy needs gradients of parts of the batch, which a pipeline (mesh.stage=2) sums up",
