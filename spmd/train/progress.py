@@ -201,6 +201,21 @@ class Bar:
             self._bar.stop()
 
 
+SLOW_INPUT = 10.0  # seconds of waiting for batches, from which a run is told
+
+
+def advise_input(seconds: Mapping[str, float]) -> str:
+    """Advice where a run waited longer for its batches than for its steps; "" elsewhere."""
+    waited, computed = seconds.get("input", 0.0), seconds.get("step", 0.0)
+    if waited < SLOW_INPUT or waited < computed:
+        return ""
+    return (
+        f"the steps waited {waited:.0f} s for batches: raise --data.threads and --data.buffer, put the files"
+        " on a faster disk, or make them quicker to read (simplejpeg for JPEG, smaller images, Arrow IPC for"
+        " tables; docs/data.md)"
+    )
+
+
 def print_summary(summary: dict[str, Any], directory: Any) -> None:
     """Print metrics, seconds by phase and the files of a finished run."""
     console = _console()
@@ -216,6 +231,8 @@ def print_summary(summary: dict[str, Any], directory: Any) -> None:
             f"noise scale of the last steps: {scale:,.0f} examples; batches up to about that size are advised"
         )
     console.print(f"seconds: {seconds}")
+    if advice := advise_input(summary["seconds"]):
+        console.print(advice)
     lines = "metrics/" if is_remote(directory) else "metrics.jsonl"
     console.print(
         f"files: {rundir.short_path(directory)}/ (config.json, {lines}, tensorboard/, checkpoints/,"

@@ -11,7 +11,7 @@ from etils import epath
 import spmd
 from spmd.hardware import chips
 from spmd.train import metrics
-from spmd.train.progress import utilisation
+from spmd.train.progress import advise_input, utilisation
 
 
 def device(kind, stats=None, process=0):
@@ -78,3 +78,12 @@ def test_the_table_is_of_one_piece(kind):
     assert 1e14 / 2 < chip.flops["bfloat16"] < 1e16
     assert chip.flops["float32"] <= chip.flops["bfloat16"]
     assert 16 * 2**30 <= chip.memory < 1e12 and 1e11 < chip.bandwidth < 2e13
+
+
+@pytest.mark.parametrize(
+    ("waited", "computed", "told"), [(30.0, 20.0, True), (30.0, 40.0, False), (5.0, 1.0, False)]
+)
+def test_a_run_that_waits_for_its_batches_says_what_to_do(waited, computed, told):
+    seconds = {"compile": 90.0, "input": waited, "step": computed}
+    text = advise_input(seconds)
+    assert ("waited 30 s for batches: raise --data.threads" in text) == told and bool(text) == told
