@@ -144,7 +144,8 @@ def reserve_threads(num_devices: int) -> None:
     A collective of CPU devices blocks its thread until all participants arrive. XLA makes one thread for each
     device, but a device runs independent collectives, and steps in flight, side by side. When all threads
     wait, the missing participant finds no thread, and XLA aborts after 40 s ("rendezvous ... may be stuck").
-    NPROC is the variable from which XLA reads the size of its pools. Must come before the backend starts.
+    NPROC is the variable from which XLA reads the size of its pools; the last bits of a sum may depend on
+    it, so a single device keeps XLA's own. Must come before the backend starts.
     """
     wanted = max(16, 4 * num_devices)
     given = os.environ.get("NPROC", "")
@@ -157,7 +158,8 @@ def simulate(num_devices: int) -> None:
     import jax
 
     check(num_devices >= 1, f"simulate={num_devices} must be at least 1")
-    reserve_threads(num_devices)
+    if num_devices > 1:
+        reserve_threads(num_devices)
     try:
         jax.config.update("jax_platforms", "cpu")
         config: Any = jax.config
