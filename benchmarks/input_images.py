@@ -2,8 +2,9 @@
 
 python benchmarks/input_images.py [--images N] [--rounds N] [--quick]
 
-The images are generated in a temporary directory. The peers need `pip install -r requirements/peers.txt`:
-torchvision's PIL pipeline and its decode_jpeg on tensors, each under a DataLoader with a worker per core.
+The images are generated in a temporary directory. The peers need `pip install torch torchvision` of one
+release: torchvision's PIL pipeline and its decode_jpeg on tensors, each under a DataLoader with a worker
+per core.
 Programs take turns; each reads all images once in a round. Images per second and core are images over CPU
 seconds, those of workers included, so that other programs count little; images/s is by the clock.
 """

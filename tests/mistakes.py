@@ -120,7 +120,7 @@ TABLE = {
     "mixup": (D + "--data.transforms mixup:-1", "mixup: alpha=-1.0 must be more than 0"),
     "transform": (
         D + "--data.transforms corp:1",
-        "'corp'. Did you mean 'crop'? Known: crop:PIXELS",
+        "'corp'. Did you mean 'crop'? Known: decode",
     ),
     "transform_value": (D + "--data.transforms crop", "crop is given as crop:PIXELS[:IMAGES]"),
     "transform_type": (D + "--data.transforms flip,crop:x", "pixels takes a whole number, not 'x'"),
