@@ -148,6 +148,7 @@ class Both(Task):
         return {"loss": 1.0, "value": 0.5}
 
 
+@pytest.mark.gate
 def test_two_tasks_on_two_sources(tmp_path):
     exp = Experiment(
         run=RunConfig(dir=str(tmp_path / "run")),

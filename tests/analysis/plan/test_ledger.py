@@ -334,7 +334,7 @@ def test_devices_that_share_a_replica_send_a_part_of_what_is_compressed(case):
     assert sent == pytest.approx(both * elements / 4, rel=0.02)
 
 
-@pytest.mark.parametrize("case", slow_but(("local",), SHARED))
+@pytest.mark.parametrize("case", slow_but((), SHARED, gate=("local",)))
 def test_devices_that_share_a_replica_send_their_part(case):
     program = build([*SHARED[case], "--mesh.replica", "2"])
     found = hlo.ledger(compile.compile_step(program, targets.parse("cpu:8")).program)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("devices")
 SPLASH = ["--model.attention", "splash"]
 
 
+@pytest.mark.gate
 def test_a_thousand_candidates_take_seconds():
     fact = facts_of("llama3_8b", *SPLASH)
     begin = time.process_time()
