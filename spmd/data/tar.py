@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from spmd.core.fields import check, free, located
-from spmd.core.storage import cache_root, is_remote
+from spmd.core.storage import cache_root, is_remote, json_text
 from spmd.data import DataConfig, Source, Split, content, files, ragged
 from spmd.data import cache as caches
 from spmd.data.folders import in_evaluation, shorten
@@ -217,7 +217,7 @@ def _write(
     for name, array in arrays.items():
         np.save(part / f"{name}.npy", array)
     (part / "names.txt").write_text("\n".join(names))
-    (part / "unpaired.json").write_text(json.dumps(unpaired))
+    (part / "unpaired.json").write_text(json_text(unpaired))
     return {"examples": len(names)}
 
 
