@@ -96,7 +96,7 @@ def test_an_experiment_file_from_elsewhere_is_copied_too(cloud, run_cli, tmp_pat
     slow_but(
         [],
         [(1, 1), (2, 1), (130, 1), (75, 3), (143, 3), (137, 3)],
-        gate=[(2, 1), (75, 3)],
+        gate=[(75, 3)],
     ),
 )
 def test_what_starts_again(code, starts, cloud, run_cli):

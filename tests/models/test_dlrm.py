@@ -60,7 +60,7 @@ def test_the_model_is_that_of_the_paper():
         DLRM(ids=IDS, features=("a", "b"))
 
 
-@pytest.mark.gate
+@pytest.mark.slow  # test_extending has a run of tables that stops and resumes
 def test_clicks_continue_on_fewer_devices(run_main, tmp_path):
     """Steps 7 to 12 on two devices instead of four: the same evaluation."""
     words = ["--experiment", "clicks", "--data.examples", "12288", "--data.eval-examples", "1000"]

@@ -194,7 +194,7 @@ def test_scanned_unrolled_and_remat_agree(name, changes):
         assert_close(gradient(other, params, batch), want)
 
 
-@pytest.mark.parametrize("layers", slow_but((), (1, 4, 5), gate=(5,)))
+@pytest.mark.parametrize("layers", slow_but((), (1, 4, 5)))
 def test_a_pattern_of_windows_in_any_form(layers):
     """Scanned by periods of two blocks, with one left of five; its remat; all blocks unrolled."""
     model = dataclasses.replace(KINDS["llama"], layers=layers, window=(3, 0), dropout=0.2)

@@ -313,7 +313,6 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
         ],
         gate=[
             ("sequence2x2", "lm", "ring", "float64"),
-            ("context2x2x2", "encoder", "ring", "float64"),
             ("context2x2x2", "vit", "ring", "float64"),
         ],
     ),

@@ -84,7 +84,9 @@ def reference(config):
 FREEZE = InitConfig(freeze=("blocks/mlp/*", "embed/table"))
 QUICK = {("psum4", LORA)}
 CASES = [
-    pytest.param(layout, config, marks=[] if (layout, config) in QUICK else pytest.mark.slow)
+    pytest.param(
+        layout, config, marks=pytest.mark.gate if (layout, config) in QUICK else pytest.mark.slow
+    )
     for config in (LORA, FREEZE)
     for layout in LAYOUTS
 ]
