@@ -115,11 +115,18 @@ def _classified(data: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
     share = (scaled / scaled.sum(1, keepdims=True)).astype(np.float32)
     best = share.argmax(1)
     others = {name: x for name, x in columns.items() if name != "output"}
-    return others | {
+    classified = {
         "class": np.array(classes)[best],
         "probability": share[np.arange(len(best)), best],
         "probabilities": share,
     }
+    for name in others:
+        check(
+            name not in classified,
+            f"the model has an output named {name!r}, as a column of predict ({', '.join(classified)}):"
+            " rename it",
+        )
+    return others | classified
 
 
 @contextlib.contextmanager

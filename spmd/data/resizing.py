@@ -131,12 +131,11 @@ class Resizing(Transform):
     ) -> np.ndarray:
         """[N, *size, ...] of a feature; a row that cannot be decoded is zeros, and noted as bad."""
         size = self.size()
-        if images.dtype.hasobject:
+        rest, dtype = images.shape[3:], images.dtype
+        if dtype.hasobject:  # encoded: an image of some channels, or a mask
             channels = images[0].channels
-            out = np.zeros((len(images), *size, channels), np.uint8) if channels else None
-            out = np.zeros((len(images), *size), np.int32) if out is None else out
-        else:
-            out = np.zeros((len(images), *size, *images.shape[3:]), images.dtype)
+            rest, dtype = ((channels,), np.uint8) if channels else ((), np.int32)
+        out = np.zeros((len(images), *size, *rest), dtype)
 
         def fill(row: int) -> str:
             box: Any = tuple(int(v) for v in boxes_N4[row])

@@ -11,6 +11,7 @@ from flax import nnx
 
 from spmd.core.fields import check
 from spmd.models.layers import BatchNorm, Conv, Dense, Dropout, max_pool
+from spmd.models.layers.conv_norm import check_image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,7 @@ class _Net(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """[B, H, W, C] -> logits [B, classes]."""
-        check(
-            x_BHWC.ndim == 4 and x_BHWC.shape[3] == self.channels,
-            f"the model takes images [H, W, {self.channels}] (model.channels={self.channels}), given"
-            f" {list(x_BHWC.shape[1:])}",
-        )
+        check_image(x_BHWC, self.channels)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x_BHWC = jax.nn.relu(norm(conv(x_BHWC)))
             x_BHWC = max_pool(x_BHWC, 2)

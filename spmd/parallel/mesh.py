@@ -149,8 +149,14 @@ def reserve_threads(num_devices: int) -> None:
     """
     wanted = max(16, 4 * num_devices)
     given = os.environ.get("NPROC", "")
-    if not given.isdigit() or int(given) < wanted:
+    if (int(given) if given.isdigit() else _usable_cores()) < wanted:
         os.environ["NPROC"] = str(wanted)
+
+
+def _usable_cores() -> int:
+    """Cores of this process: XLA's own number of threads, which is never lowered."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def simulate(num_devices: int) -> None:

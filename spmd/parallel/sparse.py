@@ -75,7 +75,7 @@ class ShardedTables:
         check(
             not declared or STRIPES % num == 0,
             f"tables are stored in {STRIPES} stripes, which {num} devices do not divide; use"
-            f" {', '.join(str(n) for n in (1, 2, 4, 8, 16))} or another power of two up to {STRIPES}",
+            f" 1, 2, 4, 8, 16 or another power of two up to {STRIPES}",
         )
         self.declared, self.mesh = dict(declared), mesh
         self.stacks = tables.stack(declared)

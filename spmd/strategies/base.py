@@ -47,9 +47,8 @@ class TrainState:
     key: Any  # uint32 [2]: key data of the run's seed, folded with step, never advanced
     strategy_state: Any  # residuals, queues, outer parameters
     ema: Any  # moving average of the parameters, float32 at least; {} when off
-    tables: Any = dataclasses.field(
-        default_factory=dict
-    )  # sparse tables, with their optimizer's state
+    # Sparse tables, with their optimizer's state.
+    tables: Any = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spmd.core import batches, tree
+from spmd.core import batches
 from spmd.core.batches import Ids
 from spmd.core.fields import check
 from spmd.metrics import AUC, Metric
 from spmd.parallel.tables import PREFIX
+from spmd.tasks import losses
 from spmd.tasks.base import Task
 from spmd.tasks.objective import Batch
 
@@ -41,9 +42,7 @@ class ClickPrediction(Task):
     def values(self, outputs: Any, batch: Batch, *, train: bool) -> dict[str, jax.Array]:
         """The cross-entropy of each example."""
         self.ranges(batch, outputs)
-        logit_B = outputs.astype(tree.at_least_float32(outputs.dtype))
-        label_B = batch[self.label].astype(logit_B.dtype)
-        return {"loss": jax.nn.softplus(logit_B) - label_B * logit_B}
+        return {"loss": losses.binary_cross_entropy(outputs, batch[self.label])}
 
     def ranges(self, batch: Any, outputs: Any, model: Any = None) -> dict[str, Ids]:
         """The labels are 0 or 1; one logit for each."""

@@ -53,6 +53,20 @@ def cross_entropy(
     return loss_B
 
 
+def binary_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Cross-entropy of yes and no, in at least float32.
+
+    Args:
+        logits: [...] of yes.
+        label: [...] 1 for yes, 0 for no.
+
+    Returns:
+        the losses [...].
+    """
+    logits = logits.astype(tree.at_least_float32(logits.dtype))
+    return jax.nn.softplus(logits) - label.astype(logits.dtype) * logits
+
+
 def soft_dice(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """[B] 1 minus the mean over classes of the soft Dice coefficient of each image (Milletari et al. 2016,
     arXiv 1606.04797, with the squares left out).

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from spmd.core import batches, tree
+from spmd.core import batches
 from spmd.core.batches import Ids
 from spmd.metrics import AUC, Metric
+from spmd.tasks import losses
 from spmd.tasks.base import Task
 from spmd.tasks.objective import Batch
 
@@ -45,9 +45,8 @@ class MultiLabel(Task):
     def values(self, outputs: Any, batch: Batch, *, train: bool) -> dict[str, jax.Array]:
         """The binary cross-entropy of each label [B, C]."""
         self.ranges(batch, outputs)
-        logits = outputs.astype(tree.at_least_float32(outputs.dtype))
-        labels = jnp.maximum(batch[self.label], 0).astype(logits.dtype)
-        return {"loss": optax.sigmoid_binary_cross_entropy(logits, labels)}
+        label_BC = jnp.maximum(batch[self.label], 0)  # unknown ones weigh nothing
+        return {"loss": losses.binary_cross_entropy(outputs, label_BC)}
 
     def ranges(self, batch: Any, outputs: Any, model: Any = None) -> dict[str, Ids]:
         """A label is 0, 1, or -1 for unknown; one for each output."""

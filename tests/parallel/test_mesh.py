@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 
 import pytest
@@ -50,6 +51,16 @@ def test_one_slice_is_no_hybrid(devices):
     assert mesh.num_slices(devices) == 1
     made = mesh.make(MeshConfig(replica=2, data=4), devices)
     assert [d.id for d in made.devices[0].flat] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "given, cores, kept", [("", 2, "32"), ("", 64, ""), ("1", 64, "32"), ("48", 2, "48")]
+)
+def test_threads_are_added_and_never_taken_away(given, cores, kept, monkeypatch):
+    monkeypatch.setattr(mesh, "_usable_cores", lambda: cores)
+    monkeypatch.setenv("NPROC", given)
+    mesh.reserve_threads(8)
+    assert os.environ["NPROC"] == kept
 
 
 IN_FLIGHT = """

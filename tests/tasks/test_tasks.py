@@ -173,3 +173,58 @@ def test_a_plain_module_is_a_language_model_too():
     assert np.isfinite(total) and abs(gradient["head"]["kernel"]).max() > 0
     with pytest.raises(ValueError, match="needs a model with methods hidden and logits"):
         of_tokens(tasks.LanguageModel(features=("tokens",), chunks=2).build(Plain), batch)
+
+
+def values_of(task, outputs, features):
+    """(values, weights) of a task, as numpy."""
+    batch = {name: jnp.asarray(x) for name, x in features.items()}
+    batch["weight"] = jnp.ones(len(outputs), jnp.float32)
+    values = task.values(jnp.asarray(outputs), batch, train=True)
+    return jax.tree.map(np.asarray, (values, task.weights(batch)))
+
+
+def test_binary_labels_by_definition():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 3)).astype(np.float32)
+    labels = rng.integers(-1, 2, (5, 3)).astype(np.int32)
+    values, weights = values_of(tasks.MultiLabel(), logits, {"labels": labels})
+    share = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    want = -np.log(np.where(labels == 1, share, 1 - share))
+    np.testing.assert_allclose(values["loss"], want, rtol=1e-5)
+    np.testing.assert_array_equal(weights["loss"], labels >= 0)
+    clicks = (labels[:, 0] == 1).astype(np.int32)
+    values, _ = values_of(tasks.ClickPrediction(), logits[:, 0], {"label": clicks})
+    share = np.where(clicks == 1, share[:, 0], 1 - share[:, 0])
+    np.testing.assert_allclose(values["loss"], -np.log(share), rtol=1e-5)
+
+
+def test_regression_by_definition():
+    rng = np.random.default_rng(0)
+    outputs, target = (rng.normal(size=(5, 2)).astype(np.float32) for _ in range(2))
+    values, weights = values_of(tasks.Regression(), outputs, {"target": target})
+    np.testing.assert_allclose(values["loss"], (outputs - target) ** 2, rtol=1e-6)
+    assert weights["loss"].shape == (5, 2) and weights["loss"].all()
+    with pytest.raises(ValueError, match=r"outputs are of shape \[5, 2\].*'target' of \[5\]"):
+        values_of(tasks.Regression(), outputs, {"target": target[:, 0]})
+
+
+def test_segmentation_by_definition():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 4, 4, 3)).astype(np.float32)
+    mask = rng.integers(-1, 3, (3, 4, 4)).astype(np.int32)
+    task = tasks.Segmentation(pixel="focal", gamma=1.5, dice=0.5)
+    values, weights = values_of(task, logits, {"mask": mask})
+    share = np.exp(logits.astype(np.float64))
+    share /= share.sum(-1, keepdims=True)
+    known = mask >= 0
+    right = np.take_along_axis(share, np.maximum(mask, 0)[..., None], -1)[..., 0]
+    focal = -((1 - right) ** 1.5) * np.log(right)
+    np.testing.assert_allclose(values["focal"][known], focal[known], rtol=1e-5)
+    np.testing.assert_array_equal(weights["focal"], known)
+    for i in range(3):
+        pixels, classes = share[i][known[i]], np.eye(3)[mask[i][known[i]]]
+        both, either = (pixels * classes).sum(0), pixels.sum(0) + classes.sum(0)
+        assert values["dice"][i] == pytest.approx(
+            1 - np.mean((2 * both + 1) / (either + 1)), rel=1e-5
+        )
+    assert task.coefficients(None) == {"focal": 1.0, "dice": 0.5}

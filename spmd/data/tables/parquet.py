@@ -93,9 +93,8 @@ class ParquetRows:
     def _allocate(self, largest: int) -> None:
         """Places for the groups of two windows: when one ends, the next one has begun."""
         num = min(2 * -(-self.window // largest) + 4, len(self._groups))
-        if (
-            self.edges[-1] // len(self._groups) < largest // 2
-        ):  # uneven groups: places for all of a window
+        # Uneven groups: places for all of a window.
+        if self.edges[-1] // len(self._groups) < largest // 2:
             average = max(int(self.edges[-1]) // len(self._groups), 1)
             num = min(2 * -(-self.window // average) + 4, len(self._groups))
         self._largest = largest
@@ -106,9 +105,7 @@ class ParquetRows:
             for f in self._features
         }
         self._missing = {f.name: np.zeros(num * largest, bool) for f in self._features}
-        self._place_G = np.full(
-            len(self._groups), -1, np.int64
-        )  # of each group; -1 where it is not held
+        self._place_G = np.full(len(self._groups), -1, np.int64)  # -1: the group is not held
         self._used: collections.OrderedDict[int, int] = collections.OrderedDict()  # group -> place
         self._free = list(range(num))
         self._lock = threading.Lock()
@@ -122,9 +119,8 @@ class ParquetRows:
         local_N = indices - self.edges[group_N]
         needed = np.unique(group_N)
         num_places = len(self._place_G[self._place_G >= 0]) + len(self._free)
-        if (
-            len(needed) > num_places
-        ):  # access without the window: as many groups at a time as there are places
+        # Access without the window: as many groups at a time as there are places.
+        if len(needed) > num_places:
             return self._take_in_parts(indices, group_N, needed, num_places)
         with self._lock:
             for group in needed:

@@ -95,8 +95,9 @@ def constrain_image(x_BHWC: jax.Array, dim: str = "channels") -> jax.Array:
 
 def check_image(x_BHWC: jax.Array, channels: int) -> None:
     """ValueError unless x is [B, H, W, channels]."""
+    advice = f"; use --model.channels {x_BHWC.shape[3]}" if x_BHWC.ndim == 4 else ""
     check(
         x_BHWC.ndim == 4 and x_BHWC.shape[3] == channels,
         f"the model takes images [H, W, {channels}] (model.channels={channels}), given"
-        f" {list(x_BHWC.shape[1:])}; use --model.channels {x_BHWC.shape[-1]}",
+        f" {list(x_BHWC.shape[1:])}{advice}",
     )
