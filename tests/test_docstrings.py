@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-ROOMS = ("api", "metrics", "optim", "parallel", "strategies", "tasks")
+ROOMS = ("api", "metrics", "models", "optim", "parallel", "strategies", "tasks")
 # Functions of an Objective, whose docstring has their arguments; the parts of a pipeline's executor.
 APART = ("spmd.tasks.tracing", "spmd.strategies.grads.pipeline")
 MANY = 3  # parameters, from which on each is named

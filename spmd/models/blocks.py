@@ -174,7 +174,13 @@ class BlockConfig:
         )
 
     def stack_of(self, layers: int, *, name: str = "blocks", **options: Any) -> BlockStack:
-        """A stack of these blocks, as a model declares it; options: further fields of BlockStack."""
+        """A stack of these blocks, as a model declares it; options: further fields of BlockStack.
+
+        Args:
+            layers: number of blocks.
+            name: of the model's attribute.
+            options: further fields of BlockStack.
+        """
         repeats = {"period": self.period, "repeats": self.repeats}
         return BlockStack(name=name, layers=layers, block=self, **repeats, **options)
 
@@ -278,6 +284,11 @@ def build_blocks(config: BlockConfig, rngs: nnx.Rngs, layers: int) -> Block | nn
 
     With experts in every n-th of L blocks, `0` are the dense ones [L - L // n, ...] and `1` those with
     experts [L // n, ...], each in their order.
+
+    Args:
+        config: of a block.
+        rngs: random keys.
+        layers: L.
     """
     kinds = config.by_kind(layers)
     if len(kinds) == 1:

@@ -154,7 +154,16 @@ class Translator(nnx.Module):
     def through(
         self, stream: dict[str, Array], *inputs: Array | None, chunk: Chunk = ALL_LAYERS
     ) -> dict[str, Array]:
-        """The stream behind blocks of the encoder, or of the decoder."""
+        """The stream behind blocks of the encoder, or of the decoder.
+
+        Args:
+            stream: `memory` [B, S, D] and `x` [B, T, D].
+            inputs: the model's inputs.
+            chunk: stack and first layer of these blocks.
+
+        Returns:
+            The stream, one of its arrays replaced.
+        """
         target, source = _sides(*inputs)
         memory_BSD, x_BTD = stream["memory"], stream["x"]
         if chunk.stack == ENCODER:
@@ -169,7 +178,16 @@ class Translator(nnx.Module):
     def between(
         self, stream: dict[str, Array], *inputs: Array | None, stack: str
     ) -> dict[str, Array]:
-        """The stream into the decoder: the memory is the normed output of the encoder."""
+        """The stream into the decoder: the memory is the normed output of the encoder.
+
+        Args:
+            stream: `memory` [B, S, D] and `x` [B, T, D].
+            inputs: the model's inputs.
+            stack: the stack that follows.
+
+        Returns:
+            The stream.
+        """
         return stream | {"memory": residual(self.encoder_norm(stream["memory"]))}
 
     def leave(self, stream: dict[str, Array], *inputs: Array | None) -> Array:

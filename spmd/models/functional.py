@@ -41,7 +41,13 @@ class FunctionalModel(NamedTuple):
     stacks: tuple[Any, ...] = ()
 
     def evaluate(self, params: PyTree, model_state: PyTree, fn: Callable[[Any], Any]) -> Any:
-        """fn(module) in evaluation mode: without dropout, with the running statistics."""
+        """fn(module) in evaluation mode: without dropout, with the running statistics.
+
+        Args:
+            params: trained parameters.
+            model_state: running statistics and others.
+            fn: function of the module.
+        """
         return self.call(params, model_state, fn, train=False)[0]
 
 

@@ -72,7 +72,16 @@ class StackedBlocks(nnx.Module):
         return token_positions(x_BTD[..., 0], rotary=None, dtype=x_BTD.dtype)
 
     def through(self, x_BTD: Array, *inputs: Any, chunk: Chunk = ALL_LAYERS) -> Array:
-        """Output [B, T, D] of the blocks that a stage holds."""
+        """Output [B, T, D] of the blocks that a stage holds.
+
+        Args:
+            x_BTD: residual stream.
+            inputs: the model's inputs.
+            chunk: stack and first layer of these blocks.
+
+        Returns:
+            [B, T, D].
+        """
         positions = self.positions(x_BTD, *inputs)
         return self.run_blocks(x_BTD, positions, first=chunk.first)[0]
 

@@ -113,7 +113,16 @@ class Decoder(StackedBlocks):
     def enter(
         self, tokens_BT: Array, positions_BT: Array | None = None, segments_BT: Array | None = None
     ) -> Array:
-        """Input of the first block [B, T, D]."""
+        """Input of the first block [B, T, D].
+
+        Args:
+            tokens_BT: tokens.
+            positions_BT: index of each; None is 0, 1, ...
+            segments_BT: document of each.
+
+        Returns:
+            [B, T, D].
+        """
         time, length = tokens_BT.shape[1], self.config.length
         check(time <= length, f"a sequence of {time} tokens is longer than model.length={length}")
         x_BTD = self.embed(tokens_BT, self._dtype)
@@ -152,8 +161,15 @@ class Decoder(StackedBlocks):
     def decode(self, tokens_BT: Array, positions_BT: Array, cache: Cache) -> tuple[Array, Cache]:
         """(logits [B, T, V], the cache with these tokens in it).
 
-        A prompt is given at once, then token by token. positions: index of each token in its row; -1 is
-        padding, so rows may differ in length. A token attends to the cache up to its position.
+        A prompt is given at once, then token by token. A token attends to the cache up to its position.
+
+        Args:
+            tokens_BT: tokens.
+            positions_BT: index of each in its row; -1 is padding, so rows may differ in length.
+            cache: of all layers.
+
+        Returns:
+            Logits, and the cache.
         """
         x_BTD = self.enter(tokens_BT, positions_BT)
         positions = self.positions(x_BTD, tokens_BT, positions_BT)

@@ -23,7 +23,17 @@ def empty_cache(shape: tuple[int, int, int, int, int], dtype: Any) -> Cache:
 def update_cache(
     cache: Cache, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array
 ) -> Cache:
-    """A layer's cache with new keys and values at their positions; those at -1 are dropped."""
+    """A layer's cache with new keys and values at their positions; those at -1 are dropped.
+
+    Args:
+        cache: keys and values [B, S, G, K] of the layer.
+        k_BTGK: new keys.
+        v_BTGK: new values.
+        positions_BT: slot of each; -1 is padding.
+
+    Returns:
+        The cache, with them in it.
+    """
     return {
         "key": _write(cache["key"], k_BTGK, positions_BT),
         "value": _write(cache["value"], v_BTGK, positions_BT),

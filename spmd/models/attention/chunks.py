@@ -36,7 +36,16 @@ def send_to_next(parts: Any, axes: tuple[str, ...]) -> Any:
 
 
 def scores_of(q_BtGRK: jax.Array, k_BsGK: jax.Array, scoring: Scoring) -> jax.Array:
-    """Scores [B, t, G, R, s], at least float32."""
+    """Scores [B, t, G, R, s], at least float32.
+
+    Args:
+        q_BtGRK: queries, R for each key head.
+        k_BsGK: keys.
+        scoring: scale and soft-cap.
+
+    Returns:
+        [B, t, G, R, s], at least float32.
+    """
     dtype, (scale, softcap) = tree.at_least_float32(q_BtGRK.dtype), scoring
     scores = jnp.einsum("btgrk,bsgk->btgrs", q_BtGRK, k_BsGK, preferred_element_type=dtype) * scale
     return softcap * jnp.tanh(scores / softcap) if softcap else scores
@@ -50,7 +59,19 @@ def fold(
     mask_Bts: jax.Array,
     scoring: Scoring,
 ) -> RunningSoftmax:
-    """The softmax over one more chunk of keys (Milakov and Gimelshein 2018, arXiv 1805.02867)."""
+    """The softmax over one more chunk of keys (Milakov and Gimelshein 2018, arXiv 1805.02867).
+
+    Args:
+        softmax: over the chunks before.
+        q: queries [B, t, G, R, K].
+        k: keys [B, s, G, K].
+        v: values [B, s, G, K].
+        mask_Bts: True where a query sees a key.
+        scoring: scale and soft-cap.
+
+    Returns:
+        The softmax with this chunk.
+    """
     mask = mask_Bts[:, :, None, None, :]
     scores = jnp.where(mask, scores_of(q, k, scoring), jnp.finfo(softmax.total.dtype).min)
     largest = jnp.maximum(softmax.largest, scores.max(-1))
@@ -72,6 +93,10 @@ def pair_gradients(query, key, mask_Bts, scoring):
 
     query: (q, gradient of the output, log of the softmax's denominator, sum of output times gradient).
     key: (k, v).
+
+    Args:
+        mask_Bts: True where a query sees a key.
+        scoring: scale and soft-cap.
     """
     (q, gradient, partition, inner), (k, v) = query, key
     einsum = functools.partial(jnp.einsum, preferred_element_type=partition.dtype)

@@ -30,6 +30,9 @@ def attend_cudnn(
         scale: factor on the scores.
         bias_HTS: [H or 1, T, S], added to the scores.
 
+    Returns:
+        [B, T, H, K], in the type of the queries.
+
     Raises:
         ValueError: the platform, the type or the head dim is not cuDNN's.
     """

@@ -54,6 +54,9 @@ def attend(
         implementation: the kernel.
         context: how attention is computed where the sequence is sharded over devices.
 
+    Returns:
+        [B, T, H, K], in the type of the queries.
+
     Raises:
         ValueError: the implementation cannot run here or cannot compute this; there is no silent fall back
             to a slower one.

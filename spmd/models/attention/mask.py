@@ -49,7 +49,13 @@ class Mask:
         return self.query_segments_BT is self.key_segments_BS
 
     def both_segments(self, batch: int, time: int, keys: int) -> tuple[jax.Array, jax.Array]:
-        """Segments of queries [B, T] and of keys [B, S], a missing side being 1 throughout."""
+        """Segments of queries [B, T] and of keys [B, S], a missing side being 1 throughout.
+
+        Args:
+            batch: B.
+            time: T.
+            keys: S.
+        """
         ones = lambda size: jnp.ones((batch, size), jnp.int32)
         query_BT, key_BS = self.query_segments_BT, self.key_segments_BS
         return (
@@ -58,7 +64,13 @@ class Mask:
         )
 
     def segments(self, batch: int, time: int, keys: int) -> jax.Array | None:
-        """[B, T, S]: True where query and key are of one segment; None without segments."""
+        """[B, T, S]: True where query and key are of one segment; None without segments.
+
+        Args:
+            batch: B.
+            time: T.
+            keys: S.
+        """
         if self.query_segments_BT is None and self.key_segments_BS is None:
             return None
         return segment_mask(*self.both_segments(batch, time, keys))
@@ -78,7 +90,13 @@ class Mask:
         return seen if self.prefix_B is None else seen | (key_11S < self.prefix_B[:, None, None])
 
     def visible(self, batch: int, time: int, keys: int) -> jax.Array | None:
-        """[1 or B, T, S]: True where a query sees a key; None where it sees all."""
+        """[1 or B, T, S]: True where a query sees a key; None where it sees all.
+
+        Args:
+            batch: B.
+            time: T.
+            keys: S.
+        """
         same_BTS, order_BTS = self.segments(batch, time, keys), self.order(time, keys)
         if same_BTS is None or order_BTS is None:
             return order_BTS if same_BTS is None else same_BTS
@@ -96,5 +114,13 @@ def causal_mask(time: int) -> jax.Array:
 
 
 def segment_mask(query_BT: jax.Array, key_BS: jax.Array) -> jax.Array:
-    """[B, T, S]: True where query and key are of one document, by their segment numbers."""
+    """[B, T, S]: True where query and key are of one document, by their segment numbers.
+
+    Args:
+        query_BT: segment of each query.
+        key_BS: segment of each key.
+
+    Returns:
+        [B, T, S], bool.
+    """
     return query_BT[:, :, None] == key_BS[:, None, :]

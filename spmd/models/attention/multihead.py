@@ -118,6 +118,14 @@ class Attention(nnx.Module):
         """Attention's output [B, T, D] for queries that see all of a memory's tokens, within segments.
 
         Keys and values have no positions but those that the memory itself has.
+
+        Args:
+            x_BTD: input of the queries.
+            segments_BT: segment of each query; None is one for all.
+            memory: the tokens that are attended to.
+
+        Returns:
+            [B, T, D].
         """
         q_BTHK = activation("query", self.query(x_BTD), "heads", "head_dim")
         k_BSGK = activation("key", self.key(memory.x_BSD), "kv_heads", "head_dim")

@@ -28,7 +28,15 @@ class TokenPositions(NamedTuple):
 
 
 def positions_or_default(tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
-    """Positions [B, T]: those given, or 0, 1, ... along each row."""
+    """Positions [B, T]: those given, or 0, 1, ... along each row.
+
+    Args:
+        tokens_BT: tokens.
+        positions_BT: positions, or None.
+
+    Returns:
+        [B, T], int32 by default.
+    """
     if positions_BT is None:
         return jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
     return positions_BT
@@ -42,7 +50,18 @@ def token_positions(
     rotary: tuple[int, float] | None,
     dtype: Any,
 ) -> TokenPositions:
-    """TokenPositions of a batch; rotary: (head_dim, theta), or None without rotary positions."""
+    """TokenPositions of a batch; rotary: (head_dim, theta), or None without rotary positions.
+
+    Args:
+        tokens_BT: tokens, or any array of that shape.
+        positions_BT: index of each token; None is 0, 1, ...
+        segments_BT: document of each token.
+        rotary: (head_dim, theta), or None without rotary positions.
+        dtype: compute type.
+
+    Returns:
+        Positions, segments and rotary angles.
+    """
     positions_BT = positions_or_default(tokens_BT, positions_BT)
     angles = rotary_angles(positions_BT, *rotary, dtype) if rotary else None
     return TokenPositions(positions_BT, segments_BT, angles)
@@ -56,6 +75,9 @@ def rotary_angles(positions_BT: jax.Array, head_dim: int, theta: float, dtype: A
         head_dim: width K of a head, even.
         theta: base of the angles.
         dtype: compute type; the angles are at least float32.
+
+    Returns:
+        Cosines and sines, each [B, T, 1, K / 2].
     """
     dtype = tree.at_least_float32(dtype)
     rate_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
@@ -64,14 +86,31 @@ def rotary_angles(positions_BT: jax.Array, head_dim: int, theta: float, dtype: A
 
 
 def rotate(x_BTHK: jax.Array, angles: Angles) -> jax.Array:
-    """x with each pair (x[i], x[i + K/2]) rotated by its angle, paired as in Hugging Face Llama weights."""
+    """x with each pair (x[i], x[i + K/2]) rotated by its angle, paired as in Hugging Face Llama weights.
+
+    Args:
+        x_BTHK: queries or keys.
+        angles: cosines and sines [B, T, 1, K / 2].
+
+    Returns:
+        [B, T, H, K], in the type of x.
+    """
     cos, sin = angles
     a, b = jnp.split(x_BTHK.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
 
 
 def sinusoids(positions_BT: jax.Array, size: int, dtype: Any) -> jax.Array:
-    """[B, T, size] sines, then cosines, of wavelengths from 2 pi to 10,000 x 2 pi (Vaswani et al. 2017)."""
+    """[B, T, size] sines, then cosines, of wavelengths from 2 pi to 10,000 x 2 pi (Vaswani et al. 2017).
+
+    Args:
+        positions_BT: index of each token.
+        size: numbers for each token, even.
+        dtype: type of the result.
+
+    Returns:
+        [B, T, size].
+    """
     real = tree.at_least_float32(jnp.dtype(dtype))
     rate_K = 10_000.0 ** -(jnp.arange(size // 2, dtype=real) / (size // 2))
     angle_BTK = positions_BT.astype(real)[..., None] * rate_K.reshape(1, 1, -1)

@@ -52,6 +52,9 @@ def attend_ring(
         scale: factor on the scores.
         softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
 
+    Returns:
+        [B, T, H, K], in the type of the queries.
+
     Raises:
         ValueError: T does not divide into 2 n chunks.
     """
@@ -98,7 +101,15 @@ def to_zigzag(blocks: Any, axes: tuple[str, ...]) -> Any:
 
 
 def from_zigzag(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The inverse of to_zigzag: [2, B, c, ...] -> [B, C, ...]."""
+    """The inverse of to_zigzag: [2, B, c, ...] -> [B, C, ...].
+
+    Args:
+        x: this device's two chunks [2, B, c, ...].
+        axes: mesh axes of the sequence.
+
+    Returns:
+        [B, 2 c, ...]: consecutive chunks.
+    """
     even, odd = (
         [(target, source) for source, target in route] for route in _routes(jax.lax.axis_size(axes))
     )

@@ -44,6 +44,9 @@ def attend_ring_full(
         mask: full.
         scale: factor on the scores.
         softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
+
+    Returns:
+        [B, T, H, K], in the type of the queries.
     """
     axes, scoring = tuple(scope.sharding_axes("time")), Scoring(scale, softcap)
     segments = mask.both_segments(q_BTHK.shape[0], q_BTHK.shape[1], k_BSGK.shape[1])

@@ -32,6 +32,9 @@ def attend_splash(
         scale: factor on the scores.
         softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
 
+    Returns:
+        [B, T, H, K], in the type of the queries.
+
     Raises:
         ValueError: the platform is no TPU, or T or S is no multiple of 128.
     """

@@ -40,6 +40,9 @@ def attend_ulysses(
         bias_HTS: [H or 1, T, S], added to the scores.
         kernel: attention of unsharded sequences.
 
+    Returns:
+        [B, T, H, K], in the type of the queries.
+
     Raises:
         ValueError: the heads do not divide over the devices.
     """

@@ -36,6 +36,9 @@ def attend_xla(
         softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
         bias_HTS: [H or 1, T, S], added to the scores.
         may_be_empty: whether some query sees no key, so that its output must be set to 0.
+
+    Returns:
+        [B, T, H, K], in the type of the queries.
     """
     batch, time, heads, head_dim = q_BTHK.shape
     kv_heads = k_BSGK.shape[2]
@@ -65,7 +68,15 @@ def attend_cached(
 ) -> jax.Array:
     """Attention [B, T, H, K] to a cache whose slot s holds position s, up to each query's own position.
 
-    window: only the latest keys, that many; 0 is all.
+    Args:
+        q_BTHK: queries.
+        k_BSGK: cached keys.
+        v_BSGK: cached values.
+        positions_BT: position of each query.
+        window: only the latest keys, that many; 0 is all.
+
+    Returns:
+        [B, T, H, K].
     """
     slots_11S = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype).reshape(1, 1, -1)
     visible_BTS = slots_11S <= positions_BT[:, :, None]

@@ -55,7 +55,16 @@ class Conv(nnx.Module):
 
 
 def convolve(stride: int, x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolution [B, H / stride, W / stride, F] of two arrays of one type."""
+    """Convolution [B, H / stride, W / stride, F] of two arrays of one type.
+
+    Args:
+        stride: step of the window along height and width.
+        x_BHWC: images.
+        kernel: [h, w, C, F].
+
+    Returns:
+        [B, H / stride, W / stride, F].
+    """
     margin = (kernel.shape[0] - 1) // 2
     padding: Any = "SAME" if stride == 1 else [(margin, margin)] * 2
     return jax.lax.conv_general_dilated(

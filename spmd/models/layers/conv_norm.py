@@ -38,7 +38,13 @@ class ConvConfig:
         check(self.classes >= 0, f"model.classes={self.classes} must not be negative")
 
     def build_norm(self, features: int, dim: str = "channels", scale: float = 1.0) -> nnx.Module:
-        """The norm of images with `features` channels; ValueError when the groups do not divide them."""
+        """The norm of images with `features` channels; ValueError when the groups do not divide them.
+
+        Args:
+            features: channels C.
+            dim: their logical dim.
+            scale: initial scale.
+        """
         if self.norm == "batch":
             return BatchNorm(features, dim=dim, scale=scale)
         check(
@@ -89,12 +95,24 @@ def constrain_image(x_BHWC: jax.Array, dim: str = "channels") -> jax.Array:
 
     Rows and columns stay on one device: for a convolution whose batch, height and channels are all sharded,
     XLA's partitioner (jax 0.10) computes twice the sum, and no error.
+
+    Args:
+        x_BHWC: images.
+        dim: logical dim of the channels.
+
+    Returns:
+        x.
     """
     return scope.constrain(x_BHWC, "batch", None, None, dim)
 
 
 def check_image(x_BHWC: jax.Array, channels: int) -> None:
-    """ValueError unless x is [B, H, W, channels]."""
+    """ValueError unless x is [B, H, W, channels].
+
+    Args:
+        x_BHWC: images.
+        channels: what the model takes.
+    """
     advice = f"; use --model.channels {x_BHWC.shape[3]}" if x_BHWC.ndim == 4 else ""
     check(
         x_BHWC.ndim == 4 and x_BHWC.shape[3] == channels,

@@ -45,6 +45,14 @@ def lookup(dtype: Any, table_VD: jax.Array, index: jax.Array) -> jax.Array:
     """Rows [..., D] of a table as `dtype`, NaN for an index beyond it.
 
     The table's gradient is summed in the table's own type.
+
+    Args:
+        dtype: type of the result.
+        table_VD: table.
+        index: rows, of any shape.
+
+    Returns:
+        [..., D].
     """
     rows: Any = _lookup(dtype, table_VD, index)
     return rows
@@ -88,6 +96,9 @@ def vocab_logits(
         kernel: [D, V] or [V, D].
         vocab: tokens; logits of rows beyond, which pad the kernel, are the least finite number.
         cap: logits become cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118, section 2); 0 is off.
+
+    Returns:
+        [B, T, V].
     """
     dtype = tree.at_least_float32(x_BTD.dtype)
     logits_BTV = contract(spec, dtype, x_BTD, kernel)

@@ -22,6 +22,9 @@ def contract(spec: str, dtype: Any, x: jax.Array, kernel: jax.Array) -> jax.Arra
         dtype: type of the result.
         x: activations, in the compute type.
         kernel: parameters; cast to the type of x.
+
+    Returns:
+        The einsum, of type `dtype`.
     """
     result: Any = _contract(spec, dtype, x, kernel)
     return result

@@ -35,6 +35,9 @@ def apply_experts(
         up: kernels [E, D, F].
         down: kernels [E, F, D].
         gate: kernels [E, D, F] of SwiGLU; None is GELU.
+
+    Returns:
+        [B, T, D].
     """
     kernels, kernel_dims = [up, down], [UP_DIMS, DOWN_DIMS]
     if gate is not None:

@@ -21,6 +21,9 @@ def grouped_matmul(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -
         x_MD: rows, sorted by group.
         kernel_EDF: one kernel for each group.
         sizes_E: rows of each group, int32.
+
+    Returns:
+        [M, F].
     """
     if len(kernel_EDF) == 1:  # a TPU's compiler does not always turn one group into a plain matmul
         real_M1 = (jnp.arange(len(x_MD), dtype=sizes_E.dtype) < sizes_E[0])[:, None]

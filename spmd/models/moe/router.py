@@ -22,6 +22,9 @@ def choose_experts(
         top_k: experts of a token.
         offset_E: added to the scores for the choice alone (Wang et al. 2024, arXiv 2408.15664); the shares
             are the scores of the chosen experts, normalised to a sum of 1.
+
+    Returns:
+        Indices, int32, and shares.
     """
     biased = scores_BTE
     if offset_E is not None:
@@ -45,6 +48,14 @@ def sequence_balance(
 
     The loss is taken within each sequence, so that the sharding of the batch does not change it (DeepSeek-V3,
     arXiv 2412.19437, equations 17 to 20); it is 1 where loads are even.
+
+    Args:
+        scores_BTE: the router's softmax.
+        choice_BTk: chosen experts.
+        segments_BT: 0 is padding; None is none.
+
+    Returns:
+        The loss [B], and the share of choices [B, E].
     """
     num, top_k = scores_BTE.shape[-1], choice_BTk.shape[-1]
     real_BT1 = jnp.ones((*choice_BTk.shape[:2], 1), scores_BTE.dtype)
