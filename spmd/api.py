@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spmd.core.storage import json_text
-from spmd.experiment import files, overrides, registry
+from spmd.experiment import registry
 from spmd.experiment.base import Experiment
 from spmd.experiment.run import Run
 
@@ -31,8 +31,7 @@ def load(name: str, args: Sequence[str] = ()) -> Handle:
     Raises:
         ValueError: no such experiment, or a word is not understood.
     """
-    base = registry.from_file(files.find(name))
-    return Handle(overrides.override(base, args)[0])
+    return Handle(registry.load(name, args)[0])
 
 
 class Handle:

@@ -21,6 +21,7 @@ from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
 from spmd.models.resnet import ResNet
+from spmd.models.segmenter import Segmenter
 from spmd.models.transformer import Transformer
 from spmd.models.unet import UNet
 from spmd.models.vit import ViT
@@ -65,6 +66,10 @@ MODELS["vit"] = ViT(
     image=8, patch=2, channels=1, classes=10, layers=4, embed=32, heads=4, mlp=64, dropout=0.1,
     bias=False,
 )  # fmt: skip
+MODELS["segmenter"] = Segmenter(
+    image=8, patch=2, channels=1, classes=3, encoder_layers=2, decoder_layers=2, embed=32, heads=4, mlp=64,
+    dropout=0.1, bias=False,
+)  # fmt: skip
 MODELS["vit_mean"] = dataclasses.replace(MODELS["vit"], patch=4, pool="mean", activation="gelu")
 TASKS = {
     CNN: tasks.Classification(label_smoothing=0.1),
@@ -73,6 +78,7 @@ TASKS = {
     WideResNet: tasks.Classification(),
     ViT: tasks.Classification(label_smoothing=0.1),
     UNet: tasks.Segmentation(dice=0.5, pixel="focal"),
+    Segmenter: tasks.Segmentation(),
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
     EncoderDecoder: tasks.LanguageModel(
         features=(
@@ -310,7 +316,7 @@ def data_of(model):
     """Batch by step."""
     if isinstance(model, EncoderDecoder):
         return pairs_at
-    if isinstance(model, UNet):
+    if isinstance(model, UNet | Segmenter):
         return masks_at
     return tokens_at if isinstance(model, Transformer) else batch_at
 

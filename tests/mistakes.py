@@ -354,7 +354,7 @@ TABLE |= {
     "wandb_absent": (D + "--log.wandb p", "--log.wandb needs a package"),
     "runs_gone": ("runs list gone", "no directory"),
     "runs_file": ("runs check poem.txt", "no directory"),
-    "export_family": ("export " + D + "--to new", "not MLP"),
+    "export_family": ("export " + D + "--to new", "not of MLP"),
     "target": ("plan --experiment digits --target h100", "for example h100:8"),
     "target_unknown": ("plan --experiment digits --target v9p:4x4", "Did you mean 'v5p'?"),
     "verify_alone": ("verify --experiment digits --simulate 1", "nothing to compare it with"),
@@ -388,6 +388,7 @@ INDICES = {
     "no_file.csv": "image,label\n" + "".join(f"gone{i}.png,{i % 2}\n" for i in range(40)),
 }
 TABLE |= {
+    "choice": ("--experiment image_folder --model vitb", "--model vitb: choose one of cnn, resnet, vit, "),
     "images_none": ("--experiment image_folder --run.dir out", "or name the images: --data.path DIR"),
     "images_gone": (F + "gone", "data.path='gone' does not exist"),
     "images_empty": (F + "nothing", "holds no image (.jpg,"),

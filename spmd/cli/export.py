@@ -23,13 +23,15 @@ def run(name: str, words: Sequence[str]) -> int:
     """Write the weights that are evaluated: the moving average where there is one, adapters merged."""
     exp, options = registry.load(name, words, ExportOptions)
     check(bool(options.to), "give the new directory: run.py export --experiment NAME --to DIR")
+    from spmd.experiment.derive import derive
     from spmd.runtime import agree
+    from spmd.train import rundir
     from spmd.weights.huggingface import names, write
 
     names.family_of(exp.model)
     snapshot = exp.restore(None if options.step < 0 else options.step, same=())
     check(not agree.has_peers(), "run.py export runs in one process")
-    params, _ = snapshot.program.task.plain(*snapshot.variables)
-    files = write.write(options.to, exp.model, params)
+    model = derive(exp, rundir.read_identity(rundir.locate(exp.run.dir, exp.name))).model
+    files = write.write(options.to, model, *snapshot.program.task.plain(*snapshot.variables))
     print(f"step {snapshot.step} is in {options.to}: config.json, {', '.join(files)}")
     return 0

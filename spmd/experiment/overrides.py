@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from spmd import optim, strategies
@@ -43,7 +43,11 @@ def _swap_classes(experiment: E, args: list[str]) -> tuple[E, list[str]]:
 
 
 def override(
-    experiment: E, args: Sequence[str], extra: type | None = None, prog: str = "run.py"
+    experiment: E,
+    args: Sequence[str],
+    extra: type | None = None,
+    prog: str = "run.py",
+    choices: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[E, Any]:
     """Apply command-line words to an experiment: (the experiment, the command's options).
 
@@ -52,6 +56,7 @@ def override(
         args: the words.
         extra: a dataclass of the options of a command; None: there are none.
         prog: name of the program, for the help.
+        choices: of the experiment's file, for the help.
 
     Raises:
         ValueError: a word is not understood; a single line.
@@ -84,7 +89,8 @@ def override(
             )
         )
     fields_class = dataclasses.make_dataclass("Fields", arguments, frozen=True, kw_only=True)
-    description = f"Experiment {experiment.name}. Fields and their values:"
+    chosen = [f"--{name} {{{','.join(names)}}}" for name, names in (choices or {}).items()]
+    description = f"Experiment {experiment.name}{' '.join(['', *chosen])}. Fields and their values:"
     parsed = parse(fields_class, words, prog, description=description, registry=_finite_numbers())
     values = {name: getattr(parsed, name) for name, *_ in arguments if name != "options"}
     for name, value in values.items():

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +18,15 @@ from spmd.core import explain, values
 from spmd.core.fields import check, closest
 from spmd.experiment import overrides
 from spmd.experiment.base import Experiment
+from spmd.experiment.choices import choices_of, split
 from spmd.experiment.files import find
 
 LOADED: dict[
     str, list[Path]
 ] = {}  # name -> the files of that name that were read, the last one last
+# name -> the arguments of its config() when it was read last, and the values that they may have
+CHOSEN: dict[str, dict[str, str]] = {}
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {}
 
 
 def load(
@@ -32,7 +36,8 @@ def load(
 
     options: a dataclass; None: there are none. ValueError for a word that is not understood.
     """
-    return overrides.override(from_file(find(name)), words, options, prog=prog)
+    experiment, others = from_words(path := find(name), words)
+    return overrides.override(experiment, others, options, prog, CHOICES[path.stem])
 
 
 def file_of(name: str) -> Path:
@@ -51,8 +56,14 @@ def file_of(name: str) -> Path:
     return files[-1]
 
 
-def from_file(path: Path) -> Experiment:
-    """Run config() of an experiment file."""
+def from_file(path: Path, chosen: Mapping[str, str] | None = None) -> Experiment:
+    """Run config() of an experiment file; chosen: its arguments, where they are not the defaults."""
+    words = [f"--{name}={value}" for name, value in (chosen or {}).items()]
+    return from_words(path, words)[0]
+
+
+def from_words(path: Path, words: Sequence[str]) -> tuple[Experiment, list[str]]:
+    """(what config() of an experiment file returns for the choices among `words`, the other words)."""
     check(
         re.fullmatch(r"[\w.\-]+", path.stem) is not None,
         f"{path.name!r}: use letters, digits, _ and -",
@@ -64,18 +75,24 @@ def from_file(path: Path) -> Experiment:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    experiment = _result(path, module, spec.loader)
+    config = _config(path, module, spec.loader)
+    with explain.translate_errors(path):
+        choices = choices_of(config)
+    chosen, others = split(choices, words)
+    with explain.translate_errors(path):
+        experiment = config(**chosen)
     check(
         isinstance(experiment, Experiment),
         f"config() of {path} returned {values.shorten(experiment)}, not an spmd.Experiment",
     )
     loaded = LOADED.setdefault(path.stem, [])
     loaded[:] = [file for file in loaded if file != path.resolve()] + [path.resolve()]
-    return dataclasses.replace(experiment, name=path.stem)
+    CHOSEN[path.stem], CHOICES[path.stem] = chosen, choices
+    return dataclasses.replace(experiment, name=path.stem), others
 
 
-def _result(path: Path, module: types.ModuleType, loader: importlib.abc.Loader) -> Any:
-    """Call config() of a file; ValueError about any mistake in the file's code."""
+def _config(path: Path, module: types.ModuleType, loader: importlib.abc.Loader) -> Any:
+    """The function config() of a file; ValueError about any mistake in the file's code."""
     with explain.translate_errors(path):
         loader.exec_module(module)
     config = getattr(module, "config", None)
@@ -85,5 +102,4 @@ def _result(path: Path, module: types.ModuleType, loader: importlib.abc.Loader) 
         f"experiment file {path} has no config() function, which returns the spmd.Experiment."
         f"{closest('config', names)}",
     )
-    with explain.translate_errors(path):
-        return cast(Any, config)()
+    return cast(Any, config)

@@ -195,6 +195,18 @@ def test_from_a_folder_to_predictions_of_its_classes(tmp_path, run_main):
     assert done.returncode == 2 and "dark/0.jpg" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "model, pixels", [("resnet", 128), ("vit", 128), ("resnet50", 224), ("vit_b16", 224)]
+)
+def test_the_model_is_chosen_with_its_resolution(model, pixels):
+    exp = spmd.load("image_folder", ["--model", model, "--model.dtype", "bfloat16"]).experiment
+    assert type(exp.model).__name__ == ("ViT" if "vit" in model else "ResNet")
+    assert exp.model.dtype == "bfloat16" and exp.model.classes == 0
+    assert exp.data.eval_transforms[1] == CentralCrop(pixels, 1.0)
+    batch = exp.unread(1).build(source=()).abstract_batch()
+    assert batch["image"].shape == (64, pixels, pixels, 3)
+
+
 def test_a_plan_needs_no_images():
     exp = spmd.load("image_folder").experiment
     program = exp.unread(1).build(source=())

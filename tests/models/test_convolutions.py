@@ -10,7 +10,9 @@ from flax import nnx
 
 from spmd.models.functional import functionalize
 from spmd.models.layers import GroupNorm, max_pool
+from spmd.models.patches import grid_sinusoids
 from spmd.models.resnet import ResNet
+from spmd.models.segmenter import Segmenter
 from spmd.models.unet import UNet
 from spmd.models.vit import ViT
 from spmd.models.wide_resnet import WideResNet
@@ -23,11 +25,25 @@ from spmd.models.wide_resnet import WideResNet
         (ResNet(depth=50, classes=1000), 25_557_032),
         (WideResNet(depth=28, widen=10), 36_479_194),
         (ViT(embed=768, heads=12), 86_567_656),
+        # Beyer et al. 2022: 22.1 million with a class token, and 197 learned positions; here neither.
+        (ViT(pool="mean", position="sincos"), 22_050_664 - 197 * 384 - 384),
+        # Strudel et al. 2021 print 22M for the encoder and about 27M together; this is 150 classes' formula.
+        (Segmenter(), 21_983_616 + 147_840 + 57_600 + 2 * 1_774_464 + 768 + 2 * 147_456 + 300),
     ],
 )
 def test_numbers_of_parameters_are_the_published_ones(model, published):
     params, _ = jax.eval_shape(functionalize(model).init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(params)) == published
+
+
+def test_fixed_positions_tell_a_distance_whatever_the_place():
+    config = ViT(image=32, patch=4, embed=64, heads=4, position="sincos")
+    waves = grid_sinusoids(config).reshape(8, 8, 64)
+    product = lambda a, b: waves[a] @ waves[b]
+    assert product((0, 1), (2, 4)) == pytest.approx(product((3, 2), (5, 5)), abs=1e-9)
+    assert product((1, 1), (1, 1)) == pytest.approx(32)
+    flat = waves.reshape(64, 64)
+    assert np.min(32 - (flat @ flat.T)[~np.eye(64, dtype=bool)]) > 0.5
 
 
 @pytest.mark.parametrize("size, stride, margin", [(2, 0, 0), (3, 0, 0), (3, 2, 1)])
@@ -67,6 +83,7 @@ def test_group_norm_is_that_of_flax():
     [
         (ResNet(depth=20), (1, 8, 8, 1), r"takes images \[H, W, 3\].*\[8, 8, 1\]; use --model.channels 1"),
         (UNet(), (1, 10, 8, 3), "images of 10 x 8 pixels do not halve 2 times .* multiples of 4"),
+        (Segmenter(image=16), (1, 8, 8, 3), "images of 8 x 8 pixels and model.image=16: resize or crop"),
         (UNet(norm="group", groups=5), (1, 8, 8, 3), "groups=5 does not divide 16 channels; use one of"),
     ],
 )  # fmt: skip

@@ -308,12 +308,17 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             *((layout, name, "ring", "float64") for layout in ENCODED for name in FULL),
             *((layout, "windowed", "ulysses", "float64") for layout in ("context2", "tensor2")),
             *((layout, "vit", "ring", "float64") for layout in (*ENCODED, "sequence2x2", "fsdp8")),
+            *(
+                (layout, "segmenter", "ring", "float64")
+                for layout in (*ENCODED, "sequence2x2", "fsdp8")
+            ),
             *((layout, "vit_mean", "ulysses", "float64") for layout in ("context2", "sequence2x2")),
             ("context2x2", "encoder", "ulysses", "float64"),
         ],
         gate=[
             ("sequence2x2", "lm", "ring", "float64"),
             ("context2x2x2", "vit", "ring", "float64"),
+            ("context2", "segmenter", "ring", "float64"),
         ],
     ),
 )

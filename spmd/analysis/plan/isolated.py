@@ -42,6 +42,7 @@ def compile_step(exp: Experiment, target: str) -> Compiled:
     check_compiler(parsed)
     file = registry.file_of(exp.name)
     request = {"file": str(file), "config": fields.plain(exp), "target": parsed.name}
+    request["chosen"] = registry.CHOSEN.get(exp.name, {})
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     environment |= {"JAX_PLATFORMS": "cpu"} | (TPU_ENVIRONMENT if parsed.topology else {})
     # The process must import this package, whatever the working directory.
@@ -102,7 +103,7 @@ def _compile(request: dict[str, Any]) -> Compiled:
     from spmd.analysis.plan import compile
 
     target = targets.parse(request["target"])
-    base = registry.from_file(files.find(request["file"]))
+    base = registry.from_file(files.find(request["file"]), request["chosen"])
     tables: tuple[Mapping[str, type], ...] = (STRATEGIES, OPTIMIZERS, TRANSFORMS)
     classes = {cls.__name__: cls for table in tables for cls in table.values()}
     exp = fields.restore(base, request["config"], classes)

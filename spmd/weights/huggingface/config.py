@@ -11,6 +11,7 @@ from typing import Any
 
 from spmd.core.fields import closest
 from spmd.models.transformer import Transformer
+from spmd.weights.huggingface import vision
 
 # Fields that change no output of the model.
 HARMLESS = frozenset(
@@ -34,7 +35,10 @@ HARMLESS = frozenset(
         "initializer_range", "hidden_dropout", "hidden_dropout_prob", "attention_dropout",
         "attn_pdrop", "embd_pdrop", "resid_pdrop", "classifier_dropout", "summary_activation",
         "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-        "router_aux_loss_coef", "router_jitter_noise",
+        "router_aux_loss_coef", "router_jitter_noise", "attention_probs_dropout_prob",
+        # Of encoders of images: their other uses, the pooler, which a classifier does not have.
+        "encoder_stride", "pooler_act", "pooler_output_size", "out_features", "out_indices",
+        "stage_names",
         # The longest sequence: rotary angles do not depend on it, a learned table has its length.
         "max_position_embeddings", "n_ctx",
         # Generation.
@@ -73,6 +77,7 @@ ALIASES = {
     },
     "llama": {},
     "mixtral": {"num_local_experts": "num_experts"},
+    **{family: {} for family in vision.FAMILIES},
 }
 
 # Defaults of the classes at Hugging Face for fields that config.json does not have.
@@ -114,6 +119,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    **vision.DEFAULTS,
 }
 SAME = {  # "gelu" is the exact one, by erf
     "gelu_new": "gelu_tanh",
@@ -122,12 +128,15 @@ SAME = {  # "gelu" is the exact one, by erf
     "silu": "silu",
     "swish": "silu",
 }
+ROTARY = ("llama", "mixtral")
 ROPE = ("rope_parameters", "rope_scaling")
 APART = {"architectures", "sliding_window", *ROPE}  # compared separately
 
 
-def build_config(model: Transformer, family: str, dtype: str) -> dict[str, Any]:
+def build_config(model: Any, family: str, dtype: str) -> dict[str, Any]:
     """The fields of config.json that determine the output of the model, as transformers reads them."""
+    if family in vision.FAMILIES:
+        return vision.build_config(model, dtype)
     common = {
         "model_type": family,
         "vocab_size": model.vocab,
@@ -190,7 +199,7 @@ def _llama_config(model: Transformer) -> dict[str, Any]:
     }
 
 
-def find_differences(model: Transformer, family: str, foreign: Mapping[str, Any]) -> list[str]:
+def find_differences(model: Any, family: str, foreign: Mapping[str, Any]) -> list[str]:
     """Fields of a config.json that the model contradicts, or whose meaning is unknown.
 
     Returns a line for each field. A field that is null is one that is absent, as in transformers.
@@ -205,7 +214,7 @@ def find_differences(model: Transformer, family: str, foreign: Mapping[str, Any]
     ]
 
 
-def _compare_sizes(model: Transformer, family: str, fields: Mapping[str, Any]) -> Iterator[str]:
+def _compare_sizes(model: Any, family: str, fields: Mapping[str, Any]) -> Iterator[str]:
     """Lines about fields that the model has too; missing ones have the defaults of the class."""
     model_fields = build_config(model, family, "")
     values = _with_defaults(model, family, fields)
@@ -222,9 +231,11 @@ def _compare_sizes(model: Transformer, family: str, fields: Mapping[str, Any]) -
             yield f"{name}: {fields[name]} in config.json, but {alias}: {fields[alias]}, which means the same"
 
 
-def _with_defaults(model: Transformer, family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(model: Any, family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     aliases = {name: fields[alias] for name, alias in ALIASES[family].items() if alias in fields}
     values = {**DEFAULTS[family], **aliases, **fields}
+    if family in vision.FAMILIES:
+        return values
     if family == "gpt2":
         return {"n_inner": 4 * values["n_embd"], **values}
     heads = values["num_attention_heads"]
@@ -243,9 +254,9 @@ def _rope_dicts(fields: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _compare_rope(family: str, fields: Mapping[str, Any]) -> Iterator[str]:
     """Lines about scaled rotary angles, and contradicting bases."""
     names = [name for name in (*ROPE, "rope_theta") if name in fields]
-    if family == "gpt2":
+    if family not in ROTARY:
         yield from (
-            f"{name}: {fields[name]} in config.json, which gpt2 does not have" for name in names
+            f"{name}: {fields[name]} in config.json, which {family} does not have" for name in names
         )
         return
     bases = {"rope_theta": fields["rope_theta"]} if "rope_theta" in fields else {}
@@ -269,7 +280,7 @@ def _compare_rope(family: str, fields: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _compare_others(model: Transformer, family: str, fields: Mapping[str, Any]) -> Iterator[str]:
+def _compare_others(model: Any, family: str, fields: Mapping[str, Any]) -> Iterator[str]:
     """Lines about fields without a counterpart in the model, unless their value is supported."""
     model_fields = build_config(model, family, "").keys()
     aliases = set(ALIASES[family].values())
@@ -283,7 +294,7 @@ def _compare_others(model: Transformer, family: str, fields: Mapping[str, Any]) 
             if custom:
                 yield f"auto_map: {', '.join(custom)} in config.json: code of its own, which is unknown"
         elif name == "sliding_window":
-            if not (isinstance(value, int) and value >= model.length):
+            if not (isinstance(value, int) and value >= getattr(model, "length", 0)):
                 yield (
                     f"sliding_window: {value} in config.json, but the model attends to all of"
                     f" model.length={model.length}"

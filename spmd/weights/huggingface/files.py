@@ -61,7 +61,7 @@ def read_tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]
     origins: dict[str, str] = {}  # full name -> where, for a message
     for file in files:
         for name, entry in _read_header(path / file):
-            if name.endswith(names.BUFFERS):
+            if name.endswith(names.UNREAD):
                 continue
             check(
                 listed.get(name, file) == file,
@@ -81,7 +81,7 @@ def read_tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]
             origins[full] = f"{name} in {file}"
             tensors[full] = entry
     missing = sorted(listed.keys() - {s.rpartition(" in ")[0] for s in origins.values()})
-    missing = [name for name in missing if not name.endswith(names.BUFFERS)]
+    missing = [name for name in missing if not name.endswith(names.UNREAD)]
     check(
         not missing,
         f"init.from: {path / INDEX} says that {', '.join(missing[:3])} is in"
@@ -93,7 +93,7 @@ def read_tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]
 def full_name(name: str, family: str) -> str:
     """The name of a tensor with its prefix, which base models lack."""
     prefix = names.PREFIX[family]
-    return name if name.startswith((prefix, "lm_head.")) else prefix + name
+    return name if name.startswith((prefix, *names.HEADS)) else prefix + name
 
 
 def _choose_files(path: Path) -> tuple[list[str], dict[str, str], str]:

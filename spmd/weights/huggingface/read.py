@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spmd.core.fields import check
-from spmd.weights.huggingface import config, files, names
+from spmd.weights.huggingface import config, files, layout, names
 
 SHOWN = 10  # tensors that a message names
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -40,7 +40,7 @@ class Weights(NamedTuple):
     def arrays(self) -> list[str]:
         """Names of the arrays of the model, in this program."""
         tensors = names.tensors(self.model, self.family)
-        return sorted({f"params/{part.array}" for tensor in tensors for part in tensor.parts})
+        return sorted({part.name for tensor in tensors for part in tensor.parts})
 
     def check(self, wanted: Mapping[str, Any], skipped: Set[str] = frozenset()) -> None:
         """ValueError with the tensors that are missing, unexpected, or of another shape.
@@ -57,7 +57,8 @@ class Weights(NamedTuple):
         diff = []
         for name in sorted({*expected, *self.tensors} - unwanted):
             _, shape, dtype = self.tensors.get(name, ("", None, ""))
-            if name not in expected and self.model.tied and name == "lm_head.weight":
+            tied = getattr(self.model, "tied", False)
+            if name not in expected and tied and name == "lm_head.weight":
                 continue  # a copy of the table
             if expected.get(name) != shape or dtype not in DTYPES:
                 expected_text = f"{list(expected[name])}" if name in expected else "absent"
@@ -77,7 +78,7 @@ class Weights(NamedTuple):
         from safetensors import safe_open
 
         shapes = self._layer_shapes(wanted)
-        by_file: dict[str, list[names.Tensor]] = {}
+        by_file: dict[str, list[layout.Tensor]] = {}
         for tensor in self._wanted_tensors(wanted):
             by_file.setdefault(self.tensors[tensor.name].file, []).append(tensor)
         arrays: dict[str, jax.Array] = {}
@@ -87,7 +88,7 @@ class Weights(NamedTuple):
                 for tensor in tensors:
                     view, offset = reader.get_slice(stored[tensor.name]), 0
                     for part in tensor.parts:
-                        name, shape = f"params/{part.array}", tensor.inner(shapes[part.array])
+                        name, shape = part.name, tensor.inner(shapes[part.array])
                         if name in wanted:
                             block = (part, view, offset, shape, tensor.at)
                             arrays[name] = _put(wanted[name], arrays.get(name), *block)
@@ -97,25 +98,22 @@ class Weights(NamedTuple):
     def _stored_names(self, stored: Any) -> dict[str, str]:
         return {files.full_name(name, self.family): name for name in stored}
 
-    def _wanted_tensors(self, wanted: Mapping[str, Any]) -> list[names.Tensor]:
+    def _wanted_tensors(self, wanted: Mapping[str, Any]) -> list[layout.Tensor]:
         """The tensors of which an array is wanted."""
         return [
             tensor
             for tensor in names.tensors(self.model, self.family)
-            if any(f"params/{part.array}" in wanted for part in tensor.parts)
+            if any(part.name in wanted for part in tensor.parts)
         ]
 
     def _layer_shapes(self, wanted: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of a layer's arrays in the files: tables without the padding rows."""
         model, shapes = self.model, {}
-        for name, leaf in wanted.items():
-            array = name.removeprefix("params/")
-            shape = leaf.shape[1:] if array.startswith("blocks/") else leaf.shape
-            if array == "embed/table":
-                shape = (model.vocab, *shape[1:])
-            elif array == "head/kernel":
-                shape = (shape[0], model.vocab)
-            shapes[array] = tuple(shape)
+        for tensor in self._wanted_tensors(wanted):
+            for part in tensor.parts:
+                if part.name in wanted:
+                    shape = wanted[part.name].shape[bool(tensor.at) :]
+                    shapes[part.array] = names.stored_shape(model, part.array, shape)
         for tensor in names.tensors(model, self.family):  # other parts of a wanted tensor
             sizes = {shapes[p.array] for p in tensor.parts if p.array in shapes}
             for part in tensor.parts if len(sizes) == 1 else ():
@@ -127,7 +125,7 @@ def another_model(path: Any, diff: list[str]) -> str:
     """Message about a directory whose arrays are not those of the model; diff: a line for each."""
     more = [f"  ... and {len(diff) - SHOWN} more"] if len(diff) > SHOWN else []
     head = f"init.from: {path} is of another model, or incomplete:"
-    end = "make the model alike, or leave arrays out with init.skip"
+    end = "make the model alike, or leave arrays out with init.skip ('head/*': a new head for other classes)"
     return "\n".join([head, *diff[:SHOWN], *more, end])
 
 
@@ -156,7 +154,7 @@ def find(path: Path, model: Any) -> Weights:
 def _put(
     wanted: jax.ShapeDtypeStruct,
     stack: jax.Array | None,
-    part: names.Part,
+    part: layout.Part,
     view: Any,
     offset: int,
     shape: tuple[int, ...],

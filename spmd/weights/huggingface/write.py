@@ -1,4 +1,4 @@
-"""Write a model's parameters as a directory that transformers' from_pretrained loads."""
+"""Write a model's arrays as a directory that transformers' from_pretrained loads."""
 
 from __future__ import annotations
 
@@ -8,22 +8,32 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from spmd.core import tree
 from spmd.core.fields import check
 from spmd.core.storage import json_text
-from spmd.weights.huggingface import config, names
+from spmd.weights.huggingface import config, layout, names
 from spmd.weights.huggingface.files import INDEX
 
 SHARD = 2 * 2**30  # bytes of a file, and of the host's memory that writing needs
 
 
-def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> list[str]:
+def write(
+    directory: str, model: Any, params: Any, state: Any = None, *, shard: int = SHARD
+) -> list[str]:
     """Write config.json and safetensors of at most `shard` bytes (or one tensor); returns the file names.
 
-    The directory is renamed once it is complete. ValueError when it exists, or when the model belongs to none
-    of FAMILIES.
+    The directory is renamed once it is complete. ValueError when it exists, or when the model belongs to no
+    family.
+
+    Args:
+        directory: new.
+        model: the config of the model.
+        params: its parameters.
+        state: its model state, as running statistics.
+        shard: bytes of a file.
     """
     family = names.family_of(model)
     path = Path(os.path.abspath(os.path.expanduser(directory)))
@@ -32,7 +42,7 @@ def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> lis
         from safetensors.numpy import save_file
     except ImportError:
         raise ValueError("run.py export needs: pip install safetensors") from None
-    leaves = tree.named_leaves(params)
+    leaves = tree.named_leaves({"params": params, "model_state": state or {}})
     shards = _shards(model, family, leaves, shard)
     total = sum(_bytes(t, leaves) for tensors in shards for t in tensors)
     part = path.parent / f"{path.name}.part"
@@ -49,7 +59,7 @@ def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> lis
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": file_of}
             (part / INDEX).write_text(json_text(index, indent=1) + "\n")
-        dtype = str(leaves["embed/table"].dtype)
+        dtype = str(jax.tree.leaves(params)[0].dtype)
         fields = config.build_config(model, family, dtype)
         (part / "config.json").write_text(json_text(fields, indent=1) + "\n")
         part.rename(path)
@@ -60,9 +70,9 @@ def write(directory: str, model: Any, params: Any, *, shard: int = SHARD) -> lis
     return sorted({*file_of.values()})
 
 
-def _shards(model: Any, family: str, leaves: Any, limit: int) -> list[list[names.Tensor]]:
+def _shards(model: Any, family: str, leaves: Any, limit: int) -> list[list[layout.Tensor]]:
     """The tensors of each file, in order."""
-    shards: list[list[names.Tensor]] = [[]]
+    shards: list[list[layout.Tensor]] = [[]]
     size = 0
     for tensor in names.tensors(model, family):
         size_of_tensor = _bytes(tensor, leaves)
@@ -74,23 +84,21 @@ def _shards(model: Any, family: str, leaves: Any, limit: int) -> list[list[names
     return shards
 
 
-def _bytes(tensor: names.Tensor, leaves: Any) -> int:
+def _bytes(tensor: layout.Tensor, leaves: Any) -> int:
     count = 0
     for part in tensor.parts:
-        leaf = leaves[part.array]
+        leaf = leaves[part.name]
         count += leaf.nbytes // math.prod(leaf.shape[: len(tensor.at)])
     return count
 
 
-def _tensor(tensor: names.Tensor, model: Any, leaves: Any) -> np.ndarray:
+def _tensor(tensor: layout.Tensor, model: Any, leaves: Any) -> np.ndarray:
     """A tensor gathered on the host, without the padding rows of tables."""
     parts = []
     for part in tensor.parts:
-        leaf = leaves[part.array]
+        leaf = leaves[part.name]
         array = np.asarray(leaf[tensor.at])
-        if part.array == "embed/table":
-            array = array[: model.vocab]
-        elif part.array == "head/kernel":
-            array = array[:, : model.vocab]
+        stored = names.stored_shape(model, part.array, array.shape)
+        array = array[tuple(slice(0, size) for size in stored)]
         parts.append(part.flat(array))
     return np.ascontiguousarray(np.concatenate(parts, axis=-1))
