@@ -18,6 +18,7 @@ PAYLOADS = (
     "merges",  # exchanged by a strategy other than auto over its own axes
     "activations",
     "rows",
+    "lookups",  # ids and rows of sparse tables
     "microbatches",
     "chunks",
 )

@@ -33,6 +33,8 @@ tests/analysis/plan):
   too. Table and head count on every stage, although only one stage computes them. interleaved sends weights
   to their stages once per step, and returns the gradients.
 
+- Sparse tables exchange ids, rows and gradients of rows (see tables).
+
 Not counted: the scalars of loss, metrics and global norm; document ids; routing decisions.
 """
 
@@ -50,6 +52,7 @@ from spmd.analysis.plan.activations import (
 from spmd.analysis.plan.collective import SCALAR, EstimatedCollective, merge_equal
 from spmd.analysis.plan.facts import Facts
 from spmd.analysis.plan.layout import Layout
+from spmd.analysis.plan.tables import PAYLOAD, table_collectives
 from spmd.analysis.plan.weights import TOKEN_AXES, weight_collectives
 from spmd.hardware import hlo
 from spmd.parallel.mesh import BATCH_AXES
@@ -81,6 +84,7 @@ def step_collectives(
         for axis, part in parts.items():
             if layout.size(axis) > 1:
                 collectives += part(facts, layout)
+    collectives += table_collectives(facts.tables, facts.batch_size, layout)
     return merge_equal(collectives)
 
 
@@ -103,6 +107,8 @@ def from_program(
             continue
         axes, count = c.axes or all_axes, c.count
         payload = "merges" if set(axes) <= {*merges_over} else _payload(c.kind, axes, layout)
+        if c.source.startswith(_LOOKUPS):
+            payload = PAYLOAD
         if payload == "new parameters" and layout.stages > 1 and count % layout.ticks == 0:
             payload = "activations"  # rows of the table, gathered at each tick
         each = EstimatedCollective(c.kind, axes, c.group, c.bytes, count, payload)
@@ -113,6 +119,9 @@ def from_program(
             count *= layout.accumulate * layout.chunks / layout.ticks
         collectives.append(dataclasses.replace(each, count=count))
     return collectives
+
+
+_LOOKUPS = ("spmd/parallel/sparse.py", "spmd/parallel/routing.py")  # sources of their collectives
 
 
 def _payload(kind: str, axes: tuple[str, ...], layout: Layout) -> str:

@@ -10,6 +10,7 @@
 - elementwise: norms, residuals, rotary angles, activation functions, scores of XLA's attention, the loss;
   each reads and writes the memory once, fused with its neighbours, and does not overlap with anything. The
   backward pass moves twice as much, recomputation as much as a forward pass.
+- lookups: random reads and writes of rows of sparse tables, at the bandwidth of the memory.
 - update: parameters, optimizer state and moving average are read and written; gradients are read twice, once
   for their norm.
 - collectives: gathers of weights and reductions of gradients overlap with matmuls, up to HIDEABLE of their
@@ -38,6 +39,7 @@ from spmd.analysis.plan.collective import PAYLOADS, EstimatedCollective
 from spmd.analysis.plan.facts import Facts
 from spmd.analysis.plan.layout import Layout, check_fits
 from spmd.analysis.plan.memory import EstimatedMemory
+from spmd.analysis.plan.tables import lookup_seconds
 from spmd.analysis.plan.work import Work, step_work, update_seconds
 from spmd.core import tree
 from spmd.core.fields import check
@@ -125,13 +127,15 @@ def estimate(
     levels = network.levels(target, layout.mesh, layout.slices)
     if collectives is None:
         collectives = comms.step_collectives(facts, layout, weights)
-    memory = memory or memories.step_memory(facts, layout)
+    memory = memory or memories.on_chip(memories.step_memory(facts, layout), facts, layout, chip)
     work = step_work(facts, layout, chip)
     seconds = {
         "matmuls": work.matmuls,
         "elementwise": work.elementwise,
         "update": update_seconds(facts, layout, memory, chip),
     }
+    if facts.tables:
+        seconds["lookups"] = lookup_seconds(facts.tables, facts.batch_size, layout, chip)
     networks, ticking = network_seconds(collectives, levels, work)
     if layout.stages > 1:
         busy = work.matmuls + work.elementwise + ticking
@@ -196,6 +200,7 @@ HELP = {
     "activations": "a smaller {axis} would help most: its exchanges do not overlap with anything",
     "keys and values": "a smaller mesh.context would help most, or fewer key and value heads",
     "rows": "a smaller mesh.expert would help most: the exchange of rows does not overlap with anything",
+    "lookups": "fewer rows would help most: bags of fewer ids, narrower tables, or a smaller data.batch_size",
     "microbatches": "fewer stages would help most, or fewer, larger microbatches",
     "chunks": "fewer virtual stages would help most: their weights move in each step",
     "bubble": "more microbatches (train.accumulate), virtual stages, or fewer stages would help most",

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 
 from spmd.analysis.plan.blocks import BlockModel, block_model, declared_stacks
 from spmd.analysis.plan.shardings import GROUPS, OTHER, owner
+from spmd.analysis.plan.tables import StackFacts, table_facts
 from spmd.core import narrow, tree
 from spmd.hardware import flops
 from spmd.parallel import sharding
@@ -92,7 +93,7 @@ class Facts(NamedTuple):
     saved: bytes that the backward pass keeps of a global batch, for a model without closed forms. compute:
     bytes of an element of an activation. chunks: chunks of the loss. model: the blocks of a model with closed
     forms, else None. gradients: number of gradients of a step, one for each loss term where the task combines
-    them.
+    them. tables: stacks of sparse tables.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Facts(NamedTuple):
     chunks: int
     model: BlockModel | None
     gradients: int = 1
+    tables: tuple[StackFacts, ...] = ()
 
     @property
     def params(self) -> list[StateArray]:
@@ -144,7 +146,7 @@ def from_experiment(exp: Experiment) -> Facts:
         train=dataclasses.replace(unread.train, accumulate=1),
     )
     program = single.build(source=())
-    inputs = jax.eval_shape(exp.task.inputs, program.abstract_batch())
+    inputs = jax.eval_shape(exp.task.inputs, program.task.with_rows(program.abstract_batch()))
     chunks = getattr(exp.task, "chunks", 1)
     return from_program(program, exp.model, inputs=inputs, chunks=chunks)
 
@@ -184,6 +186,12 @@ def from_program(
         chunks=chunks,
         model=blocks,
         gradients=program.task.num_gradients,
+        tables=table_facts(
+            program.task.tables,
+            batch,
+            program.abstract_state().tables,
+            jnp.dtype(program.task.row_dtype).itemsize,
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from spmd.analysis.plan.blocks import Blocks, declared_stacks
 from spmd.analysis.plan.facts import Facts
 from spmd.analysis.plan.shardings import GROUPS
+from spmd.analysis.plan.tables import check_stripes
 from spmd.core.fields import check
 from spmd.models.attention.kernels import check_ring
 from spmd.parallel.mesh import AXES, BATCH_AXES, MeshConfig
@@ -184,6 +185,7 @@ def check_fits(facts: Facts, layout: Layout) -> None:
 def check_mesh(facts: Facts, layout: Layout) -> None:
     """ValueError if the mesh and the kind of context rule out every layout of the experiment."""
     model = facts.model
+    check_stripes(facts.tables, layout.num_devices)
     if model is None:
         for axis in ("stage", "context", "tensor"):
             size = layout.size(axis)

@@ -33,12 +33,14 @@ from typing import Any, NamedTuple
 
 from jax.sharding import AbstractMesh
 
+from spmd.analysis.plan import tables
 from spmd.analysis.plan.activations import stream_bytes
 from spmd.analysis.plan.blocks import Blocks
 from spmd.analysis.plan.facts import FLOAT32_BYTES, Facts, StateArray, abstract_mesh
 from spmd.analysis.plan.layout import Layout, tokens
 from spmd.analysis.plan.shardings import GROUPS, OTHER
 from spmd.analysis.plan.weights import is_head, layers_per_device
+from spmd.hardware.chips import Chip
 from spmd.parallel.mesh import BATCH_AXES
 from spmd.strategies.grads.pipeline import schedules
 
@@ -108,6 +110,16 @@ def step_memory(facts: Facts, layout: Layout) -> EstimatedMemory:
         temporaries=max(in_loss + loss, peak_gradients + block) - peak_gradients,
         tables=sums[GROUPS["tables"]],
     )
+
+
+def on_chip(
+    memory: EstimatedMemory, facts: Facts, layout: Layout, chip: Chip | None
+) -> EstimatedMemory:
+    """`memory` with what the chip adds: TPUs pad the lines of tables."""
+    if not tables.is_tpu(chip):
+        return memory
+    padding = sum(each.padding(layout.num_devices) for each in facts.tables)
+    return memory._replace(tables=memory.tables + padding)
 
 
 def with_state(

@@ -63,7 +63,9 @@ def plan(exp: Experiment, target: str, *, compiled: bool = True) -> report.Plan:
         target=devices,
         layout=exp_layout,
         strategy=exp.strategy.name,
-        memory=memory.step_memory(exp_facts, exp_layout),
+        memory=memory.on_chip(
+            memory.step_memory(exp_facts, exp_layout), exp_facts, exp_layout, devices.chip
+        ),
         collectives=comms.step_collectives(exp_facts, exp_layout) if closed_form else [],
         estimate=cost.estimate(exp_facts, devices, exp_layout)
         if devices.chip and closed_form

@@ -20,6 +20,7 @@ from spmd.analysis.plan.layout import Layout
 from spmd.analysis.plan.scaling import Bound, Point
 from spmd.analysis.plan.search import Candidate
 from spmd.analysis.plan.shardings import new_table
+from spmd.analysis.plan.tables import ROUNDS, is_tpu, padding_notes
 from spmd.core import tree
 from spmd.hardware import hlo
 from spmd.hardware.targets import Target
@@ -222,6 +223,8 @@ def _memory(plan: Plan) -> str:
             f"compiled: peak {tree.human_bytes(sizes.peak)}, with arguments"
             f" {tree.human_bytes(sizes.arguments)} and temporaries {tree.human_bytes(sizes.temporaries)}"
         )
+    if is_tpu(chip):
+        lines += padding_notes(plan.facts.tables, plan.target.num_devices)
     if chip is not None and not plan.failed:
         verdict = "it fits" if plan.fits else "it does NOT fit"
         lines.append(f"{verdict}: a device has {tree.human_bytes(chip.memory)}")
@@ -235,7 +238,10 @@ def _ledger(plan: Plan) -> str:
     for (axes, kind), each in sent(plan).items():
         sizes = tree.human_bytes(each.bytes), tree.human_bytes(each.wire_bytes)
         table.add_row(kind, " x ".join(axes) or "?", f"{each.count:g}", *sizes)
-    return render(table) if table.row_count else f"{title}: none"
+    if not table.row_count:
+        return f"{title}: none"
+    rounds = f"{ROUNDS} round for the lookups of each width of tables: a run's metrics count lookup_rounds"
+    return render(table) + (f"\nassumed: {rounds}" if plan.facts.tables else "")
 
 
 def _calls(program: hlo.CompiledProgram) -> str:
