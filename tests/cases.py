@@ -16,6 +16,7 @@ from spmd import Experiment, optim, tasks
 from spmd.analysis.plan import facts
 from spmd.analysis.plan.layout import Layout
 from spmd.data import Arrays
+from spmd.models.attention import RopeScaling
 from spmd.models.cnn import CNN
 from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.mlp import MLP
@@ -42,6 +43,29 @@ MODELS = {
 MODELS["encoder"] = dataclasses.replace(MODELS["lm"], mask="full", position="learned")
 MODELS["windowed"] = dataclasses.replace(MODELS["lm"], mask="full", window=(3,))
 MODELS["pattern"] = dataclasses.replace(MODELS["lm"], layers=4, window=(3, 0))
+MODELS["sliding"] = dataclasses.replace(MODELS["lm"], window=(3,))
+# The fields of Gemma 2 and 3, then those of OLMo 2, Qwen 2.5 and Llama 3.1.
+MODELS["gemma"] = dataclasses.replace(
+    MODELS["pattern"],
+    norm_at="both",
+    norm_offset=1.0,
+    activation="geglu",
+    qk_norm=True,
+    score_width=5.0,
+    score_cap=4.0,
+    logit_cap=6.0,
+    embed_scale=True,
+    rope_theta_window=1e4,
+    rope_scaling=RopeScaling(kind="linear"),
+)
+MODELS["olmo"] = dataclasses.replace(
+    MODELS["lm"],
+    norm_at="output",
+    qk_norm=True,
+    qk_norm_over="all",
+    qkv_bias=True,
+    rope_scaling=RopeScaling(kind="llama3", length=32),
+)
 MODELS["pairs"] = EncoderDecoder(
     vocab=64, encoder_layers=2, layers=2, embed=32, heads=4, kv_heads=2, mlp=64, dropout=0.1
 )

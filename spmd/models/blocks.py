@@ -15,7 +15,7 @@ from spmd.core.fields import check, free
 from spmd.models.attention import Cache, TokenPositions
 from spmd.models.attention.dispatch import Context, Implementation
 from spmd.models.attention.multihead import Attention, Memory
-from spmd.models.feed_forward import FeedForward
+from spmd.models.feed_forward import GATED, Activation, FeedForward
 from spmd.models.layers import Dropout, Norm
 from spmd.models.layers.activations import matmul_input, residual
 from spmd.models.moe import ExpertLoad, ExpertMixture, Experts
@@ -42,12 +42,24 @@ class BlockConfig:
     """RMSNorm or LayerNorm."""
     norm_epsilon: float = 1e-5
     """Added to the variance."""
-    activation: Literal["swiglu", "gelu", "gelu_exact"] = "swiglu"
-    """Gated SiLU (Shazeer 2020), GELU in its tanh form (GPT-2), or by the error function (BERT, ViT)."""
+    norm_at: Literal["input", "output", "both"] = "input"
+    """Where each layer has its norm: before it, or after it, before the sum (OLMo 2), or both (Gemma 2)."""
+    norm_offset: float = 0.0
+    """Added to the scales of norms, which start at 1 - offset (Gemma: 1)."""
+    activation: Activation = "swiglu"
+    """Gated by SiLU or GELU (Shazeer 2020), GELU in its tanh form (GPT-2), or by erf (BERT, ViT)."""
     bias: bool = False
     """Biases in linear layers and in LayerNorm."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values, whether or not other layers have them (Qwen 2)."""
     qk_norm: bool = False
-    """RMSNorm over each head of queries and keys (Dehghani et al. 2023)."""
+    """RMSNorm of queries and keys (Dehghani et al. 2023)."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """What qk_norm normalises together: each head, or all heads of a token (OLMo 2)."""
+    score_width: float = 0.0
+    """Products of queries and keys are divided by its root (Gemma 2); 0 is the width of a head."""
+    score_cap: float = 0.0
+    """Scores of attention become cap * tanh(scores / cap) (Gemma 2: 50); 0 is off."""
     mask: Literal["causal", "full"] = "causal"
     """Keys that a token sees in its document: up to itself (decoder), or all (encoder)."""
     window: tuple[int, ...] = ()
@@ -65,7 +77,7 @@ class BlockConfig:
         for name in ("embed", "heads"):
             value = getattr(self, name)
             check(value >= 1, f"model.{name}={value} must be at least 1")
-        for name in ("kv_heads", "head_dim", "mlp", "init_std"):
+        for name in ("kv_heads", "head_dim", "mlp", "init_std", "score_width", "score_cap"):
             value = getattr(self, name)
             check(value >= 0, f"model.{name}={value} must not be negative")
         check(
@@ -88,8 +100,8 @@ class BlockConfig:
             "model.bias: experts have no biases; set model.bias to False, or model.experts.num to 0",
         )
         check(
-            not (self.experts.num and self.activation == "gelu_exact"),
-            "model.activation=gelu_exact: experts take swiglu or gelu",
+            not self.experts.num or self.activation in ("swiglu", "gelu"),
+            f"model.activation={self.activation}: experts take swiglu or gelu",
         )
 
     @property
@@ -101,6 +113,11 @@ class BlockConfig:
     def width(self) -> int:
         """Width of a head."""
         return self.head_dim or self.embed // self.heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate."""
+        return self.activation in GATED
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -153,8 +170,8 @@ class BlockConfig:
     def build_norm(self, rngs: nnx.Rngs, layers: int = 0) -> Norm:
         """A norm of the residual stream, stacked over layers; 0 is a single one."""
         centred, epsilon = self.norm == "layer", self.norm_epsilon
-        options = {"centred": centred, "bias": self.bias and centred, "epsilon": epsilon}
-        return Norm(rngs, self.embed, "embed", layers=layers, **options)
+        options = {"bias": self.bias and centred, "epsilon": epsilon, "offset": self.norm_offset}
+        return Norm(rngs, (self.embed,), ("embed",), layers=layers, centred=centred, **options)
 
     def build_attention(self, rngs: nnx.Rngs, **options: Any) -> Attention:
         """Attention of these heads; options: of its initial values, and how many are stacked."""
@@ -165,8 +182,13 @@ class BlockConfig:
             self.num_kv_heads,
             self.width,
             bias=self.bias,
+            qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
+            qk_norm_over=self.qk_norm_over,
             epsilon=self.norm_epsilon,
+            norm_offset=self.norm_offset,
+            scale=(self.score_width or self.width) ** -0.5,
+            softcap=self.score_cap,
             mask=self.mask,
             implementation=self.attention,
             context=self.context,
@@ -205,6 +227,8 @@ class BlockStack(LayerStack):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (Vaswani et al. 2017, arXiv 1706.03762, norms first).
 
+    With `norm_at` the norms are after these layers, x + norm(attention(x)), or before and after them.
+
     Its parameters are stacked over layers; it is called with those of one (models.stack).
 
     Args:
@@ -227,11 +251,15 @@ class Block(nnx.Module):
         embed, mlp = config.embed, config.mlp or 4 * config.embed
         gain = (2 * (depth or layers)) ** -0.5
         options = {"layers": layers, "std": config.init_std, "residual_gain": gain}
-        self.attention_norm = config.build_norm(rngs, layers)
+        first, last = (config.norm_at in (place, "both") for place in ("input", "output"))
+        norm = lambda present: config.build_norm(rngs, layers) if present else None
+        self.attention_norm = norm(first)
         self.attention = config.build_attention(rngs, **options)
-        self.cross_norm = config.build_norm(rngs, layers) if cross else None
+        self.attention_out_norm = norm(last)
+        self.cross_norm = norm(cross and first)
         self.cross = config.build_attention(rngs, **options) if cross else None
-        self.mlp_norm = config.build_norm(rngs, layers)
+        self.cross_out_norm = norm(cross and last)
+        self.mlp_norm, self.mlp_out_norm = norm(first), norm(last)
         options |= {"activation": config.activation}
         if config.experts.num:
             self.mlp = ExpertMixture(rngs, config.experts, embed, mlp, **options)
@@ -255,28 +283,36 @@ class Block(nnx.Module):
         window: a token sees keys less than this many tokens away; 0 is no limit. memory: what cross-attention
         attends to.
         """
-        y_BTD = matmul_input(self.attention_norm(x_BTD))
+        y_BTD = _input(x_BTD, self.attention_norm)
         y_BTD, cache = self.attention(y_BTD, positions, cache, window)
-        x_BTD = self._add(x_BTD, y_BTD)
-        if self.cross is not None and self.cross_norm is not None and memory is not None:
-            y_BTD = matmul_input(self.cross_norm(x_BTD))
-            x_BTD = self._add(x_BTD, self.cross.cross(y_BTD, positions.segments_BT, memory))
-        y_BTD, load = matmul_input(self.mlp_norm(x_BTD)), None
+        x_BTD = self._add(x_BTD, y_BTD, self.attention_out_norm)
+        if self.cross is not None and memory is not None:
+            y_BTD = _input(x_BTD, self.cross_norm)
+            y_BTD = self.cross.cross(y_BTD, positions.segments_BT, memory)
+            x_BTD = self._add(x_BTD, y_BTD, self.cross_out_norm)
+        y_BTD, load = _input(x_BTD, self.mlp_norm), None
         if isinstance(self.mlp, ExpertMixture):
             y_BTD, load = self.mlp(y_BTD, positions.segments_BT)
         else:
             y_BTD = self.mlp(y_BTD)
         outputs = {"cache": cache, "load": load}
-        return self._add(x_BTD, y_BTD), {k: v for k, v in outputs.items() if v is not None}
+        x_BTD = self._add(x_BTD, y_BTD, self.mlp_out_norm)
+        return x_BTD, {k: v for k, v in outputs.items() if v is not None}
 
-    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """The residual stream with what a layer adds."""
-        return residual(x_BTD + self.dropout(residual(y_BTD)))
+        y_BTD = residual(y_BTD)
+        return residual(x_BTD + self.dropout(y_BTD if norm is None else norm(y_BTD)))
 
     def record_load(self, load_L: ExpertLoad) -> None:
         """Notes the loads of the experts of layers, stacked; nothing without experts."""
         if isinstance(self.mlp, ExpertMixture):
             self.mlp.record_load(load_L)
+
+
+def _input(x_BTD: jax.Array, norm: Norm | None) -> jax.Array:
+    """The input of a layer, from the residual stream."""
+    return matmul_input(x_BTD if norm is None else norm(x_BTD))
 
 
 def build_blocks(config: BlockConfig, rngs: nnx.Rngs, layers: int) -> Block | nnx.List[Block]:

@@ -12,18 +12,20 @@ from flax import nnx
 from spmd.models.layers import Linear
 from spmd.models.layers.activations import activation as named
 
-Activation = Literal["swiglu", "gelu", "gelu_exact"]
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_exact"]
+GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 
 
 class FeedForward(nnx.Module):
-    """down(gelu(up(x))), or gated down(silu(gate(x)) * up(x)) (SwiGLU; Shazeer 2020, arXiv 2002.05202).
+    """down(gelu(up(x))), or gated down(f(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202).
 
     Args:
         rngs: source of the initial values.
         embed: width D of the residual stream.
         width: F of the hidden layer.
         layers: how many are stacked.
-        activation: swiglu, gelu in its tanh form, or gelu_exact by the error function.
+        activation: swiglu, gated by SiLU; geglu, by GELU in its tanh form; gelu in this form; gelu_exact, by
+            the error function.
         bias: whether the linear layers have biases.
         std: standard deviation of the initial kernels; 0 is 1 / sqrt(fan-in).
         residual_gain: factor on that of the projection back to the residual stream.
@@ -45,13 +47,16 @@ class FeedForward(nnx.Module):
         into = ("btd,df->btf", (embed, width), ("embed", "mlp"))
         back = ("btf,fd->btd", (width, embed), ("mlp", "embed"))
         self.up = Linear(rngs, *into, **options)
-        self.gate = Linear(rngs, *into, **options) if activation == "swiglu" else None
-        self.approximate = activation == "gelu"
+        self.gate = Linear(rngs, *into, **options) if activation in GATED else None
+        self.activation: Activation = activation
         self.down = Linear(rngs, *back, **options, gain=residual_gain)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         y_BTF = named("up", self.up(x_BTD), "mlp")
         if self.gate is None:
-            return self.down(jax.nn.gelu(y_BTF, approximate=self.approximate))
-        return self.down(jax.nn.silu(named("gate", self.gate(x_BTD), "mlp")) * y_BTF)
+            return self.down(jax.nn.gelu(y_BTF, approximate=self.activation == "gelu"))
+        gate_BTF = named("gate", self.gate(x_BTD), "mlp")
+        if self.activation == "geglu":
+            return self.down(jax.nn.gelu(gate_BTF, approximate=True) * y_BTF)
+        return self.down(jax.nn.silu(gate_BTF) * y_BTF)

@@ -13,9 +13,9 @@ from flax import nnx
 from jax import Array
 
 from spmd.core.fields import check, free
-from spmd.models.attention import Cache, TokenPositions
+from spmd.models.attention import Cache, RopeScaling, TokenPositions
 from spmd.models.attention.cache import empty_cache
-from spmd.models.attention.positions import positions_or_default, token_positions
+from spmd.models.attention.positions import Rotary, positions_or_default, token_positions
 from spmd.models.blocks import BlockConfig, BlockStack
 from spmd.models.layers import Dropout, Embedding, Linear
 from spmd.models.layers.activations import Saved, matmul_input, residual
@@ -38,6 +38,12 @@ class Transformer(BlockConfig):
     """Rotary angles (RoPE), or a learned table of `length` rows."""
     rope_theta: float = 500_000.0
     """Base of the rotary angles (Llama 2: 10000, Llama 3: 500000)."""
+    rope_theta_window: float = 0.0
+    """That of blocks with a window, whose angles are not scaled (Gemma 3: 10000); 0: as of the others."""
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    """Slower rotary angles for longer sequences."""
+    embed_scale: bool = False
+    """Embeddings are multiplied by sqrt(embed), rounded to the compute type (Gemma)."""
     tied: bool = False
     """Whether the head is the embedding's table."""
     logit_cap: float = 0.0
@@ -73,6 +79,18 @@ class Transformer(BlockConfig):
     def rows(self) -> int:
         """Rows of the embedding's table."""
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """The rotary angles; None without."""
+        angles = Rotary(self.width, self.rope_theta, self.rope_scaling)
+        return angles if self.position == "rope" else None
+
+    @property
+    def window_rotary(self) -> Rotary | None:
+        """Those of blocks with a window, where they are others."""
+        angles = Rotary(self.width, self.rope_theta_window)
+        return angles if self.position == "rope" and self.rope_theta_window else None
 
     @property
     def losses(self) -> dict[str, float]:
@@ -126,6 +144,8 @@ class Decoder(StackedBlocks):
         time, length = tokens_BT.shape[1], self.config.length
         check(time <= length, f"a sequence of {time} tokens is longer than model.length={length}")
         x_BTD = self.embed(tokens_BT, self._dtype)
+        if self.config.embed_scale:
+            x_BTD *= jnp.asarray(self.config.embed**0.5, x_BTD.dtype)
         if self.position is not None:
             positions_BT = positions_or_default(tokens_BT, positions_BT)
             x_BTD += self.position(jnp.maximum(positions_BT, 0), self._dtype)
@@ -134,11 +154,10 @@ class Decoder(StackedBlocks):
 
     def positions(self, x_BTD: Array, *inputs: Array | None) -> TokenPositions:
         """Positions and segments of the tokens, and rotary angles."""
-        config = self.config
-        rotary = (config.width, config.rope_theta) if config.position == "rope" else None
         tokens_BT, *packing = inputs
         assert tokens_BT is not None
-        return token_positions(tokens_BT, *packing, rotary=rotary, dtype=x_BTD.dtype)
+        angles = {"rotary": self.config.rotary, "window_rotary": self.config.window_rotary}
+        return token_positions(tokens_BT, *packing, **angles, dtype=x_BTD.dtype)
 
     def leave(self, x_BTD: Array, *inputs: Array | None) -> Array:
         """Input of the head [B, T, D], from the output of the last block."""

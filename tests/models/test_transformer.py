@@ -18,6 +18,7 @@ from spmd.models.attention import CACHE_DIMS
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
 from spmd.strategies.grads.pipeline import execute
+from tests import cases
 from tests.marks import slow_but
 
 GPT2 = Transformer(
@@ -276,15 +277,28 @@ def weight_products(jaxpr):
     return found
 
 
+GEMMA = (
+    "window",
+    "norm_at",
+    "norm_offset",
+    "activation",
+    "score_width",
+    "score_cap",
+    "embed_scale",
+)
+GEMMA += ("rope_theta_window", "rope_scaling")
+OLMO = ("norm_at", "qk_norm", "qk_norm_over", "qkv_bias", "rope_scaling")
 PATTERNS = {
     "none": {},
     "one": {"window": (4,)},
     "pattern": {"window": (4, 0)},
     "unlike": {"experts": Experts(num=4, every=2), "bias": False},
+    "gemma": {name: getattr(cases.MODELS["gemma"], name) for name in GEMMA},
+    "olmo": {name: getattr(cases.MODELS["olmo"], name) for name in OLMO},
 }
 
 
-@pytest.mark.parametrize("pattern", slow_but(("none",), PATTERNS, gate=("pattern",)))
+@pytest.mark.parametrize("pattern", slow_but(("none",), PATTERNS, gate=("gemma",)))
 def test_cached_logits_are_the_full_ones(kind, pattern):
     """Prompts of different lengths at once, then token by token."""
     task, params, _ = started(dataclasses.replace(kind, **PATTERNS[pattern]))

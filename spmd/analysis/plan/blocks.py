@@ -57,7 +57,7 @@ class Blocks(NamedTuple):
             self.mixture
         ):  # the experts that a token is routed to; the router's matmul is not counted
             hidden *= config.experts.top_k + config.experts.shared
-        gate = {"gate": hidden} if config.activation == "swiglu" else {}
+        gate = {"gate": hidden} if config.gated else {}
         query, key = query * self.attentions, key * (1 + self.memory / self.length)
         activations = {"query": query, "key": key, "value": key, "attended": query, "up": hidden}
         return {"residual": config.embed, **activations, **gate}

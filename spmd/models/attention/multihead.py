@@ -40,10 +40,15 @@ class Attention(nnx.Module):
         head_dim: width K of a head.
         layers: how many are stacked.
         bias: whether the linear layers have biases.
+        qkv_bias: whether the projections of queries, keys and values have, the other having none.
         std: standard deviation of the initial kernels; 0 is 1 / sqrt(fan-in).
         residual_gain: factor on that of the projection back to the residual stream.
-        qk_norm: RMSNorm over each head of queries and keys (Dehghani et al. 2023, arXiv 2302.05442).
+        qk_norm: RMSNorm of queries and keys (Dehghani et al. 2023, arXiv 2302.05442).
+        qk_norm_over: what it normalises together: each head, or all heads of a token.
         epsilon: of these norms.
+        norm_offset: of their scales (layers.Norm).
+        scale: factor on the scores; None is K^-1/2.
+        softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
         mask: causal or full, within segments.
         implementation: the kernel.
         context: how attention is computed where the sequence is sharded.
@@ -59,34 +64,46 @@ class Attention(nnx.Module):
         *,
         layers: int,
         bias: bool = False,
+        qkv_bias: bool = False,
         std: float = 0.0,
         residual_gain: float = 1.0,
         qk_norm: bool = False,
+        qk_norm_over: Literal["head", "all"] = "head",
         epsilon: float = 1e-5,
+        norm_offset: float = 0.0,
+        scale: float | None = None,
+        softcap: float = 0.0,
         mask: Literal["causal", "full"] = "causal",
         implementation: Implementation = "xla",
         context: Context = "ring",
     ):
-        options = {"layers": layers, "bias": bias, "std": std}
+        options = {"layers": layers, "std": std}
 
         def project(num: int, dim: str) -> Linear:
             shape, dims = (embed, num, head_dim), ("embed", dim, "head_dim")
-            return Linear(rngs, "btd,dhk->bthk", shape, dims, **options)
+            return Linear(rngs, "btd,dhk->bthk", shape, dims, bias=bias or qkv_bias, **options)
 
-        def head_norm() -> Norm | None:
+        def head_norm(num: int, dim: str) -> Norm | None:
             if not qk_norm:
                 return None
-            return Norm(rngs, head_dim, "head_dim", layers=layers, epsilon=epsilon)
+            sizes, dims = (num, head_dim), (dim, "head_dim")
+            first = 0 if qk_norm_over == "all" else 1
+            norm = {"layers": layers, "epsilon": epsilon, "offset": norm_offset}
+            return Norm(rngs, sizes[first:], dims[first:], **norm)
 
         self.query = project(heads, "heads")
         self.key = project(kv_heads, "kv_heads")
         self.value = project(kv_heads, "kv_heads")
-        self.query_norm, self.key_norm = head_norm(), head_norm()
+        self.query_norm = head_norm(heads, "heads")
+        self.key_norm = head_norm(kv_heads, "kv_heads")
         shape, dims = (heads, head_dim, embed), ("heads", "head_dim", "embed")
-        self.out = Linear(rngs, "bthk,hkd->btd", shape, dims, **options, gain=residual_gain)
+        self.out = Linear(
+            rngs, "bthk,hkd->btd", shape, dims, bias=bias, **options, gain=residual_gain
+        )
         self.mask: Literal["causal", "full"] = mask
         self.implementation: Implementation = implementation
         self.context: Context = context
+        self.scale, self.softcap = head_dim**-0.5 if scale is None else scale, softcap
 
     def __call__(
         self, x_BTD: jax.Array, positions: TokenPositions, cache: Cache | None, window: int = 0
@@ -95,8 +112,9 @@ class Attention(nnx.Module):
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
-        if positions.angles is not None:
-            q_BTHK, k_BTGK = rotate(q_BTHK, positions.angles), rotate(k_BTGK, positions.angles)
+        angles = positions.angles_of(window)
+        if angles is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
         q_BTHK = activation("query", q_BTHK, "heads", "head_dim")
         k_BTGK = activation("key", k_BTGK, "kv_heads", "head_dim")
         v_BTGK = activation("value", v_BTGK, "kv_heads", "head_dim")
@@ -109,9 +127,9 @@ class Attention(nnx.Module):
                 " model with --model.mask causal can",
             )
             cache = update_cache(cache, k_BTGK, v_BTGK, positions.positions_BT)
-            y_BTHK = attend_cached(
-                q_BTHK, cache["key"], cache["value"], positions.positions_BT, window=window
-            )
+            options = {"window": window, "scale": self.scale, "softcap": self.softcap}
+            keys, values = cache["key"], cache["value"]
+            y_BTHK = attend_cached(q_BTHK, keys, values, positions.positions_BT, **options)
         return self.out(activation("attended", y_BTHK, "heads", "head_dim")), cache
 
     def cross(self, x_BTD: jax.Array, segments_BT: jax.Array | None, memory: Memory) -> jax.Array:
@@ -139,8 +157,16 @@ class Attention(nnx.Module):
     def _attend(
         self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: Mask
     ) -> jax.Array:
-        kernel, context = self.implementation, self.context
-        return attend(q_BTHK, k_BSGK, v_BSGK, mask, implementation=kernel, context=context)
+        return attend(
+            q_BTHK,
+            k_BSGK,
+            v_BSGK,
+            mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            implementation=self.implementation,
+            context=self.context,
+        )
 
     def _mask(self, positions: TokenPositions, window: int) -> Mask:
         segments_BT, before = positions.segments_BT, max(window - 1, 0)

@@ -65,6 +65,8 @@ def attend_cached(
     positions_BT: jax.Array,
     *,
     window: int = 0,
+    scale: float,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Attention [B, T, H, K] to a cache whose slot s holds position s, up to each query's own position.
 
@@ -74,6 +76,8 @@ def attend_cached(
         v_BSGK: cached values.
         positions_BT: position of each query.
         window: only the latest keys, that many; 0 is all.
+        scale: factor on the scores.
+        softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
 
     Returns:
         [B, T, H, K].
@@ -82,4 +86,4 @@ def attend_cached(
     visible_BTS = slots_11S <= positions_BT[:, :, None]
     if window:
         visible_BTS &= slots_11S > positions_BT[:, :, None] - window
-    return attend_xla(q_BTHK, k_BSGK, v_BSGK, visible_BTS, scale=q_BTHK.shape[-1] ** -0.5)
+    return attend_xla(q_BTHK, k_BSGK, v_BSGK, visible_BTS, scale=scale, softcap=softcap)

@@ -14,6 +14,7 @@ he_normal: Init = jax.nn.initializers.he_normal()
 lecun_normal: Init = jax.nn.initializers.lecun_normal()
 zeros: Init = jax.nn.initializers.zeros
 ones: Init = jax.nn.initializers.ones
+constant: Callable[[float], Init] = jax.nn.initializers.constant
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...], init: Init) -> nnx.Param:

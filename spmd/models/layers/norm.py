@@ -7,49 +7,53 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spmd.core import tree
-from spmd.models.layers.initial import ones, stacked_param, zeros
+from spmd.models.layers.initial import constant, stacked_param, zeros
 from spmd.parallel import scope
 
 
 class Norm(nnx.Module):
     """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) or LayerNorm (Ba et al. 2016, arXiv 1607.06450).
 
-    Normalises the last dim, at least in float32.
+    Normalises the last dims together, at least in float32.
 
     Args:
-        rngs: source of keys (the initial values are ones and zeros).
-        size: of the last dim.
-        dim: its logical name.
+        rngs: source of keys (the initial values are constant).
+        sizes: of the last dims.
+        dims: their logical names.
         layers: how many are stacked; 0 is a single layer, without the dim.
         centred: whether the mean is subtracted (LayerNorm).
         bias: whether a bias is added.
         epsilon: added to the mean of squares.
+        offset: added to the scale, which starts at 1 - offset (Gemma: 1, so that weight decay pulls to 1).
     """
 
     def __init__(
         self,
         rngs: nnx.Rngs,
-        size: int,
-        dim: str,
+        sizes: tuple[int, ...],
+        dims: tuple[str, ...],
         *,
         layers: int = 0,
         centred: bool = False,
         bias: bool = False,
         epsilon: float = 1e-5,
+        offset: float = 0.0,
     ):
-        self.scale = stacked_param(rngs, layers, (size,), (dim,), ones)
-        self.bias = stacked_param(rngs, layers, (size,), (dim,), zeros) if bias else None
-        self.centred, self.epsilon = centred, epsilon
+        self.scale = stacked_param(rngs, layers, sizes, dims, constant(1.0 - offset))
+        self.bias = stacked_param(rngs, layers, sizes, dims, zeros) if bias else None
+        self.centred, self.epsilon, self.offset = centred, epsilon, offset
+        self.num_dims = len(sizes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., size] normalised, in the type of x."""
+        """x [..., *sizes] normalised, in the type of x."""
         dtype = tree.at_least_float32(x.dtype)
-        y = x.astype(dtype)
-        last = (1,) * (x.ndim - 1) + (-1,)
+        y, dims = x.astype(dtype), tuple(range(-self.num_dims, 0))
+        last = (1,) * (x.ndim - self.num_dims) + x.shape[x.ndim - self.num_dims :]
         if self.centred:
-            y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        y *= self.scale[...].astype(dtype).reshape(last)
+            y -= y.mean(dims, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(dims, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(dtype)
+        y *= (scale + self.offset if self.offset else scale).reshape(last)
         if self.bias is not None:
             y += self.bias[...].astype(dtype).reshape(last)
         return y.astype(x.dtype)
