@@ -294,7 +294,7 @@ LANGUAGE += ["local8", "powersgd4", "local_powersgd4x2x2"]  # blocks stacked in 
 LANGUAGE += [name for name in LAYOUTS if "context" in name or "2_tensor2" in name]
 FULL = ("encoder", "pairs")
 FAMILIES = ("sliding", "gemma", "olmo")
-DECODED = ("dp8", "fsdp8", "tensor2", "sequence2x2", "context2", "context2x2x2", "psum2_context2")
+DECODED = ("dp8", "fsdp8", "tensor2", "sequence2x2", "context2", "psum2_context2")
 ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", "local2_context2")
 
 
@@ -320,7 +320,7 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             ("context2x2x2", "olmo", "ring", "float64"),
         ],
         gate=[
-            ("context2x2x2", "gemma", "ulysses", "float64"),
+            ("context2", "gemma", "ulysses", "float64"),
             ("tensor2", "olmo", "ulysses", "float64"),
             ("sequence2x2", "lm", "ring", "float64"),
             ("context2x2x2", "vit", "ring", "float64"),
