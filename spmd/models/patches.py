@@ -16,6 +16,7 @@ from jax import Array
 from spmd.core.fields import check, free
 from spmd.models.attention.positions import TokenPositions, token_positions
 from spmd.models.blocks import BlockConfig
+from spmd.models.feed_forward import Activation
 from spmd.models.layers import Dense, Dropout, param
 from spmd.models.layers.activations import Saved, residual
 from spmd.models.layers.conv_norm import check_image
@@ -40,7 +41,7 @@ class PatchConfig(BlockConfig):
     heads: int = 6
     norm: Literal["rms", "layer"] = "layer"
     norm_epsilon: float = 1e-6
-    activation: Literal["swiglu", "gelu", "gelu_exact"] = "gelu_exact"
+    activation: Activation = "gelu_exact"
     bias: bool = True
     mask: Literal["causal", "full"] = "full"
     dtype: Literal["", "bfloat16", "float32"] = ""

@@ -70,7 +70,7 @@ class _Segmenter(PatchEmbedding):
         narrow = jax.nn.initializers.normal(embed**-0.5)
         product = lambda: Dense(rngs, square, dims, bias=False, init=narrow, dtype=config.dtype)
         self.patch_product, self.class_product = product(), product()
-        self.mask_norm = Norm(rngs, config.classes, "classes", centred=True, bias=True)
+        self.mask_norm = Norm(rngs, (config.classes,), ("classes",), centred=True, bias=True)
         self.stack = Stack(config.scan, config.remat, config.saved)
 
     def __call__(self, x_BHWC: Array) -> Array:

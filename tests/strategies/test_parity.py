@@ -321,7 +321,6 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
         ],
         gate=[
             ("context2", "gemma", "ulysses", "float64"),
-
             ("sequence2x2", "lm", "ring", "float64"),
             ("context2x2x2", "vit", "ring", "float64"),
             ("context2", "segmenter", "ring", "float64"),
