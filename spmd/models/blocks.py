@@ -55,7 +55,7 @@ class BlockConfig:
     qk_norm: bool = False
     """RMSNorm of queries and keys (Dehghani et al. 2023)."""
     qk_norm_over: Literal["head", "all"] = "head"
-    """What qk_norm normalises together: each head, or all heads of a token (OLMo 2)."""
+    """Whether qk_norm normalises each head by itself, or all heads of a token together (OLMo 2)."""
     score_width: float = 0.0
     """Products of queries and keys are divided by its root (Gemma 2); 0 is the width of a head."""
     score_cap: float = 0.0
