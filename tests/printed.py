@@ -114,7 +114,7 @@ def _with(found: list[str], flag: str, most: int) -> list[str]:
 def needs(page: str, line: str) -> list[str]:
     """The commands of a page that must have been run, so that there is what this one reads."""
     read = re.findall(r"--init\.from (runs/\S+)", line)
-    if line.startswith(("eval", "predict", "sample", "export")):
+    if line.startswith(("eval", "predict", "sample", "recommend", "export")):
         read.append(_directory(line))
     if line.startswith("runs"):
         read.append("runs/digits")

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint of a run",
     "predict": "write the predictions of a run for a data set: --out FILE.parquet or .jsonl",
     "sample": "continue prompts with the language model of a run",
+    "recommend": "items for users by a run of a recommender: --user 42 --k 10",
     "verify": "compare the step on the mesh with the step on one device; name the first difference",
     "compare": "train strategies with the same budget: loss against steps, bytes, and time on a network",
     "plan": "memory, communication and step time on devices that need not be present",
@@ -43,7 +44,7 @@ def usage() -> str:
     """Commands, and every field that all experiments share; imports no jax."""
     from spmd.cli.help import shared_fields
 
-    commands = "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
     return (
         f"{USAGE}commands:\n{commands}\n\noptions:\n"
         "  --experiment NAME   a name of --list, or a path to a .py file with config()\n"

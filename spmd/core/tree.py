@@ -66,11 +66,12 @@ def at_least_float32(dtype: Any) -> Any:
 
 
 def global_norm(tree: PyTree) -> jax.Array:
-    """sqrt of the sum of squares over all leaves; float32 at least, so that bf16 cannot overflow."""
+    """sqrt of the sum of squares over all leaves, 0 without any; at least float32: bf16 could overflow."""
     squares = [
         jnp.sum(jnp.square(x.astype(at_least_float32(x.dtype)))) for x in jax.tree.leaves(tree)
     ]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), squares[0].dtype)))
+    dtype = squares[0].dtype if squares else jnp.dtype(jnp.float32)
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
 
 
 def select(keep_new: jax.Array, new: PyTree, old: PyTree) -> PyTree:

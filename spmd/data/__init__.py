@@ -135,6 +135,11 @@ class DataConfig:
         """Number of classes of the data; 0 where it knows none."""
         return 0
 
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Numbers that a model's fields of these names take where they are 0."""
+        return {}
+
     def open_all(self) -> Source:
         """All examples, to predict: those of the evaluation, unless the data is one folder or file."""
         return self.open_checked("eval")

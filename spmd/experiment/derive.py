@@ -18,7 +18,7 @@ UNREAD_CLASSES = 10
 def derive(
     exp: Experiment, recorded: Mapping[str, Any] | None = None, *, planned: bool = False
 ) -> Experiment:
-    """The experiment with `data.classes`, and with `model.classes` in place of 0.
+    """The experiment with `data.classes`, and with `model.classes` (or a size of the data) in place of 0.
 
     Args:
       exp: the experiment.
@@ -30,11 +30,13 @@ def derive(
     """
     data, model = exp.data, exp.model
     unknown = getattr(model, "classes", None) == 0
+    unsized = [name for name in data.sizes if getattr(model, name, None) == 0]
+    named = getattr(data, "path", "") or getattr(data, "files", ())
     if recorded is not None:
         prefix = "data."
         names = {k.removeprefix(prefix): v for k, v in recorded.items() if k.startswith(prefix)}
         data = data.found(names)
-    elif not planned or (unknown and getattr(data, "path", "")):
+    elif not planned or ((unknown or unsized) and named):
         data = data.found()
     if unknown:
         num = data.num_classes or (UNREAD_CLASSES if planned else 0)
@@ -45,6 +47,8 @@ def derive(
             + ("" if getattr(data, "path", "set") else ", or name the images: --data.path DIR"),
         )
         model = dataclasses.replace(model, classes=num)
+    if unsized:
+        model = dataclasses.replace(model, **{name: data.sizes[name] for name in unsized})
     if data is exp.data and model is exp.model:
         return exp
     return dataclasses.replace(exp, data=data, model=model)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,3 +76,34 @@ class Ranking(Metric):
             for name in ("hit", "recall", "ndcg", "mrr")
             for i, k in enumerate(self.k)
         }
+
+
+def rank_values(
+    ranked: np.ndarray, relevant: Sequence[np.ndarray], cutoffs: Sequence[int]
+) -> dict[str, float]:
+    """The values of `Ranking` for rankings that are known, on the host, in float64.
+
+    Args:
+        ranked: [N, K] candidates in their order, each once; -1 where there are fewer.
+        relevant: of each of the N, the candidates that are relevant, one or more.
+        cutoffs: each k, of at most K.
+
+    Returns:
+        {"hit@k": ..., "recall@k": ..., "ndcg@k": ..., "mrr@k": ...}, means over the N.
+    """
+    hits = np.array(
+        [np.isin(row, items) & (row >= 0) for row, items in zip(ranked, relevant, strict=True)]
+    )
+    total = np.array([len(np.unique(items)) for items in relevant])
+    gain = 1 / np.log2(np.arange(2, ranked.shape[1] + 2))
+    ideal = np.concatenate([[0.0], np.cumsum(gain)])
+    rank = np.where(hits.any(1), hits.argmax(1) + 1, np.inf)
+    values: dict[str, list[float]] = {"hit": [], "recall": [], "ndcg": [], "mrr": []}
+    for k in (min(k, ranked.shape[1]) for k in cutoffs):
+        values["hit"].append(float(hits[:, :k].any(1).mean()))
+        values["recall"].append(float((hits[:, :k].sum(1) / total).mean()))
+        values["ndcg"].append(float((hits[:, :k] @ gain[:k] / ideal[np.minimum(total, k)]).mean()))
+        values["mrr"].append(float(np.where(rank <= k, 1 / rank, 0).mean()))
+    return {
+        f"{name}@{k}": x for name, row in values.items() for k, x in zip(cutoffs, row, strict=True)
+    }

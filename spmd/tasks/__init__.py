@@ -17,6 +17,7 @@ from spmd.tasks.objective import (
     Sums,
     is_frozen,
 )
+from spmd.tasks.recommendation import NextItem, RatingPrediction, Retrieval
 from spmd.tasks.regression import Regression
 from spmd.tasks.segmentation import Segmentation
 
@@ -31,10 +32,13 @@ __all__ = [
     "LanguageModel",
     "MetricSums",
     "MultiLabel",
+    "NextItem",
     "Notes",
     "Objective",
     "PCGrad",
+    "RatingPrediction",
     "Regression",
+    "Retrieval",
     "Segmentation",
     "Staged",
     "Sums",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -22,6 +22,9 @@ from spmd.train import CheckpointConfig
 from spmd.train.checkpoint.store import Checkpoints
 from spmd.train.evaluate import evaluator, predictor
 from spmd.train.program import Program
+
+if TYPE_CHECKING:
+    from spmd.train.retrieval import Recommendations, Retriever
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -79,6 +82,22 @@ class Snapshot:
         transform = self.program.data.pipeline("eval", source, self.program.seed, features=features)
         variables = (*self.variables, self.state.tables)
         return self._predictor(*variables, source, expected, transform)
+
+    def recommend(self, users: Sequence[Any], k: int = 10) -> Recommendations:
+        """The k items of highest score for each user, exact, over the item table of all devices.
+
+        users: raw ids, of a log of users and items. ValueError for a user that is unknown or has no history.
+        """
+        from spmd.train.retrieval import recommend
+
+        return recommend(self.retriever, users, k)
+
+    @functools.cached_property
+    def retriever(self) -> Retriever:
+        """Ranks all items for users; ValueError where the data or the model knows no items."""
+        from spmd.train.retrieval import Retriever
+
+        return Retriever(self)
 
     @functools.cached_property
     def _evaluator(self) -> Any:

@@ -1,0 +1,30 @@
+"""SASRec (Kang and McAuley 2018): the next film of a user, by a softmax over all films.
+
+python run.py --experiment movielens_sasrec        # on a generated log
+
+MovieLens 100K: --data.files ml-100k/u.data --data.titles ml-100k/u.item
+"""
+
+from spmd import Experiment
+from spmd.data.interactions import HistoryLog
+from spmd.models.sasrec import SASRec
+from spmd.optim import AdamW
+from spmd.tasks import NextItem
+from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
+from spmd.train.retrieval import FullRanking
+
+LENGTH = 50
+
+
+def config() -> Experiment:
+    """Histories of 50 films; the last of each user is ranked against all others."""
+    return Experiment(
+        model=SASRec(length=LENGTH),
+        task=NextItem(),
+        data=HistoryLog(length=LENGTH, batch_size=128, eval_batch_size=512),
+        optimizer=AdamW(learning_rate=1e-3, weight_decay=0.01, clip_norm=1.0, warmup_steps=20),
+        train=TrainConfig(epochs=30),
+        eval=EvalConfig(every=100),
+        evaluations=(FullRanking(name="validation"), FullRanking(name="test", part="test")),
+        checkpoint=CheckpointConfig(every=100, best="eval/validation/ndcg@10"),
+    )
