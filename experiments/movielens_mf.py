@@ -2,8 +2,8 @@
 
 python run.py --experiment movielens_mf        # 10 s on 2 CPU cores; expect eval/rmse 0.728
 
-The log is generated. MovieLens 100K: --data.files ml-100k/u1.base --data.eval-files ml-100k/u1.test; expect 0.909
-over the folds u1 to u5.
+The log is generated. MovieLens 100K: --data.files ml-100k/u1.base --data.eval-files ml-100k/u1.test;
+expect 0.909, the mean of folds u1 to u5.
 """
 
 from spmd import Experiment
