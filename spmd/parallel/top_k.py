@@ -65,16 +65,7 @@ def sharded_top_k(
     ) -> tuple[jax.Array, jax.Array]:
         num = table_ND.shape[0]
         first = jax.lax.axis_index(axes).astype(jnp.int32) * num
-        highest = jax.lax.Precision.HIGHEST
-        score_BN = jnp.einsum("bd,nd->bn", query_BD, table_ND, precision=highest)
-        least = jnp.asarray(-jnp.inf, score_BN.dtype)
-        real_N = first + jnp.arange(num, dtype=jnp.int32) < num_rows
-        score_BN = jnp.where(real_N[None], score_BN, least)
-        at_BS = excluded_BS - first
-        # Negative numbers would count from the end.
-        at_BS = jnp.where((at_BS >= 0) & (at_BS < num), at_BS, num)
-        query_B1 = jnp.arange(at_BS.shape[0], dtype=jnp.int32)[:, None]
-        score_BN = score_BN.at[query_B1, at_BS].set(least, mode="drop")
+        score_BN = _scores(query_BD, table_ND, excluded_BS - first, num_rows - first)
         score_BK, row_BK = jax.lax.top_k(score_BN, min(k, num))
         return score_BK[None], row_BK.astype(jnp.int32)[None] + first
 
@@ -96,3 +87,19 @@ def sharded_top_k(
     score_BK, place_BK = jax.lax.top_k(joined[0], min(k, joined[0].shape[1]))
     row_BK = jnp.take_along_axis(joined[1], place_BK, axis=1)
     return TopK(score_BK, jnp.where(jnp.isneginf(score_BK), NONE, row_BK))
+
+
+def _scores(
+    query_BD: jax.Array, table_ND: jax.Array, excluded_BS: jax.Array, num_rows: jax.Array
+) -> jax.Array:
+    """Scores [B, N] of a device's rows, -inf where one is excluded or from num_rows on."""
+    num = table_ND.shape[0]
+    highest = jax.lax.Precision.HIGHEST
+    score_BN = jnp.einsum("bd,nd->bn", query_BD, table_ND, precision=highest)
+    least = jnp.asarray(-jnp.inf, score_BN.dtype)
+    real_N = jnp.arange(num, dtype=jnp.int32) < num_rows
+    score_BN = jnp.where(real_N[None], score_BN, least)
+    # Negative numbers would count from the end.
+    at_BS = jnp.where((excluded_BS >= 0) & (excluded_BS < num), excluded_BS, num)
+    query_B1 = jnp.arange(at_BS.shape[0], dtype=jnp.int32)[:, None]
+    return score_BN.at[query_B1, at_BS].set(least, mode="drop")
