@@ -56,7 +56,7 @@ class BlockConfig:
     """RMSNorm of queries and keys (Dehghani et al. 2023)."""
     qk_norm_over: Literal["head", "all"] = "head"
     """Whether qk_norm normalises each head by itself, or all heads of a token together (OLMo 2)."""
-    score_width: float = 0.0
+    score_width: int = 0
     """Products of queries and keys are divided by its root (Gemma 2); 0 is the width of a head."""
     score_cap: float = 0.0
     """Scores of attention become cap * tanh(scores / cap) (Gemma 2: 50); 0 is off."""
@@ -113,6 +113,11 @@ class BlockConfig:
     def width(self) -> int:
         """Width of a head."""
         return self.head_dim or self.embed // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.mlp or 4 * self.embed
 
     @property
     def gated(self) -> bool:
@@ -248,7 +253,7 @@ class Block(nnx.Module):
         depth: int = 0,
         cross: bool = False,
     ):
-        embed, mlp = config.embed, config.mlp or 4 * config.embed
+        embed, mlp = config.embed, config.mlp_width
         gain = (2 * (depth or layers)) ** -0.5
         options = {"layers": layers, "std": config.init_std, "residual_gain": gain}
         first, last = (config.norm_at in (place, "both") for place in ("input", "output"))

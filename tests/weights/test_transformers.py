@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import spmd
+from spmd.weights.huggingface import config, names
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
@@ -26,6 +28,7 @@ import numpy as np
 
 from spmd import Experiment
 from spmd.data import Arrays
+from spmd.models.attention import RopeScaling
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
 from spmd.optim import AdamW
@@ -52,6 +55,8 @@ def config():
 '''
 GPT2 = 'norm="layer", activation="gelu", position="learned", bias=True'
 SIZES = "layers=2, embed=32, heads=4"
+GEMMA = "embed=32, heads=4, kv_heads=2, head_dim=10, mlp=48, norm_at='both', norm_offset=1.0, tied=True,"
+GEMMA += " activation='geglu', embed_scale=True, score_width=12"
 MODELS = {
     "gpt2": f"{SIZES}, {GPT2}, tied=True",
     "gpt2 untied": f"{SIZES}, {GPT2}, mlp=48, vocab_multiple=64",
@@ -60,6 +65,17 @@ MODELS = {
     " norm_epsilon=1e-6",
     "mixtral": f"{SIZES}, kv_heads=2, mlp=48, rope_theta=1e6, experts=Experts(num=4)",
     "llama biases": f"{SIZES}, kv_heads=2, mlp=48, bias=True",
+    "llama scaled": f"{SIZES}, kv_heads=2, mlp=48, rope_scaling=RopeScaling(kind='llama3', length=24)",
+    "llama linear": f"{SIZES}, mlp=48, rope_scaling=RopeScaling(kind='linear', factor=4.0)",
+    "mistral": f"{SIZES}, kv_heads=2, mlp=48, window=(5,)",
+    "mixtral windows": f"{SIZES}, kv_heads=2, mlp=48, window=(5,), experts=Experts(num=4)",
+    "qwen2": f"{SIZES}, kv_heads=2, mlp=48, qkv_bias=True, tied=True, norm_epsilon=1e-6",
+    "qwen3": f"{SIZES}, kv_heads=2, head_dim=10, mlp=48, qk_norm=True, vocab_multiple=64",
+    "qwen3_moe": f"{SIZES}, kv_heads=2, head_dim=10, mlp=24, qk_norm=True, experts=Experts(num=4)",
+    "gemma2": f"{GEMMA}, layers=4, window=(5, 0), score_cap=5.0, logit_cap=8.0",
+    "gemma3_text": f"{GEMMA}, layers=7, window=(5, 5, 0), qk_norm=True, rope_theta=1e6,"
+    " rope_theta_window=1e4, rope_scaling=RopeScaling(kind='linear', factor=4.0)",
+    "olmo2": f"{SIZES}, kv_heads=2, mlp=48, norm_at='output', qk_norm=True, qk_norm_over='all'",
 }
 MESH = ("--simulate", "4", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 ONE = ("--simulate", "1")
@@ -88,40 +104,11 @@ def theirs(model, **more):
     import transformers
 
     torch.manual_seed(0)
-    none = {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": model.tied}
-    if model.norm == "layer":
-        config = transformers.GPT2Config(
-            vocab_size=VOCAB,
-            n_positions=TIME,
-            n_embd=model.embed,
-            n_layer=model.layers,
-            n_head=model.heads,
-            n_inner=model.mlp or None,
-            **none,
-            **more,
-        )
-        made = transformers.GPT2LMHeadModel(config)
-    else:
-        name = "Mixtral" if model.experts.num else "Llama"
-        if model.experts.num:
-            more |= {"num_local_experts": model.experts.num, "sliding_window": None}
-        else:
-            more |= {"attention_bias": model.bias, "mlp_bias": model.bias}
-        config = getattr(transformers, f"{name}Config")(
-            vocab_size=VOCAB,
-            max_position_embeddings=TIME,
-            hidden_size=model.embed,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            num_key_value_heads=model.num_kv_heads,
-            head_dim=model.width,
-            intermediate_size=model.mlp,
-            rms_norm_eps=model.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            **none,
-            **more,
-        )
-        made = getattr(transformers, f"{name}ForCausalLM")(config)
+    fields = config.build_config(model, names.family_of(model), "float32")
+    kind = fields.pop("model_type")
+    made = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **{**fields, **more})
+    )
     with torch.no_grad():  # biases are 0 and norms 1 at first: any order would do
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -144,8 +131,18 @@ def logits_of_ours(snapshot, tokens):
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (3, TIME)).astype(np.int32)
 
 
-@pytest.mark.parametrize("words", [ONE, MESH], ids=["one", "mesh"])
-@pytest.mark.parametrize("kind", MODELS)
+# On a mesh: tables padded, q and k normed by head and over all heads, experts, biases.
+SHARDED = ("gpt2 untied", "llama gqa tied", "mixtral", "qwen2", "gemma3_text", "olmo2")
+
+
+@pytest.mark.parametrize(
+    "words,kind",
+    slow_but(
+        [*((ONE, kind) for kind in MODELS), *((MESH, kind) for kind in SHARDED)],
+        [(words, kind) for words in (ONE, MESH) for kind in MODELS],
+    ),
+    ids=lambda x: x if isinstance(x, str) else "mesh" if len(x) > 2 else "one",
+)
 def test_from_theirs(kind, words, tiny, tmp_path):
     made = theirs(tiny(MODELS[kind]).experiment.model)
     made.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
@@ -273,8 +270,8 @@ def test_what_no_shape_tells_is_read_from_config_json(tiny, saved):
     assert "rope_theta: 10000.0 in config.json, 500000.0 in the model" in message
     file = saved / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"rope_parameters": {"rope_type": "llama3"}}))
-    assert "rope_type: llama3 in config.json, which the model does not have" in said(tiny, saved)
+    file.write_text(json.dumps(config | {"rope_parameters": {"rope_type": "yarn"}}))
+    assert "rope_type: yarn in config.json, which the model does not have" in said(tiny, saved)
     file.write_text("{")
     assert "is no JSON object" in said(tiny, saved)
 
@@ -286,9 +283,8 @@ def test_a_model_of_no_family_is_refused(tiny, saved):
 
 def test_every_field_of_their_classes_is_known(tiny):
     """A later version's new field would be refused, rather than another function computed."""
-    from spmd.weights.huggingface import config
-
-    for kind, family in (("gpt2", "gpt2"), ("llama", "llama"), ("mixtral", "mixtral")):
+    for kind in MODELS:
         model = tiny(MODELS[kind]).experiment.model
+        family = names.family_of(model)
         fields = theirs(model).config.to_dict()
         assert config.find_differences(model, family, fields) == []

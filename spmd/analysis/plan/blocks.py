@@ -52,7 +52,7 @@ class Blocks(NamedTuple):
         """
         config = self.config
         query, key = config.heads * config.width, config.num_kv_heads * config.width
-        hidden = config.mlp or 4 * config.embed
+        hidden = config.mlp_width
         if (
             self.mixture
         ):  # the experts that a token is routed to; the router's matmul is not counted

@@ -268,7 +268,7 @@ def _transient(facts: Facts, layout: Layout, blocks: Blocks) -> float:
         size += per_key * max(keys, blocks.memory) * 2 * (FLOAT32_BYTES + facts.compute)
     if blocks.mixture and layout.size("expert") > 1:
         rows = local_tokens * config.experts.top_k
-        per_row = 4 * config.embed + 6 * (config.mlp or 4 * config.embed) / tensor
+        per_row = 4 * config.embed + 6 * config.mlp_width / tensor
         size += rows * per_row * facts.compute + 2 * local_tokens * config.embed * FLOAT32_BYTES
     return size
 

@@ -1,1 +1,1 @@
-"""Weights from and to Hugging Face: GPT-2 and Llama as safetensors."""
+"""Weights from and to Hugging Face as safetensors: families of decoders, ResNet and ViT."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,26 +9,14 @@ from spmd.core.fields import check
 from spmd.models.resnet import ResNet
 from spmd.models.transformer import Transformer
 from spmd.models.vit import ViT
-from spmd.weights.huggingface import vision
+from spmd.weights.huggingface import families, vision
+from spmd.weights.huggingface.families import FAMILIES
 from spmd.weights.huggingface.layout import COLUMNS, ROWS, VECTOR, Part, Tensor, single
 
-# Of language models; those of images are in vision.FAMILIES.
-FAMILIES = {
-    "gpt2": {
-        "norm": "layer",
-        "activation": "gelu",
-        "position": "learned",
-        "bias": True,
-        "num_kv_heads": "heads",
-    },
-    "llama": {"norm": "rms", "activation": "swiglu", "position": "rope"},
-    "mixtral": {"norm": "rms", "activation": "swiglu", "position": "rope", "bias": False},
-}
 # Their prefix may be absent (GPT-2 at OpenAI, encoders without a head); these hold no weights of the model.
 PREFIX = {
+    **dict.fromkeys(FAMILIES, "model."),
     "gpt2": "transformer.",
-    "llama": "model.",
-    "mixtral": "model.",
     "resnet": "resnet.",
     "vit": "vit.",
 }
@@ -70,13 +57,15 @@ def _language(model: Transformer, family: str) -> Iterator[Tensor]:
 
 def _block(model: Transformer, family: str) -> Iterator[tuple[str, tuple[int, ...], list[Any]]]:
     """(name, expert, parts) of a layer."""
-    for name, parts in _gpt2() if family == "gpt2" else _llama(model.bias, family == "llama"):
+    mixture = FAMILIES[family].experts
+    for name, parts in _gpt2() if family == "gpt2" else _llama(model):
         yield name, (), parts
-    if family == "mixtral":
-        yield "block_sparse_moe.gate.weight", (), [("mlp/router/kernel", COLUMNS)]
+    if mixture is not None:
+        prefix, matrices = mixture
+        yield f"{prefix}.gate.weight", (), [("mlp/router/kernel", COLUMNS)]
         for i in range(model.experts.num):
-            for foreign_name, layer_name in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
-                name = f"block_sparse_moe.experts.{i}.{foreign_name}.weight"
+            for layer_name, foreign_name in matrices.items():
+                name = f"{prefix}.experts.{i}.{foreign_name}.weight"
                 yield name, (i,), [(f"mlp/{layer_name}/kernel", COLUMNS)]
 
 
@@ -96,28 +85,51 @@ def _gpt2() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
         yield f"mlp.{foreign_name}.bias", [(f"mlp/{layer_name}/bias", VECTOR)]
 
 
-def _llama(bias: bool, dense: bool) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+# Norms of a layer, by where they are (BlockConfig.norm_at).
+NORMS = {
+    "input": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "output": {
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    },
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+    },
+}
+
+
+def _llama(model: Transformer) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Names of a Llama layer: matrices [outputs, inputs]; rotary pairs are the halves of a head, as ours."""
-    yield "input_layernorm.weight", [("attention_norm/scale", VECTOR)]
+    for norm, foreign_name in NORMS[model.norm_at].items():
+        yield f"{foreign_name}.weight", [(f"{norm}/scale", VECTOR)]
     for letter, layer_name in (("q", "query"), ("k", "key"), ("v", "value")):
         yield (
             f"self_attn.{letter}_proj.weight",
             [(f"attention/{layer_name}/kernel", ((1, 2), (0,)))],
         )
-        if bias:
+        if model.bias or model.qkv_bias:
             yield f"self_attn.{letter}_proj.bias", [(f"attention/{layer_name}/bias", ((0, 1),))]
+        if model.qk_norm and letter in "qk":
+            axes = VECTOR if model.qk_norm_over == "head" else ((0, 1),)
+            yield f"self_attn.{letter}_norm.weight", [(f"attention/{layer_name}_norm/scale", axes)]
     yield "self_attn.o_proj.weight", [("attention/out/kernel", ((2,), (0, 1)))]
-    if bias:
+    if model.bias:
         yield "self_attn.o_proj.bias", [("attention/out/bias", VECTOR)]
-    yield "post_attention_layernorm.weight", [("mlp_norm/scale", VECTOR)]
-    for layer_name in ("gate", "up", "down") if dense else ():
+    for layer_name in ("gate", "up", "down") if not model.experts.num else ():
         yield f"mlp.{layer_name}_proj.weight", [(f"mlp/{layer_name}/kernel", COLUMNS)]
-        if bias:
+        if model.bias:
             yield f"mlp.{layer_name}_proj.bias", [(f"mlp/{layer_name}/bias", VECTOR)]
 
 
-def family_of(model: Any) -> str:
-    """The family that a model belongs to; ValueError with the fields that fit none."""
+def family_of(model: Any, preferred: str = "") -> str:
+    """The family that a model belongs to, the preferred one if it does.
+
+    Raises:
+        ValueError: it belongs to none; with the fields that do not fit.
+    """
     check(
         isinstance(model, Transformer | ResNet | ViT),
         "Hugging Face weights are those of the models Transformer, ResNet and ViT, not of"
@@ -125,29 +137,7 @@ def family_of(model: Any) -> str:
     )
     if not isinstance(model, Transformer):
         return vision.family_of(model)
-    differ: dict[str, list[str]] = {}
-    for family, fields in FAMILIES.items():
-        expected = fields | {"qk_norm": False, "logit_cap": 0.0, "mask": "causal"}
-        if family == "mixtral":
-            expected |= {"experts.shared": 0, "experts.bias_rate": 0.0, "experts.every": 1}
-        else:
-            expected |= {"experts.num": 0}
-        actual = {name: operator.attrgetter(name)(model) for name in expected}
-        differ[family] = [
-            f"model.{name}={actual[name]}"
-            for name, value in expected.items()
-            if actual[name] != (model.heads if value == "heads" else value)
-        ]
-        if any(model.window):
-            differ[family].append(f"model.window={model.window}")
-        if family == "mixtral" and not model.experts.num:
-            differ[family].append("model.experts.num=0")
-        if family == "gpt2" and model.width * model.heads != model.embed:
-            differ[family].append(f"model.head_dim={model.head_dim}")
-        if not differ[family]:
-            return family
-    reasons = "; ".join(f"not {family} for {', '.join(d)}" for family, d in differ.items())
-    raise ValueError(f"the model is of no family that Hugging Face weights are known of: {reasons}")
+    return families.family_of(model, preferred)
 
 
 def stored_shape(model: Any, array: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -133,15 +133,16 @@ def find(path: Path, model: Any) -> Weights:
     """Looks at the headers of all files; ValueError when one is missing or truncated, when two hold a tensor,
     or when config.json says that the model computes something else.
     """
-    family = names.family_of(model)
+    file = path / "config.json"
+    foreign = files.read_json(file)
+    family = names.family_of(model, str(foreign.get("model_type", "")))
     try:
         import safetensors
     except ImportError:
         raise ValueError(f"init.from={path} holds safetensors: pip install safetensors") from None
     del safetensors
     tensors, note = files.read_tensors(path, family)
-    file = path / "config.json"
-    lines = config.find_differences(model, family, files.read_json(file)) if file.exists() else []
+    lines = config.find_differences(model, family, foreign) if file.exists() else []
     check(
         not lines,
         f"init.from: {file} is of another model:\n" + "\n".join(f"  {line}" for line in lines),

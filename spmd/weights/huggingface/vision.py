@@ -167,7 +167,7 @@ def build_config(model: ResNet | ViT, dtype: str) -> dict[str, Any]:
         "hidden_size": model.embed,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "intermediate_size": model.mlp or 4 * model.embed,
+        "intermediate_size": model.mlp_width,
         "hidden_act": "gelu",
         "layer_norm_eps": model.norm_epsilon,
         "image_size": model.image,
