@@ -72,7 +72,7 @@ class Family:
     windows: Windows = "none"
     """Layers with a window, if config.json has one: none, all, or those of layer_types."""
     window_period: int = 0
-    """Of this many layers the last one has no window, where config.json has no layer_types."""
+    """Default pattern: each last one of this many layers has no window."""
     window_theta: float = 0.0
     """Default base of the rotary angles of layers with a window; 0 is that of all layers."""
     theta: float = 10_000.0
