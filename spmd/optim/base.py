@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -25,8 +25,8 @@ class Optimizer:
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    """After the warm-up: constant, cosine to the end, or warm-up-stable-decay (linear)."""
+    schedule: Literal["constant", "cosine", "wsd", "step"] = "cosine"
+    """After the warm-up: constant, cosine to the end, warm-up-stable-decay (linear), or steps down."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0; with base-batch-size, from the rate of that."""
     base_batch_size: int = 0
@@ -36,6 +36,8 @@ class Optimizer:
     """Learning rate at the end, as a fraction of the peak (cosine, wsd)."""
     decay_fraction: float = 0.2
     """Fraction of the run, at its end, over which wsd decays."""
+    drops: tuple[float, ...] = ()
+    """Fractions of the run, from its start, after which schedule=step divides the rate by ten."""
     weight_decay: float = 0.0
     """Decoupled weight decay, for arrays of two or more dims (no biases, no norms)."""
     clip_norm: float = 0.0
@@ -61,6 +63,15 @@ class Optimizer:
         check(
             0 < self.decay_fraction <= 1,
             f"optimizer.decay_fraction={self.decay_fraction} must be in (0, 1]",
+        )
+        check(
+            all(0 < drop < 1 for drop in self.drops) and [*self.drops] == sorted({*self.drops}),
+            f"optimizer.drops={self.drops} must ascend, each in (0, 1)",
+        )
+        check(
+            bool(self.drops) == (self.schedule == "step"),
+            f"optimizer.schedule={self.schedule} with optimizer.drops={self.drops}: step has drops,"
+            " and no other schedule: give both, or neither",
         )
         self._fractions("ema")
 
@@ -96,6 +107,9 @@ class Optimizer:
                 main = optax.constant_schedule(peak)
             elif self.schedule == "cosine":
                 main = optax.cosine_decay_schedule(peak, remaining, alpha=self.final_fraction)
+            elif self.schedule == "step":
+                places = [round(num_steps * drop) - self.warmup_steps for drop in self.drops]
+                main = stairs(peak, places)
             else:
                 fall, final = values.get("fall", peak), values.get("final", 0.0)
                 main = linear(fall, final, decay, begin=remaining - decay)
@@ -221,6 +235,18 @@ def linear(span: Any, final: Any, steps: int, begin: int = 0) -> optax.Schedule:
     import jax.numpy as jnp
 
     return lambda count: span * (1 - jnp.clip(count - begin, 0, steps) / steps) + final
+
+
+def stairs(first: Any, places: Sequence[int]) -> optax.Schedule:
+    """A schedule that is `first`, and a tenth of what it was from each of `places` on.
+
+    Args:
+        first: rate of step 0.
+        places: steps.
+    """
+    import jax.numpy as jnp
+
+    return lambda count: first * 0.1 ** sum(jnp.where(count >= place, 1.0, 0.0) for place in places)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
