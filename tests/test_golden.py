@@ -19,7 +19,7 @@ from spmd.strategies import Auto
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EXAMPLES = 10_000  # the data is not read: a golden file must not depend on what is prepared
-ENCODED = 1_281_167  # of encoded images: as many as ImageNet has, whose experiments warm up for 5 epochs
+ENCODED = 1_281_167  # of encoded images: ImageNet, whose experiments warm up for 5 epochs
 # Golden file -> (experiment, command line), beside the experiments themselves.
 VARIANTS = {
     "mnist-ring": (
