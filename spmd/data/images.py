@@ -36,10 +36,14 @@ class Images(DataConfig):
     """Truth that goes with an image: its class, its mask, or numbers of an index."""
     image_column: str = "image"
     """Column of the index with the files, relative to the index."""
+    image_pattern: str = "{}"
+    """File of an image, with {} for what its column says: image/{}.png where that is a number."""
     label_column: str = "label"
     """Column of the index with the classes, names or numbers."""
     mask_column: str = "mask"
     """Column of the index with the files of the masks."""
+    mask_pattern: str = "{}"
+    """File of a mask, with {} for what its column says."""
     columns: tuple[str, ...] = ()
     """Columns of the index that are features, float32."""
     classes: tuple[str, ...] = ()
@@ -51,6 +55,9 @@ class Images(DataConfig):
             0 < self.eval_fraction < 1,
             f"data.eval_fraction={self.eval_fraction} must be between 0 and 1",
         )
+        for name in ("image_pattern", "mask_pattern"):
+            pattern = getattr(self, name)
+            check("{}" in pattern, f"data.{name}={pattern!r} has no {{}}, which stands for the column")
         check(
             self.target != "columns" or bool(self.columns),
             "data.target=columns needs data.columns, the names of columns of the index",

@@ -24,17 +24,19 @@ def read(config: Images, path: str, *, labelled: bool) -> Rows:
     """The rows of an index. labelled: False where classes, masks and columns may be missing."""
     from spmd.data.folders import Rows
 
-    table = _table(path)
+    table = _table(path, (config.image_column, config.mask_column, config.group_by))
     folder = posixpath.dirname(path) if is_remote(path) else os.path.dirname(path)
     join = posixpath.join if is_remote(path) else os.path.join
-    names = [str(x) for x in _column(table, config.image_column, "data.image_column", path)]
+    place = lambda pattern, values: [pattern.replace("{}", str(x)) for x in values]
+    column = _column(table, config.image_column, "data.image_column", path)
+    names = place(config.image_pattern, column)
     check(bool(names), f"{path} has no rows; give an index of images")
     labels, masks, columns = [""] * len(names), list[str](), {}
     if config.target == "label" and (labelled or config.label_column in table):
         labels = [str(x) for x in _column(table, config.label_column, "data.label_column", path)]
     if config.target == "mask" and labelled:
         column = _column(table, config.mask_column, "data.mask_column", path)
-        masks = [join(folder, str(x)) for x in column]
+        masks = [join(folder, name) for name in place(config.mask_pattern, column)]
     for name in config.columns:
         if labelled or name in table:
             columns[name] = _numbers(_column(table, name, "data.columns", path), name, path)
@@ -69,8 +71,8 @@ def _numbers(values: Sequence[Any], name: str, path: str) -> np.ndarray:
     return np.array(values, np.float32)
 
 
-def _table(path: str) -> dict[str, list[Any]]:
-    """The columns of an index."""
+def _table(path: str, texts: Sequence[str]) -> dict[str, list[Any]]:
+    """The columns of an index. texts: those that a CSV file gives as they are written, 0001 say."""
     import pyarrow as pa
     from pyarrow import csv, json, parquet
 
@@ -83,7 +85,8 @@ def _table(path: str) -> dict[str, list[Any]]:
     try:
         if suffix in (".csv", ".tsv"):
             options = csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",")
-            table = csv.read_csv(data, parse_options=options)
+            types = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
+            table = csv.read_csv(data, parse_options=options, convert_options=types)
         elif suffix == ".parquet":
             table = parquet.read_table(data)
         else:

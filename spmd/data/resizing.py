@@ -94,6 +94,10 @@ class Resizing(Transform):
         """Boxes (top, left, height, width) int64 [N, 4] in images of these heights and widths [N, 2]."""
         raise NotImplementedError
 
+    def pixels(self, image: Any, box: Box) -> np.ndarray:
+        """The box of an image, encoded or [H, W, ...], at the size of the result."""
+        return _pixels(image, box, self.size())
+
     def features(self, features: Features) -> Features:
         """The features with the new height and width."""
         names = self._names({k: shape for k, (shape, _) in features.items()})
@@ -140,7 +144,7 @@ class Resizing(Transform):
         def fill(row: int) -> str:
             box: Any = tuple(int(v) for v in boxes_N4[row])
             try:
-                out[row] = _pixels(images[row], box, size)
+                out[row] = self.pixels(images[row], box)
             except decoding.Undecodable as error:
                 return f"{name!r}: {error}"
             return ""
@@ -220,6 +224,46 @@ class CentralCrop(Resizing):
         side_N = np.maximum(np.rint(sides_N2.min(1) * self.ratio).astype(np.int64), 1)
         first_N2 = (sides_N2 - side_N[:, None]) // 2
         return np.concatenate([first_N2, np.stack([side_N, side_N], 1)], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CropOrPad(Resizing):
+    """Cuts the middle out of larger images, and pads smaller ones, on both sides: pixels keep their values.
+
+    Images are padded with zeros, masks with -1, which is no class.
+    """
+
+    name: ClassVar[str] = "crop_or_pad"
+
+    height: int
+    """Pixels."""
+    width: int = 0
+    """Pixels; 0 is the height."""
+    images: tuple[str, ...] = ()
+    """Features that are cut together; empty is the one image."""
+
+    def __post_init__(self) -> None:
+        _check_side("crop_or_pad", "height", self.height)
+        _check_side("crop_or_pad", "width", self.width or self.height)
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        return self.height, self.width or self.height
+
+    def boxes(self, sides_N2: np.ndarray, draws: Draws) -> np.ndarray:
+        """The middle, as far as the images go."""
+        box_N2 = np.minimum(sides_N2, np.array(self.size(), np.int64))
+        return np.concatenate([(sides_N2 - box_N2) // 2, box_N2], axis=1)
+
+    def pixels(self, image: Any, box: Box) -> np.ndarray:
+        """The box of an image, between margins."""
+        part = _pixels(image, box, box[2:])
+        margins = [
+            ((side - n) // 2, side - n - (side - n) // 2)
+            for side, n in zip(self.size(), part.shape[:2], strict=True)
+        ]
+        margins += [(0, 0)] * (part.ndim - 2)
+        return np.pad(part, margins, constant_values=-1 if part.ndim == 2 else 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spmd.core.fields import check, closest
-from spmd.data import TFDS, cache_root, content, data_root, records
+from spmd.data import TFDS, cache_root, content, data_root, records, splits
 from spmd.data import cache as caches
 from spmd.data.builders import EMBEDDED, RUNNING, make_builder
 
 _NAME = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>\w[\w.\-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
-_SPLIT = re.compile(r"(?P<split>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
 def parse_name(name: str) -> tuple[str, str | None, str | None]:
@@ -163,28 +162,16 @@ class Slice(NamedTuple):
 
 def locate(config: TFDS, split: str) -> Slice:
     """The files and range of examples of `split` (`train`, `train[:90%]`)."""
-    match = _SPLIT.fullmatch(split)
-    if not match:
-        raise ValueError(f"split {split!r} is not NAME or NAME[start:stop] (numbers or percent)")
+    splits.check_form(split)
     directory = find(config)
     info, sizes = _read_info(directory)
-    name = match["split"]
-    check(
-        name in sizes,
-        f"data set {config.name!r} has no split {name!r}.{closest(name, sizes)}"
-        f" It has: {', '.join(f'{k} ({v} examples)' for k, v in sizes.items())}",
-    )
+    name, start, stop = splits.locate(split, sizes, config.name)
     check(
         info.get("fileFormat") == "array_record",
         f"{directory} is stored as {info.get('fileFormat')}, which needs TensorFlow to read; prepare"
         " it anew as array_record: python run.py data prepare --experiment NAME --data.dir DIR",
     )
-    bound = lambda text, default: (
-        default if text is None else _slice_bound(text, sizes[name], split)
-    )
-    return Slice(
-        directory, name, bound(match["start"], 0), bound(match["stop"], sizes[name]), sizes[name]
-    )
+    return Slice(directory, name, start, stop, sizes[name])
 
 
 def _read_info(directory: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -226,18 +213,6 @@ def slice_content(part: Slice, *, embedded: bool = False) -> content.Content:
 def split_content(config: TFDS, split: str) -> content.Content:
     """The content of `split` (`train`, `train[:90%]`)."""
     return slice_content(locate(config, split), embedded=parse_name(config.name)[0] in EMBEDDED)
-
-
-def _slice_bound(text: str, total: int, split: str) -> int:
-    """Index of one side of a slice; ValueError beyond the split."""
-    percent = text.endswith("%")
-    number, limit = int(text.removesuffix("%")), 100 if percent else total
-    size_text = "100%" if percent else f"{total} examples"
-    check(
-        abs(number) <= limit, f"split {split!r}: {text} is beyond the split, which has {size_text}"
-    )
-    value = round(number * total / 100) if percent else number
-    return value + total if number < 0 else value
 
 
 def fingerprint(directory: Path, split: str) -> str:

@@ -50,7 +50,7 @@ def difference(outputs: Any, batch: Batch, target: str, reader: str) -> jax.Arra
     """outputs - target, in at least float32.
 
     Args:
-        outputs: numbers of the shape of feature `target`.
+        outputs: numbers of the shape of feature `target`, which may have one more dim, of size 1.
         batch: the features, each [B, ...].
         target: name of the feature of wanted numbers.
         reader: who asks, for the message.
@@ -62,6 +62,8 @@ def difference(outputs: Any, batch: Batch, target: str, reader: str) -> jax.Arra
         ValueError: the shapes differ.
     """
     wanted = batches.feature(batch, target)
+    if outputs.shape == (*wanted.shape, 1):  # a network of one output, and a column of numbers
+        outputs = outputs[..., 0]
     check(
         outputs.shape == wanted.shape,
         f"{reader}: the outputs are of shape {list(outputs.shape)}, and feature {target!r} of"
