@@ -94,7 +94,7 @@ class Resizing(Transform):
         """Boxes (top, left, height, width) int64 [N, 4] in images of these heights and widths [N, 2]."""
         raise NotImplementedError
 
-    def pixels(self, image: Any, box: Box) -> np.ndarray:
+    def cut(self, image: Any, box: Box) -> np.ndarray:
         """The box of an image, encoded or [H, W, ...], at the size of the result."""
         return _pixels(image, box, self.size())
 
@@ -144,7 +144,7 @@ class Resizing(Transform):
         def fill(row: int) -> str:
             box: Any = tuple(int(v) for v in boxes_N4[row])
             try:
-                out[row] = self.pixels(images[row], box)
+                out[row] = self.cut(images[row], box)
             except decoding.Undecodable as error:
                 return f"{name!r}: {error}"
             return ""
@@ -255,7 +255,7 @@ class CropOrPad(Resizing):
         box_N2 = np.minimum(sides_N2, np.array(self.size(), np.int64))
         return np.concatenate([(sides_N2 - box_N2) // 2, box_N2], axis=1)
 
-    def pixels(self, image: Any, box: Box) -> np.ndarray:
+    def cut(self, image: Any, box: Box) -> np.ndarray:
         """The box of an image, between margins."""
         part = _pixels(image, box, box[2:])
         margins = [

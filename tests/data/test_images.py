@@ -14,7 +14,7 @@ from spmd.data.color import ColorJitter, Normalize
 from spmd.data.decode import read_header
 from spmd.data.erasing import CutMix, RandomErasing
 from spmd.data.randaugment import RandAugment
-from spmd.data.resizing import CentralCrop, Decode, RandomResizedCrop, Resize
+from spmd.data.resizing import CentralCrop, CropOrPad, Decode, RandomResizedCrop, Resize
 from spmd.data.skips import Skips
 
 ENCODED = {"image": ((), "bytes"), "label": ((), "int32")}
@@ -73,6 +73,26 @@ def test_a_box_is_what_pillow_gives_of_the_reduced_image(scale):
     want = np.asarray(whole.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
     assert got.shape == (*size, 3) and got.dtype == np.uint8
     assert abs(got.astype(int) - want).mean() < (1e-9 if scale == 1 else 3)
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_crop_or_pad_keeps_the_values_of_pixels(encoded):
+    pixels, mask = picture(30, 21), np.arange(30 * 21).reshape(30, 21) % 7
+    transform = CropOrPad(26, 24, BOTH)
+    if encoded:
+        files = encode(pixels), encode(mask.astype(np.uint8))
+        got = batches(
+            data([files[0]] * 4, (Decode(), transform), PAIRS, mask=[files[1]] * 4), stop=1
+        )
+    else:
+        features = {"image": ((30, 21, 3), "uint8"), "mask": ((30, 21), "int32")}
+        arrays = [np.stack([x] * 4) for x in (pixels, mask.astype(np.int32))]
+        got = batches(data(arrays[0], (transform,), features, mask=arrays[1]), stop=1)
+    margins = ((0, 0), (1, 2))
+    want = np.pad(pixels[2:28], (*margins, (0, 0)))
+    np.testing.assert_array_equal(got["image"], np.stack([want] * 4))
+    want = np.pad(mask[2:28], margins, constant_values=-1)  # no class, so that it counts nowhere
+    np.testing.assert_array_equal(got["mask"], np.stack([want] * 4))
 
 
 def test_without_a_size_pixels_are_exact():

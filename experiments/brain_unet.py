@@ -1,0 +1,32 @@
+"""Grey and white matter in slices of an averaged brain, by a U-Net (Ronneberger et al. 2015, arXiv 1505.04597)."""
+
+from spmd import Experiment
+from spmd.data.augment import Crop
+from spmd.data.images import Images
+from spmd.data.resizing import CropOrPad, Decode
+from spmd.models.unet import UNet
+from spmd.optim import AdamW
+from spmd.tasks import Segmentation
+from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
+
+PAIR = ("image", "mask")
+
+
+def config() -> Experiment:
+    """Slices at their own resolution, moved by up to 8 pixels."""
+    whole = (Decode(channels=1), CropOrPad(240, 200, PAIR))
+    return Experiment(
+        model=UNet(channels=1, widths=(8, 16, 32), classes=3),
+        task=Segmentation(class_names=("background", "grey", "white")),
+        data=Images(
+            target="mask",
+            batch_size=8,
+            eval_batch_size=16,
+            transforms=(*whole, Crop(8, PAIR)),
+            eval_transforms=whole,
+        ),
+        optimizer=AdamW(learning_rate=0.01, warmup_steps=20),
+        train=TrainConfig(steps=160),
+        eval=EvalConfig(every=100),
+        checkpoint=CheckpointConfig(best="eval/dice"),
+    )

@@ -1,0 +1,22 @@
+"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) by a small vision transformer (Dosovitskiy et al. 2020)."""
+
+from spmd import Experiment
+from spmd.data.augment import Crop, Flip
+from spmd.data.idx import Idx
+from spmd.models.vit import ViT
+from spmd.optim import AdamW
+from spmd.tasks import Classification
+from spmd.train import TrainConfig
+
+
+def config() -> Experiment:
+    """Patches of 4 x 4 pixels, 49 of them; 4 blocks of width 64."""
+    return Experiment(
+        model=ViT(
+            image=28, patch=4, channels=1, layers=4, embed=64, heads=4, pool="mean", classes=10
+        ),
+        task=Classification(),
+        data=Idx(batch_size=128, eval_batch_size=500, transforms=(Crop(2), Flip())),
+        optimizer=AdamW(learning_rate=0.002, warmup_steps=200),
+        train=TrainConfig(epochs=5),
+    )

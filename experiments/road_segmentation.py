@@ -1,0 +1,32 @@
+"""Road, grass and car in rendered scenes of a driving simulator, by a U-Net (Ronneberger et al. 2015)."""
+
+from spmd import Experiment
+from spmd.data.augment import Flip
+from spmd.data.images import Images
+from spmd.data.resizing import Decode, Resize
+from spmd.models.unet import UNet
+from spmd.optim import AdamW
+from spmd.tasks import Segmentation
+from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
+
+PAIR = ("image", "mask")
+
+
+def config() -> Experiment:
+    """96 x 96 pixels; mirrored scenes."""
+    decoded = (Decode(), Resize(96, images=PAIR))
+    return Experiment(
+        model=UNet(channels=3, widths=(8, 16, 32), classes=4),
+        task=Segmentation(class_names=("other", "road", "grass", "car")),
+        data=Images(
+            target="mask",
+            batch_size=16,
+            eval_batch_size=48,
+            transforms=(*decoded, Flip(PAIR)),
+            eval_transforms=decoded,
+        ),
+        optimizer=AdamW(learning_rate=0.01, warmup_steps=20),
+        train=TrainConfig(epochs=5),
+        eval=EvalConfig(every=100),
+        checkpoint=CheckpointConfig(best="eval/miou"),
+    )
