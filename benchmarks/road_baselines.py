@@ -1,11 +1,11 @@
-"""What is to beat on the rendered roads: colours for `road_segmentation`, ridge regression for `road_steering`.
+"""Baselines on the rendered roads: colours for `road_segmentation`, ridge regression for `road_steering`.
 
 python benchmarks/road_baselines.py [--data DIR] [--quick]
 
-DIR holds train/ and eval/, each with image/, mask/ and actions.csv (frame, track, steer); without it the scenes are
-generated. Numpy only. The classifier gives each colour (of 32 x 32 x 32) its most frequent class on the training
-frames; its error on colours that they lack is that of the most frequent class. The ridge regression sees all pixels;
-its penalty is chosen by leaving out each training track in turn.
+DIR holds train/ and eval/, each with image/, mask/ and actions.csv (frame, track, steer); without it the
+scenes are generated. Numpy only. The classifier gives each colour (of 32 x 32 x 32) its most frequent class
+on the training frames; its error on colours that they lack is that of the most frequent class. The ridge
+regression sees all pixels; its penalty is chosen by leaving out each training track in turn.
 """
 
 from __future__ import annotations

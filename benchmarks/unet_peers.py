@@ -2,12 +2,13 @@
 
 python benchmarks/unet_peers.py [--data DIR] [--seeds N] [--steps N] [--rate R] [--select] [--quick]
 
-DIR holds train/ and eval/, each with image/ and mask/; without it the slices are generated. Prints the Dice of grey and white matter over all pixels
-of the evaluation slices, of PyTorch's network for each seed, and of the best thresholds on the intensity alone.
---select trains at three learning rates on four fifths of the training slices, and prints the Dice on the rest.
+DIR holds train/ and eval/, each with image/ and mask/; without it the slices are generated. Prints the Dice
+of grey and white matter over all pixels of the evaluation slices, of PyTorch's network for each seed, and
+of the best thresholds on the intensity alone. --select trains at three learning rates on four fifths of the
+training slices, and prints the Dice on the rest.
 
-The network is that of spmd/models/unet.py layer by layer: padded 3x3 convolutions without bias, batch norm, ReLU,
-max-pools of 2, transposed 2x2 convolutions. AdamW, warm-up and cosine are those of the experiment.
+The network is that of spmd/models/unet.py layer by layer: padded 3x3 convolutions without bias, batch norm,
+ReLU, max-pools of 2, transposed 2x2 convolutions. AdamW, warm-up and cosine are those of the experiment.
 """
 
 from __future__ import annotations

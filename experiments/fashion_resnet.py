@@ -1,16 +1,17 @@
 """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) by a ResNet-20 (He et al. 2015, arXiv 1512.03385).
 
-python run.py --experiment fashion_resnet --data.path DIR    # COST
+python run.py --experiment fashion_resnet --data.path DIR    # about 40 minutes of a CPU core
 python run.py --experiment fashion_resnet --model wrn28_10 --data.path DIR    # for a GPU; not run here
 
-DIR holds the four files of the set, train-images-idx3-ubyte.gz and so on (github.com/zalandoresearch/fashion-mnist).
-Muon (Jordan et al. 2024) learns more in a few epochs than momentum; so short a run overfits little, and is better
-without random erasing. `--data.train-split 'train[:55000]' --data.eval-split 'train[55000:]'` is the split on which
-settings are chosen.
+DIR holds the four files of the set, train-images-idx3-ubyte.gz and so on
+(github.com/zalandoresearch/fashion-mnist). Muon (Jordan et al. 2024) learns more in a few epochs than
+momentum; so short a run overfits little, and is better without random erasing. `--data.train-split
+'train[:55000]' --data.eval-split 'train[55000:]'` is the split on which settings are chosen.
 
-wrn28_10 is the recipe of Zhong et al. 2017 (Random Erasing Data Augmentation, arXiv 1708.04896, table 1), who report
-96.3 %: WRN-28-10, 300 epochs, batch 128, rate 0.1, padded crops, flips, random erasing. The rate falls by a cosine
-here, in steps there; their L2 penalty of 0.0005 is a decoupled decay of 0.005 (momentum 0.9 sums ten gradients).
+wrn28_10 is the recipe of Zhong et al. 2017 (Random Erasing Data Augmentation, arXiv 1708.04896, table 1),
+who report 96.3 %: WRN-28-10, 300 epochs, batch 128, rate 0.1, padded crops, flips, random erasing. The rate
+falls by a cosine here, in steps there; their L2 penalty of 0.0005 is a decoupled decay of 0.005 (momentum
+0.9 sums ten gradients).
 """
 
 from typing import Literal
@@ -31,9 +32,7 @@ def config(model: Literal["resnet20", "wrn28_10"] = "resnet20") -> Experiment:
     small = model == "resnet20"
     brief = (Crop(2), Flip())
     return Experiment(
-        model=ResNet(depth=20, channels=1)
-        if small
-        else WideResNet(channels=1, depth=28, widen=10),
+        model=ResNet(depth=20, channels=1) if small else WideResNet(channels=1, depth=28, widen=10),
         task=Classification(),
         data=Idx(
             batch_size=128,

@@ -1,4 +1,11 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) by a small vision transformer (Dosovitskiy et al. 2020)."""
+"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) by a small vision transformer (Dosovitskiy et al. 2020).
+
+python run.py --experiment fashion_vit --data.path DIR
+
+DIR holds the four files of the set, train-images-idx3-ubyte.gz and so on
+(github.com/zalandoresearch/fashion-mnist). Patches of 4 x 4 pixels, four blocks of width 64: a network that
+has to learn from 60,000 images what convolutions know.
+"""
 
 from spmd import Experiment
 from spmd.data.augment import Crop, Flip

@@ -1,4 +1,12 @@
-"""Road, grass and car in rendered scenes of a driving simulator, by a U-Net (Ronneberger et al. 2015)."""
+"""Road, grass and car in rendered scenes, by a U-Net (Ronneberger et al. 2015, arXiv 1505.04597).
+
+python run.py --experiment road_segmentation --data.path DIR    # 5 epochs, about 2 minutes of a CPU core
+
+DIR holds train/ and eval/, each with image/NAME.png (96 x 96) and mask/NAME.png: 0 other, 1 road, 2 grass,
+3 car. The figures in docs/results.md are of scenes that gymnasium's CarRacing-v3 draws: synthetic, 600
+frames of 6 tracks to train on and 150 of 3 other tracks. benchmarks/road_baselines.py tells classes by
+colour alone.
+"""
 
 from spmd import Experiment
 from spmd.data.augment import Flip

@@ -19,6 +19,8 @@ TITLES = {
     "input_images": ["images/s", "spmd / faster peer"],
     "input_pipeline": ["steps per item"],
     "input_tables": ["arrow", "parquet"],
+    "road_baselines": ["mIoU by colour", "RMSE of a constant", "RMSE of ridge regression"],
+    "unet_peers": ["intensity alone: Dice grey", "PyTorch"],
     "sparse_tables": ["rows / jnp.take and optax"],
     "votes": ["of 50 ms steps"],
     "pipeline": ["compile", "1f1b / gpipe, median of pairs"],

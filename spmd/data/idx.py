@@ -1,4 +1,4 @@
-"""The files of MNIST, Fashion-MNIST and their relatives: images and labels in the idx format, gzipped or not."""
+"""The files of MNIST, Fashion-MNIST and their relatives: images and labels in the idx format."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ class Idx(DataConfig):
     def _paths(self, split: Split) -> dict[str, str]:
         """{feature: its file}."""
         root = files.locate(self.path, "data.path")
-        check(files.is_folder(root), f"data.path={self.path!r} is no folder; give that of the files")
+        check(
+            files.is_folder(root), f"data.path={self.path!r} is no folder; give that of the files"
+        )
         name = splits.check_form(self.train_split if split == "train" else self.eval_split)
         check(name in PREFIXES, f"data.{split}_split={name!r} is neither 'train' nor 'test'")
         present = {f.name: f.path for f in files.below(root, ("ubyte", "ubyte.gz"))}

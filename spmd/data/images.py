@@ -57,7 +57,9 @@ class Images(DataConfig):
         )
         for name in ("image_pattern", "mask_pattern"):
             pattern = getattr(self, name)
-            check("{}" in pattern, f"data.{name}={pattern!r} has no {{}}, which stands for the column")
+            check(
+                "{}" in pattern, f"data.{name}={pattern!r} has no {{}}, which stands for the column"
+            )
         check(
             self.target != "columns" or bool(self.columns),
             "data.target=columns needs data.columns, the names of columns of the index",

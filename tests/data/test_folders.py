@@ -121,10 +121,15 @@ def test_a_column_may_hold_numbers_of_which_a_pattern_makes_files(tmp_path):
     named = {"image_column": "frame", "image_pattern": "image/{}.png"}
     path = tmp_path / "actions.csv"
     source = images(path, target="columns", columns=("steer",), **named).open_all()
-    np.testing.assert_array_equal(source.take(np.arange(4))["steer"], np.float32([0, 0.25, 0.5, 0.75]))
+    np.testing.assert_array_equal(
+        source.take(np.arange(4))["steer"], np.float32([0, 0.25, 0.5, 0.75])
+    )
     assert source.name_of(3) == "image/003.png" and source.rows.path[3].endswith("image/003.png")
     masks = {"mask_column": "frame", "mask_pattern": "mask/{}.png", "group_by": "track"}
-    held = [images(path, target="mask", eval_fraction=0.76, **named, **masks).open(s) for s in ("train", "eval")]
+    held = [
+        images(path, target="mask", eval_fraction=0.76, **named, **masks).open(s)
+        for s in ("train", "eval")
+    ]
     assert [x.rows.group for x in held] == [["00", "00"], ["01", "01"]]
     assert [p[-8:] for p in held[1].rows.mask] == ["/002.png", "/003.png"]
 

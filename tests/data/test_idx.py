@@ -74,7 +74,7 @@ def test_damaged_files_are_named(spoil, message, tmp_path):
 
 def test_splits_are_train_and_test(tmp_path):
     write_set(tmp_path)
-    with pytest.raises(ValueError, match="data.eval_split='val' is neither 'train' nor 'test'"):
+    with pytest.raises(ValueError, match=r"data\.eval_split='val' is neither 'train' nor 'test'"):
         Idx(path=str(tmp_path), eval_split="val").open("eval")
     with pytest.raises(ValueError, match="31 is beyond the split, which has 30 examples"):
         Idx(path=str(tmp_path), train_split="train[:31]").open("train")
