@@ -21,6 +21,7 @@ TITLES = {
     "input_tables": ["arrow", "parquet"],
     "road_baselines": ["mIoU by colour", "RMSE of a constant", "RMSE of ridge regression"],
     "unet_peers": ["intensity alone: Dice grey", "PyTorch"],
+    "top_k": ["same rows: yes"],
     "sparse_tables": ["rows / jnp.take and optax"],
     "votes": ["of 50 ms steps"],
     "pipeline": ["compile", "1f1b / gpipe, median of pairs"],
