@@ -13,6 +13,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spmd.core.bits import mix
+
 # Two lanes with keys of their own, from murmur3 and xxHash.
 _LANES = ((0x9E3779B9, 0x85EBCA6B), (0x27D4EB2F, 0x165667B1))
 
@@ -95,20 +97,13 @@ def digest_block(
     sums = jnp.zeros(2, jnp.uint32)
     for i, word in enumerate(words):
         offset = index + jnp.uint32(i)
-        lanes = tuple(_mix(word ^ (offset * jnp.uint32(m) + jnp.uint32(a))) for m, a in _LANES)
+        lanes = tuple(mix(word ^ (offset * jnp.uint32(m) + jnp.uint32(a))) for m, a in _LANES)
         zero = jnp.uint32(0)
         # Both lanes in one reduction: XLA fuses it with the above into one vectorised loop. Two
         # separate sums would write both mixed arrays to memory first, at a twentieth of the speed.
         add = lambda a, b: (a[0] + b[0], a[1] + b[1])
         sums = sums + jnp.stack(lax.reduce(lanes, (zero, zero), add, tuple(range(x.ndim))))
     return sums
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which each bit depends on each (lowbias32 of Chris Wellons)."""
-    h = (h ^ (h >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
-    h = (h ^ (h >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
-    return h ^ (h >> jnp.uint32(16))
 
 
 def _words(x: jax.Array) -> list[jax.Array]:

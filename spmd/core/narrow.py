@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from spmd.core import tree
+from spmd.core.bits import mix
 from spmd.core.fields import check
 
 PyTree = Any
@@ -73,8 +74,29 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
         f"parameters of type {jnp.dtype(dtype)} cannot be updated: of the types below float32 only bfloat16"
         " has its range; use --param-dtype bfloat16 or float32",
     )
+    return _add_and_cut(x, jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32))
+
+
+def round_rows(x_KD: jax.Array, row_K: jax.Array, key: jax.Array) -> jax.Array:
+    """Rows of a table in bfloat16, rounded as by `stochastic_round`.
+
+    Args:
+        x_KD: float [K, D].
+        row_K: int32 [K] numbers of the rows: with the key and the column they decide the random bits.
+        key: uint32 [2] of the table and the step.
+
+    Returns:
+        bfloat16 [K, D].
+    """
+    row_K1 = mix(row_K.astype(jnp.uint32) ^ key[0])[:, None]
+    column = jnp.arange(x_KD.shape[1], dtype=jnp.uint32)[None] * jnp.uint32(0x9E3779B9)
+    draw_KD = mix(row_K1 + column ^ key[1]) >> _LOW_BITS
+    return _add_and_cut(x_KD.astype(jnp.float32), draw_KD)
+
+
+def _add_and_cut(x: jax.Array, draw: jax.Array) -> jax.Array:
+    """The upper halves of float32 numbers after adding `draw`, uint32 below 2^16, to the lower ones."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    draw = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     # A carry out of the low bits is one step away from zero, whatever the sign.
     high = ((bits + draw) >> _LOW_BITS).astype(jnp.uint16)
     rounded = jax.lax.bitcast_convert_type(high, jnp.bfloat16)

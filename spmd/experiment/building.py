@@ -95,12 +95,12 @@ def adapted_task(exp: Experiment) -> Objective:
     groups = exp.optimizer.groups
     if not any(group.freeze for group in groups):
         return adapters.adapt(task, exp.init)
-    check(
-        not exp.init.lora,
-        "optimizer.groups freeze parameters, and init.lora trains only its adapters: give one of them",
-    )
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     frozen = optim.frozen_names(groups, tree.named_leaves(params))
+    check(
+        not exp.init.lora or not frozen,
+        "optimizer.groups freeze parameters, and init.lora trains only its adapters: give one of them",
+    )
     freeze = (*exp.init.freeze, *frozen)
     return adapters.adapt(task, dataclasses.replace(exp.init, freeze=freeze))
 
@@ -154,6 +154,7 @@ def strategy_parts(
         noise_scale=exp.train.noise_scale,
         knobs=exp.optimizer.knobs(examples) if has_knobs(exp.optimizer) else {},
         rows=exp.optimizer.rows,
+        row_rates=optim.row_rates(exp.optimizer.groups, task.tables),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ class DLRM:
     """Widths of the hidden layers that read the pairs."""
     hashed: bool = False
     """Take any id, hashed to a row; else an id out of range is refused."""
+    placement: Literal["auto", "rows", "replicated"] = "auto"
+    """Placement of the tables: each device owns a part of the rows, or has all; auto goes by size."""
 
     def __post_init__(self) -> None:
         for width in (self.numbers, self.dim, *self.ids, *self.bottom, *self.top):
@@ -57,7 +60,11 @@ class DLRM:
         """A sparse table for each category."""
         return {
             name: SparseTable(
-                ids=num, dim=self.dim, lookups=(Lookup(feature=name),), hashed=self.hashed
+                ids=num,
+                dim=self.dim,
+                lookups=(Lookup(feature=name),),
+                hashed=self.hashed,
+                placement=self.placement,
             )
             for name, num in zip(self.names, self.ids, strict=True)
         }

@@ -1,7 +1,7 @@
 """Optimizer and schedule configs that build optax transformations."""
 
 from spmd.optim.base import Dims, Group, Optimizer
-from spmd.optim.groups import frozen_names
+from spmd.optim.groups import frozen_names, row_rates
 from spmd.optim.layerwise import LAMB, LARS, trust_ratio
 from spmd.optim.optimizers import (
     SGD,
@@ -36,5 +36,6 @@ __all__ = [
     "is_hidden_matrix",
     "matrix_axes",
     "named",
+    "row_rates",
     "trust_ratio",
 ]

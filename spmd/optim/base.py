@@ -254,7 +254,8 @@ class Group:
     """Settings of the parameters whose names match a pattern, in place of the optimizer's."""
 
     match: str
-    """Pattern as in a shell, on names like `layers/1/kernel`; `*` matches `/` too."""
+    """Pattern as in a shell, on names like `layers/1/kernel`; `*` matches `/` too. Sparse tables are
+    `tables/NAME`, of which a group has a rate or is frozen."""
     rate: float = 1.0
     """Factor of the learning rate."""
     decay: float | None = None

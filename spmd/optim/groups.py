@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spmd.optim.base import Dims, Group, Optimizer
 
 FIELD = "optimizer.groups"
+TABLES = "tables/"  # begins the patterns of groups of sparse tables
 REST = "rest"  # label of the parameters that no group claims
 
 
@@ -29,6 +30,8 @@ def claim(groups: Sequence[Group], names: Iterable[str]) -> dict[str, int]:
     """
     names, claimed = list(names), dict[str, int]()
     for i, group in enumerate(groups):
+        if group.match.startswith(TABLES):
+            continue
         for name in sorted(match_names(names, [group.match], FIELD)):
             check(
                 name not in claimed,
@@ -49,14 +52,42 @@ def frozen_names(groups: Sequence[Group], names: Collection[str]) -> tuple[str, 
     Raises:
         ValueError: as in `claim`.
     """
-    if not any(group.freeze for group in groups):
+    if not any(group.freeze and not group.match.startswith(TABLES) for group in groups):
         return ()
     return tuple(name for name, i in claim(groups, names).items() if groups[i].freeze)
 
 
 def trained(groups: Sequence[Group]) -> list[Group]:
-    """The groups that are not frozen; the position here is the label of a group."""
-    return [group for group in groups if not group.freeze]
+    """The groups of parameters that are not frozen; the position here is the label of a group."""
+    return [group for group in groups if not group.freeze and not group.match.startswith(TABLES)]
+
+
+def row_rates(groups: Sequence[Group], names: Iterable[str]) -> dict[str, float]:
+    """Factors of the learning rate of sparse tables, by table, from the groups whose pattern begins with
+    `tables/`; a table of no group is absent.
+
+    Args:
+        groups: those of an optimizer.
+        names: of all tables.
+
+    Raises:
+        ValueError: a pattern matches no table, two groups claim one, or a group has more than a rate.
+    """
+    chosen = [group for group in groups if group.match.startswith(TABLES)]
+    rates, names = dict[str, float](), [TABLES + name for name in names]
+    for group in chosen:
+        check(
+            group.decay is None and group.optimizer is None,
+            f"{FIELD}: {group.match!r} is of sparse tables, which take a rate (or freeze); their optimizer"
+            " is optimizer.rows",
+        )
+        for name in match_names(names, [group.match], FIELD):
+            table = name.removeprefix(TABLES)
+            check(
+                table not in rates, f"{FIELD}: two groups claim {name}; narrow one of the patterns"
+            )
+            rates[table] = 0.0 if group.freeze else group.rate
+    return rates
 
 
 def decay_of(optimizer: Optimizer, group: Group | None) -> float:
@@ -89,6 +120,8 @@ def without_knobs(groups: Sequence[Group]) -> tuple[Group, ...]:
             decay=1.0 if group.decay else group.decay,
             optimizer=group.optimizer and group.optimizer.without_knobs(),
         )
+        if not group.match.startswith(TABLES)  # whose rates are constants of the step
+        else group
         for group in groups
     )
 

@@ -33,6 +33,8 @@ class RowWise:
     """adam: decay of the second moment."""
     eps: float = 1e-8
     """adagrad, adam: added to the root."""
+    narrow: bool = False
+    """Rows are stored in bfloat16, rounded at random so that the mean is exact; sums and moments are not."""
 
     def __post_init__(self) -> None:
         check(self.rate >= 0, f"optimizer.rows.rate={self.rate} must not be negative")
@@ -61,7 +63,7 @@ class RowWise:
             rows_KD: [K, D].
             slots: the state of these rows, [K] or [K, D].
             grads_KD: [K, D] sums over all lookups of a row.
-            rate: [] learning rate at this step.
+            rate: [] learning rate at this step, or [K, 1] that of each row.
             step: int32 [] number of steps before.
 
         Returns:

@@ -9,7 +9,9 @@ step costs as much as its lookups, whatever the number of rows.
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,23 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spmd.core import batches
+from spmd.core import batches, narrow
 from spmd.core.fields import check
 from spmd.parallel import sharding, tables
 from spmd.parallel.mesh import AXES, BATCH_AXES, batch_shards
-from spmd.parallel.routing import (
-    NO_ROW,
-    Route,
-    bucket_slots,
-    dedupe,
-    exchange_rounds,
-    put,
-    take,
-    totals,
-)
+from spmd.parallel.owners import ROWS, CopiedRows, Held, OwnedRows
+from spmd.parallel.routing import NO_ROW
 from spmd.parallel.tables import PREFIX, STRIPES, StackedTables, Tables
 
-ROWS = "rows"  # of a stack's arrays: the table itself; the others are state of its optimizer
 Arrays = dict[str, dict[str, jax.Array]]  # stack -> array -> [lines, width] or [V]
 # (rows [K, D], state of the optimizer [K, D] or [K], gradients [K, D], learning rate, step) -> (rows, state)
 UpdateRows = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -45,7 +38,7 @@ class Routed(NamedTuple):
     factor_BL: by which each row is multiplied. widths: ids of an example in each lookup, in sum L.
     """
 
-    route: Route
+    route: Any
     factor_BL: jax.Array
     widths: tuple[int, ...]
 
@@ -58,43 +51,72 @@ class Pulled(NamedTuple):
     rounds: jax.Array
 
 
+class RowRule(NamedTuple):
+    """How rows are updated. update: as RowWise.update. factors: of the rate, by table; absent is 1."""
+
+    update: UpdateRows
+    factors: Mapping[str, float] = MappingProxyType({})
+
+
+class StepOfRows(NamedTuple):
+    """A step. rate: [] learning rate. step: int32 [] number of steps before. key: uint32 [2] of the random
+    bits that narrow rows are rounded by. finite: bool [] whether to update; else the rows stay.
+    """
+
+    rate: jax.Array
+    step: jax.Array
+    key: jax.Array
+    finite: jax.Array
+
+
 def platform_of(mesh: Mesh) -> str:
     """The platform whose forms of gather, scatter and sum are used."""
     return mesh.devices.flat[0].platform
 
 
 class ShardedTables:
-    """The tables of a model on a mesh: all devices own rows, whatever else the mesh shards.
+    """The tables of a model on a mesh: all devices own rows, whatever else the mesh shards; small tables are
+    replicated.
 
     Raises:
         ValueError: the number of devices does not divide the stripes of the arrays.
     """
 
     def __init__(self, declared: Tables, mesh: Mesh) -> None:
+        self.stacks = tables.stack(declared)
         num = mesh.size
         check(
-            not declared or STRIPES % num == 0,
+            STRIPES % num == 0 or all(stacked.replicated for stacked in self.stacks),
             f"tables are stored in {STRIPES} stripes, which {num} devices do not divide; use"
             f" 1, 2, 4, 8, 16 or another power of two up to {STRIPES}",
         )
         self.declared, self.mesh = dict(declared), mesh
-        self.stacks = tables.stack(declared)
         # The batch first, so that a device's rows of the batch are divided among those that share them.
         self.axes = (*BATCH_AXES, *(axis for axis in AXES if axis not in BATCH_AXES))
         self.copies = num // batch_shards(mesh)
         self.platform = platform_of(mesh)
 
     def shardings(self, arrays: Any) -> Any:
-        """Shardings of the arrays (or of their shapes): rows over all devices."""
-        placed = NamedSharding(self.mesh, P(self.axes))
-        return jax.tree.map(lambda _: placed, arrays)
+        """Shardings of the arrays (or of their shapes): rows over all devices, or replicated."""
+        return {
+            stacked.name: dict.fromkeys(
+                arrays[stacked.name], NamedSharding(self.mesh, self._spec(stacked))
+            )
+            for stacked in self.stacks
+        }
 
-    def pull(self, arrays: Arrays, batch: Mapping[str, jax.Array]) -> Pulled:
+    def _spec(self, stacked: StackedTables) -> P:
+        return P() if stacked.replicated else P(self.axes)
+
+    def pull(
+        self, arrays: Arrays, batch: Mapping[str, jax.Array], dtype: Any = jnp.float32
+    ) -> Pulled:
         """The rows that a global batch looks up.
 
         Args:
             arrays: of the stacks.
             batch: the features, ids [B, ...] among them.
+            dtype: of the rows, where the tables are narrow.
 
         Returns:
             The rows; NaN for an id that a table does not have.
@@ -103,11 +125,12 @@ class ShardedTables:
         placed = NamedSharding(self.mesh, sharding.batch_spec())
         for stacked in self.stacks:
             table = arrays[stacked.name][ROWS]
-            place_BL, factor_BL = self._places(stacked, batch, table.dtype)
+            real = dtype if narrow.is_narrow(table.dtype) else table.dtype
+            place_BL, factor_BL = self._places(stacked, batch, real)
             widths = tuple(batch[lookup.feature][:1].size for lookup, *_ in stacked.lookups)
             looked_up, route, count = self._mapped(
                 functools.partial(self._pull, stacked, widths),
-                (P(self.axes),) * 3,
+                (self._spec(stacked), P(self.axes), P(self.axes)),
                 (P(self.axes), P(self.axes), P()),
             )(table, place_BL, factor_BL)
             num = batch["weight"].shape[0]
@@ -125,10 +148,8 @@ class ShardedTables:
         arrays: Arrays,
         pulled: Pulled,
         grads: Mapping[str, jax.Array],
-        update: UpdateRows,
-        rate: jax.Array,
-        step: jax.Array,
-        finite: jax.Array,
+        rule: RowRule,
+        now: StepOfRows,
     ) -> Arrays:
         """Update the rows that were pulled.
 
@@ -136,10 +157,8 @@ class ShardedTables:
             arrays: of the stacks.
             pulled: the lookups of the batch.
             grads: of pulled.rows [B, ...]; a row that several examples name gets the sum of theirs.
-            update: of rows, as RowWise.update.
-            rate: [] learning rate.
-            step: int32 [] number of steps before.
-            finite: bool [] whether to update; else the rows stay.
+            rule: of the update.
+            now: the step.
 
         Returns:
             The arrays after the update.
@@ -150,12 +169,12 @@ class ShardedTables:
             by_lookup = [
                 self._pad(grads[PREFIX + lookup.feature]) for lookup, *_ in stacked.lookups
             ]
-            along = P(self.axes)
+            along, placed = P(self.axes), self._spec(stacked)
             new[stacked.name] = self._mapped(
-                functools.partial(self._push, stacked, update, widths),
-                (along, along, along, along, P(), P(), P()),
-                along,
-            )(arrays[stacked.name], route, factor_BL, by_lookup, rate, step, finite)
+                functools.partial(self._push, stacked, rule, widths),
+                (placed, along, along, along, P()),
+                placed,
+            )(arrays[stacked.name], route, factor_BL, by_lookup, now)
         return new
 
     def _mapped(self, fn: Any, in_specs: Any, out_specs: Any) -> Any:
@@ -209,18 +228,10 @@ class ShardedTables:
 
     # ---- on each device
 
-    def _owned(self, stacked: StackedTables) -> tuple[int, jax.Array]:
-        """(rows of an owner, the first place of this one)."""
-        block = stacked.placement.rows // self.mesh.size
-        return block, jax.lax.axis_index(self.axes).astype(jnp.int32) * block
-
-    def _swap(self, x: jax.Array) -> jax.Array:
-        """Bucket i of each device goes to device i."""
-        return jax.lax.all_to_all(x, self.axes, 0, 0, tiled=True)
-
-    def _ask(self, route: Route, index: jax.Array) -> jax.Array:
-        """[K] the places that the other devices ask this one for."""
-        return self._swap(route.rows.at[index].get(mode="fill", fill_value=NO_ROW)).ravel()
+    def _rows_of(self, stacked: StackedTables) -> OwnedRows | CopiedRows:
+        if stacked.replicated:
+            return CopiedRows(stacked.placement, self.axes, self.platform)
+        return OwnedRows(stacked.placement, self.axes, self.mesh.size, self.platform)
 
     def _pull(
         self,
@@ -229,70 +240,49 @@ class ShardedTables:
         table: jax.Array,
         place_BL: jax.Array,
         factor_BL: jax.Array,
-    ) -> tuple[list[jax.Array], Route, jax.Array]:
-        dim, (block, start) = stacked.placement.dim, self._owned(stacked)
-        route = dedupe(place_BL.ravel())
-        by_line = self.platform == "tpu"
-
-        def exchange(rows_UD: jax.Array, index: jax.Array) -> jax.Array:
-            asked_K = self._ask(route, index)
-            local_K = jnp.where(asked_K == NO_ROW, block, asked_K - start)
-            rows = self._swap(take(table, dim, local_K, by_line).reshape(*index.shape, dim))
-            return rows_UD.at[index].set(rows, mode="drop", unique_indices=True)
-
-        zeros = jnp.zeros((place_BL.size, dim), table.dtype)
-        rows_UD, count = exchange_rounds(
-            route.rows,
-            block,
-            bucket_slots(place_BL.size, self.mesh.size),
-            self.axes,
-            exchange,
-            jax.lax.pcast(zeros, self.axes, to="varying"),
-        )
-        rows_BLD = rows_UD[route.inverse].reshape(*place_BL.shape, dim) * factor_BL[..., None]
+    ) -> tuple[list[jax.Array], Any, jax.Array]:
+        rows_UD, route, rounds = self._rows_of(stacked).pull(table, place_BL.ravel())
+        rows_BLD = rows_UD.astype(factor_BL.dtype).reshape(*place_BL.shape, -1)
+        rows_BLD = rows_BLD * factor_BL[..., None]
         found, first = [], 0
         for (lookup, *_), num in zip(stacked.lookups, widths, strict=True):
             part = rows_BLD[:, first : first + num]
             found.append(part if lookup.pool == "none" else part.sum(1))
             first += num
-        return found, route, count
+        return found, route, rounds
 
     def _push(
         self,
         stacked: StackedTables,
-        update: UpdateRows,
+        rule: RowRule,
         widths: tuple[int, ...],
         held: dict[str, jax.Array],
-        route: Route,
+        route: Any,
         factor_BL: jax.Array,
         grads: list[jax.Array],
-        rate: jax.Array,
-        step: jax.Array,
-        finite: jax.Array,
+        now: StepOfRows,
     ) -> dict[str, jax.Array]:
-        dim, (block, start) = stacked.placement.dim, self._owned(stacked)
-        by_line, pack = self.platform == "tpu", stacked.placement.pack
+        dim, dtype = stacked.placement.dim, factor_BL.dtype
         bags = [
             jnp.broadcast_to(g if g.ndim == 3 else g[:, None], (g.shape[0], num, dim))
             for g, num in zip(grads, widths, strict=True)
         ]
-        each_BLD = jnp.concatenate(bags, axis=1).astype(held[ROWS].dtype) * factor_BL[..., None]
-        sums_UD = totals(route, each_BLD.reshape(-1, dim), factor_BL.size, self.platform)
+        each_BLD = jnp.concatenate(bags, axis=1).astype(dtype) * factor_BL[..., None]
+        rates = [rule.factors.get(name, 1.0) for name in stacked.offsets]
+        name_key = jnp.uint32(zlib.crc32(stacked.name.encode()))
 
-        def exchange(held: dict[str, jax.Array], index: jax.Array) -> dict[str, jax.Array]:
-            asked = dedupe(self._ask(route, index))
-            grads_KD = self._swap(sums_UD.at[index].get(mode="fill", fill_value=0))
-            # A device sends a row once at most.
-            grads_KD = totals(asked, grads_KD.reshape(-1, dim), self.mesh.size, self.platform)
-            outside = block + pack * jnp.arange(len(grads_KD), dtype=jnp.int32)
-            local_K = jnp.where(asked.rows == NO_ROW, outside, asked.rows - start)
-            old = {name: take(x, dim, local_K, by_line) for name, x in held.items()}
+        def update(old: Held, grads_KD: jax.Array, row_K: jax.Array) -> Held:
             state = {name: x for name, x in old.items() if name != ROWS}
-            rows, state = update(old[ROWS], state, grads_KD, rate, step)
+            rate = now.rate
+            if {*rates} != {1.0}:
+                rate = rate * tables.by_table(stacked, rates, row_K)[:, None]
+            rows, state = rule.update(old[ROWS].astype(dtype), state, grads_KD, rate, now.step)
+            if narrow.is_narrow(old[ROWS].dtype):
+                rows = narrow.round_rows(rows, row_K, now.key ^ name_key)
             new = {ROWS: rows, **state}
             # A selection of complete tables would cost a pass over them.
-            new = {n: jnp.where(finite, x, old[n]).astype(old[n].dtype) for n, x in new.items()}
-            return {n: put(x, dim, local_K, old[n], new[n], by_line) for n, x in held.items()}
+            return {
+                n: jnp.where(now.finite, x, old[n]).astype(old[n].dtype) for n, x in new.items()
+            }
 
-        slots = bucket_slots(factor_BL.size, self.mesh.size)
-        return exchange_rounds(route.rows, block, slots, self.axes, exchange, held)[0]
+        return self._rows_of(stacked).push(held, route, each_BLD.reshape(-1, dim), update)

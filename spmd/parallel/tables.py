@@ -1,7 +1,7 @@
-"""Sparse tables: embedding tables sharded by rows over all devices, and how ids find their rows.
+"""Sparse tables: embedding tables whose rows all devices share, and how ids find their rows.
 
-Tables of one width are stacked into one array, so that a step exchanges the ids and rows of all of them
-together (TorchRec, Ivchenko et al. 2022). The place of a row does not depend on the mesh.
+Tables of one width and placement are stacked into one array: a step exchanges their ids and rows together
+(TorchRec, Ivchenko et al. 2022). The place of a row does not depend on the mesh.
 """
 
 # B examples, L ids of a bag, D width of a row, V rows, N devices
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from spmd.core import batches
+from spmd.core.bits import mix
 from spmd.core.fields import check
 
 PREFIX = "rows/"  # of the looked-up rows among the features of a batch
@@ -24,6 +25,7 @@ STRIPES = 1024  # parts of each array, which the number of devices must divide
 LANES = 128  # of a TPU's registers: shorter rows share a line
 # Coprime to STRIPES: consecutive ids, the frequent ones in sorted tables, go to distant stripes.
 _SPREAD = 633
+REPLICATED_BYTES = 2**16  # float32 bytes of a table, up to which `auto` replicates it
 MAX_ROWS = 2**31 - 2  # places are int32, and the largest is that of no row
 
 
@@ -56,6 +58,9 @@ class SparseTable:
         lookups: the features that are looked up; the model's task finds the rows as batch["rows/FEATURE"].
         hashed: any id is taken, and hashed to a row (`hash_ids`); else an id that is out of range is refused.
         scale: standard deviation of the initial rows; 0 is 1 / sqrt(dim).
+        placement: rows: each device owns rows, and ids travel to them. replicated: each device has all rows,
+            and the dense gradient is all-reduced. auto: replicated up to 64 KiB of float32 rows. It depends
+            on the table alone, so that a checkpoint fits any mesh.
     """
 
     ids: int
@@ -63,8 +68,21 @@ class SparseTable:
     lookups: tuple[Lookup, ...]
     hashed: bool = False
     scale: float = 0.0
+    placement: Literal["auto", "rows", "replicated"] = "auto"
+
+    @property
+    def replicated(self) -> bool:
+        """Whether each device has all rows."""
+        if self.placement != "auto":
+            return self.placement == "replicated"
+        return 4 * self.ids * self.dim <= REPLICATED_BYTES
 
     def __post_init__(self) -> None:
+        kinds = ("auto", "rows", "replicated")
+        check(
+            self.placement in kinds,
+            f"SparseTable: placement={self.placement!r} must be one of {', '.join(kinds)}",
+        )
         check(
             self.ids >= 1 and self.dim >= 1,
             f"SparseTable: ids={self.ids}, dim={self.dim} must be 1 or more",
@@ -121,16 +139,19 @@ class StackedLookup(NamedTuple):
 
 
 class StackedTables(NamedTuple):
-    """Tables of one width in one array. offsets: first id of each table, by name."""
+    """Tables of one width in one array. offsets: first id of each table, by name. replicated: all rows are on
+    all devices.
+    """
 
     name: str
     placement: Placement
     offsets: dict[str, int]
     lookups: tuple[StackedLookup, ...]
+    replicated: bool = False
 
 
 def stack(tables: Tables) -> list[StackedTables]:
-    """The stacks of some tables, one for each width.
+    """The stacks of some tables, one for each width and placement.
 
     Raises:
         ValueError: too many ids of one width, or a feature that is looked up twice.
@@ -142,20 +163,38 @@ def stack(tables: Tables) -> list[StackedTables]:
         f"tables: feature {', '.join(twice)} is looked up twice; repeat it in the data under another name",
     )
     stacks = []
-    for dim in sorted({table.dim for table in tables.values()}):
+    for dim, replicated in sorted({(table.dim, table.replicated) for table in tables.values()}):
         offset, offsets, lookups = 0, dict[str, int](), list[StackedLookup]()
         for name, table in tables.items():
-            if table.dim == dim:
+            if (table.dim, table.replicated) == (dim, replicated):
                 offsets[name] = offset
                 lookups += [StackedLookup(lookup, table, offset) for lookup in table.lookups]
                 offset += table.ids
-        placement = Placement(offset, dim)
+        # A replicated array has no stripes, which would add rows.
+        placement = Placement(offset, dim, 1 if replicated else STRIPES)
         check(
             placement.rows <= MAX_ROWS,
             f"tables: {', '.join(offsets)} have {offset:,} ids of width {dim}; one width takes {MAX_ROWS:,}",
         )
-        stacks.append(StackedTables(f"dim{dim}", placement, offsets, tuple(lookups)))
+        name = f"dim{dim}_replicated" if replicated else f"dim{dim}"
+        stacks.append(StackedTables(name, placement, offsets, tuple(lookups), replicated))
     return stacks
+
+
+def by_table(stacked: StackedTables, values: Sequence[float], place_K: jax.Array) -> jax.Array:
+    """A value of the table that each row belongs to.
+
+    Args:
+        stacked: the stack.
+        values: of its tables.
+        place_K: int32 [K] rows of the array; one that no id has gets the last table's.
+
+    Returns:
+        [K].
+    """
+    first = jnp.asarray([*stacked.offsets.values()], jnp.int32)[1:]
+    table_K = (stacked.placement.id(place_K)[:, None] >= first[None]).sum(1, dtype=jnp.int32)
+    return jnp.asarray(values, float)[table_K]
 
 
 def hash_ids(id_: jax.Array, num: int) -> jax.Array:
@@ -168,10 +207,7 @@ def hash_ids(id_: jax.Array, num: int) -> jax.Array:
     Returns:
         [...] 0 to num - 1; -1 stays.
     """
-    x = id_.astype(jnp.uint32)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    x = x ^ (x >> 16)
+    x = mix(id_.astype(jnp.uint32))
     return jnp.where(id_ == -1, -1, (x % jnp.uint32(num)).astype(jnp.int32))
 
 

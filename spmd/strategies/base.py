@@ -87,6 +87,7 @@ class Parts(NamedTuple):
     privacy: clips the gradient of each example, and adds noise to their sum; None is off.
     noise_scale: measures what the gradient noise scale is told from.
     knobs: scalars of the optimizer that are arguments of the step. rows: optimizer of sparse tables.
+    row_rates: factors of their learning rate, by table; absent is 1.
     """
 
     task: Any
@@ -103,6 +104,7 @@ class Parts(NamedTuple):
     noise_scale: bool = False
     knobs: Mapping[str, float] = MappingProxyType({})
     rows: RowWise = RowWise()
+    row_rates: Mapping[str, float] = MappingProxyType({})
 
 
 def weighed_names(metrics: Iterable[str]) -> list[str]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from spmd.core import tree
-from spmd.parallel.sparse import ROWS, Arrays, Pulled, ShardedTables
+from spmd.core import narrow, tree
+from spmd.parallel.owners import ROWS
+from spmd.parallel.sparse import Arrays, Pulled, RowRule, ShardedTables, StepOfRows
 from spmd.parallel.tables import initial_rows
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def init(parts: Parts, key: jax.Array) -> Arrays:
         drawn = jax.random.fold_in(key, jnp.uint32(zlib.crc32(stacked.name.encode())))
         slots = parts.rows.slots(placement.shape, placement.rows)
         arrays[stacked.name] = {
-            ROWS: initial_rows(stacked, parts.task.tables, drawn, dtype),
+            ROWS: initial_rows(stacked, parts.task.tables, drawn, dtype).astype(
+                jnp.bfloat16 if parts.rows.narrow else dtype
+            ),
             **{name: jnp.zeros(shape, dtype) for name, shape in slots.items()},
         }
     return arrays
@@ -51,7 +54,7 @@ def shardings(parts: Parts) -> Any:
 
 def pull(parts: Parts, state: TrainState, batch: Any) -> Pulled:
     """The rows that a step's batch looks up: once a step, for all microbatches."""
-    return sharded_tables(parts).pull(state.tables, batch)
+    return sharded_tables(parts).pull(state.tables, batch, parts.task.row_dtype)
 
 
 def push(parts: Parts, state: TrainState, pulled: Pulled, grads: Any, finite: jax.Array) -> Arrays:
@@ -67,14 +70,18 @@ def push(parts: Parts, state: TrainState, pulled: Pulled, grads: Any, finite: ja
     Returns:
         The arrays.
     """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     return sharded_tables(parts).push(
         state.tables,
         pulled,
         grads,
-        parts.rows.update,
-        jnp.asarray(parts.rate(state.step)),
-        state.step,
-        finite,
+        RowRule(parts.rows.update, parts.row_rates),
+        StepOfRows(
+            jnp.asarray(parts.rate(state.step)),
+            state.step,
+            jax.random.key_data(jax.random.fold_in(key, jnp.int32(narrow.ROUNDING))),
+            finite,
+        ),
     )
 
 

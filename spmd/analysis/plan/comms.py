@@ -121,7 +121,8 @@ def from_program(
     return collectives
 
 
-_LOOKUPS = ("spmd/parallel/sparse.py", "spmd/parallel/routing.py")  # sources of their collectives
+# Sources of the collectives of sparse tables.
+_LOOKUPS = tuple(f"spmd/parallel/{name}.py" for name in ("sparse", "owners", "routing"))
 
 
 def _payload(kind: str, axes: tuple[str, ...], layout: Layout) -> str:

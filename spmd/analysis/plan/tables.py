@@ -4,7 +4,9 @@ A round of `pull` sends the places of the rows that a device asks for, int32, an
 `push` sends the places again, and the gradients of the rows. Each is an all-to-all over all devices, of a
 bucket of C slots for each device (parallel.routing.bucket_slots). ROUNDS rounds are assumed: one, as when the
 ids of a batch are spread evenly over the devices; `lookup_rounds` among a run's metrics counts those of a
-step. Before the first round and after each, a bound for each device is all-reduced. Where devices share the
+step. Of replicated tables the dense gradient is all-reduced, and how often each row is named.
+
+Before the first round and after each, a bound for each device is all-reduced. Where devices share the
 examples of a batch (mesh.tensor, mesh.context), each looks up a part of them, and the rows are all-gathered.
 """
 
@@ -36,8 +38,8 @@ class StackFacts(NamedTuple):
     """Tables of one width as the planner sees them.
 
     lookups: ids of an example. delivered: rows of an example that reach the model, pooled ones once.
-    row_bytes: of a row in the table; sent_bytes: of a row or its gradient on the wire. slot_bytes: of the
-    optimizer's state of a row. rows: of the array.
+    row_bytes: of a row in the table, and as it is sent. sent_bytes: of the gradient of a row. slot_bytes: of
+    the optimizer's state of a row. rows: of the array. replicated: on each device.
     """
 
     names: tuple[str, ...]
@@ -48,6 +50,7 @@ class StackFacts(NamedTuple):
     row_bytes: int
     sent_bytes: int
     slot_bytes: int
+    replicated: bool
 
     @property
     def title(self) -> str:
@@ -63,11 +66,17 @@ class StackFacts(NamedTuple):
 
     def padding(self, num_devices: int) -> int:
         """Bytes of padding on each of some TPUs."""
-        return round(self.rows * self.row_bytes * (self.padded - 1) / num_devices)
+        num = 1 if self.replicated else num_devices
+        return round(self.rows * self.row_bytes * (self.padded - 1) / num)
 
     def slots(self, batch_size: int, num_devices: int) -> int:
         """Slots of a bucket, C."""
         return bucket_slots(-(-batch_size // num_devices) * self.lookups, num_devices)
+
+
+def is_replicated(name: str) -> bool:
+    """Whether an array of the tables is on each device, by its name in the state."""
+    return name.split("/")[0].endswith("_replicated")
 
 
 def table_facts(
@@ -99,6 +108,7 @@ def table_facts(
                 row_bytes=held // rows,
                 sent_bytes=dim * itemsize,
                 slot_bytes=sum(arrays.values()) // rows,
+                replicated=stacked.replicated,
             )
         )
     return tuple(facts)
@@ -107,7 +117,7 @@ def table_facts(
 def check_stripes(stacks: tuple[StackFacts, ...], num_devices: int) -> None:
     """ValueError where no run could share the tables among so many devices."""
     check(
-        not stacks or STRIPES % num_devices == 0,
+        STRIPES % num_devices == 0 or all(each.replicated for each in stacks),
         f"tables are stored in {STRIPES} stripes, which {num_devices} devices do not divide; use"
         f" 1, 2, 4, 8, 16 or another power of two up to {STRIPES}",
     )
@@ -138,11 +148,16 @@ def table_collectives(
         exchange = lambda kind, size, times: EstimatedCollective(
             kind, axes, num, size, times, PAYLOAD
         )
-        collectives += [
-            exchange("all-to-all", rows * INDEX_BYTES, 2 * count),
-            exchange("all-to-all", rows * each.sent_bytes, 2 * count),
-            exchange("all-reduce", num * INDEX_BYTES, 2 * (count + 1)),
-        ]
+        if each.replicated:  # with how often each row is named
+            size = each.rows * (each.sent_bytes + each.sent_bytes // each.dim)
+            collectives.append(exchange("all-reduce", size, 1))
+        else:
+            collectives += [
+                exchange("all-to-all", rows * INDEX_BYTES, 2 * count),
+                exchange("all-to-all", rows * each.row_bytes, count),
+                exchange("all-to-all", rows * each.sent_bytes, count),
+                exchange("all-reduce", num * INDEX_BYTES, 2 * (count + 1)),
+            ]
         if shared:
             size = batch_size / layout.size(*BATCH_AXES) * each.delivered * each.sent_bytes
             group = layout.size(*shared)
@@ -164,7 +179,7 @@ def lookup_seconds(
     num, moved = layout.num_devices, 0.0
     tpu = is_tpu(chip)
     for each in stacks:
-        accessed = num * each.slots(batch_size, num)
+        accessed = each.rows if each.replicated else num * each.slots(batch_size, num)
         line = max(each.row_bytes, LANES * each.row_bytes // each.dim) if tpu else each.row_bytes
         moved += accessed * (3 * line + 2 * each.slot_bytes)
     return moved / chip.bandwidth

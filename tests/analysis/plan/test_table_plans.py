@@ -26,26 +26,31 @@ from spmd.train import TrainConfig
 from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("devices")
-EXAMPLES, BAG, DIM, IDS = 64, 8, 16, 5000
+EXAMPLES, BAG, DIM, IDS, KINDS = 64, 8, 16, 5000, 30
 PLACEMENT = Placement(IDS, DIM)
 
 
 class Bags(nnx.Module):
     tables = MappingProxyType(
-        {"items": SparseTable(ids=IDS, dim=DIM, lookups=(Lookup(feature="bag"),))}
+        {
+            "items": SparseTable(
+                ids=IDS, dim=DIM, lookups=(Lookup(feature="bag"),), placement="rows"
+            ),
+            "kinds": SparseTable(ids=KINDS, dim=DIM, lookups=(Lookup(feature="kind"),)),
+        }
     )
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.last = nnx.Linear(DIM, 1, use_bias=False, rngs=rngs)
 
-    def __call__(self, bag: jax.Array) -> jax.Array:
-        return self.last(bag)[:, 0]
+    def __call__(self, bag: jax.Array, kind: jax.Array) -> jax.Array:
+        return self.last(bag * kind)[:, 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Regression(Task):
     def inputs(self, batch: Any) -> tuple[Any, ...]:
-        return (batch["rows/bag"],)
+        return batch["rows/bag"], batch["rows/kind"]
 
     def values(self, outputs: Any, batch: Any, *, train: bool) -> dict[str, jax.Array]:
         return {"loss": jnp.square(outputs - batch["target"])}
@@ -54,6 +59,7 @@ class Regression(Task):
 def log() -> dict[str, np.ndarray]:
     return {
         "bag": np.zeros((EXAMPLES, BAG), np.int32),
+        "kind": np.arange(EXAMPLES, dtype=np.int32) % KINDS,
         "target": np.ones(EXAMPLES, np.float32),
     }
 
@@ -90,7 +96,7 @@ def rounds_of(ids: np.ndarray, num: int) -> int:
 
 @pytest.mark.parametrize("num", slow_but((8,), (1, 2, 4, 8)))
 def test_bytes_of_a_round_times_its_rounds_are_those_of_the_closed_form(num):
-    features = {"bag": ((BAG,), "int32"), "target": ((), "float32")}
+    features = {"bag": ((BAG,), "int32"), "kind": ((), "int32"), "target": ((), "float32")}
     exp = Experiment(
         model=Bags,
         task=Regression(),
@@ -105,13 +111,9 @@ def test_bytes_of_a_round_times_its_rounds_are_those_of_the_closed_form(num):
     batch = next(program.host_batches(0, 1))
     compiled = strategy.step.lower(state, batch).compile()
     axes = {str(axis): size for axis, size in program.mesh.shape.items()}
-    sent = [
-        c
-        for c in comms.from_program(
-            hlo.read(compiled.as_text() or "", axes), layout.from_experiment(exp, num)
-        )
-        if c.payload == PAYLOAD and c.kind == "all-to-all"
-    ]
+    text = hlo.read(compiled.as_text() or "", axes)
+    program_sends = comms.from_program(text, layout.from_experiment(exp, num))
+    lookups = [c for c in program_sends if c.payload == PAYLOAD and c.kind == "all-to-all"]
     stacks = facts.from_experiment(exp).tables
     most = 0
     for name, ids in distributions().items():
@@ -127,14 +129,20 @@ def test_bytes_of_a_round_times_its_rounds_are_those_of_the_closed_form(num):
         assert counted == want, name
         wanted = table_collectives(stacks, EXAMPLES, layout.from_experiment(exp, num), want)
         closed = sum(c.wire_bytes for c in wanted if c.kind == "all-to-all")
-        assert counted * sum(c.wire_bytes for c in sent) == pytest.approx(closed, rel=0.02), name
+        assert counted * sum(c.wire_bytes for c in lookups) == pytest.approx(closed, rel=0.02), name
         most = max(most, counted)
     assert most > 1 or num == 1
+    # The dense gradient of the replicated table is summed with those of the parameters; beside the loss.
+    summed = lambda collectives: sum(c.wire_bytes for c in collectives if c.kind == "all-reduce")
+    wanted = comms.step_collectives(facts.from_experiment(exp), layout.from_experiment(exp, num))
+    assert abs(summed(program_sends) - summed(wanted)) <= 0.02 * summed(wanted) + 64 * (num > 1)
 
 
 def test_a_width_that_tpus_pad_costs_what_the_plan_says():
     plan = lambda dim: planner.plan(
-        spmd.load("clicks", ["--model.dim", str(dim)]).experiment, "v5e:2x4", compiled=False
+        spmd.load("clicks", ["--model.dim", str(dim), "--model.placement", "rows"]).experiment,
+        "v5e:2x4",
+        compiled=False,
     )
     padded, wide = plan(96), plan(128)
     (stack,) = padded.facts.tables
