@@ -30,22 +30,26 @@ try:
 except ImportError:  # said by main
     torch = nn = None
 
-WIDTHS, CLASSES, SHIFT = (8, 16, 32), 3, 8
-SIZE, BATCH, WARMUP = (240, 200), 10, 20
+WIDTHS, CLASSES = (8, 16, 32), 3
+SIZE, PATCH, BATCH, WARMUP = (240, 200), 96, 16, 20  # as in the experiment
 RATES = (0.003, 0.01, 0.03)
 
 
 def read(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(names, images uint8 [N, H, W], masks [N, H, W]), padded in the middle; masks by -1."""
+    """(names, images uint8 [N, H, W], masks int64 [N, H, W])."""
     names = sorted(p.name for p in (folder / "image").iterdir())
     image, mask = (
         np.stack([np.asarray(Image.open(folder / kind / n)) for n in names])
         for kind in ("image", "mask")
     )
-    margin = [(side - n) // 2 for side, n in zip(SIZE, image.shape[1:], strict=True)]
-    pads = [(m, s - n - m) for m, s, n in zip(margin, SIZE, image.shape[1:], strict=True)]
-    pad = lambda x, value: np.pad(x, [(0, 0), *pads], constant_values=value)
-    return names, pad(image, 0), pad(mask.astype(np.int64), -1)
+    return names, image, mask.astype(np.int64)
+
+
+def padded(image: np.ndarray) -> np.ndarray:
+    """Images [N, H, W] between margins of zeros, of a size that halves twice."""
+    margins = [(side - n) // 2 for side, n in zip(SIZE, image.shape[1:], strict=True)]
+    pads = [(m, s - n - m) for m, s, n in zip(margins, SIZE, image.shape[1:], strict=True)]
+    return np.pad(image, [(0, 0), *pads])
 
 
 def pair(channels: int, features: int) -> Any:
@@ -84,14 +88,12 @@ def unet() -> Any:
     return UNet()
 
 
-def shifted(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple:
-    """A batch moved by up to SHIFT pixels, zeros behind it, as the transform `crop` does."""
-    height, width = image.shape[1:]
-    pads = [(0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)]
-    image, mask = np.pad(image, pads), np.pad(mask, pads)
-    places = rng.integers(0, 2 * SHIFT + 1, (len(image), 2))
+def patches(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple:
+    """A batch cut at random places, as the transform `random_crop` does."""
+    limits = np.array(image.shape[1:]) - PATCH + 1
+    places = rng.integers(0, limits, (len(image), 2))
     cut = lambda x: np.stack(
-        [a[y : y + height, z : z + width] for a, (y, z) in zip(x, places, strict=True)]
+        [a[y : y + PATCH, z : z + PATCH] for a, (y, z) in zip(x, places, strict=True)]
     )
     return cut(image), cut(mask)
 
@@ -108,13 +110,13 @@ def train(image: np.ndarray, mask: np.ndarray, *, seed: int, steps: int, rate: f
     cosine = lambda i: (1 + math.cos(math.pi * (i - WARMUP) / max(steps - WARMUP, 1))) / 2
     factor = lambda i: i / WARMUP if i < WARMUP else cosine(i)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    criterion = nn.CrossEntropyLoss(ignore_index=-1)
+    criterion = nn.CrossEntropyLoss()
     order = np.empty(0, np.int64)
     for _ in range(steps):
         if len(order) < BATCH:  # epochs follow one another without a gap
             order = np.concatenate([order, rng.permutation(len(image))])
         rows, order = order[:BATCH], order[BATCH:]
-        x, y = shifted(image[rows], mask[rows], rng)
+        x, y = patches(image[rows], mask[rows], rng)
         loss = criterion(model(as_input(x)), torch.from_numpy(y))
         optimizer.zero_grad()
         loss.backward()
@@ -129,8 +131,7 @@ def as_input(image: np.ndarray) -> Any:
 
 
 def dice(predicted: np.ndarray, mask: np.ndarray) -> list[float]:
-    """2 TP / (2 TP + FP + FN) of grey and white matter, over all labelled pixels."""
-    predicted = np.where(mask >= 0, predicted, -1)
+    """2 TP / (2 TP + FP + FN) of grey and white matter, over all pixels."""
     both = [((predicted == c) & (mask == c)).sum() for c in (1, 2)]
     sizes = [(predicted == c).sum() + (mask == c).sum() for c in (1, 2)]
     return [float(2 * b / s) for b, s in zip(both, sizes, strict=True)]
@@ -139,18 +140,20 @@ def dice(predicted: np.ndarray, mask: np.ndarray) -> list[float]:
 def predict(model: Any, image: np.ndarray) -> np.ndarray:
     """Classes [N, H, W]."""
     model.eval()
+    height, width = image.shape[1:]
+    top, left = (SIZE[0] - height) // 2, (SIZE[1] - width) // 2
     with torch.no_grad():
         parts = [
-            model(as_input(image[i : i + BATCH])).argmax(1) for i in range(0, len(image), BATCH)
+            model(as_input(padded(image[i : i + BATCH]))).argmax(1)
+            for i in range(0, len(image), BATCH)
         ]
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).numpy()[:, top : top + height, left : left + width]
 
 
 def by_intensity(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The most frequent class of each intensity of the training slices, uint8 -> class [256]."""
-    labelled = mask >= 0
     counts = np.zeros((256, CLASSES), np.int64)
-    np.add.at(counts, (image[labelled], mask[labelled]), 1)
+    np.add.at(counts, (image, mask), 1)
     return counts.argmax(1)
 
 
@@ -211,7 +214,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--select", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one seed, three steps")

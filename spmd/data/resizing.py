@@ -243,8 +243,8 @@ class CropOrPad(Resizing):
     """Features that are cut together; empty is the one image."""
 
     def __post_init__(self) -> None:
-        _check_side("crop_or_pad", "height", self.height)
-        _check_side("crop_or_pad", "width", self.width or self.height)
+        _check_side(self.name, "height", self.height)
+        _check_side(self.name, "width", self.width or self.height)
 
     def size(self) -> tuple[int, int]:
         """Height and width of the result."""
@@ -264,6 +264,20 @@ class CropOrPad(Resizing):
         ]
         margins += [(0, 0)] * (part.ndim - 2)
         return np.pad(part, margins, constant_values=-1 if part.ndim == 2 else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop(CropOrPad):
+    """Cuts a part of one size at a random place, and pads smaller images: pixels keep their values."""
+
+    name: ClassVar[str] = "random_crop"
+
+    def boxes(self, sides_N2: np.ndarray, draws: Draws) -> np.ndarray:
+        """A random place in each image."""
+        box_N2 = np.minimum(sides_N2, np.array(self.size(), np.int64))
+        place_N2 = np.stack([draws.uniform(), draws.uniform()], 1)
+        first_N2 = (place_N2 * (sides_N2 - box_N2 + 1)).astype(np.int64)
+        return np.concatenate([first_N2, box_N2], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

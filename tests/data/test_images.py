@@ -14,7 +14,7 @@ from spmd.data.color import ColorJitter, Normalize
 from spmd.data.decode import read_header
 from spmd.data.erasing import CutMix, RandomErasing
 from spmd.data.randaugment import RandAugment
-from spmd.data.resizing import CentralCrop, CropOrPad, Decode, RandomResizedCrop, Resize
+from spmd.data.resizing import CentralCrop, CropOrPad, Decode, RandomCrop, RandomResizedCrop, Resize
 from spmd.data.skips import Skips
 
 ENCODED = {"image": ((), "bytes"), "label": ((), "int32")}
@@ -93,6 +93,22 @@ def test_crop_or_pad_keeps_the_values_of_pixels(encoded):
     np.testing.assert_array_equal(got["image"], np.stack([want] * 4))
     want = np.pad(mask[2:28], margins, constant_values=-1)  # no class, so that it counts nowhere
     np.testing.assert_array_equal(got["mask"], np.stack([want] * 4))
+
+
+def test_random_crop_cuts_image_and_mask_at_one_place():
+    y, x = np.mgrid[:30, :21]
+    pixels = np.stack([y, x, 0 * x], -1).astype(np.uint8)
+    config = data(
+        [encode(pixels)] * 8, (Decode(), RandomCrop(8, 9, BOTH)), PAIRS,
+        mask=[encode((y + x).astype(np.uint8))] * 8,
+    )  # fmt: skip
+    got = batches(config, stop=4)
+    places = {tuple(image[0, 0, :2]) for image in got["image"]}
+    assert len(places) > 8 and max(y for y, _ in places) <= 22 and max(x for _, x in places) <= 12
+    for image, mask in zip(got["image"], got["mask"], strict=True):
+        top, left = image[0, 0, :2].astype(int)
+        np.testing.assert_array_equal(image, pixels[top : top + 8, left : left + 9])
+        np.testing.assert_array_equal(mask, (y + x)[top : top + 8, left : left + 9])
 
 
 def test_without_a_size_pixels_are_exact():
