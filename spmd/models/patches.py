@@ -19,7 +19,7 @@ from spmd.models.blocks import BlockConfig
 from spmd.models.feed_forward import Activation
 from spmd.models.layers import Dense, Dropout, param
 from spmd.models.layers.activations import Saved, residual
-from spmd.models.layers.conv_norm import check_image
+from spmd.models.layers.conv_norm import check_channels
 from spmd.parallel import scope
 
 
@@ -99,7 +99,7 @@ class PatchEmbedding(nnx.Module):
     def enter(self, x_BHWC: Array) -> Array:
         """Input of the first block [B, T, D]: the patches, padded until `context` divides them."""
         config = self.config
-        check_image(x_BHWC, config.channels)
+        check_channels(x_BHWC, config.channels)
         check(
             x_BHWC.shape[1:3] == (config.image, config.image),
             f"images of {x_BHWC.shape[1]} x {x_BHWC.shape[2]} pixels and model.image={config.image}: resize"

@@ -199,6 +199,36 @@ def local_shard(x: jax.Array, axes: Axes, dim: int | None) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, index(axes) * rows, rows, axis=dim)
 
 
+def exchange_halo(
+    x: jax.Array, axes: Axes, before: int, after: int, *, dim: int, fill: float = 0.0
+) -> jax.Array:
+    """A[I_X] -> the rows of each shard with those of its neighbours at both edges.
+
+    Args:
+        x: [..., I, ...] this device's shard, of at least `before` and `after` rows.
+        axes: X, of N devices.
+        before: rows of the device before.
+        after: rows of the device after.
+        dim: the number of I.
+        fill: the rows that the first and the last device lack.
+
+    Returns:
+        [..., before + I + after, ...].
+    """
+    num, rank, rows = size(axes), index(axes), x.shape[dim]
+
+    def receive(edge: jax.Array, step: int) -> jax.Array:
+        pairs = [(i, i + step) for i in range(num) if 0 <= i + step < num]
+        edge = jax.lax.ppermute(edge, axes, pairs)  # zeros where nothing arrives
+        outermost = rank == (0 if step > 0 else num - 1)
+        return jnp.where(outermost, jnp.asarray(fill, x.dtype), edge) if fill else edge
+
+    part = lambda start, stop: jax.lax.slice_in_dim(x, start, stop, axis=dim)
+    parts = [receive(part(rows - before, rows), 1)] if before else []
+    parts += [x, *([receive(part(0, after), -1)] if after else [])]
+    return jnp.concatenate(parts, axis=dim)
+
+
 # ---- pytrees
 
 

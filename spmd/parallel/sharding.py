@@ -34,6 +34,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "experts": ("expert",),
     "choice": (),  # the router's outputs: each device chooses among all experts
+    "height": ("context",),  # rows of images between convolutions, never of parameters
     "conv": (),
     "input": (),
     "channels": (),

@@ -338,12 +338,14 @@ def test_language_model_equals_one_device(layout, name, context, dtype):
     assert want.losses[-1] < want.losses[0]
 
 
-# Convolutions: channels over tensor, batch norm over the global batch.
+# Convolutions: channels over tensor, rows over context, batch norm over the global batch.
 IMAGES = [
     (layout, name)
     for name in ("wide", "unet", "resnet", "bottlenecks")
     for layout in ("dp8", "fsdp4", "tensor2", "context2x2x2", "psum2x4", "psum2_tensor2")
 ]
+IMAGES += [(layout, "unet") for layout in ("context4", "context2x2", "psum2_context2")]
+IMAGES += [("context2x2", name) for name in ("cnn", "wide", "resnet")]
 
 
 @pytest.mark.parametrize(

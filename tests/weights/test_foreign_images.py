@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 
@@ -138,11 +139,23 @@ def test_another_function_is_refused_by_name(kind, fields, message, tmp_path):
         read.find(tmp_path / "out", model)
 
 
+def test_every_field_of_a_model_is_exported_or_of_no_output():
+    """A field added to ViT or ResNet is given a place here, or exports would lose it."""
+    written = "embed heads kv_heads head_dim mlp norm_epsilon image patch channels classes layers"
+    by_family = "norm activation bias mask window position pool experts depth width groups"
+    by_family += " qk_norm qk_norm_over norm_at norm_offset score_width score_cap qkv_bias"
+    training = "dropout init_std dtype attention context scan remat saved zero_head"
+    known = {*written.split(), *by_family.split(), *training.split()}
+    for model in (ViT, ResNet):
+        assert {f.name for f in dataclasses.fields(model)} <= known
+
+
 def test_models_that_hugging_face_lacks_are_named():
     for model, field in (
         (ResNet(depth=20), "model.depth=20"),
         (ResNet(norm="group"), "model.norm=group"),
         (ViT(pool="mean"), "model.pool=mean"),
+        (ViT(score_cap=50.0), "model.score_cap=50.0"),
     ):
         with pytest.raises(ValueError, match=f"no (ResNet|ViT) with {field}"):
             names.family_of(model)

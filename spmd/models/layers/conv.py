@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spmd.core import narrow
+from spmd.models.layers.height import by_rows
 from spmd.models.layers.initial import he_normal, param
 
 
@@ -43,15 +44,20 @@ class Conv(nnx.Module):
     ):
         shape = (size, size, channels, features)
         self.kernel = param(rngs, shape, ("conv", "conv", *dims), he_normal)
-        self.dtype, self.stride = dtype, stride
+        self.dtype, self.stride, self.dims = dtype, stride, dims
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H / stride, W / stride, F], in the compute type."""
-        dtype = self.dtype or self.kernel[...].dtype
+        kernel, size = self.kernel[...], self.kernel.shape[0]
+        rows = {"size": size, "stride": self.stride, "above": (size - 1) // 2}
+        return by_rows(self._convolve, x_BHWC, kernel, **rows, dims=self.dims)
+
+    def _convolve(self, x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+        dtype = self.dtype or kernel.dtype
         if narrow.is_narrow(dtype):
-            result: Any = _narrow_convolve(self.stride, x_BHWC.astype(dtype), self.kernel[...])
+            result: Any = _narrow_convolve(self.stride, x_BHWC.astype(dtype), kernel)
             return result
-        return convolve(self.stride, x_BHWC.astype(dtype), self.kernel[...].astype(dtype))
+        return convolve(self.stride, x_BHWC.astype(dtype), kernel.astype(dtype))
 
 
 def convolve(stride: int, x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from spmd.core.fields import check
 from spmd.models.layers.conv import Conv
+from spmd.models.layers.height import check_rows, height_dim
 from spmd.models.layers.norm import BatchNorm, GroupNorm
 from spmd.parallel import scope
 
@@ -93,8 +94,7 @@ class ConvNorm(nnx.Module):
 def constrain_image(x_BHWC: jax.Array, dim: str = "channels") -> jax.Array:
     """Constrain the sharding of images [B, H, W, C], whose last dim is called `dim`.
 
-    Rows and columns stay on one device: for a convolution whose batch, height and channels are all sharded,
-    XLA's partitioner (jax 0.10) computes twice the sum, and no error.
+    Rows are sharded where they divide (layers.height); columns are not.
 
     Args:
         x_BHWC: images.
@@ -103,10 +103,21 @@ def constrain_image(x_BHWC: jax.Array, dim: str = "channels") -> jax.Array:
     Returns:
         x.
     """
-    return scope.constrain(x_BHWC, "batch", None, None, dim)
+    return scope.constrain(x_BHWC, "batch", height_dim(x_BHWC), None, dim)
 
 
 def check_image(x_BHWC: jax.Array, channels: int) -> None:
+    """ValueError unless x is [B, H, W, channels], and its rows divide where convolutions shard them.
+
+    Args:
+        x_BHWC: images.
+        channels: what the model takes.
+    """
+    check_channels(x_BHWC, channels)
+    check_rows(x_BHWC)
+
+
+def check_channels(x_BHWC: jax.Array, channels: int) -> None:
     """ValueError unless x is [B, H, W, channels].
 
     Args:

@@ -5,11 +5,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from spmd.models.layers.height import by_rows
 
 
 def max_pool(x_BHWC: jax.Array, size: int, stride: int = 0) -> jax.Array:
@@ -26,6 +29,13 @@ def max_pool(x_BHWC: jax.Array, size: int, stride: int = 0) -> jax.Array:
     Returns:
         [B, H / stride, W / stride, C].
     """
+    window = functools.partial(_max_pool, size=size, stride=stride)
+    above = 0 if stride in (0, size) else (size - 1) // 2
+    rows = {"size": size, "stride": stride or size, "above": above}
+    return by_rows(window, x_BHWC, **rows, fill=-math.inf)
+
+
+def _max_pool(x_BHWC: jax.Array, *, size: int, stride: int) -> jax.Array:
     if stride in (0, size):
         result: Any = _pool_apart(size, x_BHWC)
         return result
