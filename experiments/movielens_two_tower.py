@@ -21,7 +21,7 @@ def config() -> Experiment:
         task=Retrieval(temperature=0.2),
         data=PairLog(batch_size=1024, eval_batch_size=1024),
         optimizer=AdamW(learning_rate=1e-3, warmup_steps=5, rows=RowWise(rate=100.0)),
-        train=TrainConfig(epochs=15),
+        train=TrainConfig(epochs=10),
         eval=EvalConfig(every=200),
         evaluations=(FullRanking(name="validation"), FullRanking(name="test", part="test")),
         checkpoint=CheckpointConfig(every=200, best="eval/validation/ndcg@10"),

@@ -349,6 +349,26 @@ TABLE |= {
         "--experiment clicks --data.ids 9 8 --model.ids 9 7 --data.examples 20480",
         "(7 ids of table 'category_01')",
     ),
+    "log_untimed": (
+        "--experiment movielens_sasrec --run.dir out --data.files untimed.csv",
+        "orders the events of a user by time, and the log has no column 'timestamp'",
+    ),
+    "log_gone": (
+        "--experiment movielens_mf --run.dir out --data.files ml/u1.base",
+        "data.files='ml/u1.base' does not exist",
+    ),
+    "log_ids": (
+        "--experiment movielens_mf --run.dir out --model.items 100",
+        "(100 ids of table 'items')",
+    ),
+    "recommend_none": (
+        "recommend --experiment movielens_two_tower --run.dir out",
+        "give users by the ids of the log",
+    ),
+    "recommend_run": (
+        "recommend --experiment movielens_two_tower --run.dir out --user 42",
+        "no run in",
+    ),
     "named_twice": ("--experiment moe_tiny", "and a file moe_tiny.py in this directory"),
     "named_here": ("--experiment text", "Did you mean 'text.py'?"),
     "wandb_absent": (D + "--log.wandb p", "--log.wandb needs a package"),
@@ -436,6 +456,7 @@ def config():
 """
 CSV = {
     "good.csv": "a,b,label\n" + "1,2,0\n" * 40,
+    "untimed.csv": "user,item\n" + "".join(f"{i % 3},{i}\n" for i in range(12)),
     "lacks.csv": "a,c,label\n" + "1,2,0\n" * 40,
     "words.csv": "a,b,label\n" + "1,x,0\n" * 40,
     "holes.csv": "a,b,label\n" + "1,,0\n" * 40,
