@@ -10,9 +10,11 @@ import pytest
 from pyarrow import parquet
 
 from spmd.data.interactions import Generated, HistoryLog, Negatives, PairLog, RatingLog
+from spmd.data.interactions.categories import CategoryLog
 from spmd.data.interactions.splitting import TEST, TRAIN, VALIDATION, Lists, by_ratio, by_time
 from spmd.data.interactions.vocabulary import Vocabulary
 from spmd.data.transform import Draws
+from spmd.models.dlrm import DLRM
 
 ROWS = [
     (196, 242, 3.0, 50),
@@ -161,3 +163,35 @@ def test_mistakes_in_a_log(tmp_path, text, words, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         HistoryLog(files=(str(path),), split="ratio", **words).found().open("train")
+
+
+def test_categorical_columns_have_a_row_for_unknown_values(tmp_path):
+    """Vocabularies of the training rows; what evaluation alone has, and what is missing, is unknown."""
+    train = {"price": [1.0, 2.0, 3.0, 4.0], "label": [0, 1, 0, 1]}
+    train |= {"brand": ["x", "b", None, "x"], "shop": [7, 7, 3, 12]}
+    held = {"price": [5.0], "label": [1], "brand": ["new"], "shop": [12]}
+    parquet.write_table(pa.table(train), tmp_path / "train.parquet")
+    parquet.write_table(pa.table(held), tmp_path / "eval.parquet")
+    names = {"numbers": ("price",), "categories": ("brand", "shop")}
+    files = (str(tmp_path / "train.parquet"),)
+    data = CategoryLog(files=files, eval_files=(str(tmp_path / "eval.parquet"),), **names)
+    data = data.found()
+    assert data.vocabularies == (("b", "x"), ("3", "7", "12")) and data.rows == (3, 4)
+    batch = data.open("train").take(np.arange(4))
+    assert batch["brand"].tolist() == [1, 0, 2, 1] and batch["shop"].tolist() == [1, 1, 0, 2]
+    batch = data.open("eval").take(np.arange(1))
+    assert batch["brand"].tolist() == [2] and batch["shop"].tolist() == [2]
+    assert batch["numbers"].tolist() == [[5.0]] and batch["label"].tolist() == [1]
+    recorded = {"vocabularies": [["a", "x"], ["7"]]}
+    later = CategoryLog(files=files, **names).found(recorded)
+    assert later.vocabularies == (("a", "x"), ("7",))
+    with pytest.raises(ValueError, match=r"model\.ids=9 9, .*: --model\.ids 3 4"):
+        data.check_model(DLRM(ids=(9, 9), features=("brand", "shop"), numbers=1))
+    frequent = CategoryLog(files=files, eval_files=files, least=2, **names).found()
+    assert frequent.vocabularies == (("x",), ("7",))
+    parts = [
+        CategoryLog(files=files * 50, **names).found().open(split) for split in ("train", "eval")
+    ]
+    assert len(parts[0]) + len(parts[1]) == 200 and 10 <= len(parts[1]) <= 32
+    with pytest.raises(ValueError, match=r"no column 'bran'\. Did you mean 'brand'"):
+        CategoryLog(files=files, numbers=("price",), categories=("bran",)).found()
