@@ -41,6 +41,44 @@ def find_differences(leaves: Mapping[str, jax.Array], stored: np.ndarray) -> lis
     ]
 
 
+def compute_runs(x: jax.Array, num: int) -> jax.Array:
+    """Digests of runs of rows of an array; they add up to that of the array.
+
+    Args:
+        x: [rows, ...], sharded over its first dim at most.
+        num: of runs, a divisor of the rows and a multiple of the shards.
+
+    Returns:
+        uint32 [num, 2], sharded as the array.
+    """
+    return _run_digests(x.sharding, num)(x)
+
+
+@functools.cache
+def _run_digests(layout: Any, num: int) -> Any:
+    """The function of `compute_runs` for arrays of a sharding."""
+
+    def digests(x: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+        length = rows // num
+        runs = x.reshape(-1, length, *x.shape[1:])
+        starts = first + jnp.arange(len(runs), dtype=jnp.uint32) * jnp.uint32(length)
+        shape, rest = (rows, *x.shape[1:]), (None,) * (x.ndim - 1)
+        return jax.vmap(lambda run, start: digest_block(run, shape, (start, *rest)))(runs, starts)
+
+    if not isinstance(layout, NamedSharding) or not any(layout.spec):
+        return jax.jit(lambda x: digests(x, jnp.uint32(0), len(x)))
+    mesh, axes = layout.mesh, layout.spec[0]
+
+    def sharded(x: jax.Array) -> jax.Array:
+        def block(shard: jax.Array) -> jax.Array:
+            first = lax.axis_index(axes).astype(jnp.uint32) * jnp.uint32(len(shard))
+            return digests(shard, first, len(x))
+
+        return jax.shard_map(block, mesh=mesh, in_specs=P(axes), out_specs=P(axes))(x)
+
+    return jax.jit(sharded)
+
+
 @functools.cache
 def _device_digests(layout: Any) -> Any:
     """Digests uint32 [devices, 2] of an array: the summand of each device's block.

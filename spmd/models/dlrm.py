@@ -39,12 +39,15 @@ class DLRM:
     """Widths of the hidden layers that read the pairs."""
     hashed: bool = False
     """Take any id, hashed to a row; else an id out of range is refused."""
+    limit: int = 0
+    """Rows of a table, at most, whatever its ids say; 0 is no limit. The data must have no more ids."""
     placement: Literal["auto", "rows", "replicated"] = "auto"
     """Placement of the tables: each device owns a part of the rows, or has all; auto goes by size."""
 
     def __post_init__(self) -> None:
         for width in (self.numbers, self.dim, *self.ids, *self.bottom, *self.top):
             check(width >= 1, f"model widths and numbers of ids must be at least 1, given {width}")
+        check(self.limit >= 0, f"model.limit={self.limit} must not be negative")
         check(
             len(self.names) == len(self.ids) > 0,
             f"model.features names {len(self.names)} categories, and model.ids {len(self.ids)}; give as many",
@@ -60,7 +63,7 @@ class DLRM:
         """A sparse table for each category."""
         return {
             name: SparseTable(
-                ids=num,
+                ids=min(num, self.limit or num),
                 dim=self.dim,
                 lookups=(Lookup(feature=name),),
                 hashed=self.hashed,

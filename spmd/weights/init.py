@@ -209,7 +209,7 @@ class StoredRun(NamedTuple):
 
     def _read_verified(self, abstract: dict[str, Any]) -> dict[str, jax.Array]:
         """The arrays from disk, checked against their digests."""
-        names = sorted(self.stored.keys() - {reading.DIGESTS})
+        names = sorted(name for name in self.stored if not reading.is_digest(name))
         request = dict.fromkeys(self.stored, ...) | abstract  # Orbax leaves `...` out
         if reading.DIGESTS in self.stored:
             sharding = _replicate(next(iter(abstract.values())).sharding)

@@ -7,7 +7,8 @@ import gc
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from etils import epath
 from spmd.core import digest, paths, tree
 from spmd.core.fields import check
 from spmd.runtime import agree
-from spmd.train.checkpoint import steps
+from spmd.train.checkpoint import steps, stripes
 
 DIGESTS = "digests"  # an additional leaf beside those of the state
 
@@ -32,10 +33,18 @@ FULL = re.compile(
 )
 
 
-def describe_differences(names: list[str]) -> str:
-    """Message about leaves whose digests differ from the stored ones; "" for none."""
+def is_digest(name: str) -> bool:
+    """Whether a leaf of a checkpoint holds digests of others."""
+    return name == DIGESTS or name.startswith(stripes.PREFIX)
+
+
+def describe_differences(names: list[str], where: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Message about leaves whose digests differ from the stored ones; "" for none. where: of some of them, in
+    which part.
+    """
     suffix = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"the digest of {', '.join(names[:3])}{suffix} differs" if names else ""
+    shown = [name + where.get(name, "") for name in names[:3]]
+    return f"the digest of {', '.join(shown)}{suffix} differs" if names else ""
 
 
 def verify(path: epath.Path) -> tuple[str, str]:
@@ -62,18 +71,23 @@ def _verify_arrays(path: epath.Path) -> tuple[str, str]:
         abstract[name] = jax.ShapeDtypeStruct(*leaves[name], sharding=host)
         return load(path, abstract)[name]
 
-    names = sorted(leaves.keys() - {DIGESTS})
+    names = sorted(name for name in leaves if not is_digest(name))
     digests = np.asarray(read_leaf(DIGESTS)) if DIGESTS in leaves else None
-    wrong = []
+    wrong, where = [], dict[str, str]()
     for i, name in enumerate(names):
         leaf = read_leaf(name)
         size += leaf.nbytes
         if digests is not None:
-            wrong += digest.find_differences({name: leaf}, digests[i : i + 1])
+            differences = digest.find_differences({name: leaf}, digests[i : i + 1])
+            wrong += differences
+            if differences and stripes.PREFIX + name in leaves:
+                where[name] = stripes.describe(name, leaf, read_leaf(stripes.PREFIX + name))
     verdict = "readable, without digests to verify it"
     if digests is not None:
         verdict = f"verified by digests{' and manifest' if steps.has_manifest(path) else ''}"
-    return describe_differences(wrong), f"{len(names)} arrays, {tree.human_bytes(size)}, {verdict}"
+    return describe_differences(
+        wrong, where
+    ), f"{len(names)} arrays, {tree.human_bytes(size)}, {verdict}"
 
 
 def align_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
@@ -123,8 +137,9 @@ def inspect(
 ) -> dict[str, Any]:
     """Check a step before its arrays are read, in process 0.
 
-    Returns JSON types: bad: what is wrong, or "". verified: whether it has digests. names: align_names of its
-    leaves. widened: find_widened of them. ValueError for a step that is good, but of another model.
+    Returns JSON types: bad: what is wrong, or "". verified: whether it has digests. striped: names of
+    those of stripes. names: align_names of its leaves. widened: find_widened of them.
+    ValueError for a step that is good, but of another model.
     """
     try:
         bad = steps.check_manifest(path)
@@ -133,7 +148,7 @@ def inspect(
         check(not is_transient(error), f"cannot read {path} now: {first_line(error)}")
         bad, leaves = f"unreadable: {first_line(error)}", {}
     if bad:
-        return {"bad": bad, "verified": False, "names": {}, "widened": {}}
+        return {"bad": bad, "verified": False, "striped": [], "names": {}, "widened": {}}
     for name in leaves:
         check(
             steps.is_safe_name(name.replace("/", "\0")),
@@ -141,6 +156,8 @@ def inspect(
         )
     accept(steps.read_metadata(path))
     verified = leaves.pop(DIGESTS, None)
+    striped = [name for name in leaves if is_digest(name)]
+    leaves = {name: leaf for name, leaf in leaves.items() if name not in striped}
     names = align_names(leaves, wanted)
     stored = {
         name: leaves[names.get(name, name)] for name in wanted if names.get(name, name) in leaves
@@ -149,7 +166,7 @@ def inspect(
     expected = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
     widened = find_widened(stored, expected)
     _check_model(path, stored | {name: expected[name] for name in widened}, expected)
-    result = {"bad": "", "verified": verified is not None}
+    result = {"bad": "", "verified": verified is not None, "striped": striped}
     return result | {"names": names, "widened": widened}
 
 

@@ -20,7 +20,7 @@ from spmd.core.fields import check
 from spmd.core.storage import is_remote, without_nonfinite
 from spmd.runtime import agree
 from spmd.train import CheckpointConfig
-from spmd.train.checkpoint import failures, index, reading, steps
+from spmd.train.checkpoint import failures, index, reading, steps, stripes
 
 PyTree = Any
 
@@ -114,7 +114,7 @@ class Checkpoints:
         )  # Orbax would write NaN, which is not JSON
         try:
             # Enqueued after the step and copied with the arrays: the host does not wait for the digests.
-            leaves = flat | {reading.DIGESTS: digest.compute(flat)}
+            leaves = flat | {reading.DIGESTS: digest.compute(flat)} | stripes.compute(flat)
             if not is_remote(self._directory):
                 self._directory.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as stack:
@@ -259,6 +259,7 @@ class Checkpoints:
         abstract = _abstract(wanted, shardings, names, narrow)
         if facts["verified"]:
             abstract |= _abstract_digests(len(wanted), next(iter(shardings.values())))
+            abstract |= stripes.abstract({*facts["striped"]}, wanted, shardings)
         leaves: dict[str, Any] = {}
         reason = transient = ""
         try:
@@ -273,7 +274,10 @@ class Checkpoints:
         problem = ""
         if facts["verified"]:
             digests = np.asarray(leaves.pop(reading.DIGESTS))
-            problem = reading.describe_differences(digest.find_differences(leaves, digests))
+            saved = {k: leaves.pop(k) for k in [*leaves] if reading.is_digest(k)}
+            if wrong := digest.find_differences(leaves, digests):
+                damaged = {name: leaves[name] for name in wrong}
+                problem = reading.describe_differences(wrong, stripes.describe_all(damaged, saved))
         else:
             agree.say(f"the {subject} has no digests (an older version saved it): not verified")
         if narrow:
