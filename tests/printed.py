@@ -179,6 +179,25 @@ def recipes() -> dict[str, str]:
     return dict(re.findall(r"^`(\w+)\.py`:\n+```python\n(.*?)^```$", text, re.M | re.S))
 
 
+def _checkpoint(directory: Path) -> None:
+    """LLAMA, a directory as transformers writes it, with a tokenizer; TEXT, a folder of texts."""
+    import jax
+    import tokenizers
+
+    from spmd.models.transformer import Transformer
+    from spmd.tasks import LanguageModel
+    from spmd.weights.huggingface import write
+
+    model = Transformer(vocab=300, length=64, layers=2, embed=32, heads=4, mlp=48)
+    params, _ = jax.jit(LanguageModel().build(model).init)(jax.random.key(0))
+    write.write(str(directory / "LLAMA"), model, params)
+    tokenizer, text = tokenizers.ByteLevelBPETokenizer(), "several words, and more of them\n" * 200
+    tokenizer.train_from_iterator([text], 270, show_progress=False)
+    tokenizer.save(str(directory / "LLAMA/tokenizer.json"))
+    (directory / "TEXT").mkdir()
+    (directory / "TEXT/words.txt").write_text(text)
+
+
 def _images(directory: Path) -> None:
     """Folders of images, by class and without."""
     import numpy as np
@@ -210,5 +229,6 @@ def prepare(page: str, directory: Path) -> None:
         start = tiny.init()
         params, _ = start.program.task.plain(*start.variables)
         write.write(str(directory / "DIR"), tiny.experiment.model, params)
+        _checkpoint(directory)
     if page == "docs/reliability.md":
         (directory / "DIR").symlink_to("runs/digits")

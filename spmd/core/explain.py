@@ -32,6 +32,10 @@ class Frame(NamedTuple):
     function: str
 
 
+class InputError(ValueError):
+    """A mistake in what the experiment's file was given to read, not in its code."""
+
+
 @contextlib.contextmanager
 def translate_errors(path: Path) -> Iterator[None]:
     """Turn what the file `path` raises in the body into a ValueError with `explain`'s message."""
@@ -59,6 +63,8 @@ def explain(error: BaseException, path: Path) -> str:
     It names the file and line where the user's own code was, the functions that led there, what was wrong,
     and the closest name that would have worked.
     """
+    if isinstance(error, InputError):
+        return str(error)
     if isinstance(error, SyntaxError) and error.filename:
         place = f"{_short_path(error.filename)}, line {error.lineno}"
         text = f": {error.text.strip()}" if error.text and error.text.strip() else ""

@@ -1,7 +1,8 @@
 """Choices of an experiment file: parameters of its config(), which `--NAME VALUE` sets.
 
 `def config(model: Literal["resnet", "vit"] = "resnet")` makes one file of several experiments, whose fields
-differ together. The default is taken without the word.
+differ together. The default is taken without the word. A parameter `init_from: str` has the value of the
+field `--init.from`: the file builds its experiment from what that directory says.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from typing import Any, Literal
 
 from spmd.core.fields import check, closest
 
+START = "init.from"  # a field too, so its word stays among the others
+
 
 def choices_of(config: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
-    """The values of each parameter of a config() that is a Literal of words, the default first."""
+    """The values of each parameter of a config() that is a Literal of words, the default first; none for
+    START, which takes any.
+    """
     hints = typing.get_type_hints(config)
     found = {}
     for name, parameter in inspect.signature(config).parameters.items():
@@ -23,7 +28,14 @@ def choices_of(config: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
         is_literal = typing.get_origin(hints.get(name)) is Literal and parameter.default in values
         if is_literal and all(isinstance(value, str) for value in values):
             found[name] = (parameter.default, *(v for v in values if v != parameter.default))
+        if name == argument(START) and hints.get(name) is str:
+            found[START] = ()
     return found
+
+
+def argument(name: str) -> str:
+    """The parameter of config() of a choice."""
+    return name.replace(".", "_")
 
 
 def split(
@@ -40,8 +52,10 @@ def split(
             continue
         value = value if equals else next(rest, "")
         known = choices[name]
+        if name == START:
+            others += [flag, value]
         check(
-            value in known,
+            name == START or value in known,
             f"{flag} {value}: choose one of {', '.join(known)}.{closest(value, known)}",
         )
         chosen[name] = value

@@ -89,7 +89,7 @@ def override(
             )
         )
     fields_class = dataclasses.make_dataclass("Fields", arguments, frozen=True, kw_only=True)
-    chosen = [f"--{name} {{{','.join(names)}}}" for name, names in (choices or {}).items()]
+    chosen = [f"--{name} {{{','.join(names)}}}" for name, names in (choices or {}).items() if names]
     description = f"Experiment {experiment.name}{' '.join(['', *chosen])}. Fields and their values:"
     parsed = parse(fields_class, words, prog, description=description, registry=_finite_numbers())
     values = {name: getattr(parsed, name) for name, *_ in arguments if name != "options"}

@@ -18,7 +18,7 @@ from spmd.core import explain, values
 from spmd.core.fields import check, closest
 from spmd.experiment import overrides
 from spmd.experiment.base import Experiment
-from spmd.experiment.choices import choices_of, split
+from spmd.experiment.choices import argument, choices_of, split
 from spmd.experiment.files import find
 
 LOADED: dict[
@@ -80,7 +80,7 @@ def from_words(path: Path, words: Sequence[str]) -> tuple[Experiment, list[str]]
         choices = choices_of(config)
     chosen, others = split(choices, words)
     with explain.translate_errors(path):
-        experiment = config(**chosen)
+        experiment = config(**{argument(name): value for name, value in chosen.items()})
     check(
         isinstance(experiment, Experiment),
         f"config() of {path} returned {values.shorten(experiment)}, not an spmd.Experiment",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spmd.core.fields import check
+from spmd.core.explain import InputError
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
 from spmd.weights.huggingface import config, files, rope
@@ -23,18 +23,22 @@ def from_directory(directory: str) -> Transformer:
     """
     path = Path(os.path.abspath(os.path.expanduser(directory)))
     file = path / "config.json"
-    check(
-        file.is_file(),
-        f"init.from={directory!r} has no config.json, which says what the model is: give a directory as"
-        " save_pretrained of transformers writes it",
-    )
-    foreign = files.read_json(file)
+    if not file.is_file():
+        raise InputError(
+            f"init.from={directory!r} has no config.json, which says what the model is: give a directory as"
+            " save_pretrained of transformers writes it"
+        )
+    try:
+        foreign = files.read_json(file)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     family = foreign.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{file}: {_unknown_family(foreign)}")
+        raise InputError(f"init.from: {file}: {_unknown_family(foreign)}")
     model, lines = from_fields(family, foreign)
     if model is None or lines:
-        raise ValueError("\n  ".join([f"{file}: no model computes what it says:", *lines]))
+        head = f"init.from: {file}: no model here computes what it says: "
+        raise InputError(head + "; ".join(lines))
     return model
 
 
@@ -89,7 +93,7 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     options = {n: float(x) if n in ("score_cap", "logit_cap") else x for n, x in options.items()}
     if options.get("kv_heads") == options["heads"]:
         del options["kv_heads"]
-    if options.get("head_dim") == options["embed"] // options["heads"]:
+    if options["heads"] and options.get("head_dim") == options["embed"] // options["heads"]:
         del options["head_dim"]
     return options
 
@@ -104,7 +108,7 @@ def _period(sizes: list[int]) -> tuple[int, ...]:
 
 def _unknown_family(foreign: Mapping[str, Any]) -> str:
     """Message about a family that is not known: the closest one, and what it would lack."""
-    name = str(foreign.get("model_type", ""))
+    name = str(foreign.get("model_type") or "")
     known = f"known are {', '.join(FAMILIES)}"
     if not name:
         return f"it has no model_type; {known}"
