@@ -21,9 +21,9 @@ def config() -> Experiment:
     return Experiment(
         model=SASRec(length=LENGTH),
         task=NextItem(),
-        data=HistoryLog(length=LENGTH, stride=LENGTH, batch_size=128, eval_batch_size=512),
-        optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01, clip_norm=1.0, warmup_steps=20),
-        train=TrainConfig(epochs=8),
+        data=HistoryLog(length=LENGTH, stride=LENGTH, batch_size=32, eval_batch_size=512),
+        optimizer=AdamW(learning_rate=2e-3, weight_decay=0.01, clip_norm=1.0, warmup_steps=20),
+        train=TrainConfig(epochs=3),
         eval=EvalConfig(every=100),
         evaluations=(FullRanking(name="validation"), FullRanking(name="test", part="test")),
         checkpoint=CheckpointConfig(every=100, best="eval/validation/ndcg@10"),

@@ -357,6 +357,10 @@ TABLE |= {
         "--experiment movielens_mf --run.dir out --data.files ml/u1.base",
         "data.files='ml/u1.base' does not exist",
     ),
+    "log_bucket": (
+        "--experiment movielens_mf --run.dir out --data.files gs://bucket/u.data",
+        "is in a bucket; copy the log to a disk",
+    ),
     "log_ids": (
         "--experiment movielens_mf --run.dir out --model.items 100",
         "(100 ids of table 'items')",

@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import csv, ipc, parquet
 
 from spmd.core.fields import check, closest
+from spmd.core.storage import is_remote
 from spmd.data import files as data_files
 
 SEPARATORS = ("\t", "::", "|", ",", ";", " ")
@@ -50,6 +51,10 @@ def read(paths: Sequence[str], columns: Sequence[str], option: str) -> Events:
     Raises:
         ValueError: a file is missing, or a column is, or has values that are none.
     """
+    for path in filter(is_remote, paths):
+        raise ValueError(
+            f"{option}={path!r} is in a bucket; copy the log to a disk and name it there"
+        )
     parts = [_read_file(data_files.locate(path, option), columns) for path in paths]
     timed = all(part.time is not None for part in parts)
     join = lambda name: np.concatenate([getattr(part, name) for part in parts])
