@@ -27,7 +27,7 @@ from spmd.models.resnet import ResNet
 from spmd.models.vit import ViT
 from spmd.optim import AdamW
 from spmd.tasks import Classification
-from spmd.train import TrainConfig
+from spmd.train import LogConfig, TrainConfig
 
 MODELS = {
     "cnn": CNN(channels=3, features=(16, 32, 64), classes=0),
@@ -58,4 +58,5 @@ def config(
         ),
         optimizer=AdamW(learning_rate=RATES[model]),
         train=TrainConfig(epochs=10),
+        log=LogConfig(pictures=16),
     )

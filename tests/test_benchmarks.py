@@ -25,6 +25,7 @@ TITLES = {
     "sparse_tables": ["rows / jnp.take and optax"],
     "votes": ["of 50 ms steps"],
     "pipeline": ["compile", "1f1b / gpipe, median of pairs"],
+    "cnn_peers": ["spmd, one device", "images/s"],
     "gpu_gpt2": ["spmd", "TFLOP/s", "MFU"],
     "lm_peers": ["spmd, 1 per dispatch", "spmd, 10.6M parameters", ">= 0.98"],
     "mnist_peers": [

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from spmd.core.fields import check
 
 COLUMNS, GAP, TEXT = 8, 4, 12  # pixels
 LEAST = 64  # smaller images are enlarged
+WRITTEN = 112  # so are those with names below them
 # Colours of the classes of a mask from 1 on (Okabe and Ito's, which the colour-blind tell apart).
 COLOURS = np.array(
     [
@@ -100,3 +102,42 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     colour = np.where((mask < 0)[..., None], 0, colour)
     blended = (pixels.astype(np.int64) + colour) // 2
     return np.where((mask != 0)[..., None], blended, pixels).astype(np.uint8)
+
+
+def draw_panels(
+    panels: Sequence[np.ndarray],
+    captions: Sequence[Sequence[tuple[str, str]]],
+    titles: Sequence[str] = (),
+) -> bytes:
+    """A picture of examples: for each its panels side by side, lines of text below.
+
+    Args:
+      panels: each uint8 [N, H, W, 3].
+      captions: N times lines (text, colour).
+      titles: of the panels, written over those of the first example; empty writes none.
+
+    Returns:
+      The PNG.
+    """
+    from PIL import Image, ImageDraw
+
+    times = -(-WRITTEN // min(panels[0].shape[1:3]))
+    strips = np.concatenate([x.repeat(times, 1).repeat(times, 2) for x in panels], axis=2)
+    num, height, width = strips.shape[:3]
+    columns = max(min(COLUMNS // len(panels), num), 1)
+    lines = max(len(caption) for caption in captions)
+    head = TEXT if titles else 0
+    cell = (width + GAP, height + GAP + TEXT * lines)
+    size = (columns * cell[0] + GAP, head + -(-num // columns) * cell[1] + GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        pen.text((GAP + i * width // len(panels), 0), title, fill="black")
+    for i, caption in enumerate(captions):
+        x, y = GAP + i % columns * cell[0], head + GAP + i // columns * cell[1]
+        sheet.paste(Image.fromarray(strips[i]), (x, y))
+        for line, (text, colour) in enumerate(caption):
+            pen.text((x, y + height + line * TEXT), text[: max(width // 6, 1)], fill=colour)
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()

@@ -157,12 +157,15 @@ def batch_mean(x_BD: jax.Array, reduce_dims: tuple[int, ...]) -> jax.Array:
     weight_B = current().weight
     if weight_B is None:
         weight_B = jnp.ones(x_BD.shape[:1], x_BD.dtype)
-    weight = weight_B.astype(x_BD.dtype).reshape((-1,) + (1,) * (x_BD.ndim - 1))
-    inner = 1
-    for dim in reduce_dims:
-        inner *= 1 if dim == 0 else x_BD.shape[dim]
-    total = batch_sum(jnp.sum(x_BD * weight, axis=reduce_dims))
-    count = batch_sum(jnp.sum(weight_B.astype(x_BD.dtype))) * inner
+    weight_B = weight_B.astype(x_BD.dtype)
+    inner_dims = tuple(dim for dim in reduce_dims if dim)
+    inner = math.prod(x_BD.shape[dim] for dim in inner_dims)
+    # Weighted after the sum over an example's own elements: XLA's CPU backend would write the weights
+    # once for each element, and read them.
+    example_BD = jnp.sum(x_BD, axis=inner_dims)
+    weight = weight_B.reshape((-1,) + (1,) * (example_BD.ndim - 1))
+    total = batch_sum(jnp.sum(example_BD * weight, axis=0))
+    count = batch_sum(jnp.sum(weight_B)) * inner
     return (total / jnp.maximum(count, jnp.ones((), x_BD.dtype))).astype(dtype)
 
 

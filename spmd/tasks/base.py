@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from spmd.core import batches
@@ -19,6 +20,7 @@ from spmd.core.fields import check
 from spmd.metrics import Metric, measure
 from spmd.tasks.combine import Combine
 from spmd.tasks.objective import Batch, MetricSums, Objective
+from spmd.tasks.picture import Picture
 from spmd.tasks.tracing import Tracer
 
 
@@ -125,6 +127,13 @@ class Task:
     def predict(self, model: Any, batch: Batch) -> Any:
         """The outputs for a batch, each [B, ...]."""
         return model(*self.inputs(batch))
+
+    def picture(self, batch: Mapping[str, np.ndarray], outputs: Any) -> Picture | None:
+        """Predictions beside their truth, drawn at evaluations (log.pictures); None draws nothing.
+
+        batch, outputs: numpy arrays [N, ...], the features and what `predict` gave for them.
+        """
+        return None
 
     # ---- what the base does
 

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spmd.core import batches
 from spmd.core.batches import Ids
@@ -16,6 +18,7 @@ from spmd.metrics import AUC, Metric
 from spmd.tasks import losses
 from spmd.tasks.base import Task
 from spmd.tasks.objective import Batch
+from spmd.tasks.picture import Picture, image_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,3 +62,11 @@ class MultiLabel(Task):
                 f" (--model.classes {labels.shape[-1]})"
             )
         return {self.label: Ids(2, "values of a label (0 or 1)", low=-1, target=True)}
+
+    def picture(self, batch: Mapping[str, np.ndarray], outputs: Any) -> Picture | None:
+        """The labels of each image beside the probabilities of its classes."""
+        image = image_of(batch, self.input)
+        if image is None or self.label not in batch:
+            return None
+        probability = 1 / (1 + np.exp(-np.asarray(outputs, np.float64)))
+        return Picture(image, numbers={"truth": batch[self.label], "predicted": probability})

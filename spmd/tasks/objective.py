@@ -15,6 +15,7 @@ from spmd.core.batches import Ids
 from spmd.parallel import tables
 from spmd.parallel.tables import SparseTable
 from spmd.tasks.combine import Combine
+from spmd.tasks.picture import Picture
 
 Batch = Mapping[str, jax.Array]
 PyTree = Any
@@ -81,6 +82,7 @@ class Objective(NamedTuple):
     tables: the sparse tables of the model; what they give a batch is read as batch["rows/FEATURE"].
     row_dtype: type of their rows.
     staged: () -> the loss in parts; ValueError, by name, for a model that is no stack of layers.
+    picture: (batch, outputs) as numpy arrays -> how they are drawn; None where they are not.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -100,6 +102,7 @@ class Objective(NamedTuple):
     tables: Mapping[str, SparseTable] = MappingProxyType({})
     row_dtype: Any = jnp.float32
     staged: Callable[[], Staged] = _unstaged
+    picture: Callable[[Any, Any], Picture | None] = lambda batch, outputs: None
 
     @property
     def num_gradients(self) -> int:

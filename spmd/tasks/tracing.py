@@ -78,6 +78,7 @@ class Tracer:
             evaluate=self.evaluate,
             measured=self.measured,
             predict=self.predict,
+            picture=self.task.picture,
             call=lambda params, state, fn: self.net.evaluate(*self.plain(params, state), fn),
             whole_batch=self.net.whole_batch,
             state_dims=state_dims,

@@ -94,6 +94,9 @@ class LogConfig:
     """Write TensorBoard events too."""
     examples: bool = free(False)
     """Write which examples each step was trained on: examples-PROCESS.jsonl."""
+    pictures: int = free(0)
+    """Evaluation examples drawn beside their predictions, of tasks on images: RUN/pictures/STEP.png, and in
+    TensorBoard; the same ones at each evaluation. 0 draws none."""
     wandb: str = free("")
     """Project of Weights & Biases to send metrics to as well (pip install wandb; honours WANDB_MODE)."""
     profile: str = free("")
@@ -101,6 +104,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         check(self.every >= 1, f"log.every={self.every} must be at least 1")
+        check(self.pictures >= 0, f"log.pictures={self.pictures} must not be negative")
         first, _, last = self.profile.partition(":")
         check(
             not self.profile

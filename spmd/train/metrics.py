@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import sys
 import tempfile
 import time
@@ -174,6 +175,16 @@ class Writer:
         if time.monotonic() - self._sent > _EVERY:
             self.flush()
 
+    def picture(self, step: int, png: bytes) -> None:
+        """Write a picture of predictions, pictures/STEP.png and an event; nothing where it is empty."""
+        if not png or self._lines is None:
+            return
+        folder = self._directory / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{step:08}.png").write_bytes(png)
+        if self._events is not None:
+            self._events.file_writer.add_summary(_summary({}, {"eval/predictions": png}), step)
+
     def flush(self) -> None:
         """Send new lines and events to an object store; on a disk they are written already."""
         self._sent = time.monotonic()
@@ -214,12 +225,19 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def _summary(metrics: Mapping[str, float]) -> Any:
+def _summary(metrics: Mapping[str, float], pictures: Mapping[str, bytes] = {}) -> Any:
+    """The event of some metrics and PNGs."""
     from tensorboardX.proto import summary_pb2
 
     messages: Any = summary_pb2  # protobuf makes its classes at run time
-    scalars = [messages.Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
-    return messages.Summary(value=scalars)
+    values = [messages.Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
+    for name, png in pictures.items():
+        width, height = struct.unpack(">II", png[16:24])  # of its header
+        image = messages.Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=png
+        )
+        values.append(messages.Summary.Value(tag=name, image=image))
+    return messages.Summary(value=values)
 
 
 def read_lines(directory: epath.Path) -> list[dict[str, float]]:

@@ -32,6 +32,7 @@ from spmd.train.evaluate import Measured, evaluator
 from spmd.train.evaluations import Evaluation
 from spmd.train.log import Clock, Log, check_finite
 from spmd.train.metrics import Writer
+from spmd.train.pictures import Pictures
 from spmd.train.profile import Profile
 from spmd.train.program import Program
 from spmd.train.snapshot import Snapshot
@@ -153,6 +154,7 @@ class Trainer:
         skips = {"train": program.skips or Skips(), "eval": program.data.skips("evaluation")}
         self.skipped = dataset.Skipped({"train": program.source, "eval": eval_source}, skips)
         self.evaluate = evaluator(program, eval_source, skips["eval"])
+        self.pictures = Pictures(program, eval_source, log.pictures)
         steps = self.step, program.num_steps, train.steps_per_dispatch
         self.profile = Profile(log.profile, self.run.path, *steps)
 
@@ -259,8 +261,9 @@ class Trainer:
         with self.clock("evaluation"):
             variables = self.strategy.eval_variables(self.state)
             metrics = self.evaluate(*variables, self.state.tables, self._should_stop)
-        if metrics is None:
-            return
+            if metrics is None:
+                return
+            self.writer.picture(self.step, self.pictures.draw(*variables, self.state.tables))
         self.measured = metrics | self.skipped.count()
         if self.program.privacy:
             self.measured["privacy/epsilon"] = self.program.privacy.epsilon(self.step)

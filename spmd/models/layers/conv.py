@@ -14,6 +14,7 @@ from flax import nnx
 from spmd.core import narrow
 from spmd.models.layers.height import by_rows
 from spmd.models.layers.initial import he_normal, param
+from spmd.parallel import scope
 
 
 class Conv(nnx.Module):
@@ -57,7 +58,11 @@ class Conv(nnx.Module):
         if narrow.is_narrow(dtype):
             result: Any = _narrow_convolve(self.stride, x_BHWC.astype(dtype), kernel)
             return result
-        return convolve(self.stride, x_BHWC.astype(dtype), kernel.astype(dtype))
+        x_BHWC, kernel = x_BHWC.astype(dtype), kernel.astype(dtype)
+        if self.stride == 1 and _is_first(kernel) and scope.platform() == "cpu":
+            first: Any = _first_convolve(x_BHWC, kernel)
+            return first
+        return convolve(self.stride, x_BHWC, kernel)
 
 
 def convolve(stride: int, x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -76,6 +81,41 @@ def convolve(stride: int, x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(
         x_BHWC, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def _is_first(kernel: jax.Array) -> bool:
+    """Whether a kernel is that of a first layer: few input channels, many output channels."""
+    size, _, channels, features = kernel.shape
+    return size * size * channels <= 32 and features >= 8 * channels
+
+
+@jax.custom_vjp
+def _first_convolve(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` by a stride of 1, the kernel's gradient as a matmul of shifted images.
+
+    XLA's CPU backend would transpose the gradient of the output, the largest array by far.
+    """
+    return convolve(1, x_BHWC, kernel)
+
+
+def _first_convolve_forward(x_BHWC, kernel):
+    return convolve(1, x_BHWC, kernel), (x_BHWC, kernel)
+
+
+def _first_convolve_backward(residuals, gradient_BHWF):
+    x_BHWC, kernel = residuals
+    _, x_gradient = jax.vjp(lambda x: convolve(1, x, kernel), x_BHWC)
+    size, _, _, _ = kernel.shape
+    height, width = x_BHWC.shape[1:3]
+    margin = ((size - 1) // 2, size // 2)
+    x_CBHW = jnp.pad(x_BHWC, ((0, 0), margin, margin, (0, 0))).transpose(3, 0, 1, 2)
+    shifts = [(i, j) for i in range(size) for j in range(size)]
+    shifted = jnp.stack([x_CBHW[:, :, i : i + height, j : j + width] for i, j in shifts])
+    kernel_gradient = jnp.einsum("kcbhw,bhwf->kcf", shifted, gradient_BHWF)
+    return x_gradient(gradient_BHWF)[0], kernel_gradient.reshape(kernel.shape)
+
+
+_first_convolve.defvjp(_first_convolve_forward, _first_convolve_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -93,18 +93,25 @@ class BatchNorm(nnx.Module):
         dtype = tree.at_least_float32(x.dtype)  # statistics in bfloat16 lose the variance
         y = x.astype(dtype)
         last = (1,) * (x.ndim - 1) + (-1,)
+        scale, bias = self.scale[...].astype(dtype), self.bias[...].astype(dtype)
         if self.use_running_average:
             mean, var = self.mean[...].astype(dtype), self.var[...].astype(dtype)
+            y -= mean.reshape(last)
         else:
             dims = tuple(range(x.ndim - 1))
             mean = scope.batch_mean(y, dims)
-            var = scope.batch_mean(jnp.square(y - mean.reshape(last)), dims)
+            # The mean is not differentiated pixel by pixel. In the variance its derivative is 0, and in the
+            # difference it is that of the bias: two sums over the pixels are left in the backward pass.
+            constant = jax.lax.stop_gradient(mean)
+            y -= constant.reshape(last)
+            var = scope.batch_mean(jnp.square(y), dims)
             for stat, new in ((self.mean, mean), (self.var, var)):
                 old = stat[...]
                 stat[...] = self.momentum * old + (1 - self.momentum) * new.astype(old.dtype)
-        y = (y - mean.reshape(last)) * jax.lax.rsqrt(var + self.epsilon).reshape(last)
-        scale, bias = (v[...].astype(dtype).reshape(last) for v in (self.scale, self.bias))
-        return (y * scale + bias).astype(x.dtype)
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale
+        if not self.use_running_average:
+            bias -= (mean - constant) * factor  # 0
+        return (y * factor.reshape(last) + bias.reshape(last)).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
