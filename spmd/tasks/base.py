@@ -20,7 +20,7 @@ from spmd.core.fields import check
 from spmd.metrics import Metric, measure
 from spmd.tasks.combine import Combine
 from spmd.tasks.objective import Batch, MetricSums, Objective
-from spmd.tasks.picture import Picture
+from spmd.tasks.picture import Picture, beside_truth
 from spmd.tasks.tracing import Tracer
 
 
@@ -131,9 +131,10 @@ class Task:
     def picture(self, batch: Mapping[str, np.ndarray], outputs: Any) -> Picture | None:
         """Predictions beside their truth, drawn at evaluations (log.pictures); None draws nothing.
 
-        batch, outputs: numpy arrays [N, ...], the features and what `predict` gave for them.
+        By default those of `label` or `target`. batch, outputs: numpy arrays [N, ...], the features and what
+        `predict` gave for them.
         """
-        return None
+        return beside_truth(self, batch, outputs)
 
     # ---- what the base does
 

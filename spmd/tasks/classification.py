@@ -5,11 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from spmd.core import batches
 from spmd.core.batches import Ids
@@ -18,7 +16,6 @@ from spmd.metrics import Accuracy, Metric, blended
 from spmd.tasks import losses
 from spmd.tasks.base import Task
 from spmd.tasks.objective import Batch
-from spmd.tasks.picture import Picture, image_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +58,3 @@ class Classification(Task):
         batches.check_logits(outputs, batch[self.label], self.label, "classes")
         classes = Ids(outputs.shape[-1], "classes of the model's output", target=True)
         return dict.fromkeys(names, classes)
-
-    def picture(self, batch: Mapping[str, np.ndarray], outputs: Any) -> Picture | None:
-        """The class of each image beside the likeliest."""
-        image = image_of(batch, self.input)
-        if image is None or self.label not in batch:
-            return None
-        classes = {"truth": batch[self.label], "predicted": outputs.argmax(-1)}
-        return Picture(image, classes=classes)

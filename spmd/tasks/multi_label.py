@@ -18,7 +18,7 @@ from spmd.metrics import AUC, Metric
 from spmd.tasks import losses
 from spmd.tasks.base import Task
 from spmd.tasks.objective import Batch
-from spmd.tasks.picture import Picture, image_of
+from spmd.tasks.picture import Picture, beside_truth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,4 @@ class MultiLabel(Task):
 
     def picture(self, batch: Mapping[str, np.ndarray], outputs: Any) -> Picture | None:
         """The labels of each image beside the probabilities of its classes."""
-        image = image_of(batch, self.input)
-        if image is None or self.label not in batch:
-            return None
-        probability = 1 / (1 + np.exp(-np.asarray(outputs, np.float64)))
-        return Picture(image, numbers={"truth": batch[self.label], "predicted": probability})
+        return beside_truth(self, batch, 1 / (1 + np.exp(-np.asarray(outputs, np.float64))))

@@ -5,18 +5,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spmd.core import batches
 from spmd.metrics import MAE, RMSE, Metric, difference
 from spmd.tasks.base import Task
 from spmd.tasks.objective import Batch
-from spmd.tasks.picture import Picture, image_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +37,3 @@ class Regression(Task):
     def values(self, outputs: Any, batch: Batch, *, train: bool) -> dict[str, jax.Array]:
         """The squared error of each number [B, N]."""
         return {"loss": jnp.square(difference(outputs, batch, self.target, "task Regression"))}
-
-    def picture(self, batch: Mapping[str, np.ndarray], outputs: Any) -> Picture | None:
-        """The numbers of each image beside those wanted."""
-        image = image_of(batch, self.input)
-        if image is None or self.target not in batch:
-            return None
-        return Picture(image, numbers={"truth": batch[self.target], "predicted": outputs})

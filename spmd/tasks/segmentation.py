@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spmd.core import batches
 from spmd.core.batches import Ids
@@ -19,7 +17,6 @@ from spmd.metrics import Confusion, Metric
 from spmd.tasks import losses
 from spmd.tasks.base import Task
 from spmd.tasks.objective import Batch
-from spmd.tasks.picture import Picture, image_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +75,3 @@ class Segmentation(Task):
         batches.check_logits(outputs, batch[self.label], self.label, "classes")
         things = "classes of the model's output"
         return {self.label: Ids(outputs.shape[-1], things, low=-1, target=True)}
-
-    def picture(self, batch: Mapping[str, np.ndarray], outputs: Any) -> Picture | None:
-        """The mask of each image beside the likeliest classes of its pixels."""
-        image = image_of(batch, self.input)
-        if image is None or self.label not in batch:
-            return None
-        return Picture(image, masks={"truth": batch[self.label], "predicted": outputs.argmax(-1)})

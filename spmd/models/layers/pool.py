@@ -112,7 +112,7 @@ def _overlapping_forward(size, stride, x_BHWC):
 
 
 def _overlapping_backward(size, stride, residuals, gradient):
-    """Of each pixel, the sum over the windows in which it is the largest.
+    """The gradient of each pixel: the sum over the windows in which it is the largest.
 
     Padded pixels y = stride * row + phase are those number `phase`, phase + stride, ... of the windows row,
     row - 1, ...; the gradients of each pair of phases are computed together and then interleaved.
