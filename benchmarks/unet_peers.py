@@ -214,7 +214,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--select", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one seed, three steps")

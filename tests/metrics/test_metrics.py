@@ -118,6 +118,13 @@ CASES = {
         np.tile(WEIGHTS[:, None], C),
         np.square(LOGITS - TARGETS)[CHOSEN].mean() ** 0.5,
     ),
+    "rmse of a column": (
+        metrics.RMSE(),
+        LOGITS[:, :1],
+        {"target": TARGETS[:, 0]},
+        WEIGHTS,
+        np.square(LOGITS - TARGETS)[CHOSEN][:, 0].mean() ** 0.5,
+    ),
     "confusion": (
         metrics.Confusion(),
         PIXELS,
