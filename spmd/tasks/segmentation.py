@@ -53,21 +53,21 @@ class Segmentation(Task):
         """1 for each labelled pixel, and for each image."""
         mask_BHW, weight_B = batches.feature(batch, self.label), batches.feature(batch, "weight")
         labelled = {self.pixel: (mask_BHW >= 0).astype(weight_B.dtype)}
-        return labelled | ({"dice": jnp.ones_like(weight_B)} if self.dice else {})
+        return labelled | ({"soft_dice": jnp.ones_like(weight_B)} if self.dice else {})
 
     def values(self, outputs: Any, batch: Batch, *, train: bool) -> dict[str, jax.Array]:
         """The loss of each pixel [B, H, W], and of each image [B]."""
         self.ranges(batch, outputs)
         mask_BHW = batches.wide_indices(batch[self.label])
         loss_BHW = losses.cross_entropy(outputs, jnp.maximum(mask_BHW, 0))
-        terms = {"dice": losses.soft_dice(outputs, mask_BHW)} if self.dice else {}
+        terms = {"soft_dice": losses.soft_dice(outputs, mask_BHW)} if self.dice else {}
         if self.pixel == "focal":
             loss_BHW = (1 - jnp.exp(-loss_BHW)) ** self.gamma * loss_BHW
         return {self.pixel: loss_BHW, **terms}
 
     def coefficients(self, model: Any) -> dict[str, float]:
         """1 for the loss of a pixel, `dice` for that of an image."""
-        return {self.pixel: 1.0} | ({"dice": self.dice} if self.dice else {})
+        return {self.pixel: 1.0} | ({"soft_dice": self.dice} if self.dice else {})
 
     def ranges(self, batch: Any, outputs: Any, model: Any = None) -> dict[str, Ids]:
         """The labels are classes of the output, or -1."""

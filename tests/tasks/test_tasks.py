@@ -224,7 +224,7 @@ def test_segmentation_by_definition():
     for i in range(3):
         pixels, classes = share[i][known[i]], np.eye(3)[mask[i][known[i]]]
         both, either = (pixels * classes).sum(0), pixels.sum(0) + classes.sum(0)
-        assert values["dice"][i] == pytest.approx(
+        assert values["soft_dice"][i] == pytest.approx(
             1 - np.mean((2 * both + 1) / (either + 1)), rel=1e-5
         )
-    assert task.coefficients(None) == {"focal": 1.0, "dice": 0.5}
+    assert task.coefficients(None) == {"focal": 1.0, "soft_dice": 0.5}
