@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,14 @@ from flax import nnx
 from jax import Array
 
 from spmd.core.fields import check, free
+from spmd.models.attention.cache import Cache, empty_cache
 from spmd.models.attention.multihead import Memory
-from spmd.models.attention.positions import positions_or_default, sinusoids, token_positions
+from spmd.models.attention.positions import (
+    TokenPositions,
+    positions_or_default,
+    sinusoids,
+    token_positions,
+)
 from spmd.models.blocks import Block, BlockConfig, BlockStack
 from spmd.models.layers import Dropout, Embedding, Linear
 from spmd.models.layers.activations import Saved, matmul_input, residual
@@ -92,6 +98,18 @@ class EncoderDecoder(BlockConfig):
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The module, with initial weights."""
         return Translator(self, rngs)
+
+
+class DecoderCache(NamedTuple):
+    """What decoding reads: keys and values of earlier tokens, and of the encoded source.
+
+    own: [L, B W, T, G, K] of the tokens of W rows for each source. memory: [L, B, S, G, K] of its tokens.
+    segments_BS: 1 for the tokens of a source, 0 for padding.
+    """
+
+    own: Cache
+    memory: Cache
+    segments_BS: Array
 
 
 class Translator(nnx.Module):
@@ -201,6 +219,59 @@ class Translator(nnx.Module):
             spec, kernel = self.head.spec, self.head.kernel
         return vocab_logits(spec, x_BTD, kernel[...], vocab=self.config.vocab)
 
+    def encode(
+        self, source_BS: Array, segments_BS: Array, length: int, rows: int = 1
+    ) -> DecoderCache:
+        """The encoded sources, and empty caches for the tokens of their targets.
+
+        Args:
+            source_BS: tokens of the sources, from position 0 on.
+            segments_BS: 1 for a token, 0 for padding behind them.
+            length: most tokens of a target.
+            rows: targets of each source, decoded side by side (beams).
+
+        Returns:
+            The cache that `decode` takes.
+        """
+        config, batch = self.config, source_BS.shape[0]
+        x_BSD = self._embed(source_BS, None, layer=0)
+        side = (source_BS, None, segments_BS)
+        x_BSD = self._run(self.encoder, x_BSD, side, 0)
+        x_BSD = matmul_input(residual(self.encoder_norm(x_BSD)))
+
+        def project(block: Block, x_BSD: Array, _: None) -> tuple[Array, dict[str, Any]]:
+            assert block.cross is not None
+            return x_BSD, {"memory": block.cross.project_memory(x_BSD)}
+
+        memory = self.stack(self.decoder, x_BSD, project)[1]["memory"]
+        shape = (config.layers, batch * rows, length, config.num_kv_heads, config.width)
+        return DecoderCache(empty_cache(shape, x_BSD.dtype), memory, segments_BS)
+
+    def decode(
+        self, tokens_BT: Array, positions_BT: Array, cache: DecoderCache
+    ) -> tuple[Array, DecoderCache]:
+        """(logits [B, T, V], the cache with these tokens in it), for tokens of the targets.
+
+        Args:
+            tokens_BT: tokens, each before the one that its logits predict.
+            positions_BT: index of each in its target.
+            cache: of the sources and the earlier tokens; B is its sources times rows.
+
+        Returns:
+            Logits, and the cache.
+        """
+        x_BTD = self._embed(tokens_BT, positions_BT, layer=0)
+        positions = self._positions((tokens_BT, positions_BT, None), x_BTD.dtype)
+
+        def apply(block: Block, x_BTD: Array, layer: Any) -> tuple[Array, dict[str, Any]]:
+            memory = Memory(None, cache.segments_BS, layer["memory"])
+            return block(x_BTD, positions, layer["own"], memory=memory)
+
+        inputs = {"own": cache.own, "memory": cache.memory}
+        x_BTD, outputs = self.stack(self.decoder, x_BTD, apply, inputs)
+        logits_BTV = self.logits(self.leave({"x": x_BTD}))
+        return logits_BTV, cache._replace(own=outputs["cache"])
+
     def _embed(self, tokens_BT: Array, positions_BT: Array | None, *, layer: int) -> Array:
         dtype = jnp.dtype(self.config.dtype or self.embed.table[...].dtype)
         x_BTD = self.embed(tokens_BT, dtype)
@@ -218,11 +289,14 @@ class Translator(nnx.Module):
         first: Array | int,
         memory: Memory | None = None,
     ) -> Array:
-        config = self.config
-        rotary = (config.width, config.rope_theta) if config.position == "rope" else None
-        positions = token_positions(*side, rotary=rotary, dtype=x_BTD.dtype)
+        positions = self._positions(side, x_BTD.dtype)
         apply = functools.partial(_apply, positions=positions, memory=memory)
         return self.stack(blocks, x_BTD, apply, first=first)[0]
+
+    def _positions(self, side: tuple[Any, ...], dtype: Any) -> TokenPositions:
+        config = self.config
+        rotary = (config.width, config.rope_theta) if config.position == "rope" else None
+        return token_positions(*side, rotary=rotary, dtype=dtype)
 
 
 def _apply(block: Block, x_BTD: Array, _: None, **options: Any) -> tuple[Array, dict[str, Any]]:

@@ -20,6 +20,7 @@ from spmd.tasks.objective import (
 from spmd.tasks.recommendation import NextItem, RatingPrediction, Retrieval
 from spmd.tasks.regression import Regression
 from spmd.tasks.segmentation import Segmentation
+from spmd.tasks.translation import Translation
 
 __all__ = [
     "FROZEN",
@@ -43,5 +44,6 @@ __all__ = [
     "Staged",
     "Sums",
     "Task",
+    "Translation",
     "is_frozen",
 ]

@@ -18,6 +18,7 @@ import tyro
 from spmd.core.fields import check, free, located
 from spmd.data import TFDS, DataConfig, Features, Split
 from spmd.data.mixing import check_weights
+from spmd.data.text.tokenized import check_vocab
 
 if TYPE_CHECKING:
     from spmd.data import Source
@@ -85,17 +86,7 @@ class Sequences(DataConfig):
         )
         if vocab is None:
             return
-        size = self.open_tokenizer().vocab_size
-        check(
-            vocab >= size,
-            f"model.vocab={vocab} is less than the {size} tokens of data.tokenizer={self.tokenizer}; use"
-            f" --model.vocab {size}{_padded_hint(size)}, or the tokenizer that the model was made for",
-        )
-
-
-def _padded_hint(size: int) -> str:
-    padded = -(-size // 128) * 128
-    return f" or, padded for the devices, {padded}" if padded > size else ""
+        check_vocab(vocab, self.open_tokenizer().vocab_size, self.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

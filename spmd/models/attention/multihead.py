@@ -23,10 +23,12 @@ class Memory(NamedTuple):
     """The output of an encoder, to which cross-attention attends, and the segments of its tokens.
 
     segments_BS: numbers, 0 for padding; a query sees tokens of its own number. None is one segment.
+    cache: in place of x_BSD its keys and values, as `project_memory` gives them.
     """
 
-    x_BSD: jax.Array
+    x_BSD: jax.Array | None
     segments_BS: jax.Array | None
+    cache: Cache | None = None
 
 
 class Attention(nnx.Module):
@@ -135,7 +137,8 @@ class Attention(nnx.Module):
     def cross(self, x_BTD: jax.Array, segments_BT: jax.Array | None, memory: Memory) -> jax.Array:
         """Attention's output [B, T, D] for queries that see all of a memory's tokens, within segments.
 
-        Keys and values have no positions but those that the memory itself has.
+        Keys and values have no positions but those that the memory itself has. A cached memory of B / W rows
+        serves W consecutive rows of queries each (the beams of a source), of segment 1.
 
         Args:
             x_BTD: input of the queries.
@@ -146,13 +149,33 @@ class Attention(nnx.Module):
             [B, T, D].
         """
         q_BTHK = activation("query", self.query(x_BTD), "heads", "head_dim")
-        k_BSGK = activation("key", self.key(memory.x_BSD), "kv_heads", "head_dim")
-        v_BSGK = activation("value", self.value(memory.x_BSD), "kv_heads", "head_dim")
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
+        if self.query_norm is not None:
+            q_BTHK = self.query_norm(q_BTHK)
+        shape, cache = q_BTHK.shape, memory.cache
+        if cache is None:
+            assert memory.x_BSD is not None
+            cache = self.project_memory(memory.x_BSD)
+        else:
+            q_BTHK = q_BTHK.reshape(cache["key"].shape[0], -1, *shape[2:])
+            segments_BT = None
         mask = Mask(kind="full", query_segments_BT=segments_BT, key_segments_BS=memory.segments_BS)
-        y_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, mask)
+        y_BTHK = self._attend(q_BTHK, cache["key"], cache["value"], mask).reshape(shape)
         return self.out(activation("attended", y_BTHK, "heads", "head_dim"))
+
+    def project_memory(self, x_BSD: jax.Array) -> Cache:
+        """The keys and values of a memory, which do not depend on the queries.
+
+        Args:
+            x_BSD: output of an encoder.
+
+        Returns:
+            `key` and `value` [B, S, G, K].
+        """
+        k_BSGK = activation("key", self.key(x_BSD), "kv_heads", "head_dim")
+        v_BSGK = activation("value", self.value(x_BSD), "kv_heads", "head_dim")
+        if self.key_norm is not None:
+            k_BSGK = self.key_norm(k_BSGK)
+        return {"key": k_BSGK, "value": v_BSGK}
 
     def _attend(
         self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: Mask

@@ -1,0 +1,139 @@
+"""Beam search: the most likely sequences of a model that gives one token after the other."""
+
+# B sources, W beams, T tokens, V vocab
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spmd.core import tree
+from spmd.core.fields import check
+
+# (tokens [B W, 1], position [], cache) -> (logits [B W, V], cache)
+Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearch:
+    """Width and length penalty of a beam search.
+
+    A sequence of n tokens, its end token counted, scores log-probability / penalty(n): `gnmt` ((5 + n) / 6)^a
+    (Wu et al. 2016, arXiv 1609.08144, equation 14; T5 too), `power` n^a (generate of transformers).
+    """
+
+    beams: int = 4
+    """Sequences kept for each source."""
+    alpha: float = 0.6
+    """Exponent a of the penalty; 0 prefers short sequences, more prefers longer ones."""
+    penalty: Literal["gnmt", "power"] = "gnmt"
+    """Form of the penalty."""
+
+    def __post_init__(self) -> None:
+        check(self.beams >= 1, f"--beams {self.beams} must be at least 1")
+        check(self.alpha >= 0, f"--length-penalty {self.alpha} must not be negative")
+
+    def divisor(self, length: jax.Array, dtype: Any) -> jax.Array:
+        """The penalty of sequences of so many tokens."""
+        size = length.astype(dtype)
+        return ((5 + size) / 6 if self.penalty == "gnmt" else size) ** self.alpha
+
+
+class _State(NamedTuple):
+    """index: tokens so far. The live sequences, their log-probabilities; the ended ones, their scores."""
+
+    index: jax.Array
+    live_BWT: jax.Array
+    live_BW: jax.Array
+    ended_BWT: jax.Array
+    ended_BW: jax.Array
+    cache: Any
+
+
+def search(
+    config: BeamSearch,
+    step: Step,
+    cache: Any,
+    limit_B: jax.Array,
+    *,
+    begin: int,
+    end: int,
+    length: int,
+    reorder: Callable[[Any, jax.Array], Any],
+) -> tuple[jax.Array, jax.Array]:
+    """(sequences int32 [B, W, T], their scores [B, W]), the best first.
+
+    A sequence ends with `end`, or when it has as many tokens as its limit; `end` fills the rest. The search for
+    a source stops when no live sequence can reach the score of the worst ended one, so that a source's
+    result does not depend on the others in its batch.
+
+    Args:
+        config: width and penalty.
+        step: the model.
+        cache: its state, of B W rows.
+        limit_B: most tokens of each sequence, at most `length`; 0 for a row that is padding.
+        begin: token before the first.
+        end: token that ends a sequence.
+        length: T.
+        reorder: (cache, [B, W] beams whose state each beam takes over) -> cache.
+
+    Returns:
+        Sequences and scores, -inf where there are fewer.
+    """
+    num, width = limit_B.shape[0], config.beams
+    empty_BWT = jnp.full((num, width, length), end, jnp.int32)
+    first = jax.eval_shape(step, empty_BWT[:, :, 0].reshape(-1, 1), jnp.int32(0), cache)
+    dtype = tree.at_least_float32(first[0].dtype)
+
+    def advance(state: _State) -> _State:
+        before_BW = state.live_BWT[:, :, jnp.maximum(state.index - 1, 0)]
+        before_BW = jnp.where(state.index == 0, begin, before_BW)
+        logits, cache = step(before_BW.reshape(-1, 1), state.index, state.cache)
+        logits_BWV = logits.reshape(num, width, -1).astype(dtype)
+        vocab = logits_BWV.shape[-1]
+        total_BWV = state.live_BW[..., None] + jax.nn.log_softmax(logits_BWV)
+        # Each beam has one continuation that ends: of 2 W candidates at least W go on.
+        total_BC, place_BC = jax.lax.top_k(total_BWV.reshape(num, -1), 2 * width)
+        beam_BC, token_BC = place_BC // vocab, (place_BC % vocab).astype(jnp.int32)
+        taken_BCT = jnp.take_along_axis(state.live_BWT, beam_BC[..., None], axis=1)
+        taken_BCT = taken_BCT.at[:, :, state.index].set(token_BC)
+
+        size = state.index + 1
+        ends_BC = (token_BC == end) | (size == limit_B)[:, None]
+        nothing = jnp.array(-jnp.inf, total_BC.dtype)
+        score_BC = jnp.where(ends_BC, total_BC / config.divisor(size, dtype), nothing)
+        # At its limit only W sequences of a source are candidates, as they would have gone on.
+        going_BC = token_BC != end
+        last_BC = going_BC & (jnp.cumsum(going_BC, axis=1) > width)
+        score_BC = jnp.where(last_BC, nothing, score_BC)
+        ended_BWT, ended_BW, _ = _best(
+            width,
+            jnp.concatenate([state.ended_BWT, taken_BCT], axis=1),
+            jnp.concatenate([state.ended_BW, score_BC], axis=1),
+        )
+        live_BWT, live_BW, at_BW = _best(width, taken_BCT, jnp.where(ends_BC, nothing, total_BC))
+        parent_BW = jnp.take_along_axis(beam_BC, at_BW, axis=1)
+        return _State(size, live_BWT, live_BW, ended_BWT, ended_BW, reorder(cache, parent_BW))
+
+    def goes_on(state: _State) -> jax.Array:
+        # Log-probabilities only fall; the longest sequence divides by most.
+        reachable_B = state.live_BW.max(1) / config.divisor(limit_B, dtype)
+        return jnp.any((reachable_B > state.ended_BW.min(1)) & (state.index < limit_B))
+
+    nothing_BW = jnp.full((num, width), -jnp.inf, dtype)
+    first_BW = nothing_BW.at[:, 0].set(0)  # the beams are one at first
+    start = _State(jnp.zeros((), jnp.int32), empty_BWT, first_BW, empty_BWT, nothing_BW, cache)
+    final = jax.lax.while_loop(goes_on, advance, start)
+    return final.ended_BWT, final.ended_BW
+
+
+def _best(
+    width: int, sequences_BCT: jax.Array, score_BC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(the `width` sequences of the highest scores, their scores, their places)."""
+    best_BW, at_BW = jax.lax.top_k(score_BC, width)
+    return jnp.take_along_axis(sequences_BCT, at_BW[..., None], axis=1), best_BW, at_BW
