@@ -104,14 +104,7 @@ TASKS = {
     UNet: tasks.Segmentation(dice=0.5, pixel="focal"),
     Segmenter: tasks.Segmentation(),
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
-    EncoderDecoder: tasks.LanguageModel(
-        features=(
-            *("tokens", "source", "positions", "segments"),
-            *("source_positions", "source_segments"),
-        ),
-        z_loss=1e-2,
-        chunks=2,
-    ),
+    EncoderDecoder: tasks.Translation(z_loss=1e-2, chunks=2),
 }
 # Where the local steps of replicas are one step.
 SYNCHRONOUS: Any = {"period": 1, "outer": "average"}

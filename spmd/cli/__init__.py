@@ -19,7 +19,7 @@ COMMANDS = {
     "train": "train, or resume what is in the run directory (the default)",
     "eval": "evaluate a checkpoint of a run",
     "predict": "write the predictions of a run for a data set: --out FILE.parquet or .jsonl",
-    "sample": "continue prompts with the language model of a run",
+    "sample": "continue prompts with the language model of a run, or translate lines",
     "recommend": "items for users by a run of a recommender: --user 42 --k 10",
     "verify": "compare the step on the mesh with the step on one device; name the first difference",
     "compare": "train strategies with the same budget: loss against steps, bytes, and time on a network",

@@ -1,4 +1,4 @@
-"""run.py data prepare | show | check: the input data of an experiment."""
+"""run.py data prepare | show | check | tokenizer: the input data of an experiment."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 from spmd.core.fields import check, closest
 from spmd.data import TFDS, data_root
-from spmd.data.text import Sequences
+from spmd.data.text import Sequences, Text
+from spmd.data.text.tokenized import TokenizedRecords
 from spmd.experiment import registry
 
-ACTIONS = ("prepare", "show", "check")
+ACTIONS = ("prepare", "show", "check", "tokenizer")
+SUFFIX = {"show": ".png", "tokenizer": ".json"}  # of --out
 GRID = 32  # examples of the picture
 COUNTED = 10_000  # labels counted where records must be read for them
 SHOWN = 5  # lines of each kind of finding
@@ -24,7 +26,10 @@ class DataOptions:
     """Options of `run.py data`."""
 
     out: str = ""
-    """With show, a new .png: training examples after their transforms, masks laid over them."""
+    """With show, a new .png: training examples after their transforms, masks laid over them. With
+    tokenizer, a new .json."""
+    vocab: int = 8000
+    """With tokenizer, the number of its tokens."""
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -32,23 +37,30 @@ def run(name: str, words: Sequence[str]) -> int:
 
     `prepare` runs the TFDS builder and tokenizes text. `show` prints splits, features and class counts, and
     draws examples. `check` reads every record once; it returns 1 where some are bad, or in both splits.
+    `tokenizer` trains a byte-level BPE on the training text.
     """
     words = list(words)
     action = words.pop(0) if words and not words[0].startswith("-") else ""
     check(
         action in ACTIONS,
         f"run.py data {action or '(nothing)'}: unknown action."
-        f"{closest(action, ACTIONS)} Type: run.py data prepare|show|check --experiment NAME",
+        f"{closest(action, ACTIONS)} Type: run.py data prepare|show|check|tokenizer --experiment NAME",
     )
     exp, options = registry.load(name, words, DataOptions)
     out = Path(options.out) if options.out else None
-    check(out is None or action == "show", "--out FILE.png is an option of run.py data show")
+    check(
+        out is None or action in SUFFIX,
+        "--out FILE.png is an option of run.py data show, --out FILE.json of run.py data tokenizer",
+    )
     if out is not None:
-        check(out.suffix == ".png", f"--out {out} is no .png file")
+        check(out.suffix == SUFFIX[action], f"--out {out} is no {SUFFIX[action]} file")
         check(not out.exists(), f"--out {out} exists; name a new file, or move it away")
         check(out.parent.is_dir(), f"--out {out}: there is no directory {out.parent}")
     if action == "prepare":
         _prepare(exp.data)
+        return 0
+    if action == "tokenizer":
+        _train_tokenizer(exp.data, options.vocab, out)
         return 0
     data = exp.data.found()
     if action == "check":
@@ -57,6 +69,21 @@ def run(name: str, words: Sequence[str]) -> int:
     if out is not None:
         _draw_grid(data, exp.seed, out)
     return 0
+
+
+def _train_tokenizer(data: Any, vocab: int, out: Path | None) -> None:
+    """Train a byte-level BPE on the texts of the training split, and write it."""
+    from spmd.data.text import bpe
+
+    check(out is not None, "run.py data tokenizer writes a file: give --out FILE.json")
+    assert out is not None
+    check(
+        isinstance(data, TokenizedRecords | Text),
+        f"{type(data).__name__} data is no text on which a tokenizer could be trained",
+    )
+    size = bpe.vocab_of(f"{bpe.PREFIX}{vocab}")
+    out.write_text(bpe.train(data.texts_of("train"), size), encoding="utf-8")
+    print(f"{out}: take it with --data.tokenizer {out}")
 
 
 def _prepare(data: Any) -> None:
@@ -69,6 +96,10 @@ def _prepare(data: Any) -> None:
         return
     if isinstance(data, TFDS):
         _prepare_tfds(data)
+    elif isinstance(data, TokenizedRecords):
+        print(f"vocabulary: {data.open_tokenizer().vocab_size}")
+        for split in ("train", "eval"):
+            print(f"{split}: {len(data.open_checked(split))} rows")
     else:
         print(f"{type(data).__name__} data needs no preparation")
 
@@ -113,6 +144,11 @@ def _show(data: Any) -> None:
             print(f"vocabulary: {tokenizer.vocab_size}; the first window:")
             print(textwrap.indent(tokenizer.decode(tokens), "    "))
             continue
+        if split == "train" and isinstance(data, TokenizedRecords):
+            print(f"vocabulary: {data.open_tokenizer().vocab_size}; the first record:")
+            values = next(data.records(split).read()).values
+            for name, value in zip(data.columns, values, strict=True):
+                print(textwrap.indent(f"{name}: {value}", "    "))
         _show_classes(data, source)
         if split == "train":
             _draw(first)

@@ -1,4 +1,4 @@
-"""run.py sample: continue prompts with the language model of a run, on any mesh."""
+"""run.py sample: continue prompts with the language model of a run, or translate lines, on any mesh."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from spmd.core.fields import check
+from spmd.data.text.pairs import Pairs
 from spmd.experiment import registry
 
 if TYPE_CHECKING:
     import numpy as np
 
     from spmd.data.text.tokenizer import Tokenizer
+    from spmd.experiment.base import Experiment
 
 
 MOST_TOKENS = 200  # without --tokens
@@ -24,12 +26,14 @@ MOST_TOKENS = 200  # without --tokens
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Prompt, length and temperature of a sample."""
+    """Prompt, length and temperature of a sample; the search of a translation."""
 
     prompt: tuple[str, ...] = ()
-    """Texts to continue, all in one batch; none starts a document where the tokenizer can."""
+    """Texts to continue, all in one batch; none starts a document where the tokenizer can. Translated: none
+    reads lines from standard input."""
     tokens: int = 0
-    """Most tokens to add to each; 0 is 200, or fewer where the model's positions end before."""
+    """Most tokens to add to each; 0 is 200, or fewer where the model's positions end before. A translation
+    may be so much longer than its source; 0 is 50."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the most likely token."""
     top_k: int = 0
@@ -38,13 +42,22 @@ class SampleOptions:
     """Draw from the most likely tokens that together reach this probability."""
     draw: Annotated[int, tyro.conf.arg(name="draw-seed")] = 0
     """Seed of the draws; --seed is that of the run."""
+    beams: int = 4
+    """Translations only: width of the beam search; 0 draws tokens, as --temperature says."""
+    length_penalty: float = 0.6
+    """Translations only: exponent a of ((5 + length) / 6)^a, by which a beam search divides."""
     step: int = -1
     """Step of the checkpoint; -1 is the newest."""
 
 
 def run(name: str, words: Sequence[str]) -> int:
-    """Print each prompt and its continuation: a single one as it is generated, several in turn."""
+    """Print each prompt and its continuation: a single one as it is generated, several in turn.
+
+    Of an experiment on pairs: a line with the translation of each.
+    """
     exp, options = registry.load(name, words, SampleOptions)
+    if isinstance(exp.data, Pairs):
+        return _translate(exp, options)
     tokenizer = exp.data.open_tokenizer()
     from spmd.train import sample
 
@@ -82,6 +95,29 @@ def run(name: str, words: Sequence[str]) -> int:
     ended = all(any(token[i] == tokenizer.end for token in columns) for i in range(len(texts)))
     if not options.tokens and len(columns) == remaining < MOST_TOKENS and not ended:
         print(f"note: the model's positions end after {remaining} tokens more", file=sys.stderr)
+    return 0
+
+
+def _translate(exp: Experiment, options: SampleOptions) -> int:
+    """Print the translations of the prompts, or of the lines of standard input, a line each."""
+    from spmd.train.beam import BeamSearch
+    from spmd.train.sample import Choice
+    from spmd.train.translate import Decoding
+    from spmd.train.translation import translate_texts
+
+    check(options.draw >= 0, f"--draw-seed {options.draw} must not be negative")
+    search = BeamSearch(beams=options.beams or 1, alpha=options.length_penalty)
+    choice = Choice(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    decoding = Decoding(
+        search=search if options.beams else None,
+        choice=choice,
+        seed=options.draw,
+        **({"extra": options.tokens} if options.tokens else {}),
+    )
+    snapshot = exp.restore(None if options.step < 0 else options.step, same=("tokenizer",))
+    texts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
+    for text in translate_texts(snapshot, exp.data, texts, decoding):
+        print(text)
     return 0
 
 

@@ -243,5 +243,12 @@ class Experiment:
         return snapshot.restore(program, path, self.checkpoint, step, accept)
 
     def evaluate(self, step: int | None = None) -> dict[str, float]:
-        """Metrics of a checkpoint of the run directory (default: the newest) on the eval split."""
-        return self.restore(step).evaluate()
+        """Metrics of a checkpoint of the run directory (default: the newest) on the eval split, and what the
+        experiment's evaluations measure; those that give nothing are left out.
+        """
+        snapshot = self.restore(step)
+        measured: dict[str, float | None] = dict(snapshot.evaluate())
+        for evaluation in self.evaluations:
+            evaluation.check(snapshot.program)
+            measured |= evaluation.logged(snapshot)
+        return {name: value for name, value in measured.items() if value is not None}

@@ -67,8 +67,8 @@ def search(
 ) -> tuple[jax.Array, jax.Array]:
     """(sequences int32 [B, W, T], their scores [B, W]), the best first.
 
-    A sequence ends with `end`, or when it has as many tokens as its limit; `end` fills the rest. The search for
-    a source stops when no live sequence can reach the score of the worst ended one, so that a source's
+    A sequence ends with `end`, or when it has as many tokens as its limit; `end` fills the rest. The search
+    for a source stops when no live sequence can reach the score of the worst ended one, so that a source's
     result does not depend on the others in its batch.
 
     Args:

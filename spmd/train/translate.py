@@ -26,7 +26,7 @@ SHORTEST = 8  # tokens of the shortest batch; others are powers of two
 
 
 class Hypothesis(NamedTuple):
-    """tokens: int32 [N], without the end token. score: log-probability over the length penalty; 0 if drawn."""
+    """tokens: int32 [N], without the end token. score: log-probability / length penalty; 0 if drawn."""
 
     tokens: np.ndarray
     score: float
@@ -36,9 +36,9 @@ class Hypothesis(NamedTuple):
 class Decoding:
     """How targets are decoded."""
 
-    search: BeamSearch | None = BeamSearch()
+    search: BeamSearch | None = dataclasses.field(default_factory=BeamSearch)
     """Beam search; None draws one token after the other."""
-    choice: Choice = Choice(temperature=0.0)
+    choice: Choice = dataclasses.field(default_factory=lambda: Choice(temperature=0.0))
     """How tokens are drawn without a search."""
     seed: int = 0
     """Of the draws, which depend on it, the number of the source and that of the token."""
@@ -62,8 +62,8 @@ def translate(
 ) -> list[list[Hypothesis]]:
     """The targets of sources, in their order: of each the best first, as many as the search has beams.
 
-    Sources are sorted by length and decoded in batches of similar length. A result depends neither on the other
-    sources nor on the mesh, but for rounding.
+    Sources are sorted by length and decoded in batches of similar length. A result depends neither on the
+    other sources nor on the mesh, but for rounding.
 
     Args:
         snapshot: of an encoder-decoder.
@@ -129,8 +129,10 @@ def _batches(sources: Sequence[np.ndarray], decoding: Decoding, ways: int) -> It
 def _decoder(
     call: Callable[..., Any], mesh: Mesh, decoding: Decoding, end: int, vocab: int | None
 ) -> Callable[..., Any]:
-    """The compiled decoding of a batch; one for all calls with a task: (params, model_state, source [B, S] with
-    -1 for padding, limit [B], number [B]) -> (tokens [B, W, T], scores [B, W]).
+    """The compiled decoding of a batch, one for all calls with a task.
+
+    It takes (params, model_state, source [B, S] with -1 for padding, limit [B], number [B]) and gives
+    (tokens [B, W, T], scores [B, W]).
     """
     placement = sharding.placement(mesh, sharding.whole_sequences())
     replicated = NamedSharding(mesh, P())  # so that each process can read all rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -151,6 +151,12 @@ class Text(Sequences):
                 s: corpus.tfds_documents(self.tfds(), g, self.field) for s, g in splits.items() if g
             }
         return documents  # type: ignore[return-value]
+
+    def texts_of(self, split: Split) -> Iterator[str]:
+        """The documents of a split, long ones in pieces, those that cannot be read left out."""
+        documents = self.documents()
+        pieces = documents.get(split, documents["train"]).pieces()
+        return (piece.text for piece in pieces if not piece.bad)
 
     def open_tokenizer(self) -> Tokenizer:
         """The tokenizer; `chars` has the characters of all text, evaluation included, as in nanoGPT."""

@@ -137,7 +137,7 @@ def open_pairs(
 
 
 def pack(sizes_P2: np.ndarray, lengths: tuple[int, int], open_rows: int = OPEN_ROWS) -> Ragged:
-    """The pairs of each row: first fit among the last rows that are not full, pairs in a fixed shuffled order.
+    """The pairs of each row: first fit among the last rows that are not full, in a shuffled, fixed order.
 
     Args:
         sizes_P2: tokens of source and target of each pair, at most `lengths`.

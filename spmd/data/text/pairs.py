@@ -1,9 +1,9 @@
 """Pairs of texts, source and target: columns of files, aligned files, or a TFDS set.
 
 A batch has `source`, `source_positions`, `source_segments`, int32 [B, S], and `tokens`, `targets`,
-`positions`, `segments`, int32 [B, T]. A row holds one pair or, packed, several: segments number them from 1 on
-both sides, 0 is padding; positions restart at 0. A source ends with the tokenizer's end token; `tokens` begin
-with it, and `targets` are the next tokens up to it, -1 at padding.
+`positions`, `segments`, int32 [B, T]. A row holds one pair or, packed, several: segments number them from 1
+on both sides, 0 is padding; positions restart at 0. A source ends with the tokenizer's end token; `tokens`
+begin with it, and `targets` are the next tokens up to it, -1 at padding.
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ class TokenizedRecords(DataConfig):
         name = self.tokenizer
         if name.startswith(bpe.PREFIX):
             records, vocab = self.records("train"), bpe.vocab_of(name)
-            name = str(bpe.cached(records.name, records.key, self.texts(), vocab, self.cache_dir))
+            name = str(
+                bpe.cached(records.name, records.key, self.texts_of("train"), vocab, self.cache_dir)
+            )
         tokenizer = load_tokenizer(name, self.end)
         check(
             tokenizer.end is not None,
@@ -94,7 +96,7 @@ class TokenizedRecords(DataConfig):
         )
         return tokenizer
 
-    def texts(self, split: Split = "train") -> Iterator[str]:
+    def texts_of(self, split: Split) -> Iterator[str]:
         """The texts of a split, those of one record after the other."""
         for record in self.records(split).read():
             values = record.values[: self.num_texts]
