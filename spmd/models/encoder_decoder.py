@@ -101,7 +101,7 @@ class EncoderDecoder(BlockConfig):
 
 
 class DecoderCache(NamedTuple):
-    """What decoding reads: keys and values of earlier tokens, and of the encoded source.
+    """Keys and values that decoding reads: of earlier tokens, and of the encoded source.
 
     own: [L, B W, T, G, K] of the tokens of W rows for each source. memory: [L, B, S, G, K] of its tokens.
     segments_BS: 1 for the tokens of a source, 0 for padding.

@@ -86,14 +86,32 @@ def search(
     """
     num, width = limit_B.shape[0], config.beams
     empty_BWT = jnp.full((num, width, length), end, jnp.int32)
-    first = jax.eval_shape(step, empty_BWT[:, :, 0].reshape(-1, 1), jnp.int32(0), cache)
-    dtype = tree.at_least_float32(first[0].dtype)
+    logits = jax.eval_shape(step, empty_BWT[:, :, 0].reshape(-1, 1), jnp.int32(0), cache)[0]
+    nothing_BW = jnp.full((num, width), -jnp.inf, tree.at_least_float32(logits.dtype))
+    first_BW = nothing_BW.at[:, 0].set(0)  # the beams are one at first
+    rules = _Rules(config, step, limit_B, begin, end, reorder)
+    start = _State(jnp.zeros((), jnp.int32), empty_BWT, first_BW, empty_BWT, nothing_BW, cache)
+    final = jax.lax.while_loop(rules.goes_on, rules.advance, start)
+    return final.ended_BWT, final.ended_BW
 
-    def advance(state: _State) -> _State:
+
+class _Rules(NamedTuple):
+    """The arguments of a search, and its step."""
+
+    config: BeamSearch
+    step: Step
+    limit_B: jax.Array
+    begin: int
+    end: int
+    reorder: Callable[[Any, jax.Array], Any]
+
+    def advance(self, state: _State) -> _State:
+        """The state with a token more."""
+        config, (num, width) = self.config, state.live_BW.shape
         before_BW = state.live_BWT[:, :, jnp.maximum(state.index - 1, 0)]
-        before_BW = jnp.where(state.index == 0, begin, before_BW)
-        logits, cache = step(before_BW.reshape(-1, 1), state.index, state.cache)
-        logits_BWV = logits.reshape(num, width, -1).astype(dtype)
+        before_BW = jnp.where(state.index == 0, self.begin, before_BW)
+        logits, cache = self.step(before_BW.reshape(-1, 1), state.index, state.cache)
+        logits_BWV = logits.reshape(num, width, -1).astype(state.live_BW.dtype)
         vocab = logits_BWV.shape[-1]
         total_BWV = state.live_BW[..., None] + jax.nn.log_softmax(logits_BWV)
         # Each beam has one continuation that ends: of 2 W candidates at least W go on.
@@ -103,32 +121,27 @@ def search(
         taken_BCT = taken_BCT.at[:, :, state.index].set(token_BC)
 
         size = state.index + 1
-        ends_BC = (token_BC == end) | (size == limit_B)[:, None]
+        ends_BC = (token_BC == self.end) | (size == self.limit_B)[:, None]
         nothing = jnp.array(-jnp.inf, total_BC.dtype)
-        score_BC = jnp.where(ends_BC, total_BC / config.divisor(size, dtype), nothing)
+        score_BC = jnp.where(ends_BC, total_BC / config.divisor(size, total_BC.dtype), nothing)
         # At its limit only W sequences of a source are candidates, as they would have gone on.
-        going_BC = token_BC != end
-        last_BC = going_BC & (jnp.cumsum(going_BC, axis=1) > width)
-        score_BC = jnp.where(last_BC, nothing, score_BC)
+        going_BC = token_BC != self.end
+        score_BC = jnp.where(going_BC & (jnp.cumsum(going_BC, axis=1) > width), nothing, score_BC)
         ended_BWT, ended_BW, _ = _best(
             width,
             jnp.concatenate([state.ended_BWT, taken_BCT], axis=1),
             jnp.concatenate([state.ended_BW, score_BC], axis=1),
         )
         live_BWT, live_BW, at_BW = _best(width, taken_BCT, jnp.where(ends_BC, nothing, total_BC))
-        parent_BW = jnp.take_along_axis(beam_BC, at_BW, axis=1)
-        return _State(size, live_BWT, live_BW, ended_BWT, ended_BW, reorder(cache, parent_BW))
+        cache = self.reorder(cache, jnp.take_along_axis(beam_BC, at_BW, axis=1))
+        return _State(size, live_BWT, live_BW, ended_BWT, ended_BW, cache)
 
-    def goes_on(state: _State) -> jax.Array:
+    def goes_on(self, state: _State) -> jax.Array:
+        """Whether a live sequence can still reach the score of the worst ended one."""
         # Log-probabilities only fall; the longest sequence divides by most.
-        reachable_B = state.live_BW.max(1) / config.divisor(limit_B, dtype)
-        return jnp.any((reachable_B > state.ended_BW.min(1)) & (state.index < limit_B))
-
-    nothing_BW = jnp.full((num, width), -jnp.inf, dtype)
-    first_BW = nothing_BW.at[:, 0].set(0)  # the beams are one at first
-    start = _State(jnp.zeros((), jnp.int32), empty_BWT, first_BW, empty_BWT, nothing_BW, cache)
-    final = jax.lax.while_loop(goes_on, advance, start)
-    return final.ended_BWT, final.ended_BW
+        divisor_B = self.config.divisor(self.limit_B, state.live_BW.dtype)
+        reachable_B = state.live_BW.max(1) / divisor_B
+        return jnp.any((reachable_B > state.ended_BW.min(1)) & (state.index < self.limit_B))
 
 
 def _best(

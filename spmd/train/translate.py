@@ -41,7 +41,7 @@ class Decoding:
     choice: Choice = dataclasses.field(default_factory=lambda: Choice(temperature=0.0))
     """How tokens are drawn without a search."""
     seed: int = 0
-    """Of the draws, which depend on it, the number of the source and that of the token."""
+    """Seed of the draws, which depend on it, the number of the source and that of the token."""
     extra: int = 50
     """Most tokens of a target beyond those of its source (Vaswani et al. 2017, section 6.1)."""
     batch_size: int = 32
