@@ -50,6 +50,7 @@ SLOW = (
     "plan --experiment llama3_8b --target v5p:4x4x4 --mesh.data 1 --mesh.fsdp -1 --model.attention splash",
     "plan --experiment llama3_8b --target v5p:4x4x4 --search --best 3 --html search.html",
     "plan --experiment clicks --target v5e:2x4",
+    "--experiment criteo_dlrm",
 )
 # Of the first page, what `make test` leaves out: more than some seconds, or as another command does.
 LONG = (

@@ -92,12 +92,43 @@ class _Net(nnx.Module):
             dense_BD = jax.nn.relu(layer(dense_BD))
         embedded = [rows[name].astype(dense_BD.dtype) for name in self.config.names]
         x_BFD = jnp.stack([dense_BD, *embedded], axis=1)
-        product_BFF = jnp.einsum("bfd,bgd->bfg", x_BFD, x_BFD)
-        first, second = np.tril_indices(x_BFD.shape[1], -1)
-        x = jnp.concatenate([dense_BD, product_BFF[:, first, second]], axis=1)
+        x = jnp.concatenate([dense_BD, pair_products(x_BFD)], axis=1)
         for layer in self.top:
             x = jax.nn.relu(layer(x))
         return self.head(x)[:, 0]
+
+
+@jax.custom_vjp
+def pair_products(x_BFD: jax.Array) -> jax.Array:
+    """Inner products of all pairs of an example's vectors.
+
+    The gradient is one matmul with the gradients of the pairs in a symmetric matrix; XLA's would scatter them
+    into one half and take two.
+
+    Args:
+        x_BFD: [B, F, D].
+
+    Returns:
+        [B, F (F - 1) / 2], those of the second vector with the first, of the third with the first, ...
+    """
+    first, second = np.tril_indices(x_BFD.shape[1], -1)
+    return jnp.einsum("bfd,bgd->bfg", x_BFD, x_BFD)[:, first, second]
+
+
+def _forward(x_BFD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return pair_products(x_BFD), x_BFD
+
+
+def _backward(x_BFD: jax.Array, grads_BP: jax.Array) -> tuple[jax.Array]:
+    num = x_BFD.shape[1]
+    first, second = np.tril_indices(num, -1)
+    place_FF = np.full((num, num), len(first), np.int32)  # the diagonal: a column of zeros
+    place_FF[first, second] = place_FF[second, first] = np.arange(len(first))
+    grads_BFF = jnp.pad(grads_BP, ((0, 0), (0, 1)))[:, place_FF]
+    return (jnp.einsum("bfg,bgd->bfd", grads_BFF, x_BFD),)
+
+
+pair_products.defvjp(_forward, _backward)
 
 
 def _layers(rngs: nnx.Rngs, widths: tuple[int, ...]) -> nnx.List:

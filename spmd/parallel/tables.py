@@ -26,6 +26,7 @@ LANES = 128  # of a TPU's registers: shorter rows share a line
 # Coprime to STRIPES: consecutive ids, the frequent ones in sorted tables, go to distant stripes.
 _SPREAD = 633
 REPLICATED_BYTES = 2**16  # float32 bytes of a table, up to which `auto` replicates it
+_REPLICATED = "_replicated"  # ends the names of stacks that are
 MAX_ROWS = 2**31 - 2  # places are int32, and the largest is that of no row
 
 
@@ -150,6 +151,11 @@ class StackedTables(NamedTuple):
     replicated: bool = False
 
 
+def is_replicated(stack: str) -> bool:
+    """Whether a stack's arrays are on every device, by its name."""
+    return stack.endswith(_REPLICATED)
+
+
 def stack(tables: Tables) -> list[StackedTables]:
     """The stacks of some tables, one for each width and placement.
 
@@ -176,7 +182,7 @@ def stack(tables: Tables) -> list[StackedTables]:
             placement.rows <= MAX_ROWS,
             f"tables: {', '.join(offsets)} have {offset:,} ids of width {dim}; one width takes {MAX_ROWS:,}",
         )
-        name = f"dim{dim}_replicated" if replicated else f"dim{dim}"
+        name = f"dim{dim}" + _REPLICATED * replicated
         stacks.append(StackedTables(name, placement, offsets, tuple(lookups), replicated))
     return stacks
 

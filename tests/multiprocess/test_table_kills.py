@@ -10,7 +10,7 @@ import pytest
 
 from tests.command import final_state, until
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.gate]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 IDS = ("20", "3000", "5000")
 WORDS = ("--model.ids", *IDS, "--data.ids", *IDS)

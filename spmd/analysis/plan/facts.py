@@ -17,11 +17,12 @@ from jax.sharding import AbstractMesh
 
 from spmd.analysis.plan.blocks import BlockModel, block_model, declared_stacks
 from spmd.analysis.plan.shardings import GROUPS, OTHER, owner
-from spmd.analysis.plan.tables import StackFacts, is_replicated, table_facts
+from spmd.analysis.plan.tables import StackFacts, table_facts
 from spmd.core import narrow, tree
 from spmd.hardware import flops
 from spmd.parallel import sharding
 from spmd.parallel.mesh import AXES, MeshConfig
+from spmd.parallel.tables import is_replicated
 from spmd.train.program import Program
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _bytes(leaf: StateArray, mesh: AbstractMesh, fsdp: bool) -> int:
 
 @functools.lru_cache(maxsize=2**16)  # a search asks for the same shardings thousands of times
 def _axes(leaf: StateArray, mesh: AbstractMesh, fsdp: bool) -> tuple[str, ...]:
-    if leaf.group == GROUPS["tables"] and is_replicated(leaf.name):
+    if leaf.group == GROUPS["tables"] and is_replicated(leaf.name.split("/")[0]):
         return ()
     if leaf.group == GROUPS["tables"]:  # rows over all devices
         return tuple(axis for axis in AXES if mesh.shape[axis] > 1)

@@ -74,11 +74,6 @@ class StackFacts(NamedTuple):
         return bucket_slots(-(-batch_size // num_devices) * self.lookups, num_devices)
 
 
-def is_replicated(name: str) -> bool:
-    """Whether an array of the tables is on each device, by its name in the state."""
-    return name.split("/")[0].endswith("_replicated")
-
-
 def table_facts(
     tables: Tables, batch: Mapping[str, Any], state: Mapping[str, Mapping[str, Any]], itemsize: int
 ) -> tuple[StackFacts, ...]:

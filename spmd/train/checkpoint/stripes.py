@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from spmd.core import digest
-from spmd.parallel.tables import STRIPES, Placement
+from spmd.parallel.tables import STRIPES, Placement, is_replicated
 
 PREFIX = "digests."  # of the leaf of a table's digests, beside the table's
 SHOWN = 3  # stripes, and ids of each, in a message
@@ -22,7 +22,8 @@ SHOWN = 3  # stripes, and ids of each, in a message
 
 def is_striped(name: str, leaf: Any) -> bool:
     """Whether a leaf of the state is an array of a table that is stored in stripes."""
-    return name.startswith("tables.") and bool(leaf.shape) and leaf.shape[0] % STRIPES == 0
+    stored = name.startswith("tables.") and not is_replicated(name.split(".")[1])
+    return stored and bool(leaf.shape) and leaf.shape[0] % STRIPES == 0
 
 
 def compute(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
