@@ -16,6 +16,7 @@ from spmd.models.segmenter import Segmenter
 from spmd.models.unet import UNet
 from spmd.models.vit import ViT
 from spmd.models.wide_resnet import WideResNet
+from spmd.tasks.staged import check_stages
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,13 @@ def test_group_norm_is_that_of_flax():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 8)) * 3 + 1, jnp.float32)
     theirs = nnx.GroupNorm(8, num_groups=4, epsilon=1e-5, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(GroupNorm(8, 4)(x), theirs(x), atol=1e-5)
+
+
+def test_a_segmenter_is_no_pipeline():
+    with pytest.raises(
+        ValueError, match=r"mesh.stage .*_Segmenter is none: it has no through, leave"
+    ):
+        check_stages(functionalize(Segmenter(image=16, encoder_layers=1, decoder_layers=1)))
 
 
 @pytest.mark.parametrize(
