@@ -42,8 +42,13 @@ class Blocks(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """Layers of a block that add to the residual stream, each behind a norm."""
+        """Layers of a block that add to the residual stream."""
         return 1 + self.attentions
+
+    @property
+    def norms(self) -> int:
+        """Norms of a block over the residual stream: one for each layer, or two."""
+        return self.layers * (2 if self.config.norm_at == "both" else 1)
 
     def widths(self) -> dict[str, float]:
         """Elements per token of the activations of a block, by the names of model.saved, and of its residual.

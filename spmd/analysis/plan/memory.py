@@ -233,13 +233,19 @@ def saved_per_token(blocks: Blocks, layout: Layout, compute: int) -> float:
     ):  # matmuls with weights: not attention, but the projections to the residual
         experts = up + gate if mixture else 0
         outputs = blocks.attentions * residual
+        if config.norm_at != "input":  # the norm after the last layer reads what that returns
+            outputs += residual
         return compute * (sum(width.values()) - width["attended"] - experts + outputs)
     # The residuals of jax.vjp: float32 in the norms (three arrays and two numbers each); their outputs
     # (never sharded along time) instead of the input of the block; the intermediate values of the activation
     # function (of GELU, jax 0.12 saves one less).
-    norms = FLOAT32_BYTES * blocks.layers * (3 * residual + 2)
+    norms = FLOAT32_BYTES * blocks.norms * (3 * residual + 2)
     norms += compute * (blocks.layers * config.embed - residual)
-    activation = 6 * up * compute
+    if config.qk_norm:
+        num = (config.heads + config.num_kv_heads) / tensor
+        num = 2 if config.qk_norm_over == "all" else num
+        norms += FLOAT32_BYTES * (3 * (width["query"] + width["key"]) + 2 * num)
+    activation = (8 if config.activation == "geglu" else 6) * up * compute
     if mixture:  # and the rows routed to the experts
         rows = 2 * config.experts.top_k * config.embed * compute
         activation = 0 if sharded else activation + rows
@@ -250,7 +256,11 @@ def saved_per_token(blocks: Blocks, layout: Layout, compute: int) -> float:
         scores += blocks.attentions * config.heads / tensor * FLOAT32_BYTES
     elif config.attention == "xla":
         keys = blocks.length + blocks.memory
-        per_head = keys * (FLOAT32_BYTES + compute) + blocks.attentions * 2 * FLOAT32_BYTES
+        capped = (
+            2 * FLOAT32_BYTES if config.score_cap else 0
+        )  # the hyperbolic tangent, and its square
+        per_head = keys * (FLOAT32_BYTES + compute + capped)
+        per_head += blocks.attentions * 2 * FLOAT32_BYTES
         scores = config.heads / tensor * per_head
     return norms + heads + activation + scores
 

@@ -216,10 +216,11 @@ def _block_traffic(facts: Facts, layout: Layout, blocks: Blocks) -> float:
     """Bytes per token of the memory traffic of a block beside its matmuls, forward."""
     config, tensor, width = blocks.config, layout.size("tensor"), blocks.widths()
     residual = width["residual"] / (tensor if layout.sequence_parallel else 1)
-    # for each layer a norm (read, write) and an addition (two reads, a write)
-    moved = 5 * blocks.layers * residual
+    # norms (read, write), and for each layer an addition (two reads, a write)
+    moved = (2 * blocks.norms + 3 * blocks.layers) * residual
     heads = (config.heads + config.num_kv_heads) * config.width
-    moved += 2 * heads / tensor * (1 if facts.model and facts.model.rotary else 0)
+    rotary = 1 if facts.model and facts.model.rotary else 0
+    moved += 2 * heads / tensor * (rotary + config.qk_norm)
     moved += (3 if "gate" in width else 2) * width["up"] / tensor
     if blocks.mixture:  # rows and their results: taken, sorted, sorted back, added
         moved += 6 * config.experts.top_k * config.embed

@@ -74,6 +74,16 @@ def test_state_is_that_of_the_real_cut(case):
 BLOCKS = {
     "llama": {"kv_heads": 2},
     "gpt": {"activation": "gelu", "norm": "layer", "bias": True, "position": "learned"},
+    "gemma": {
+        "kv_heads": 2,
+        "norm_at": "both",
+        "norm_offset": 1.0,
+        "activation": "geglu",
+        "qk_norm": True,
+        "score_cap": 5.0,
+        "rope_theta_window": 1e4,
+    },
+    "olmo": {"kv_heads": 2, "norm_at": "output", "qk_norm": True, "qk_norm_over": "all"},
 }
 
 
