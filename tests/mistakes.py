@@ -319,8 +319,8 @@ TABLE |= {
         "the 6 layers of the model, which repeat every 2 (model.window); use mesh.stage=3, or 8 layers",
     ),
     "text_mask": (
-        T2 + "--mesh.data 1 --mesh.context 2 --model.window 4",
-        "model.context=ring cannot compute a window mask; model.context=ulysses can",
+        T2 + "--mesh.data 1 --mesh.context 2 --model.mask full --model.window 4",
+        "model.context=ring cannot compute a window on both sides; model.context=ulysses can",
     ),
     "text_heads": (T + "--model.embed 9", "model.embed=9 does not divide by model.heads=2"),
     "tokenizer_folder": (T + "--data.tokenizer toks", "is a directory; give a tokenizer.json."),

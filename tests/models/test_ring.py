@@ -88,18 +88,18 @@ REFUSED = {
     "causal_apart": "cannot compute separate segments of keys; model.context=ulysses",
     "full_bias": "ring with a full mask cannot compute a bias; model.context=ulysses",
     "full_softcap_bias": "ring with a full mask cannot compute a bias; model.context=ulysses",
-    "window_left": "ring cannot compute a window mask; model.context=ulysses can: use --model",
-    "window": "cannot compute a window mask",
-    "window_alone": "cannot compute a window mask",
+    "window": "ring cannot compute a window on both sides; model.context=ulysses can: use --model",
+    "window_alone": "cannot compute a window on both sides",
     "prefix": "cannot compute a prefix mask",
     "prefix_alone": "cannot compute a prefix mask",
-    "cross_window": "cannot compute a window mask and cross-attention",
+    "cross_window": "cannot compute a window on both sides and cross-attention",
     "cross_causal": "cannot compute cross-attention",
 }
 LAYERS = [(cut, case) for cut in ("ring2", "ring4", "ulysses2") for case in masks.CASES]
 QUICK = (
     *(("ring2", case) for case in REFUSED),
     ("ring4", "full_packed"),
+    ("ring2", "window_left"),
     ("ring2", "cross_padded"),
     ("ulysses2", "full_bias"),
 )

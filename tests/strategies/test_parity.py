@@ -294,7 +294,7 @@ LANGUAGE += ["local8", "powersgd4", "local_powersgd4x2x2"]  # blocks stacked in 
 LANGUAGE += [name for name in LAYOUTS if "context" in name or "2_tensor2" in name]
 FULL = ("encoder", "pairs")
 FAMILIES = ("sliding", "gemma", "olmo")
-DECODED = ("dp8", "fsdp8", "tensor2", "sequence2x2", "context2", "psum2_context2")
+DECODED = ("dp8", "fsdp8", "tensor2", "sequence2x2", "context2", "context2x2x2", "psum2_context2")
 ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", "local2_context2")
 
 
@@ -316,11 +316,11 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             ),
             *((layout, "vit_mean", "ulysses", "float64") for layout in ("context2", "sequence2x2")),
             ("context2x2", "encoder", "ulysses", "float64"),
-            *((layout, name, "ulysses", "float64") for layout in DECODED for name in FAMILIES),
-            ("context2x2x2", "olmo", "ring", "float64"),
+            *((layout, name, "ring", "float64") for layout in DECODED for name in FAMILIES),
+            ("context2", "gemma", "ulysses", "float64"),
         ],
         gate=[
-            ("context2", "gemma", "ulysses", "float64"),
+            ("context2x2x2", "gemma", "ring", "float64"),
             ("sequence2x2", "lm", "ring", "float64"),
             ("context2x2x2", "vit", "ring", "float64"),
             ("context2", "segmenter", "ring", "float64"),
@@ -367,7 +367,7 @@ PIPELINED += [
 PIPELINED += [(f"stage2{rest}", "pairs", "ring", "float64") for rest in ("_fsdp2x2", "_psum2")]
 PIPELINED += [("stage2", name, "ring", "float64") for name in ("pattern", "vit", *FAMILIES)]
 PIPELINED += [("stage2_context2", "vit", "ring", "float64")]
-PIPELINED += [("stage2_context2", n, "ulysses", "float64") for n in ("pattern", "gemma")]
+PIPELINED += [("stage2_context2", n, "ring", "float64") for n in ("pattern", "gemma")]
 PIPELINED += [(f"stage2{rest}", "lm", "ring", "float32") for rest in ("", "_context2", "_psum2")]
 
 

@@ -230,7 +230,7 @@ def _check_context(blocks: Blocks, layout: Layout) -> None:
             f"model.attention={config.attention} needs complete sequences, and model.context=ring shards"
             " them",
         )
-        check_ring("window" if any(config.window) else config.mask)
+        check_ring(config.mask, windows=any(config.window))
         check(
             config.mask == "full" or blocks.length % (2 * context) == 0,
             f"model.context=ring: 2 x mesh.context={context} does not divide the {blocks.length} tokens of a"

@@ -121,6 +121,7 @@ def _evaluate(bias: Bias, q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
 def _features(mask: Mask, time: int, keys: int, softcap: float, bias: bool) -> set[str]:
     """Names in KERNELS of the features that a kernel needs."""
     optional = {
+        "a window on both sides": mask.kind == "window" and mask.window[1] > 0,
         "separate segments of keys": not mask.joint,
         "cross-attention": time != keys,
         "a soft cap": softcap > 0,

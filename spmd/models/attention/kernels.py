@@ -12,6 +12,7 @@ KERNELS = {
         "a causal mask",
         "a full mask",
         "a window mask",
+        "a window on both sides",
         "a prefix mask",
         "separate segments of keys",
         "cross-attention",
@@ -22,6 +23,7 @@ KERNELS = {
         "a causal mask",
         "a full mask",
         "a window mask",
+        "a window on both sides",
         "cross-attention",
         "a soft cap",
     },
@@ -29,6 +31,7 @@ KERNELS = {
         "a causal mask",
         "a full mask",
         "a window mask",
+        "a window on both sides",
         "a prefix mask",
         "separate segments of keys",
         "cross-attention",
@@ -36,6 +39,7 @@ KERNELS = {
     },
     "model.context=ring": {
         "a causal mask",
+        "a window mask",
         "a full mask",
         "a soft cap",
     },
@@ -71,6 +75,7 @@ def check_kernel(kernel: str, needs: set[str]) -> None:
     )
 
 
-def check_ring(kind: Kind) -> None:
-    """Refuse a mask of self-attention that model.context=ring cannot compute."""
-    check_kernel("model.context=ring", {f"a {kind} mask"})
+def check_ring(kind: Kind, *, windows: bool = False) -> None:
+    """Refuse a mask of self-attention that model.context=ring cannot compute; windows: within it."""
+    causal = {"a window mask"} | ({"a window on both sides"} if kind == "full" else set())
+    check_kernel("model.context=ring", causal if windows else {f"a {kind} mask"})

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,8 @@ def attend_ring(
         q_BTHK: queries, sharded along time.
         k_BTGK: keys.
         v_BTGK: values.
-        mask: causal; queries and keys have the same segments.
+        mask: causal, or a window to the left; queries and keys have the same segments. Keys beyond a window
+            are masked, not skipped.
         scale: factor on the scores.
         softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
 
@@ -71,7 +72,11 @@ def attend_ring(
     def attend_block(q_BCHK, k_BCGK, v_BCGK, segments_BC):
         batch, time, kv_heads, head_dim = k_BCGK.shape
         q_BCGRK = q_BCHK.reshape(batch, time, kv_heads, -1, head_dim)
-        chunks = to_zigzag((q_BCGRK, k_BCGK, v_BCGK, segments_BC), axes)
+        places = _Places(segments_BC)
+        if mask.kind == "window":
+            index_1C = jax.lax.axis_index(axes) * time + jnp.arange(time, dtype=jnp.int32)[None]
+            places = _Places(segments_BC, index_1C, index_1C - mask.window[0])
+        chunks = to_zigzag((q_BCGRK, k_BCGK, v_BCGK, places), axes)
         return from_zigzag(_ring(axes, scoring, *chunks), axes).reshape(q_BCHK.shape)
 
     in_dims = (QUERY_DIMS, KEY_DIMS, KEY_DIMS, SEGMENT_DIMS)
@@ -120,15 +125,23 @@ def from_zigzag(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     )
 
 
+class _Places(NamedTuple):
+    """Where tokens are: segments [B, c]; with a window also the index in the row, and the first one seen."""
+
+    segments: jax.Array
+    index: jax.Array | None = None
+    first: jax.Array | None = None
+
+
 # ---- the ring; leading dim 2: the early and the late chunk of a device
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring(axes, scoring, q, k, v, segments):
-    return _forward(axes, scoring, q, k, v, segments)[0]
+def _ring(axes, scoring, q, k, v, places):
+    return _forward(axes, scoring, q, k, v, places)[0]
 
 
-def _forward(axes, scoring, q, k, v, segments):
+def _forward(axes, scoring, q, k, v, places):
     dtype, num, rank = (
         tree.at_least_float32(q.dtype),
         jax.lax.axis_size(axes),
@@ -136,24 +149,31 @@ def _forward(axes, scoring, q, k, v, segments):
     )
     floor = jnp.full(q.shape[:-1], jnp.finfo(dtype).min, dtype)
     empty = RunningSoftmax(floor, jnp.zeros_like(floor), jnp.zeros(q.shape, dtype))
-    local = (k, v, segments)
+    local = (k, v, places)
     received = send_to_next(local, axes)
     early, late = (
-        fold(_at(empty, n), q[n], k[n], v[n], _mask(segments[n], segments[n], causal=True), scoring)
+        fold(
+            _at(empty, n),
+            q[n],
+            k[n],
+            v[n],
+            _mask(_at(places, n), _at(places, n), causal=True),
+            scoring,
+        )
         for n in (0, 1)
     )
-    late = fold(late, q[1], k[0], v[0], _mask(segments[1], segments[0]), scoring)
+    late = fold(late, q[1], k[0], v[0], _mask(_at(places, 1), _at(places, 0)), scoring)
 
     def fold_received(softmax, received, step):
         """The softmax with the keys and values of the device `step` ranks before."""
         early, late = softmax
-        k, v, key_segments = received
-        late = fold(late, q[1], k[0], v[0], _mask(segments[1], key_segments[0]), scoring)
+        k, v, key_places = received
+        late = fold(late, q[1], k[0], v[0], _mask(_at(places, 1), _at(key_places, 0)), scoring)
         # From a lower rank the early chunk precedes both local ones, else both chunks precede the late one.
         lower = rank >= step
         pick = lambda x: jnp.where(lower, x[0], x[1])
         either = jax.tree.map(lambda a, b: jnp.where(lower, a, b), early, late)
-        mask = _mask(pick(segments), pick(key_segments))
+        mask = _mask(jax.tree.map(pick, places), jax.tree.map(pick, key_places))
         either = fold(either, pick(q), pick(k), pick(v), mask, scoring)
         replace = lambda when, old: jax.tree.map(lambda a, b: jnp.where(when, a, b), either, old)
         return replace(lower, early), replace(~lower, late)
@@ -169,12 +189,12 @@ def _forward(axes, scoring, q, k, v, segments):
     early, late = fold_received(softmax, received, num - 1)
     softmax = jax.tree.map(lambda a, b: jnp.stack([a, b]), early, late)
     out = (softmax.values / softmax.total[..., None]).astype(q.dtype)
-    return out, (q, k, v, segments, out, softmax.largest + jnp.log(softmax.total))
+    return out, (q, k, v, places, out, softmax.largest + jnp.log(softmax.total))
 
 
 def _backward(axes, scoring, residuals, gradient):
     """Gradients of q, k and v; those of keys and values travel with them and are returned to their device."""
-    q, k, v, segments, out, partition = residuals
+    q, k, v, places, out, partition = residuals
     dtype, num, rank = (
         tree.at_least_float32(q.dtype),
         jax.lax.axis_size(axes),
@@ -183,26 +203,28 @@ def _backward(axes, scoring, residuals, gradient):
     inner = jnp.sum(out.astype(dtype) * gradient.astype(dtype), axis=-1)
     query = (q, gradient, partition, inner)
 
-    received = send_to_next((k, v, segments), axes)
+    received = send_to_next((k, v, places), axes)
     early, late = (
         pair_gradients(
-            _at(query, n), (k[n], v[n]), _mask(segments[n], segments[n], causal=True), scoring
+            _at(query, n), (k[n], v[n]), _mask(_at(places, n), _at(places, n), causal=True), scoring
         )
         for n in (0, 1)
     )
-    cross = pair_gradients(_at(query, 1), (k[0], v[0]), _mask(segments[1], segments[0]), scoring)
+    cross = pair_gradients(
+        _at(query, 1), (k[0], v[0]), _mask(_at(places, 1), _at(places, 0)), scoring
+    )
     q_gradient = jnp.stack([early[0], late[0] + cross[0]])
     kv_gradient = tuple(jnp.stack([early[i] + cross[i], late[i]]) for i in (1, 2))
 
     def add_received(q_gradient, received, step):
         """(gradient of q with the pairs of these keys added, gradients of these keys and values)."""
-        k, v, key_segments = received
+        k, v, key_places = received
         cross = pair_gradients(
-            _at(query, 1), (k[0], v[0]), _mask(segments[1], key_segments[0]), scoring
+            _at(query, 1), (k[0], v[0]), _mask(_at(places, 1), _at(key_places, 0)), scoring
         )
         lower = rank >= step
         pick = lambda x: jnp.where(lower, x[0], x[1])
-        mask = _mask(pick(segments), pick(key_segments))
+        mask = _mask(jax.tree.map(pick, places), jax.tree.map(pick, key_places))
         either = pair_gradients(jax.tree.map(pick, query), (pick(k), pick(v)), mask, scoring)
         first = lambda x: jnp.where(lower, x, jnp.zeros_like(x))
         second = lambda x: jnp.where(lower, jnp.zeros_like(x), x)
@@ -237,7 +259,9 @@ def _at(parts: Any, index: int) -> Any:
     return jax.tree.map(lambda x: x[index], parts)
 
 
-def _mask(query_Bt: jax.Array, key_Bs: jax.Array, *, causal: bool = False) -> jax.Array:
-    """[B, t, s] from the segments of two chunks; causal: it is the same chunk."""
-    same = segment_mask(query_Bt, key_Bs)
-    return same & causal_mask(query_Bt.shape[1]) if causal else same
+def _mask(query: _Places, key: _Places, *, causal: bool = False) -> jax.Array:
+    """[B, t, s] of two chunks; causal: it is the same chunk."""
+    seen = segment_mask(query.segments, key.segments)
+    if query.first is not None and key.index is not None:
+        seen &= key.index[:, None, :] >= query.first[:, :, None]
+    return seen & causal_mask(query.segments.shape[1]) if causal else seen

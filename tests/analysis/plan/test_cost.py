@@ -197,13 +197,16 @@ def test_a_mask_changes_the_flops_of_attention():
     assert flops(*full, *window, *splash) == (2 * W - 1, 2 * W - 1)
     assert flops(*full, *window, "--model.attention", "cudnn") == (2 * W - 1, T)
     ring = Layout({"context": 4}, remat="full")
+    assert flops(*window, layout=ring) == (W, T * 9 / 16)  # a ring masks, and skips nothing
     assert flops(layout=ring) == (T, T * 9 / 16) and flops(*full, layout=ring) == (T, T)
 
 
-def test_a_ring_has_no_windows():
-    fact = facts_of("llama3_8b", "--model.window", "1024")
-    with pytest.raises(ValueError, match=r"context=ring cannot compute a window mask; .*=ulysses"):
-        check_mesh(fact, Layout({"context": 4}))
+def test_a_ring_has_no_windows_on_both_sides():
+    ring = Layout({"context": 4})
+    check_mesh(facts_of("llama3_8b", "--model.window", "1024"), ring)
+    fact = facts_of("llama3_8b", "--model.window", "1024", "--model.mask", "full")
+    with pytest.raises(ValueError, match=r"ring cannot compute a window on both sides; .*=ulysses"):
+        check_mesh(fact, ring)
 
 
 def test_remat_executes_more_and_a_fused_kernel_less():
