@@ -1,8 +1,9 @@
 """SASRec (Kang and McAuley 2018): the next film of a user, by a softmax over all films.
 
-python run.py --experiment movielens_sasrec        # on a generated log
+python run.py --experiment movielens_sasrec    # 2 minutes on 2 busy cores; expect eval/test/hit@10 0.307
 
-MovieLens 100K: --data.files ml-100k/u.data --data.titles ml-100k/u.item
+The log is generated. MovieLens 100K: --data.files ml-100k/u.data --data.titles ml-100k/u.item; expect 0.129,
+the mean of five seeds.
 """
 
 from spmd import Experiment
