@@ -1,6 +1,6 @@
 """Two towers (Yi et al. 2019): films for users, from in-batch negatives corrected by log-Q.
 
-python run.py --experiment movielens_two_tower    # 3 minutes on 2 busy cores; expect eval/test/recall@10 0.191
+python run.py --experiment movielens_two_tower   # 3 minutes on 2 busy cores; expect test recall@10 0.191
 
 The log is generated. MovieLens 100K: --data.files ml-100k/u.data --data.titles ml-100k/u.item; expect 0.264,
 the mean of five splits.
