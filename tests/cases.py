@@ -18,6 +18,7 @@ from spmd.analysis.plan.layout import Layout
 from spmd.data import Arrays
 from spmd.models.attention import RopeScaling
 from spmd.models.cnn import CNN
+from spmd.models.encoder import Encoder
 from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
@@ -41,6 +42,9 @@ MODELS = {
     ),
 }
 MODELS["encoder"] = dataclasses.replace(MODELS["lm"], mask="full", position="learned")
+MODELS["texts"] = Encoder(
+    vocab=64, length=16, classes=10, layers=2, embed=32, heads=4, mlp=64, dropout=0.1, bias=False
+)
 MODELS["windowed"] = dataclasses.replace(MODELS["lm"], mask="full", window=(3,))
 MODELS["pattern"] = dataclasses.replace(MODELS["lm"], layers=4, window=(3, 0))
 MODELS["sliding"] = dataclasses.replace(MODELS["lm"], window=(3,))
@@ -104,6 +108,7 @@ TASKS = {
     UNet: tasks.Segmentation(dice=0.5, pixel="focal"),
     Segmenter: tasks.Segmentation(),
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
+    Encoder: tasks.TextClassification(label_smoothing=0.1),
     EncoderDecoder: tasks.Translation(z_loss=1e-2, chunks=2),
 }
 # Where the local steps of replicas are one step.
@@ -323,6 +328,15 @@ def pairs_at(step: int) -> dict[str, np.ndarray]:
     }
 
 
+def texts_at(step: int) -> dict[str, np.ndarray]:
+    """Texts of uneven length with a class each."""
+    tokens, labels = tokens_at(step), batch_at(step)
+    padding = np.arange(16) >= np.random.default_rng([step, 2]).integers(1, 17, (BATCH, 1))
+    segments = np.where(padding, 0, 1).astype(np.int32)
+    texts = {"tokens": tokens["tokens"], "segments": segments, "label": tokens["tokens"][:, 0] % 2}
+    return texts | {name: labels[name] for name in ("example_id", "weight")}
+
+
 def masks_at(step: int) -> dict[str, np.ndarray]:
     """Images with masks of three classes, some of whose pixels are unlabelled."""
     mask = np.random.default_rng(step + 1000).integers(-1, 3, (BATCH, 8, 8))
@@ -333,6 +347,8 @@ def data_of(model):
     """Batch by step."""
     if isinstance(model, EncoderDecoder):
         return pairs_at
+    if isinstance(model, Encoder):
+        return texts_at
     if isinstance(model, UNet | Segmenter):
         return masks_at
     return tokens_at if isinstance(model, Transformer) else batch_at

@@ -111,6 +111,22 @@ class Confusion(Metric):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MacroF1(Confusion):
+    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), as f1_score(average="macro") of scikit-learn.
+
+    Classes that neither occur nor are predicted are left out.
+    """
+
+    name: str = "macro_f1"
+
+    def compute(self, sums: Mapping[str, np.ndarray]) -> Values:
+        """The mean: F1 of a class is its Dice coefficient."""
+        values = super().compute(sums)
+        assert isinstance(values, dict)
+        return values[f"{self.prefix}dice"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AUC(Metric):
     """Area under the ROC curve of a binary score, with a bound on its error.
 

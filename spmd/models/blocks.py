@@ -42,8 +42,9 @@ class BlockConfig:
     """RMSNorm or LayerNorm."""
     norm_epsilon: float = 1e-5
     """Added to the variance."""
-    norm_at: Literal["input", "output", "both"] = "input"
-    """Where each layer has its norm: before it, or after it, before the sum (OLMo 2), or both (Gemma 2)."""
+    norm_at: Literal["input", "output", "both", "sum"] = "input"
+    """Where each layer has its norm: before it, after it, before the sum (OLMo 2), both (Gemma 2), or after
+    the sum (BERT)."""
     norm_offset: float = 0.0
     """Added to the scales of norms, which start at 1 - offset (Gemma: 1)."""
     activation: Activation = "swiglu"
@@ -232,7 +233,8 @@ class BlockStack(LayerStack):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (Vaswani et al. 2017, arXiv 1706.03762, norms first).
 
-    With `norm_at` the norms are after these layers, x + norm(attention(x)), or before and after them.
+    With `norm_at` the norms are after these layers, x + norm(attention(x)), or before and after them, or
+    after the sums, norm(x + attention(x)).
 
     Its parameters are stacked over layers; it is called with those of one (models.stack).
 
@@ -256,7 +258,8 @@ class Block(nnx.Module):
         embed, mlp = config.embed, config.mlp_width
         gain = (2 * (depth or layers)) ** -0.5
         options = {"layers": layers, "std": config.init_std, "residual_gain": gain}
-        first, last = (config.norm_at in (place, "both") for place in ("input", "output"))
+        first = config.norm_at in ("input", "both")
+        last = config.norm_at in ("output", "both", "sum")
         norm = lambda present: config.build_norm(rngs, layers) if present else None
         self.attention_norm = norm(first)
         self.attention = config.build_attention(rngs, **options)
@@ -271,6 +274,7 @@ class Block(nnx.Module):
         else:
             self.mlp = FeedForward(rngs, embed, mlp, bias=config.bias, **options)
         self.dropout = Dropout(config.dropout)
+        self.norms_sum = config.norm_at == "sum"
 
     def __call__(
         self,
@@ -307,6 +311,8 @@ class Block(nnx.Module):
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm | None) -> jax.Array:
         """The residual stream with what a layer adds."""
         y_BTD = residual(y_BTD)
+        if norm is not None and self.norms_sum:
+            return residual(norm(x_BTD + self.dropout(y_BTD)))
         return residual(x_BTD + self.dropout(y_BTD if norm is None else norm(y_BTD)))
 
     def record_load(self, load_L: ExpertLoad) -> None:

@@ -20,6 +20,7 @@ from spmd.tasks.objective import (
 from spmd.tasks.recommendation import NextItem, RatingPrediction, Retrieval
 from spmd.tasks.regression import Regression
 from spmd.tasks.segmentation import Segmentation
+from spmd.tasks.texts import TextClassification
 from spmd.tasks.translation import Translation
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Staged",
     "Sums",
     "Task",
+    "TextClassification",
     "Translation",
     "is_frozen",
 ]

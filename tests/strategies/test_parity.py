@@ -318,12 +318,14 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             ("context2x2", "encoder", "ulysses", "float64"),
             *((layout, name, "ring", "float64") for layout in DECODED for name in FAMILIES),
             ("context2", "gemma", "ulysses", "float64"),
+            *((layout, "texts", "ring", "float64") for layout in (*ENCODED, "fsdp8")),
         ],
         gate=[
             ("context2x2x2", "gemma", "ring", "float64"),
             ("sequence2x2", "lm", "ring", "float64"),
             ("context2x2x2", "vit", "ring", "float64"),
             ("context2", "segmenter", "ring", "float64"),
+            ("context2x2x2", "texts", "ring", "float64"),
         ],
     ),
 )
@@ -365,7 +367,9 @@ PIPELINED += [
     for rest in ("context2", "context2x2", "context2_fsdp2")
 ]
 PIPELINED += [(f"stage2{rest}", "pairs", "ring", "float64") for rest in ("_fsdp2x2", "_psum2")]
-PIPELINED += [("stage2", name, "ring", "float64") for name in ("pattern", "vit", *FAMILIES)]
+PIPELINED += [
+    ("stage2", name, "ring", "float64") for name in ("pattern", "vit", "texts", *FAMILIES)
+]
 PIPELINED += [("stage2_context2", "vit", "ring", "float64")]
 PIPELINED += [("stage2_context2", n, "ring", "float64") for n in ("pattern", "gemma")]
 PIPELINED += [(f"stage2{rest}", "lm", "ring", "float32") for rest in ("", "_context2", "_psum2")]
