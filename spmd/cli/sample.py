@@ -57,7 +57,7 @@ def run(name: str, words: Sequence[str]) -> int:
     """
     exp, options = registry.load(name, words, SampleOptions)
     if isinstance(exp.data, Pairs):
-        return _translate(exp, options)
+        return _translate(exp, exp.data, options)
     tokenizer = exp.data.open_tokenizer()
     from spmd.train import sample
 
@@ -98,7 +98,7 @@ def run(name: str, words: Sequence[str]) -> int:
     return 0
 
 
-def _translate(exp: Experiment, options: SampleOptions) -> int:
+def _translate(exp: Experiment, data: Pairs, options: SampleOptions) -> int:
     """Print the translations of the prompts, or of the lines of standard input, a line each."""
     from spmd.train.beam import BeamSearch
     from spmd.train.sample import Choice
@@ -116,7 +116,7 @@ def _translate(exp: Experiment, options: SampleOptions) -> int:
     )
     snapshot = exp.restore(None if options.step < 0 else options.step, same=("tokenizer",))
     texts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
-    for text in translate_texts(snapshot, exp.data, texts, decoding):
+    for text in translate_texts(snapshot, data, texts, decoding):
         print(text)
     return 0
 

@@ -239,8 +239,9 @@ def _to_rows(batch: Any, path: str, line: int) -> np.ndarray:
 
 def _hexadecimal(column: Any) -> tuple[np.ndarray, np.ndarray]:
     """(uint32 [N] of texts of up to eight hexadecimal digits, bool [N] whether a text is none)."""
-    import pyarrow.compute as pc
+    import pyarrow.compute
 
+    pc: Any = pyarrow.compute  # its functions are made when it is imported
     text = pc.utf8_lpad(column.fill_null("0"), 8, "0")
     long = pc.greater(pc.binary_length(text), 8).to_numpy(zero_copy_only=False)
     digits = np.array(text.to_numpy(zero_copy_only=False), "S8").view(np.uint8).reshape(-1, 8)

@@ -17,6 +17,7 @@ from spmd.core.fields import check, free
 from spmd.models.attention.cache import Cache, empty_cache
 from spmd.models.attention.multihead import Memory
 from spmd.models.attention.positions import (
+    Rotary,
     TokenPositions,
     positions_or_default,
     sinusoids,
@@ -295,7 +296,7 @@ class Translator(nnx.Module):
 
     def _positions(self, side: tuple[Any, ...], dtype: Any) -> TokenPositions:
         config = self.config
-        rotary = (config.width, config.rope_theta) if config.position == "rope" else None
+        rotary = Rotary(config.width, config.rope_theta) if config.position == "rope" else None
         return token_positions(*side, rotary=rotary, dtype=dtype)
 
 

@@ -246,7 +246,10 @@ def stairs(first: Any, places: Sequence[int]) -> optax.Schedule:
     """
     import jax.numpy as jnp
 
-    return lambda count: first * 0.1 ** sum(jnp.where(count >= place, 1.0, 0.0) for place in places)
+    def rate(count: Any) -> Any:
+        return first * 0.1 ** sum(jnp.where(count >= place, 1.0, 0.0) for place in places)
+
+    return rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

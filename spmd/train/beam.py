@@ -44,9 +44,9 @@ class BeamSearch:
 
 
 class _State(NamedTuple):
-    """index: tokens so far. The live sequences, their log-probabilities; the ended ones, their scores."""
+    """time: tokens so far. The live sequences, their log-probabilities; the ended ones, their scores."""
 
-    index: jax.Array
+    time: jax.Array
     live_BWT: jax.Array
     live_BW: jax.Array
     ended_BWT: jax.Array
@@ -108,9 +108,9 @@ class _Rules(NamedTuple):
     def advance(self, state: _State) -> _State:
         """The state with a token more."""
         config, (num, width) = self.config, state.live_BW.shape
-        before_BW = state.live_BWT[:, :, jnp.maximum(state.index - 1, 0)]
-        before_BW = jnp.where(state.index == 0, self.begin, before_BW)
-        logits, cache = self.step(before_BW.reshape(-1, 1), state.index, state.cache)
+        before_BW = state.live_BWT[:, :, jnp.maximum(state.time - 1, 0)]
+        before_BW = jnp.where(state.time == 0, self.begin, before_BW)
+        logits, cache = self.step(before_BW.reshape(-1, 1), state.time, state.cache)
         logits_BWV = logits.reshape(num, width, -1).astype(state.live_BW.dtype)
         vocab = logits_BWV.shape[-1]
         total_BWV = state.live_BW[..., None] + jax.nn.log_softmax(logits_BWV)
@@ -118,9 +118,9 @@ class _Rules(NamedTuple):
         total_BC, place_BC = jax.lax.top_k(total_BWV.reshape(num, -1), 2 * width)
         beam_BC, token_BC = place_BC // vocab, (place_BC % vocab).astype(jnp.int32)
         taken_BCT = jnp.take_along_axis(state.live_BWT, beam_BC[..., None], axis=1)
-        taken_BCT = taken_BCT.at[:, :, state.index].set(token_BC)
+        taken_BCT = taken_BCT.at[:, :, state.time].set(token_BC)
 
-        size = state.index + 1
+        size = state.time + 1
         ends_BC = (token_BC == self.end) | (size == self.limit_B)[:, None]
         nothing = jnp.array(-jnp.inf, total_BC.dtype)
         score_BC = jnp.where(ends_BC, total_BC / config.divisor(size, total_BC.dtype), nothing)
@@ -141,7 +141,7 @@ class _Rules(NamedTuple):
         # Log-probabilities only fall; the longest sequence divides by most.
         divisor_B = self.config.divisor(self.limit_B, state.live_BW.dtype)
         reachable_B = state.live_BW.max(1) / divisor_B
-        return jnp.any((reachable_B > state.ended_BW.min(1)) & (state.index < self.limit_B))
+        return jnp.any((reachable_B > state.ended_BW.min(1)) & (state.time < self.limit_B))
 
 
 def _best(

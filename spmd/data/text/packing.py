@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,8 @@ GROUP = 4096  # records encoded at once
 SIDES = ("source", "target")
 
 
-class Ragged(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Ragged:
     """Sequences one after the other. tokens [M]; starts int64 [P + 1]."""
 
     tokens: np.ndarray

@@ -105,7 +105,7 @@ def token_positions(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     *,
-    rotary: Rotary | tuple[int, float] | None,
+    rotary: Rotary | None,
     window_rotary: Rotary | None = None,
     dtype: Any,
 ) -> TokenPositions:
@@ -115,7 +115,7 @@ def token_positions(
         tokens_BT: tokens, or any array of that shape.
         positions_BT: index of each token in its document; None is 0, 1, ... along the row.
         segments_BT: number of its document; None is one for each row.
-        rotary: (head_dim, theta), or None without rotary positions.
+        rotary: the angles of a head, or None without rotary positions.
         window_rotary: that of blocks with a window, where it is another.
         dtype: compute type.
 
@@ -124,7 +124,7 @@ def token_positions(
     """
     positions_BT = positions_or_default(tokens_BT, positions_BT)
     angles, window_angles = (
-        rotary_angles(positions_BT, Rotary(*each), dtype) if each else None
+        rotary_angles(positions_BT, each, dtype) if each else None
         for each in (rotary, window_rotary)
     )
     return TokenPositions(positions_BT, segments_BT, angles, window_angles)

@@ -94,6 +94,7 @@ class BatchNorm(nnx.Module):
         y = x.astype(dtype)
         last = (1,) * (x.ndim - 1) + (-1,)
         scale, bias = self.scale[...].astype(dtype), self.bias[...].astype(dtype)
+        shift = None
         if self.use_running_average:
             mean, var = self.mean[...].astype(dtype), self.var[...].astype(dtype)
             y -= mean.reshape(last)
@@ -104,13 +105,14 @@ class BatchNorm(nnx.Module):
             # difference it is that of the bias: two sums over the pixels are left in the backward pass.
             constant = jax.lax.stop_gradient(mean)
             y -= constant.reshape(last)
+            shift = mean - constant  # 0, with the mean's derivative
             var = scope.batch_mean(jnp.square(y), dims)
             for stat, new in ((self.mean, mean), (self.var, var)):
                 old = stat[...]
                 stat[...] = self.momentum * old + (1 - self.momentum) * new.astype(old.dtype)
         factor = jax.lax.rsqrt(var + self.epsilon) * scale
-        if not self.use_running_average:
-            bias -= (mean - constant) * factor  # 0
+        if shift is not None:
+            bias -= shift * factor
         return (y * factor.reshape(last) + bias.reshape(last)).astype(x.dtype)
 
 

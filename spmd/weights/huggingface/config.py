@@ -32,7 +32,7 @@ def build_config(model: Any, family: str, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
     }
     fields |= {name: value_of(model, field) for name, field in row.sizes.items()}
-    fields |= row.fixed | rope.build(model, row)
+    fields |= {**row.fixed, **rope.build(model, row)}
     if row.windows != "none":
         fields["sliding_window"] = max(model.windows) or None
     if row.windows == "layers":
