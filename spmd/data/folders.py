@@ -96,6 +96,13 @@ def _blank(image: bytes) -> bytes:
 
 def _read(config: Images, root: str, *, labelled: bool = True) -> Rows:
     """The examples of a folder or an index. labelled: False where classes and masks may be missing."""
+    listed, key = config.listed, (root, labelled)
+    if key not in listed:
+        listed[key] = _list(config, root, labelled=labelled)
+    return listed[key]
+
+
+def _list(config: Images, root: str, *, labelled: bool) -> Rows:
     if not files.is_folder(root):
         return index.read(config, root, labelled=labelled)
     check(

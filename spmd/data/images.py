@@ -75,16 +75,30 @@ class Images(DataConfig):
 
     def found(self, recorded: Mapping[str, Any] | None = None) -> Images:
         """With the names of the classes: those that a run recorded, or of the training data."""
-        if self.target != "label" or self.classes:
+        if "_listed" in vars(self):  # it has been found
             return self
+        config = self._listing({})
+        if self.target != "label" or self.classes:
+            return config
         classes = (recorded or {}).get("classes")
         if not classes:
             if not self.path and recorded is None:
                 return self
             from spmd.data import folders
 
-            classes = folders.class_names(self)
-        return dataclasses.replace(self, classes=tuple(classes))
+            classes = folders.class_names(config)
+        return dataclasses.replace(config, classes=tuple(classes))._listing(config.listed)
+
+    def _listing(self, listed: dict[Any, Any]) -> Images:
+        """A copy that keeps what its places hold, so that a start lists each of them once."""
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "_listed", listed)
+        return copy
+
+    @property
+    def listed(self) -> dict[Any, Any]:
+        """The examples of the places that were listed before, kept by `found` alone."""
+        return vars(self).get("_listed", {})
 
     @property
     def num_classes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 import spmd
-from spmd.data import content, folders
+from spmd.data import content, files, folders
 from spmd.data.images import Images
 from spmd.data.resizing import CentralCrop, Decode, Resize
 
@@ -228,6 +229,19 @@ def test_the_model_is_chosen_with_its_resolution(model, pixels):
     assert exp.data.eval_transforms[1] == CentralCrop(pixels, 1.0)
     batch = exp.unread(1).build(source=()).abstract_batch()
     assert batch["image"].shape == (64, pixels, pixels, 3)
+
+
+def test_a_folder_is_listed_once_for_classes_and_splits(tmp_path, monkeypatch):
+    classes_at(tmp_path, {"a": 20, "b": 20})
+    calls, below = [], files.below
+    monkeypatch.setattr(files, "below", lambda *args: calls.append(args) or below(*args))
+    config = images(tmp_path)
+    for num in (1, 2):  # a later start sees new files
+        found = config.found()
+        assert sum(len(found.open(split)) for split in ("train", "eval")) == 39 + num
+        assert len(calls) == num and found == dataclasses.replace(config, classes=("a", "b"))
+        assert found.found() is found
+        draw(tmp_path / "a/new.png")
 
 
 def test_a_plan_needs_no_images():
