@@ -54,7 +54,7 @@ def test_padding_has_no_effect():
         assert np.abs(a[0] - a[1]).max() > 1e-4
 
 
-@pytest.mark.gate
+@pytest.mark.slow
 def test_topics_are_learned(tmp_path):
     words = ["--run.dir", str(tmp_path / "run"), "--data.cache-dir", str(tmp_path / "cache")]
     words += ["--simulate", "1", "--log.no-tensorboard", "--train.epochs", "2"]
