@@ -155,7 +155,7 @@ def timed(step: Contestant, steps: int, between: Callable[[], Any] | None = None
     return spent / steps * 1e3
 
 
-def overwriting_caches() -> Callable[[], None]:
+def overwriting_caches() -> Callable[[], Any]:
     """A function that reads and writes 64 MiB, more than the cores' caches hold."""
     import numpy as np
 

@@ -340,7 +340,7 @@ def test_narrow_rows_are_the_same_on_every_mesh(platforms, devices):
     gathers of rows and by those of lines.
     """
     rows, drawn = RowWise(rate=0.3, narrow=True), batches_of((("uniform", 0), ("zipf", 1)))
-    states = []
+    states, first = [], {}
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         for name, platform in zip(("auto2", "auto tensor2 fsdp2"), platforms, strict=True):
             patch.setattr(sparse, "platform_of", lambda mesh, platform=platform: platform)

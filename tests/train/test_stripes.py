@@ -37,6 +37,7 @@ def state(num: int, spoiled: tuple[int, ...] = ()) -> dict:
 def test_runs_add_up_to_the_array_on_every_number_of_devices(devices):
     wanted = None
     for num in (1, 2, 8):
+        runs = np.zeros(0)
         for x in state(num)["tables"]["dim16"].values():
             runs = np.asarray(digest.compute_runs(x, STRIPES))
             total = np.asarray(digest.compute({"x": x}))[0]
