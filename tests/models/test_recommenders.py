@@ -29,7 +29,8 @@ LOG = "--data.generated.users 40 --data.generated.items 60 --data.generated.even
 SMALL = {
     "movielens_mf": "--model.dim 8",
     "movielens_two_tower": "--model.dim 8 --data.history 6 --data.negatives 3",
-    "movielens_sasrec": "--data.length 8 --model.length 8 --model.embed 16 --model.layers 1",
+    "movielens_sasrec": "--data.length 8 --model.length 8 --model.embed 16 --model.layers 1"
+    " --optimizer.warmup-steps 5",
 }
 MESHES = ("--mesh.data 4 --mesh.fsdp 2", "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2")
 
