@@ -41,8 +41,9 @@ class DLRM:
     """Take any id, hashed to a row; else an id out of range is refused."""
     limit: int = 0
     """Rows of a table, at most, whatever its ids say; 0 is no limit. The data must have no more ids."""
-    placement: Literal["auto", "rows", "replicated"] = "auto"
-    """Placement of the tables: each device owns a part of the rows, or has all; auto goes by size."""
+    placement: Literal["auto", "rows", "tables", "replicated"] = "auto"
+    """Placement of the tables: each device owns a part of the rows, or complete tables, or has all; auto goes
+    by size."""
 
     def __post_init__(self) -> None:
         for width in (self.numbers, self.dim, *self.ids, *self.bottom, *self.top):

@@ -18,11 +18,11 @@ from spmd.core.narrow import is_narrow
 from spmd.parallel.routing import (
     NO_ROW,
     Route,
-    bucket_slots,
     dedupe,
     exchange_rounds,
     put,
     put_lines,
+    slots_of_bins,
     take,
     totals,
 )
@@ -35,12 +35,13 @@ UpdateOwned = Callable[[Held, jax.Array, jax.Array], Held]
 
 
 class OwnedRows(NamedTuple):
-    """Rows of which each device owns a run of stripes."""
+    """Rows of which each device owns a run of stripes. loads: lookups of an example in each bin."""
 
     placement: Placement
     axes: tuple[str, ...]
     num_devices: int
     platform: str
+    loads: tuple[int, ...]
 
     @property
     def block(self) -> int:
@@ -129,7 +130,7 @@ class OwnedRows(NamedTuple):
         return self._swap(route.rows.at[index].get(mode="fill", fill_value=NO_ROW)).ravel()
 
     def _rounds(self, route: Route, exchange: Any, carry: Any) -> tuple[Any, jax.Array]:
-        slots = bucket_slots(len(route.rows), self.num_devices)
+        slots = slots_of_bins(self.loads, len(route.rows), self.num_devices)
         return exchange_rounds(route.rows, self.block, slots, self.axes, exchange, carry)
 
 

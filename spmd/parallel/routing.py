@@ -10,7 +10,7 @@ next round, so that none is dropped; the number of rounds is that of the fullest
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,24 @@ def bucket_slots(lookups: int, num_devices: int) -> int:
     mean = lookups / num_devices
     wanted = math.ceil((mean + MARGIN * math.sqrt(mean)) / ALIGN) * ALIGN
     return max(1, min(lookups, wanted))
+
+
+def slots_of_bins(loads: Sequence[int], lookups: int, num_devices: int) -> int:
+    """Slots of each bucket where bins of tables are owned by different devices.
+
+    A device that owns complete bins is asked for the lookups in these at most: one round is always enough.
+
+    Args:
+        loads: lookups of an example in each of the bins, whose number is a power of two.
+        lookups: of a device, U.
+        num_devices: N.
+    """
+    examples, shared = lookups // sum(loads), num_devices // len(loads)
+    if len(loads) == 1 or shared > 1:  # several devices own a bin
+        return max(bucket_slots(examples * load, max(shared, 1)) for load in loads)
+    together = len(loads) // num_devices
+    owners = [sum(loads[i : i + together]) for i in range(0, len(loads), together)]
+    return max(1, examples * max(owners))
 
 
 def starts_of_runs(key_K: jax.Array) -> jax.Array:

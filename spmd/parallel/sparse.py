@@ -228,10 +228,11 @@ class ShardedTables:
 
     # ---- on each device
 
-    def _rows_of(self, stacked: StackedTables) -> OwnedRows | CopiedRows:
+    def _rows_of(self, stacked: StackedTables, widths: tuple[int, ...]) -> OwnedRows | CopiedRows:
         if stacked.replicated:
             return CopiedRows(stacked.placement, self.axes, self.platform)
-        return OwnedRows(stacked.placement, self.axes, self.mesh.size, self.platform)
+        loads = stacked.loads(widths)
+        return OwnedRows(stacked.placement, self.axes, self.mesh.size, self.platform, loads)
 
     def _pull(
         self,
@@ -241,7 +242,7 @@ class ShardedTables:
         place_BL: jax.Array,
         factor_BL: jax.Array,
     ) -> tuple[list[jax.Array], Any, jax.Array]:
-        rows_UD, route, rounds = self._rows_of(stacked).pull(table, place_BL.ravel())
+        rows_UD, route, rounds = self._rows_of(stacked, widths).pull(table, place_BL.ravel())
         rows_BLD = rows_UD.astype(factor_BL.dtype).reshape(*place_BL.shape, -1)
         rows_BLD = rows_BLD * factor_BL[..., None]
         found, first = [], 0
@@ -285,4 +286,4 @@ class ShardedTables:
                 n: jnp.where(now.finite, x, old[n]).astype(old[n].dtype) for n, x in new.items()
             }
 
-        return self._rows_of(stacked).push(held, route, each_BLD.reshape(-1, dim), update)
+        return self._rows_of(stacked, widths).push(held, route, each_BLD.reshape(-1, dim), update)

@@ -9,6 +9,7 @@ Tables of one width and placement are stacked into one array: a step exchanges t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from spmd.core import batches
 from spmd.core.bits import mix
 from spmd.core.fields import check
+from spmd.parallel.packing import Packing, pack_tables
 
 PREFIX = "rows/"  # of the looked-up rows among the features of a batch
 STRIPES = 1024  # parts of each array, which the number of devices must divide
@@ -27,6 +29,9 @@ LANES = 128  # of a TPU's registers: shorter rows share a line
 _SPREAD = 633
 REPLICATED_BYTES = 2**16  # float32 bytes of a table, up to which `auto` replicates it
 _REPLICATED = "_replicated"  # ends the names of stacks that are
+_BINS = "_bins"  # before the number of bins, in the names of stacks of complete tables
+Kind = Literal["rows", "tables", "replicated"]
+KINDS: tuple[Kind, ...] = ("rows", "tables", "replicated")
 MAX_ROWS = 2**31 - 2  # places are int32, and the largest is that of no row
 
 
@@ -59,9 +64,11 @@ class SparseTable:
         lookups: the features that are looked up; the model's task finds the rows as batch["rows/FEATURE"].
         hashed: any id is taken, and hashed to a row (`hash_ids`); else an id that is out of range is refused.
         scale: standard deviation of the initial rows; 0 is 1 / sqrt(dim).
-        placement: rows: each device owns rows, and ids travel to them. replicated: each device has all rows,
-            and the dense gradient is all-reduced. auto: replicated up to 64 KiB of float32 rows. It depends
-            on the table alone, so that a checkpoint fits any mesh.
+        placement: rows: each device owns rows of it, and ids travel to them. tables: tables of a width are
+            packed into bins of equal size, and a device owns complete bins; where there are more devices
+            than bins, several share one. replicated: each device has all rows, and the dense gradient is
+            all-reduced. auto: replicated up to 64 KiB of float32 rows, else rows. It depends on the tables
+            alone, so that a checkpoint fits any mesh.
     """
 
     ids: int
@@ -69,17 +76,17 @@ class SparseTable:
     lookups: tuple[Lookup, ...]
     hashed: bool = False
     scale: float = 0.0
-    placement: Literal["auto", "rows", "replicated"] = "auto"
+    placement: Literal["auto", "rows", "tables", "replicated"] = "auto"
 
     @property
-    def replicated(self) -> bool:
-        """Whether each device has all rows."""
+    def kind(self) -> Kind:
+        """The placement, with that of `auto` by size."""
         if self.placement != "auto":
-            return self.placement == "replicated"
-        return 4 * self.ids * self.dim <= REPLICATED_BYTES
+            return self.placement
+        return "replicated" if 4 * self.ids * self.dim <= REPLICATED_BYTES else "rows"
 
     def __post_init__(self) -> None:
-        kinds = ("auto", "rows", "replicated")
+        kinds = ("auto", "rows", "tables", "replicated")
         check(
             self.placement in kinds,
             f"SparseTable: placement={self.placement!r} must be one of {', '.join(kinds)}",
@@ -97,12 +104,14 @@ Tables = Mapping[str, SparseTable]
 class Placement(NamedTuple):
     """The place of each id of a stack of tables in its array, the same on every mesh.
 
-    Each device owns a run of stripes. Neighbouring ids, and ids of any stride, are spread over the stripes.
+    Each device owns a run of stripes. Neighbouring ids, and ids of any stride, are spread over the stripes of
+    their bin; bins, runs of ids and of stripes, are of equal size.
     """
 
     ids: int
     dim: int
     stripes: int = STRIPES
+    bins: int = 1
 
     @property
     def pack(self) -> int:
@@ -120,15 +129,25 @@ class Placement(NamedTuple):
         """[lines, width of a line]."""
         return self.rows // self.pack, self.pack * self.dim
 
+    @property
+    def bin_rows(self) -> int:
+        """Rows of a bin, and the ids that it has room for."""
+        return self.rows // self.bins
+
     def place(self, id_: Any) -> Any:
-        """The row of an id, int32; for each run of `stripes` ids a permutation of the stripes."""
-        high, low = id_ // self.stripes, id_ % self.stripes
-        return (low * _SPREAD + high) % self.stripes * (self.rows // self.stripes) + high
+        """The row of an id, int32; for each run of a bin's stripes a permutation of them."""
+        stripes, local = self.stripes // self.bins, id_ % self.bin_rows
+        high, low = local // stripes, local % stripes
+        stripe = (low * _SPREAD + high) % stripes
+        return id_ - local + stripe * (self.rows // self.stripes) + high
 
     def id(self, place: Any) -> Any:
-        """The id at a row: the inverse of `place`; ids from `self.ids` on do not exist."""
-        stripe, high = place // (self.rows // self.stripes), place % (self.rows // self.stripes)
-        return high * self.stripes + (stripe - high) * pow(_SPREAD, -1, self.stripes) % self.stripes
+        """The id at a row: the inverse of `place`; not all ids are of a table."""
+        stripes, length = self.stripes // self.bins, self.rows // self.stripes
+        local = place % self.bin_rows
+        stripe, high = local // length, local % length
+        inverse = pow(_SPREAD, -1, stripes)
+        return place - local + high * stripes + (stripe - high) * inverse % stripes
 
 
 class StackedLookup(NamedTuple):
@@ -140,8 +159,8 @@ class StackedLookup(NamedTuple):
 
 
 class StackedTables(NamedTuple):
-    """Tables of one width in one array. offsets: first id of each table, by name. replicated: all rows are on
-    all devices.
+    """Tables of one width in one array. offsets: first id of each table, by name, ascending. replicated: all
+    rows are on all devices.
     """
 
     name: str
@@ -150,10 +169,27 @@ class StackedTables(NamedTuple):
     lookups: tuple[StackedLookup, ...]
     replicated: bool = False
 
+    def loads(self, widths: Sequence[int]) -> tuple[int, ...]:
+        """Lookups of an example in each bin.
+
+        Args:
+            widths: ids of an example in each of the lookups.
+        """
+        loads = [0] * self.placement.bins
+        for each, width in zip(self.lookups, widths, strict=True):
+            loads[each.offset // self.placement.bin_rows] += width
+        return tuple(loads)
+
 
 def is_replicated(stack: str) -> bool:
     """Whether a stack's arrays are on every device, by its name."""
     return stack.endswith(_REPLICATED)
+
+
+def placement_of(stack: str, rows: int) -> Placement:
+    """The placement of a stack in stripes, by its name and the rows of its array."""
+    dim, _, bins = stack.removeprefix("dim").partition(_BINS)
+    return Placement(rows, int(dim), bins=int(bins or 1))
 
 
 def stack(tables: Tables) -> list[StackedTables]:
@@ -169,22 +205,42 @@ def stack(tables: Tables) -> list[StackedTables]:
         f"tables: feature {', '.join(twice)} is looked up twice; repeat it in the data under another name",
     )
     stacks = []
-    for dim, replicated in sorted({(table.dim, table.replicated) for table in tables.values()}):
-        offset, offsets, lookups = 0, dict[str, int](), list[StackedLookup]()
-        for name, table in tables.items():
-            if (table.dim, table.replicated) == (dim, replicated):
-                offsets[name] = offset
-                lookups += [StackedLookup(lookup, table, offset) for lookup in table.lookups]
-                offset += table.ids
-        # A replicated array has no stripes, which would add rows.
-        placement = Placement(offset, dim, 1 if replicated else STRIPES)
+    dims = sorted({table.dim for table in tables.values()})
+    for dim, kind in itertools.product(dims, KINDS):
+        members = {n: t for n, t in tables.items() if (t.dim, t.kind) == (dim, kind)}
+        if not members:
+            continue
+        placement, offsets = _arrange({n: table.ids for n, table in members.items()}, dim, kind)
         check(
             placement.rows <= MAX_ROWS,
-            f"tables: {', '.join(offsets)} have {offset:,} ids of width {dim}; one width takes {MAX_ROWS:,}",
+            f"tables: {', '.join(members)} have {sum(t.ids for t in members.values()):,} ids of width {dim};"
+            f" one width takes {MAX_ROWS:,}",
         )
-        name = f"dim{dim}" + _REPLICATED * replicated
-        stacks.append(StackedTables(name, placement, offsets, tuple(lookups), replicated))
+        lookups = tuple(
+            StackedLookup(lookup, table, offsets[name])
+            for name, table in members.items()
+            for lookup in table.lookups
+        )
+        suffixes = {"rows": "", "tables": f"{_BINS}{placement.bins}", "replicated": _REPLICATED}
+        offsets = dict(sorted(offsets.items(), key=lambda item: item[1]))
+        name = f"dim{dim}{suffixes[kind]}"
+        stacks.append(StackedTables(name, placement, offsets, lookups, kind == "replicated"))
     return stacks
+
+
+def _arrange(sizes: dict[str, int], dim: int, kind: Kind) -> tuple[Placement, dict[str, int]]:
+    """The placement of tables of these numbers of ids, and the first id of each."""
+    # A replicated array has no stripes, which would add rows.
+    stripes = 1 if kind == "replicated" else STRIPES
+    if kind == "tables":
+        packed = pack_tables([*sizes.values()], STRIPES)
+    else:
+        ends = [*itertools.accumulate(sizes.values())]
+        packed = Packing(1, ends[-1], (0,) * len(sizes), (0, *ends[:-1]))
+    placement = Placement(packed.size * packed.num_bins, dim, stripes, packed.num_bins)
+    firsts = zip(packed.bins, packed.starts, strict=True)
+    offsets = [bin_ * placement.bin_rows + start for bin_, start in firsts]
+    return placement, dict(zip(sizes, offsets, strict=True))
 
 
 def by_table(stacked: StackedTables, values: Sequence[float], place_K: jax.Array) -> jax.Array:

@@ -21,8 +21,10 @@ from spmd.core import tree
 from spmd.data import Arrays
 from spmd.models.layers.linear import Dense
 from spmd.optim import RowWise
-from spmd.parallel import mesh, owners, sparse, tables
+from spmd.parallel import mesh, owners, routing, sparse, tables
 from spmd.parallel.mesh import MeshConfig
+from spmd.parallel.packing import pack_tables
+from spmd.parallel.routing import bucket_slots, slots_of_bins
 from spmd.parallel.tables import Lookup, Placement, SparseTable, stack
 from spmd.strategies import AllReduce, Auto, Compression, Local, Server, base
 from spmd.strategies.privacy import Privacy
@@ -70,6 +72,12 @@ class Mixed(Ratings):
 
 class Replicated(Ratings):
     tables = declared("replicated", "replicated", "replicated")
+
+
+class Complete(Ratings):
+    """Users and items in a bin each; words, a table alone, in one that all devices share."""
+
+    tables = declared("tables", "tables", "tables")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,7 +291,7 @@ def test_a_step_is_that_of_dense_gradients_on_one_device(layout, kind, devices):
 
 PLACED = [
     (model, layout, kind)
-    for model in (Mixed, Replicated)
+    for model in (Mixed, Replicated, Complete)
     for layout in LAYOUTS
     for kind in OPTIMIZERS
 ]
@@ -294,7 +302,10 @@ PLACED = [
     slow_but(
         [(Mixed, "auto tensor2 fsdp2", "adam")],
         PLACED,
-        gate=[(Replicated, "allreduce4 accumulated", "adagrad")],
+        gate=[
+            (Replicated, "allreduce4 accumulated", "adagrad"),
+            (Complete, "allreduce4 accumulated", "adam"),  # two devices share a bin
+        ],
     ),
 )
 def test_placements_compute_the_same(model, layout, kind, devices):
@@ -358,7 +369,7 @@ def test_narrow_rows_are_the_same_on_every_mesh(platforms, devices):
 @pytest.mark.gate
 @hypothesis.given(
     layout=st.sampled_from(["auto2", "auto8 accumulated"]),
-    model=st.sampled_from([Ratings, Mixed]),
+    model=st.sampled_from([Ratings, Mixed, Complete]),
     drawn=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 99)), min_size=1, max_size=3),
 )
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
@@ -368,10 +379,62 @@ def test_adversarial_ids_change_nothing(layout, model, drawn):
 
 
 def test_places_are_a_permutation_of_the_rows():
-    for placement in (Placement(3000, 4, stripes=8), Placement(5000, 1), Placement(10, 24)):
+    in_bins = Placement(5000, 4, bins=4)
+    for placement in (
+        *(Placement(3000, 4, stripes=8), Placement(5000, 1), Placement(10, 24)),
+        *(in_bins, Placement(9000, 128, stripes=64, bins=8)),
+    ):
         every = np.arange(placement.rows)
         assert sorted(placement.place(every)) == [*every]
         np.testing.assert_array_equal(placement.id(placement.place(every)), every)
+
+    np.testing.assert_array_equal(
+        in_bins.place(np.arange(in_bins.rows)) // in_bins.bin_rows,
+        np.arange(in_bins.rows) // in_bins.bin_rows,
+    )
+
+
+def test_complete_tables_are_packed_into_bins_that_devices_own():
+    """As many bins as fit into 1.25 times the rows; no table is in two, and none overlaps another."""
+    for sizes, num in (
+        ((9, 9, 9, 9), 4),
+        ((100, 3, 2, 1), 1),
+        ((7,), 1),
+        ((10,) * 9, 2),
+        ((5, 5, 4, 4), 4),
+    ):
+        packed = pack_tables(sizes, 1024)
+        assert packed.num_bins == num, sizes
+        taken = set[tuple[int, int]]()
+        for size, bin_, start in zip(sizes, packed.bins, packed.starts, strict=True):
+            rows = {(bin_, start + i) for i in range(size)}
+            assert start + size <= packed.size and not rows & taken
+            taken |= rows
+    pair, alone = stack(Complete.tables)
+    assert [pair.name, alone.name] == ["dim4_bins2", "dim8_bins1"]
+    assert tables.placement_of(pair.name, pair.placement.rows).place(7) == pair.placement.place(7)
+    # Whatever the ids, an owner of complete bins is asked for the lookups in these at most.
+    assert [slots_of_bins((1, 8), 9 * 16, num) for num in (1, 2)] == [9 * 16, 8 * 16]
+    assert slots_of_bins((1, 8), 9 * 16, 8) == bucket_slots(8 * 16, 4)
+
+
+def test_one_round_serves_complete_tables_on_as_many_devices_as_bins(devices):
+    """Whatever the ids: here each item belongs to the first device, if rows are spread."""
+    spread = next(each for each in stack(Ratings.tables) if "items" in each.offsets)
+    owner = spread.placement.place(spread.offsets["items"] + np.arange(ITEMS))
+    own = np.flatnonzero(owner < spread.placement.rows // 2).astype(np.int32)
+    drawn, rounds = batches_of((("uniform", 3),)), dict[str, int]()
+    drawn[0] |= {
+        "bag": own[: BATCH * 5].reshape(BATCH, 5),
+        "list": own[-BATCH * 3 :].reshape(BATCH, 3),
+    }
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "MARGIN", 0)
+        for kind in ("rows", "tables"):
+            model = type("Placed", (Ratings,), {"tables": declared(kind, kind, "replicated")})
+            strategy = built(LAYOUTS["auto2"], OPTIMIZERS["sgd"], model)
+            rounds[kind] = int(run_steps(strategy, drawn)[1]["lookup_rounds"])
+    assert rounds["tables"] == 1 < rounds["rows"]
 
 
 def test_several_steps_of_a_dispatch_and_a_skipped_one(devices):
@@ -513,7 +576,7 @@ def test_the_forms_of_other_platforms_give_the_same(platform, kind, model, devic
 def test_an_owner_is_asked_for_every_row_once(devices):
     """Buckets of three slots: many rounds, each id in one of them, all gradients of a row in the same."""
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owners, "bucket_slots", lambda lookups, num: 3)
+        patch.setattr(owners, "slots_of_bins", lambda loads, lookups, num: 3)
         layout, rows = LAYOUTS["auto8 accumulated"], OPTIMIZERS["adagrad"]
         strategy = layout[0].build(parts_of(layout, rows))
         drawn = (("one owner", 3), ("uniform", 4))

@@ -2,8 +2,8 @@
 
 A round of `pull` sends the places of the rows that a device asks for, int32, and gets the rows; a round of
 `push` sends the places again, and the gradients of the rows. Each is an all-to-all over all devices, of a
-bucket of C slots for each device (parallel.routing.bucket_slots). ROUNDS rounds are assumed: one, as when the
-ids of a batch are spread evenly over the devices; `lookup_rounds` among a run's metrics counts those of a
+bucket of C slots for each device (parallel.routing.slots_of_bins). ROUNDS rounds are assumed: one, as when
+the ids of a batch are spread evenly over the devices; `lookup_rounds` among a run's metrics counts those of a
 step. Of replicated tables the dense gradient is all-reduced, and how often each row is named.
 
 Before the first round and after each, a bound for each device is all-reduced. Where devices share the
@@ -23,7 +23,7 @@ from spmd.core import tree
 from spmd.core.fields import check
 from spmd.hardware.chips import Chip
 from spmd.parallel.mesh import AXES, BATCH_AXES
-from spmd.parallel.routing import bucket_slots
+from spmd.parallel.routing import slots_of_bins
 from spmd.parallel.tables import LANES, STRIPES, Tables, stack
 
 if TYPE_CHECKING:
@@ -37,15 +37,17 @@ PAYLOAD = "lookups"
 class StackFacts(NamedTuple):
     """Tables of one width as the planner sees them.
 
-    lookups: ids of an example. delivered: rows of an example that reach the model, pooled ones once.
+    stack: its name. loads: ids of an example, in each bin. delivered: rows of an example that reach the
+    model, pooled ones once.
     row_bytes: of a row in the table, and as it is sent. sent_bytes: of the gradient of a row. slot_bytes: of
     the optimizer's state of a row. rows: of the array. replicated: on each device.
     """
 
+    stack: str
     names: tuple[str, ...]
     dim: int
     rows: int
-    lookups: int
+    loads: tuple[int, ...]
     delivered: int
     row_bytes: int
     sent_bytes: int
@@ -71,7 +73,8 @@ class StackFacts(NamedTuple):
 
     def slots(self, batch_size: int, num_devices: int) -> int:
         """Slots of a bucket, C."""
-        return bucket_slots(-(-batch_size // num_devices) * self.lookups, num_devices)
+        lookups = -(-batch_size // num_devices) * sum(self.loads)
+        return slots_of_bins(self.loads, lookups, num_devices)
 
 
 def table_facts(
@@ -95,10 +98,11 @@ def table_facts(
         held = arrays.pop("rows")
         facts.append(
             StackFacts(
+                stack=stacked.name,
                 names=tuple(stacked.offsets),
                 dim=dim,
                 rows=rows,
-                lookups=sum(num for _, num in shapes),
+                loads=stacked.loads([num for _, num in shapes]),
                 delivered=sum(num if lookup.pool == "none" else 1 for lookup, num in shapes),
                 row_bytes=held // rows,
                 sent_bytes=dim * itemsize,
@@ -138,7 +142,7 @@ def table_collectives(
         return []
     shared = tuple(axis for axis in axes if axis not in BATCH_AXES)
     for each in stacks:
-        count = rounds if isinstance(rounds, int) else rounds[f"dim{each.dim}"]
+        count = rounds if isinstance(rounds, int) else rounds[each.stack]
         rows = num * each.slots(batch_size, num)
         exchange = lambda kind, size, times: EstimatedCollective(
             kind, axes, num, size, times, PAYLOAD

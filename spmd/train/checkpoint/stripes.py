@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from spmd.core import digest
-from spmd.parallel.tables import STRIPES, Placement, is_replicated
+from spmd.parallel.tables import STRIPES, is_replicated, placement_of
 
 PREFIX = "digests."  # of the leaf of a table's digests, beside the table's
 SHOWN = 3  # stripes, and ids of each, in a message
@@ -69,9 +69,10 @@ def describe(name: str, leaf: jax.Array, saved: jax.Array) -> str:
     wrong = np.flatnonzero(np.asarray(differs(digest.compute_runs(leaf, STRIPES), saved)))
     if not wrong.size:
         return ""
-    dim = int(name.split(".")[1].removeprefix("dim"))
-    rows = leaf.shape[0] if leaf.ndim == 1 else leaf.shape[0] * (leaf.shape[1] // dim)
-    placement, length = Placement(rows, dim), rows // STRIPES
+    stack = name.split(".")[1]
+    width = 1 if leaf.ndim == 1 else leaf.shape[1] // placement_of(stack, 0).dim
+    placement = placement_of(stack, leaf.shape[0] * width)
+    length = placement.rows // STRIPES
     phrases = []
     for stripe in wrong[:SHOWN]:
         ids = np.sort(placement.id(np.arange(length) + int(stripe) * length))
