@@ -1,4 +1,4 @@
-"""Packing of complete tables into bins of equal size, each of which a device can own."""
+"""TableBins of complete tables into bins of equal size, each of which a device can own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 WASTE = 1.25  # rows of all bins, at most, for each row of the tables
 
 
-class Packing(NamedTuple):
+class TableBins(NamedTuple):
     """Tables in bins. size: ids of a bin. bins: of each table. starts: first id of each within its bin.
     num_bins: a power of two.
     """
@@ -19,7 +19,7 @@ class Packing(NamedTuple):
     starts: tuple[int, ...]
 
 
-def pack_tables(sizes: Sequence[int], most: int) -> Packing:
+def pack_tables(sizes: Sequence[int], most: int) -> TableBins:
     """Pack tables into as many bins as their sizes allow: the largest first, each into the emptiest bin
     (Graham 1969). It depends on the sizes alone, so that a checkpoint fits any mesh.
 
@@ -40,10 +40,10 @@ def pack_tables(sizes: Sequence[int], most: int) -> Packing:
     return packed
 
 
-def _pack_into(sizes: Sequence[int], num: int) -> Packing:
+def _pack_into(sizes: Sequence[int], num: int) -> TableBins:
     filled, bins, starts = [0] * num, [0] * len(sizes), [0] * len(sizes)
     for table in sorted(range(len(sizes)), key=lambda table: (-sizes[table], table)):
         bin_ = filled.index(min(filled))
         bins[table], starts[table] = bin_, filled[bin_]
         filled[bin_] += sizes[table]
-    return Packing(num, max(filled), tuple(bins), tuple(starts))
+    return TableBins(num, max(filled), tuple(bins), tuple(starts))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from spmd.core import batches
 from spmd.core.bits import mix
 from spmd.core.fields import check
-from spmd.parallel.packing import Packing, pack_tables
+from spmd.parallel.packing import TableBins, pack_tables
 
 PREFIX = "rows/"  # of the looked-up rows among the features of a batch
 STRIPES = 1024  # parts of each array, which the number of devices must divide
@@ -236,7 +236,7 @@ def _arrange(sizes: dict[str, int], dim: int, kind: Kind) -> tuple[Placement, di
         packed = pack_tables([*sizes.values()], STRIPES)
     else:
         ends = [*itertools.accumulate(sizes.values())]
-        packed = Packing(1, ends[-1], (0,) * len(sizes), (0, *ends[:-1]))
+        packed = TableBins(1, ends[-1], (0,) * len(sizes), (0, *ends[:-1]))
     placement = Placement(packed.size * packed.num_bins, dim, stripes, packed.num_bins)
     firsts = zip(packed.bins, packed.starts, strict=True)
     offsets = [bin_ * placement.bin_rows + start for bin_, start in firsts]
