@@ -1,4 +1,4 @@
-"""TableBins of complete tables into bins of equal size, each of which a device can own."""
+"""Complete tables in bins of equal size, each of which a device can own."""
 
 from __future__ import annotations
 
