@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,17 @@ def test_a_restored_model_predicts_on_any_mesh(trained):
     other = spmd.load("digits", [*words, "--data.eval-batch-size", "2"]).restore(40)
     three = other.predict({"image": examples["image"][:3]})
     np.testing.assert_allclose(three, logits[:3], rtol=1e-4, atol=1e-4)
+
+
+def test_a_source_may_return_another_config_each_time_it_is_read(trained):
+    _, exp, run = trained
+    data = exp.experiment.data
+
+    found = {"found": lambda self, recorded=None: dataclasses.replace(self)}
+    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    anew = type(type(data).__name__, (type(data),), found)(**fields)
+    fresh = dataclasses.replace(exp.experiment, data=anew)
+    assert fresh.evaluate()["eval/accuracy"] == run.metrics["eval/accuracy"]
 
 
 def test_mistakes_are_one_message(trained, tmp_path):

@@ -24,6 +24,8 @@ from spmd.train.evaluations import Evaluation, check_names
 from spmd.weights.config import InitConfig
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from spmd.train.program import Program
     from spmd.train.snapshot import Snapshot
 
@@ -216,13 +218,18 @@ class Experiment:
         ValueError when there is none, or when the directory holds another run.
         """
         from spmd.experiment.derive import derive
-        from spmd.train import dataset, rundir, snapshot
+        from spmd.train import rundir
 
         path = rundir.locate(self.run.dir, self.name)
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
-        derived = derive(self, rundir.read_identity(path))
-        if derived is not self:
-            return derived.restore(step, same, other_data=other_data)
+        return derive(self, rundir.read_identity(path))._restore(path, step, same, other_data)
+
+    def _restore(
+        self, path: epath.Path, step: int | None, same: Sequence[str], other_data: bool
+    ) -> Snapshot:
+        """`restore` of an experiment whose fields are those of the run in `path`."""
+        from spmd.train import dataset, rundir, snapshot
+
         identity, located = self.identity(), fields.located_names(self)
         if other_data:
             located |= {name for name in identity if name.startswith("data.")}

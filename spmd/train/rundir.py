@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from spmd.core import paths
+from spmd.core import paths, values
 from spmd.core.storage import check_usable, is_remote, json_text, list_directory, write_atomically
 from spmd.train import lock, renamed
 
@@ -48,6 +49,7 @@ def short_path(path: epath.Path) -> str:
 
 # Fields of the identity that are digests of the data: see spmd.train.dataset.
 CONTENT = "data.content."
+_LONG = 200  # characters of a difference that are shown as they are
 
 
 def inspect(
@@ -279,7 +281,19 @@ def _is_amendable(name: str) -> bool:
 
 
 def _difference_lines(diff: Mapping[str, Sequence[Any]]) -> list[str]:
-    return [f"  {k}: {before} -> {now}" for k, (before, now) in diff.items()]
+    return [f"  {name}: {_change(before, now)}" for name, (before, now) in diff.items()]
+
+
+def _change(before: Any, now: Any) -> str:
+    """`before -> now`; of long lists, as of classes, the first elements that differ."""
+    if len(whole := f"{before} -> {now}") <= _LONG:
+        return whole
+    if not (isinstance(before, list | tuple) and isinstance(now, list | tuple)):
+        return f"{values.shorten(before)} -> {values.shorten(now)}"
+    pairs = enumerate(itertools.zip_longest(before, now, fillvalue="none"), 1)
+    number, first = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    old, new = map(values.shorten, first)
+    return f"{len(before)} -> {len(now)} values; number {number}: {old} -> {new}"
 
 
 def find_differences(

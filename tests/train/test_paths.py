@@ -176,6 +176,14 @@ def test_without_proc_a_link_leads_there_and_is_removed(tmp_path, monkeypatch):
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def test_a_difference_of_long_lists_is_shown_by_its_first_element():
+    films = tuple(f"film {i}" for i in range(2000))
+    identity = {"data.items": films, "train.steps": 3}
+    other = identity | {"data.items": (*films[:1200], "another", *films[1200:])}
+    (line,) = rundir._difference_lines(rundir.find_differences(identity, other))
+    assert line == "  data.items: 2000 -> 2001 values; number 1201: 'film 1200' -> 'another'"
+
+
 @pytest.mark.parametrize(
     ("directory", "why"),
     {
