@@ -18,11 +18,14 @@ from spmd.analysis.plan.layout import Layout
 from spmd.data import Arrays
 from spmd.models.attention import RopeScaling
 from spmd.models.cnn import CNN
+from spmd.models.dlrm import DLRM
 from spmd.models.encoder import Encoder
 from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.mlp import MLP
 from spmd.models.moe import Experts
+from spmd.models.recommenders import MatrixFactorization, TwoTower
 from spmd.models.resnet import ResNet
+from spmd.models.sasrec import SASRec
 from spmd.models.segmenter import Segmenter
 from spmd.models.transformer import Transformer
 from spmd.models.unet import UNet
@@ -99,6 +102,12 @@ MODELS["segmenter"] = Segmenter(
     dropout=0.1, bias=False,
 )  # fmt: skip
 MODELS["vit_mean"] = dataclasses.replace(MODELS["vit"], patch=4, pool="mean", activation="gelu")
+# Of tables: rows of the smaller ones are on every device, those of the others on one each.
+MODELS["mf"] = MatrixFactorization(users=40, items=60, dim=8)
+MODELS["towers"] = TwoTower(users=40, items=60, dim=8, hidden=(16,))
+MODELS["dlrm"] = DLRM(ids=(40, 60), numbers=3, dim=8, bottom=(8,), top=(16, 8), placement="rows")
+MODELS["dlrm_bins"] = dataclasses.replace(MODELS["dlrm"], placement="tables")
+MODELS["sasrec"] = SASRec(items=60, length=8, embed=16, layers=2, dropout=0.1, bias=False)
 TASKS = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
@@ -110,6 +119,10 @@ TASKS = {
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
     Encoder: tasks.TextClassification(label_smoothing=0.1),
     EncoderDecoder: tasks.Translation(z_loss=1e-2, chunks=2),
+    MatrixFactorization: tasks.RatingPrediction(),
+    TwoTower: tasks.Retrieval(learned=True),
+    DLRM: tasks.ClickPrediction(),
+    SASRec: tasks.NextItem(),
 }
 # Where the local steps of replicas are one step.
 SYNCHRONOUS: Any = {"period": 1, "outer": "average"}
@@ -343,8 +356,33 @@ def masks_at(step: int) -> dict[str, np.ndarray]:
     return batch_at(step) | {"mask": mask.astype(np.int32)}
 
 
+def events_at(step: int) -> dict[str, np.ndarray]:
+    """Events of users and items: a rating, a click, and a history that begins late, or not at all."""
+    rng = np.random.default_rng([step, 3])
+    draw = lambda num, *shape: rng.integers(0, num, (BATCH, *shape)).astype(np.int32)
+    late = np.arange(8) < rng.integers(0, 9, (BATCH, 1))
+    history = np.where(late, -1, draw(60, 8)).astype(np.int32)
+    user, item = draw(40), np.minimum(rng.zipf(1.3, BATCH) - 1, 59).astype(np.int32)
+    events = {
+        "user": user,
+        "item": item,
+        "rating": (1 + (user + item) % 5).astype(np.float32),
+        "history": history,
+        "targets": np.where(late, -1, (history + 1) % 60).astype(np.int32),
+        "share": rng.uniform(0.01, 0.1, BATCH).astype(np.float32),
+        "negatives": draw(60, 4),
+        "numbers": rng.normal(size=(BATCH, 3)).astype(np.float32),
+        "category_00": user,
+        "category_01": item,
+        "label": ((user + item) % 2).astype(np.int32),
+    }
+    return events | {k: v for k, v in batch_at(step).items() if k in ("example_id", "weight")}
+
+
 def data_of(model):
     """Batch by step."""
+    if isinstance(model, MatrixFactorization | TwoTower | DLRM | SASRec):
+        return events_at
     if isinstance(model, EncoderDecoder):
         return pairs_at
     if isinstance(model, Encoder):
@@ -369,6 +407,7 @@ def parts_for(model, cut, *, accumulate=1, dtype="float32", optimizer=None, priv
         accumulate=accumulate,
         ema=optimizer.ema,
         privacy=privacy,
+        rows=optimizer.rows,
     )
 
 

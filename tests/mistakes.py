@@ -353,6 +353,10 @@ TABLE |= {
         "--experiment movielens_sasrec --run.dir out --data.files untimed.csv",
         "orders the events of a user by time, and the log has no column 'timestamp'",
     ),
+    "log_untimed_ratio": (
+        "--experiment movielens_sasrec --run.dir out --data.split ratio --data.files untimed.csv",
+        "histories (HistoryLog) are ordered by time, and the log has no column 'timestamp'",
+    ),
     "log_gone": (
         "--experiment movielens_mf --run.dir out --data.files ml/u1.base",
         "data.files='ml/u1.base' does not exist",

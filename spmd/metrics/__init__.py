@@ -1,7 +1,15 @@
 """Metrics: sums on the devices, values on the host."""
 
 from spmd.metrics.base import Mean, Metric, add_sums, check_metrics, compute_values, measure
-from spmd.metrics.classes import AUC, Accuracy, Calibration, Confusion, MacroF1, blended
+from spmd.metrics.classes import (
+    AUC,
+    Accuracy,
+    Calibration,
+    CalibrationRatio,
+    Confusion,
+    MacroF1,
+    blended,
+)
 from spmd.metrics.errors import MAE, RMSE, difference
 from spmd.metrics.ranking import Ranking
 
@@ -11,6 +19,7 @@ __all__ = [
     "RMSE",
     "Accuracy",
     "Calibration",
+    "CalibrationRatio",
     "Confusion",
     "MacroF1",
     "Mean",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from spmd.core import batches
 from spmd.core.batches import Ids
 from spmd.core.fields import check
-from spmd.metrics import AUC, Metric
+from spmd.metrics import AUC, CalibrationRatio, Metric
 from spmd.parallel.tables import PREFIX
 from spmd.tasks import losses
 from spmd.tasks.base import Task
@@ -22,7 +22,7 @@ from spmd.tasks.objective import Batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClickPrediction(Task):
-    """The probability of a click: binary cross-entropy, area under the ROC curve."""
+    """The probability of a click: binary cross-entropy, area under the ROC curve, calibration."""
 
     input: str = "numbers"
     """Feature of real values, [B, ...]."""
@@ -31,8 +31,8 @@ class ClickPrediction(Task):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
-        """AUC."""
-        return (AUC(label=self.label),)
+        """AUC, and predicted over observed clicks."""
+        return AUC(label=self.label), CalibrationRatio(label=self.label)
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         """The numbers, and the rows of each looked-up feature by its name."""

@@ -153,6 +153,13 @@ CASES = {
         WEIGHTS,
         ranking(1) | ranking(3),
     ),
+    "predicted over observed": (
+        metrics.CalibrationRatio(),
+        BINARY,
+        {"label": POSITIVE},
+        WEIGHTS,
+        (1 / (1 + np.exp(-BINARY[CHOSEN].astype(np.float64)))).sum() / POSITIVE[CHOSEN].sum(),
+    ),
     "calibration": (metrics.Calibration(), LOGITS, {"label": LABELS}, WEIGHTS, calibration()),
 }
 

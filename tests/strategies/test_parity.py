@@ -67,7 +67,9 @@ class Trajectory(NamedTuple):
         return {name: np.linalg.norm(leaf) for name, leaf in self.leaves.items()}
 
     def params(self) -> dict[str, np.ndarray]:
-        return {name: x for name, x in self.leaves.items() if name.startswith("params/")}
+        """Parameters, and the tables with the state of their optimizer."""
+        trained = ("params/", "tables/")
+        return {name: x for name, x in self.leaves.items() if name.startswith(trained)}
 
 
 def host(part):
@@ -359,6 +361,47 @@ def test_image_models_equal_one_device(layout, name):
         want = reference(name, 1, **how)
         got = trajectory(MODELS[name], *LAYOUTS[layout], **how)
     assert_same(got, want, RTOL["float64"])
+
+
+# Sparse tables take no compression and no replicas of their own; SASRec has none, and takes all.
+TABLES = (
+    "dp2",
+    "hsdp2x4",
+    "zero1_2x4",
+    "tensor2",
+    "psum2x4",
+    "ring2x4",
+    "server2x4",
+    "server2_tensor2",
+)
+RECOMMENDERS = [
+    (layout, name) for layout in TABLES for name in ("mf", "towers", "dlrm", "dlrm_bins")
+]
+RECOMMENDERS += [
+    (layout, "sasrec")
+    for layout in (*TABLES, "context2", "local4x2x2", "powersgd4", "stage2_fsdp2x2")
+]
+
+
+@pytest.mark.parametrize(
+    "layout,name",
+    slow_but(
+        [],
+        RECOMMENDERS,
+        gate=[("psum2x4", "dlrm_bins"), ("server2_tensor2", "mf")],
+    ),
+)
+def test_recommenders_equal_one_device(layout, name):
+    """In-batch negatives, histories that begin late, rows in tables of every placement."""
+    with jax.enable_x64(True):
+        strategy = (LAYOUTS | PIPELINES)[layout]
+        accumulate = 4 if layout in PIPELINES else 1
+        how = {"dtype": "float64", "steps": 5, "accumulate": accumulate}
+        how |= {"optimizer": optimizer_of(strategy[0])}
+        want = reference(name, **how)
+        got = trajectory(MODELS[name], *strategy, **how)
+    assert_same(got, want, RTOL["float64"])
+    assert name.startswith("dlrm") or want.losses[-1] < want.losses[0]
 
 
 PIPELINED = [(layout, "lm", "ring", "float64") for layout in PIPELINES if "expert" not in layout]
