@@ -10,6 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
+from tests import chats
 from tests.command import REPOSITORY
 
 PAGES = ("README.md", *sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("docs/*.md")))
@@ -174,6 +175,10 @@ def config():
 '''
 
 
+# What a page's commands import beside the requirements.
+IMPORTS = {"docs/chat.md": "jinja2"}
+
+
 def recipes() -> dict[str, str]:
     """Name -> text of the experiment files that docs/extending.md prints."""
     text = (REPOSITORY / "docs/extending.md").read_text()
@@ -221,6 +226,9 @@ def prepare(page: str, directory: Path) -> None:
             (directory / f"{name}.py").write_text(text)
     if page == "docs/data.md":
         _images(directory)
+    if page == "docs/chat.md":
+        chats.write_checkpoint(directory / "LLAMA")
+        chats.write_records(directory)
     if page == "docs/finetune.md":
         import spmd
         from spmd.weights.huggingface import write

@@ -1,4 +1,4 @@
-"""run.py sample: continue prompts with the language model of a run, or translate lines, on any mesh."""
+"""run.py sample: continue prompts with the language model of a run, answer or translate lines."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ class SampleOptions:
     """Translations only: exponent a of ((5 + length) / 6)^a, by which a beam search divides."""
     step: int = -1
     """Step of the checkpoint; -1 is the newest."""
+    chat: bool = False
+    """Answer the lines of standard input, by the chat template of the data; an empty line begins anew."""
 
 
 def run(name: str, words: Sequence[str]) -> int:
@@ -56,6 +58,10 @@ def run(name: str, words: Sequence[str]) -> int:
     Of an experiment on pairs: a line with the translation of each.
     """
     exp, options = registry.load(name, words, SampleOptions)
+    if options.chat:
+        from spmd.cli.chat import answer_lines
+
+        return answer_lines(exp, options)
     if isinstance(exp.data, Pairs):
         return _translate(exp, exp.data, options)
     tokenizer = exp.data.open_tokenizer()

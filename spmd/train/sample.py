@@ -73,6 +73,7 @@ def generate(
     seed: int = 0,
     end: int | None = None,
     vocab: int | None = None,
+    steps: Steps | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue prompts; yields int32 [len(prompts)], the next token of each.
 
@@ -87,6 +88,8 @@ def generate(
         seed: of the draws.
         end: token that ends a text.
         vocab: number of tokens, if less than the rows of the model's table; others are never drawn.
+        steps: compiled ones of earlier calls with the same arguments but prompts and num_tokens; lengths are
+            rounded up, so that few are compiled.
 
     Raises:
         ValueError: the model cannot decode, or the lengths exceed its positions.
@@ -100,8 +103,12 @@ def generate(
         f"a prompt of {longest} tokens and --tokens {num_tokens} exceed the model's"
         f" {longest + remaining} positions; ask for at most {remaining}, or shorten the prompt",
     )
-    steps = _Steps(snapshot, choice, num_tokens, seed, vocab)
-    token_B, position_B, cache = steps.begin(prompts, longest + num_tokens)
+    size = (longest, longest + num_tokens)
+    if steps is not None:
+        limit = longest + remaining
+        size = (min(_power(size[0]), limit), min(_power(size[1]), limit))
+    steps = steps or Steps(snapshot, choice, seed, vocab)
+    token_B, position_B, cache = steps.begin(prompts, *size)
     finished = np.zeros(len(prompts), bool)
     for i in range(num_tokens):
         current_B = token_B
@@ -115,6 +122,11 @@ def generate(
         yield tokens
         if finished.all():
             return
+
+
+def _power(number: int) -> int:
+    """The next power of two, at least 32."""
+    return max(32, 1 << (number - 1).bit_length())
 
 
 def remaining_positions(snapshot: Snapshot, prompts: Sequence[np.ndarray]) -> int:
@@ -152,12 +164,17 @@ def _max_length(task: Any, snapshot: Snapshot) -> int:
     return jax.eval_shape(lambda p, s: task.call(p, s, length), *snapshot.variables).shape[0]
 
 
-class _Steps:
-    """The jitted steps: the prompts at once, then one token of each row."""
+class Steps:
+    """The jitted steps: the prompts at once, then one token of each row.
 
-    def __init__(
-        self, snapshot: Snapshot, choice: Choice, num_tokens: int, seed: int, vocab: int | None
-    ):
+    Args:
+        snapshot: a language model.
+        choice: how tokens are drawn.
+        seed: of the draws.
+        vocab: as `generate` takes it.
+    """
+
+    def __init__(self, snapshot: Snapshot, choice: Choice, seed: int, vocab: int | None):
         mesh, task = snapshot.program.mesh, snapshot.program.task
         self._variables, self._ways = snapshot.variables, meshes.batch_shards(mesh)
         self._rows = NamedSharding(mesh, sharding.batch_spec())
@@ -194,11 +211,18 @@ class _Steps:
         self._next = jax.jit(decode_next, out_shardings=(replicated, None), donate_argnums=4)
         self.later = jax.jit(lambda position_B: position_B + 1)
 
-    def begin(self, prompts: Sequence[np.ndarray], length: int) -> tuple[Any, Any, Any]:
-        """(the first new token, its position, the cache), each [B], B rounded up to what the mesh divides."""
+    def begin(
+        self, prompts: Sequence[np.ndarray], longest: int, length: int
+    ) -> tuple[Any, Any, Any]:
+        """(the first new token, its position, the cache), each [B], B rounded up to what the mesh divides.
+
+        Args:
+            prompts: tokens of each row.
+            longest: tokens to which they are padded.
+            length: tokens that the cache has room for.
+        """
         num = -(-len(prompts) // self._ways) * self._ways
         rows = [prompts[min(i, len(prompts) - 1)] for i in range(num)]
-        longest = max(map(len, rows))
         tokens_BT = np.zeros((num, longest), np.int32)
         positions_BT = np.full((num, longest), -1, np.int32)
         for i, row in enumerate(rows):

@@ -41,7 +41,12 @@ class Records(NamedTuple):
 
 
 def from_columns(
-    globs: Sequence[str], columns: Sequence[str], option: str, cache_dir: str
+    globs: Sequence[str],
+    columns: Sequence[str],
+    option: str,
+    cache_dir: str,
+    *,
+    partial: bool = False,
 ) -> Records:
     """Columns of the records of files.
 
@@ -50,6 +55,7 @@ def from_columns(
         columns: names of the columns.
         option: the field of the globs, for messages.
         cache_dir: where digests of large files are kept.
+        partial: a record may lack columns, whose values are then None.
 
     Raises:
         ValueError: no file matches, or one is of no format that is read.
@@ -63,9 +69,9 @@ def from_columns(
 
     def read() -> Iterator[Record]:
         for path in paths:
-            yield from _read_file(path, tuple(columns))
+            yield from _read_file(path, tuple(columns), partial)
 
-    return _records(paths, repr(columns), read, cache_dir)
+    return _records(paths, repr((columns, partial) if partial else columns), read, cache_dir)
 
 
 def from_lines(globs: Sequence[Sequence[str]], options: Sequence[str], cache_dir: str) -> Records:
@@ -122,27 +128,31 @@ def _local_files(globs: Sequence[str], option: str, suffixes: Sequence[str] = ()
     return files.matching(globs, option, suffixes)
 
 
-def _read_file(path: str, columns: tuple[str, ...]) -> Iterator[Record]:
+def _read_file(path: str, columns: tuple[str, ...], partial: bool) -> Iterator[Record]:
     """The records of one file; ValueError where it cannot be read to its end."""
     kind = path.lower().removesuffix(".gz").rpartition(".")[2]
     readers = {"parquet": _read_parquet, "csv": _read_table, "tsv": _read_table}
     try:
-        yield from readers.get(kind, _read_json)(path, columns)
+        yield from readers.get(kind, _read_json)(path, columns, partial)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read to its end: {error}") from None
 
 
-def _read_parquet(path: str, columns: tuple[str, ...]) -> Iterator[Record]:
+def _read_parquet(path: str, columns: tuple[str, ...], partial: bool) -> Iterator[Record]:
     from spmd.data.tables.parquet import open_file
 
     file = open_file(path)
-    _check_columns(path, columns, file.schema_arrow.names)
-    for batch in file.iter_batches(2**14, columns=list(columns)):
-        values = [batch.column(name).to_pylist() for name in columns]
+    present = file.schema_arrow.names
+    if not partial:
+        _check_columns(path, columns, present)
+    named = [name for name in columns if name in present]
+    for batch in file.iter_batches(2**14, columns=named):
+        of = lambda name, batch=batch: batch.column(name).to_pylist()
+        values = [of(name) if name in present else [None] * batch.num_rows for name in columns]
         yield from (Record(row) for row in zip(*values, strict=True))
 
 
-def _read_table(path: str, columns: tuple[str, ...]) -> Iterator[Record]:
+def _read_table(path: str, columns: tuple[str, ...], partial: bool) -> Iterator[Record]:
     """Records of a table with a header; TSV knows no quotes."""
     tabs = ".tsv" in path.lower()
     with _open_text(path) as lines:
@@ -150,17 +160,18 @@ def _read_table(path: str, columns: tuple[str, ...]) -> Iterator[Record]:
             (line.rstrip("\r\n").split("\t") for line in lines) if tabs else csv.reader(lines)
         )
         header = next(rows, [])
-        _check_columns(path, columns, header)
-        places = [header.index(name) for name in columns]
+        if not partial:
+            _check_columns(path, columns, header)
+        places = [header.index(name) if name in header else None for name in columns]
         for number, row in enumerate(rows, 2):
             if len(row) != len(header):
                 wrong = f"{len(row)} fields, and the header has {len(header)}"
                 yield Record((), f"{path}, line {number}: {wrong}")
             else:
-                yield Record(tuple(row[place] for place in places))
+                yield Record(tuple(None if place is None else row[place] for place in places))
 
 
-def _read_json(path: str, columns: tuple[str, ...]) -> Iterator[Record]:
+def _read_json(path: str, columns: tuple[str, ...], partial: bool) -> Iterator[Record]:
     with _open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -173,8 +184,9 @@ def _read_json(path: str, columns: tuple[str, ...]) -> Iterator[Record]:
             if not isinstance(record, dict):
                 yield Record((), f"{path}, line {number}: no JSON object")
                 continue
-            _check_columns(f"{path}, line {number}", columns, record)
-            yield Record(tuple(record[name] for name in columns))
+            if not partial:
+                _check_columns(f"{path}, line {number}", columns, record)
+            yield Record(tuple(record.get(name) for name in columns))
 
 
 def _read_aligned(paths: Sequence[str]) -> Iterator[Record]:

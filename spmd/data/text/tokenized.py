@@ -69,7 +69,9 @@ class TokenizedRecords(DataConfig):
             named = self.files if split == "train" else self.eval_files
             option = "data.files" if split == "train" else "data.eval_files"
             check(bool(named), f"{option} is empty; give the files to evaluate on")
-            return records.from_columns(named, self.columns, option, self.cache_dir)
+            return records.from_columns(
+                named, self.columns, option, self.cache_dir, partial=self.partial
+            )
         check(
             self.made is not None,
             "no text is named; give --data.files FILE ... and --data.eval-files FILE ...",
@@ -77,8 +79,13 @@ class TokenizedRecords(DataConfig):
         assert self.made is not None
         return records.from_memory(f"made-{split}", self.made(split))
 
-    def open_tokenizer(self) -> Tokenizer:
-        """The tokenizer of all texts; ValueError for one without a token that ends a text."""
+    @property
+    def partial(self) -> bool:
+        """Whether a record may lack columns, whose values are then None."""
+        return False
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer of all texts, trained where it is missing."""
         from spmd.data.text import bpe
         from spmd.data.text.tokenizer import load_tokenizer
 
@@ -88,7 +95,11 @@ class TokenizedRecords(DataConfig):
             name = str(
                 bpe.cached(records.name, records.key, self.texts_of("train"), vocab, self.cache_dir)
             )
-        tokenizer = load_tokenizer(name, self.end)
+        return load_tokenizer(name, self.end)
+
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer of all texts; ValueError for one without a token that ends a text."""
+        tokenizer = self.load_tokenizer()
         check(
             tokenizer.end is not None,
             f"data.tokenizer={self.tokenizer} has no token that ends a text; give --data.end TOKEN, one of"

@@ -12,22 +12,30 @@ import numpy as np
 
 from spmd.core.fields import check, closest
 
+Marked = tuple[np.ndarray, np.ndarray]  # ids uint32 [T], their characters [start, end) int64 [T, 2]
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # GPT-2, Llama 3, Llama 2, Gemma
 
 
 class Tokenizer(Protocol):
     """Text <-> token ids below `vocab_size`. begin, end: tokens around a document, if there are any.
 
-    key: identifies the tokenizer; changes whenever the tokens of a text may.
+    special: tokens that are no text. end_text: how a chat template writes `end`. key: identifies the
+    tokenizer; changes whenever the tokens of a text may.
     """
 
     vocab_size: int
     begin: int | None
     end: int | None
+    end_text: str | None
+    special: frozenset[int]
     key: str
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int [N], without begin and end. ValueError for unknown characters."""
+        ...
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        """The ids of each text, in which special tokens are written out, and the characters of each id."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -50,11 +58,33 @@ class Bytes:
     def __init__(self, end: bool = True):
         self.end: int | None
         self.end = 255 if end else None
+        self.end_text = ENDS[0] if end else None
+        self.special = frozenset({255} if end else ())
         self.key = f"bytes {end}"
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """uint8 ids."""
         return [np.frombuffer(t.encode("utf-8", "surrogatepass"), np.uint8) for t in texts]
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        """`<|endoftext|>` is the end token."""
+        return [self._encode_marked(text) for text in texts]
+
+    def _encode_marked(self, text: str) -> Marked:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for number, part in enumerate(text.split(self.end_text) if self.end_text else [text]):
+            if number and self.end is not None and self.end_text:
+                ids.append(self.end)
+                spans.append((at, at + len(self.end_text)))
+                at += len(self.end_text)
+            for place, character in enumerate(part, at):
+                encoded = character.encode("utf-8", "surrogatepass")
+                ids += encoded
+                spans += [(place, place + 1)] * len(encoded)
+            at += len(part)
+        return np.array(ids, np.uint32), np.array(spans, np.int64).reshape(-1, 2)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Invalid UTF-8 becomes U+FFFD."""
@@ -72,6 +102,8 @@ class Chars:
 
     begin: int | None = None
     end: int | None = None
+    end_text: str | None = None
+    special: frozenset[int] = frozenset()
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -82,6 +114,11 @@ class Chars:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """uint32 ids."""
         return [self._encode(_codes(text)) for text in texts]
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        """There are no special tokens."""
+        spans = lambda text: np.stack([np.arange(len(text)), np.arange(1, len(text) + 1)], axis=1)
+        return [(ids, spans(text)) for ids, text in zip(self.encode(texts), texts, strict=True)]
 
     def _encode(self, codes: np.ndarray) -> np.ndarray:
         ids = np.minimum(np.searchsorted(self._codes, codes), self.vocab_size - 1)
@@ -136,9 +173,15 @@ class FromFile:
         affixes = tokenizer.encode("").ids  # tokens that the file's post-processor adds to a text
         tokenizer.encode_special_tokens = True
         self._inner = tokenizer
+        self._marked: Any = tokenizers.Tokenizer.from_buffer(content)
+        self._marked.no_truncation()
+        self._marked.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(i for i, token in added.items() if token.special)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.end = self._end(path, vocabulary, end)
+        self.end_text = None if self.end is None else tokenizer.id_to_token(self.end)
         self.begin = affixes[0] if affixes and affixes[0] != self.end else None
         self._special = {i for i in (self.begin, self.end) if i is not None}
         self.key = f"{hashlib.sha256(content).hexdigest()} {self.begin} {self.end}"
@@ -158,6 +201,14 @@ class FromFile:
         """uint32 ids; the texts are spread over the cores."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        """As transformers encodes the text of a chat template."""
+        encodings = self._marked.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (np.array(e.ids, np.uint32), np.array(e.offsets, np.int64).reshape(-1, 2))
+            for e in encodings
+        ]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids beyond the vocabulary are left out."""
