@@ -21,10 +21,13 @@ class PlanOptions:
 
     target: str = ""
     """cpu:8, h100:64, v5p:4x4x4 (a TPU slice in chips); empty: cpu:8, or cpu: with --simulate devices."""
-    show: Literal["summary", "memory", "comms", "shardings", "schedule", "scaling"] = "summary"
+    show: Literal["summary", "memory", "comms", "kernels", "shardings", "schedule", "scaling"] = (
+        "summary"
+    )
     """summary: all in short; memory: bytes of a device by part; comms: every collective with its mesh axes
-    and source line; shardings: every array of the state and its sharding; schedule: the microbatch of each
-    pipeline stage at each tick; scaling: over --targets."""
+    and source line; kernels: what a TPU computes, by its compiler's cycles; shardings: every array of the
+    state and its sharding; schedule: the microbatch of each pipeline stage at each tick; scaling: over
+    --targets."""
     compile: bool = True
     """Compile the step: with the TPU compiler, which needs no TPU, else for simulated devices. Without it,
     everything is estimated."""
@@ -59,7 +62,7 @@ class PlanOptions:
             f"html={self.html!r} must be a file that ends in .html",
         )
         check(
-            not self.html or self.show in ("summary", "memory", "comms"),
+            not self.html or self.show in ("summary", "memory", "comms", "kernels"),
             f"html shows a plan or a search, not --show {self.show}",
         )
         check(
@@ -100,7 +103,7 @@ def run(name: str, words: Sequence[str]) -> int:
 
 def _result(exp: Experiment, options: PlanOptions) -> tuple[str, Any, bool]:
     """(text, JSON, whether it fits)."""
-    from spmd.analysis.plan import html, planner, report
+    from spmd.analysis.plan import html, kernels, planner, report
     from spmd.experiment import budget
     from spmd.hardware import targets
 
@@ -136,6 +139,7 @@ def _result(exp: Experiment, options: PlanOptions) -> tuple[str, Any, bool]:
     if options.html:
         html.write(plan, options.html)
     views = {"memory": report.memory_view, "comms": report.comms_view, "summary": report.summary}
+    views["kernels"] = kernels.kernels_view
     text, plain, fits = views[options.show](plan), plan.json(), plan.fits
     if options.check and plan.compiled is not None:
         lines = budget.find_violations(exp.budget, plan.compiled.program)

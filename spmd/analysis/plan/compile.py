@@ -30,13 +30,15 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+TORI = ("v4", "v5p", "7x")  # slices of cubes of 4 chips in each dim are wrapped
+CUBE = 4
 _PARTITIONED = "*after_spmd-partitioning*.txt"
 _SIZE = r"([\d.]+)([KMG]?)"
 _TOO_LARGE = (
     rf"Used {_SIZE} of {_SIZE} hbm",
     rf"required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
 )
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 
 
 class Failed(Exception):
@@ -91,7 +93,8 @@ class Compiled:
         """All fields as JSON types; `from_json` is the inverse."""
         plain = dataclasses.asdict(dataclasses.replace(self, program=None))  # type: ignore[arg-type]
         program = self.program._asdict()
-        program["collectives"] = [dataclasses.asdict(c) for c in self.program.collectives]
+        for name in ("collectives", "kernels"):
+            program[name] = [dataclasses.asdict(each) for each in program[name]]
         return plain | {"program": program}
 
     @classmethod
@@ -101,6 +104,7 @@ class Compiled:
         fields["collectives"] = [
             hlo.Collective(**{**c, "axes": tuple(c["axes"])}) for c in fields["collectives"]
         ]
+        fields["kernels"] = [hlo.Kernel(**each) for each in fields["kernels"]]
         memory, program = CompiledMemory(**plain["memory"]), hlo.CompiledProgram(**fields)
         return cls(**{**plain, "memory": memory, "program": program})
 
@@ -128,6 +132,9 @@ def devices(target: Target) -> list[Any] | None:
     options: dict[str, Any] = {"topology_name": target.name.replace("7x:", "tpu7x:")}
     if chip == "v4":
         options["chip_config_name"] = "megacore"  # the two cores of a chip are one device
+    # Complete cubes are tori. Without their links a gather is compiled as zeros and an all-reduce.
+    if chip in TORI and all(size % CUBE == 0 for size in target.topology):
+        options["wrap"] = (True, True, True)
     if target.num_devices < 4:
         options["chips_per_host_bounds"] = (*target.topology, 1)
     try:

@@ -2,6 +2,9 @@
 
     step = matmuls + elementwise + update + bubble + the part of the collectives that is not overlapped
 
+A program compiled for a TPU brings its compiler's cycles; they take the place of matmuls, elementwise and
+update (`compiled_seconds`). Without one:
+
 - matmuls: executed FLOPs (recomputation included) at MATMUL_SHARE of the peak, or the bytes of their operands
   at the bandwidth of the memory, whichever takes longer. Attention with a short head leaves part of a TPU's
   matrix unit idle (Chip.tile). Splash and cuDNN skip what the causal mask hides, and have five matmuls
@@ -40,15 +43,18 @@ from spmd.analysis.plan.facts import Facts
 from spmd.analysis.plan.layout import Layout, check_fits
 from spmd.analysis.plan.memory import EstimatedMemory
 from spmd.analysis.plan.tables import lookup_seconds
-from spmd.analysis.plan.work import Work, step_work, update_seconds
+from spmd.analysis.plan.work import BANDWIDTH_SHARE, Work, step_work, update_seconds
 from spmd.core import tree
 from spmd.core.fields import check
+from spmd.hardware import hlo
+from spmd.hardware.chips import Chip
 from spmd.hardware.targets import Target
 
 # Fraction of the gathers of weights and reductions of gradients that overlaps with matmuls: the first gather,
 # the last reduction and the joints between them do not. From Horovod's 90 % for ResNet-101; the other rows of
 # docs/plan.md follow.
 HIDEABLE = 0.6
+PALLAS = "tpu_custom_call"  # target of the custom calls that Pallas kernels become
 
 
 class Estimate(NamedTuple):
@@ -103,6 +109,7 @@ def estimate(
     collectives: list[EstimatedCollective] | None = None,
     weights: list[EstimatedCollective] | None = None,
     memory: EstimatedMemory | None = None,
+    program: hlo.CompiledProgram | None = None,
 ) -> Estimate:
     """Estimates a step; `fits` of the result says whether the memory suffices.
 
@@ -113,6 +120,7 @@ def estimate(
         collectives: those of a compiled program; by default those of the closed forms.
         weights: weight_collectives of the same layout, if they have been computed.
         memory: where it is not that of the closed forms.
+        program: compiled for a TPU; the compiler's cycles replace the closed forms of its computation.
 
     Raises:
         ValueError: the experiment, the mesh and the target do not fit together.
@@ -134,7 +142,12 @@ def estimate(
         "elementwise": work.elementwise,
         "update": update_seconds(facts, layout, memory, chip),
     }
-    if facts.tables:
+    # The text of a pipeline does not say in which ticks a stage works.
+    counted = program is not None and bool(program.cycles) and chip.clock and layout.stages == 1
+    if counted:
+        assert program
+        seconds = compiled_seconds(program, work, chip)
+    elif facts.tables:
         seconds["lookups"] = lookup_seconds(facts.tables, facts.batch_size, layout, chip)
     networks, ticking = network_seconds(collectives, levels, work)
     if layout.stages > 1:
@@ -154,6 +167,22 @@ def estimate(
         mfu=peak / step,
         tokens_per_second=facts.tokens / step,
     )
+
+
+def compiled_seconds(program: hlo.CompiledProgram, work: Work, chip: Chip) -> dict[str, float]:
+    """Seconds of a compiled program's computation, by part.
+
+    counted kernels: the compiler's cycles. uncounted kernels: Pallas kernels, by the FLOPs of their matmuls.
+    gathers: what else the compiler does not count, by its bytes.
+    """
+    pallas = [each for each in program.kernels if each.op.endswith(PALLAS)]
+    rest = [each for each in program.kernels if each.cycles < 0 and each not in pallas]
+    moved = sum(each.bytes * each.count for each in rest)
+    return {
+        "counted kernels": program.cycles / chip.clock,
+        "uncounted kernels": work.kernels if pallas else 0.0,
+        "gathers": moved / (chip.bandwidth * BANDWIDTH_SHARE),
+    }
 
 
 def network_seconds(
@@ -190,6 +219,10 @@ HELP = {
     "matmuls": "fewer FLOPs would help most: less remat (model.remat) where memory allows it",
     "elementwise": "less memory traffic would help most: attention in a fused kernel (model.attention),"
     " sequence parallelism, or a wider model",
+    "counted kernels": "--show kernels ranks them by the compiler's cycles; less remat (model.remat), where"
+    " memory allows it, is fewer",
+    "uncounted kernels": "shorter sequences, a window, or fewer experts for each token would help most",
+    "gathers": "fewer rows that are looked up would help most",
     "update": "more tokens per update would help most: a larger batch, or train.accumulate",
     "parameters": "fewer gathers of the weights would help most: a smaller mesh.fsdp beside mesh.data or"
     " mesh.replica, zero=1, or more tokens per gather",

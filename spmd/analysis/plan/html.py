@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spmd.analysis.plan import report
+from spmd.analysis.plan import kernels, report
 from spmd.analysis.plan.report import Plan
 from spmd.analysis.plan.search import Candidate
 from spmd.core import tree
@@ -42,6 +42,11 @@ def write(plan: Plan, file: str) -> None:
     parts += ["<h2>In words</h2>", f"<pre>{html.escape(report.summary(plan))}</pre>"]
     if plan.compiled is not None:
         parts.append(f"<pre>{html.escape(report.comms_view(plan))}</pre>")
+    if plan.compiled is not None and plan.compiled.program.cycles:
+        parts += [
+            "<h2>Kernels, by the compiler's cycles</h2>",
+            f"<pre>{html.escape(kernels.kernels_view(plan))}</pre>",
+        ]
     _page(f"{plan.facts.name} on {plan.target.name}", parts, file)
 
 

@@ -100,7 +100,12 @@ def _apply_compiled(
     if estimated.target.chip is None:
         return estimated
     estimate = cost.estimate(
-        exp_facts, estimated.target, exp_layout, collectives, memory=estimated.memory
+        exp_facts,
+        estimated.target,
+        exp_layout,
+        collectives,
+        memory=estimated.memory,
+        program=step.program,
     )
     return estimated._replace(estimate=estimate)
 
@@ -169,7 +174,7 @@ def _compile_candidate(
     if step.how != "compiled":
         return candidate
     collectives = comms.from_program(step.program, chosen)
-    estimate = cost.estimate(exp_facts, devices, chosen, collectives)
+    estimate = cost.estimate(exp_facts, devices, chosen, collectives, program=step.program)
     return candidate._replace(estimate=estimate, compiled=step.memory.peak)
 
 

@@ -90,7 +90,7 @@ def sent(plan: Plan) -> dict[hlo.Key, hlo.Total]:
 
 def summary(plan: Plan) -> str:
     """All parts in short."""
-    parts = [_head(plan), "", _memory(plan), "", _ledger(plan)]
+    parts = [head(plan), "", _memory(plan), "", _ledger(plan)]
     if plan.estimate is not None:
         parts += ["", _time(plan.estimate), "", plan.estimate.bottleneck]
     elif plan.target.chip is None:
@@ -102,12 +102,12 @@ def summary(plan: Plan) -> str:
 
 def memory_view(plan: Plan) -> str:
     """Memory by part."""
-    return "\n".join([_head(plan), "", _memory(plan)])
+    return "\n".join([head(plan), "", _memory(plan)])
 
 
 def comms_view(plan: Plan) -> str:
     """Every collective: of the compiled program with its source line if there is one, else estimated."""
-    parts = [_head(plan), "", _ledger(plan)]
+    parts = [head(plan), "", _ledger(plan)]
     if plan.compiled is not None:
         parts += ["", _calls(plan.compiled.program)]
     return "\n".join(parts)
@@ -196,7 +196,7 @@ def scaling_view(points: Sequence[Point], bounds: Sequence[Bound]) -> str:
     return "\n".join([render(table), "", *map(str, bounds)])
 
 
-def _head(plan: Plan) -> str:
+def head(plan: Plan) -> str:
     method = "estimated"
     if plan.compiled is not None:
         method = f"{plan.compiled.how} in {plan.compiled.seconds:.0f} s"

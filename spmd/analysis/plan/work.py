@@ -27,7 +27,8 @@ FUSED = ("splash", "cudnn")
 
 class Work(NamedTuple):
     """Computation of one device in one step: seconds, and executed FLOPs. ring: seconds of attention during
-    which the keys and values of a ring can travel.
+    which the keys and values of a ring can travel. kernels: seconds of the matmuls inside Pallas kernels
+    (splash attention, grouped matmuls of experts), of which a compiler counts nothing.
     """
 
     matmuls: float
@@ -35,6 +36,7 @@ class Work(NamedTuple):
     elementwise: float
     flops: float
     ring: float = 0.0
+    kernels: float = 0.0
 
 
 def matmul_share(chip: Chip) -> float:
@@ -118,7 +120,7 @@ def _block_work(facts: Facts, layout: Layout, chip: Chip) -> Work:
     remats = layout.remat not in ("none", "")
     # Forward passes beside that of the backward pass; the last stage of a pipeline has none.
     forwards = 1 - 1 / (layout.stages * layout.chunks) if piped else 0.0
-    forward = rest = executed = ring = moved = 0.0
+    forward = rest = executed = ring = moved = kernels = 0.0
     for blocks in model.blocks:
         local_tokens = tokens(facts, layout, blocks.length) * layout.accumulate
         num = (
@@ -134,6 +136,7 @@ def _block_work(facts: Facts, layout: Layout, chip: Chip) -> Work:
             flops.weights + flops.kernel + forwards * (flops.dense + flops.attention)
         )
         ring += num * idle * (flops.kernel + flops.attention * piped) / rate
+        kernels += num * (idle * flops.kernel * flops.fused + flops.experts) / rate
         moved += (
             local_tokens * blocks.num_blocks / layout.stages * _block_traffic(facts, layout, blocks)
         )
@@ -149,18 +152,21 @@ def _block_work(facts: Facts, layout: Layout, chip: Chip) -> Work:
     elementwise = pipeline_seconds(layout, moved, (4 if remats else 3) * moved, loss)
     executed += logits_passes * logits / layout.stages
     context = layout.size("context")
-    return Work(busy, backward, elementwise, executed, ring * (context - 1) / context)
+    return Work(busy, backward, elementwise, executed, ring * (context - 1) / context, kernels)
 
 
 class _Flops(NamedTuple):
     """FLOPs per token of a block. dense, attention: of a forward pass. weights, kernel: the same of the
-    backward pass with all that it recomputes, and of the forward pass.
+    backward pass with all that it recomputes, and of the forward pass. fused: whether attention is a kernel.
+    experts: the part of `weights` in grouped matmuls.
     """
 
     dense: float
     attention: float
     weights: float
     kernel: float
+    fused: bool
+    experts: float
 
 
 def _flops(blocks: Blocks, layout: Layout) -> _Flops:
@@ -169,12 +175,15 @@ def _flops(blocks: Blocks, layout: Layout) -> _Flops:
     attention, fused = attention_flops(blocks, layout)
     rematerialised = recomputed_matmuls(blocks, layout)
     dense = sum(matmuls.values())
-    weights = dense * 3 + sum(matmuls[name] for name in matmuls if name in rematerialised)
+    backward = lambda name: matmuls[name] * (3 + (name in rematerialised))
+    weights = sum(map(backward, matmuls))
+    experts = sum(map(backward, ("up", "gate", "down"))) if blocks.mixture else 0.0
     remats = layout.remat not in ("none", "")
     kernel = attention * (
         (3.5 if fused else 3) + ("attended" in rematerialised or (fused and remats))
     )
-    return _Flops(dense, attention, weights, kernel)
+    in_kernel = fused and blocks.config.attention in FUSED
+    return _Flops(dense, attention, weights, kernel, in_kernel, experts)
 
 
 def attention_flops(blocks: Blocks, layout: Layout) -> tuple[float, bool]:

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from spmd.hardware.hlo.kernels import Kernel
+
 KINDS = (
     "all-reduce",
     "all-gather",
@@ -48,13 +50,19 @@ class Collective:
 
 class CompiledProgram(NamedTuple):
     """A program of one device. flops: FLOPs of matmuls and convolutions per step, rematerialisation included;
-    kernels (custom calls) count as none. endless: number of loops whose trip count is not in the text; their
-    bodies count once.
+    custom calls count as none. endless: number of loops whose trip count is not in the text; their bodies
+    count once. kernels: what runs between the collectives; [] for a text without the compiler's estimates.
     """
 
     collectives: list[Collective]
     flops: float
     endless: int
+    kernels: list[Kernel] = []  # noqa: RUF012 (never changed)
+
+    @property
+    def cycles(self) -> float:
+        """Cycles of a step, by the compiler; 0 if it estimates none."""
+        return sum(each.step_cycles for each in self.kernels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from spmd.hardware.hlo import groups, loops, text, work
+from spmd.hardware.hlo import groups, kernels, loops, text, work
 from spmd.hardware.hlo.branches import fractions
 from spmd.hardware.hlo.program import KINDS, Collective, CompiledProgram
 from spmd.hardware.hlo.reductions import is_merged, is_scattered
@@ -31,7 +30,10 @@ def read(module: str, axes: Mapping[str, int]) -> CompiledProgram:
     """
     reader = _Reader(text.module(module), dict(axes))
     reader.walk(reader.module.entry, 1)
-    return CompiledProgram(reader.collectives, reader.flops, reader.endless)
+    estimated = any(each.cycles >= 0 for each in reader.kernels)
+    return CompiledProgram(
+        reader.collectives, reader.flops, reader.endless, reader.kernels if estimated else []
+    )
 
 
 class _Caller(NamedTuple):
@@ -52,6 +54,7 @@ class _Reader:
     def __init__(self, module: text.Module, axes: dict[str, int]):
         self.module, self.axes = module, axes
         self.collectives: list[Collective] = []
+        self.kernels: list[kernels.Kernel] = []
         self.flops, self.endless = 0.0, 0
 
     def walk(
@@ -66,7 +69,9 @@ class _Reader:
         """
         computation = self.module.computations[name]
         parts = caller.parts if caller else {}
+        inlined = caller is not None and caller.instruction.op == "fusion"
         for instruction in computation.instructions:
+            done, sent = self.flops, len(self.collectives)
             self.flops += count * work.flops(instruction, computation)
             kind = instruction.op.removesuffix("-start")
             if kind in KINDS:
@@ -88,6 +93,33 @@ class _Reader:
                 self.walk(instruction.called[0], count, _Caller(instruction, parts, overlapped))
             elif instruction.op == "call":
                 self.walk(instruction.called[0], count)
+            if not inlined and kernels.is_kernel(instruction) and len(self.collectives) == sent:
+                self._kernel(instruction, computation, count, self.flops - done)
+
+    def _kernel(
+        self,
+        instruction: text.Instruction,
+        computation: text.Computation,
+        count: float,
+        flops: float,
+    ) -> None:
+        """Adds an operation outside of fusions that is no collective; flops: of all its executions."""
+        fused = None
+        if instruction.op == "fusion":
+            fused = self.module.computations[instruction.called[0]]
+        frame = instruction.attribute(r"stack_frame_id=(\d+)")
+        self.kernels.append(
+            kernels.Kernel(
+                name=instruction.name,
+                op=f"{instruction.op} {kernels.target_of(instruction)}".strip(),
+                cycles=kernels.cycles_of(instruction),
+                flops=flops / count if count else 0.0,
+                bytes=kernels.accessed_bytes(instruction, computation, fused),
+                count=count,
+                op_name=instruction.attribute(r'op_name="([^"]*)"'),
+                source=self.module.sources.get(frame, ""),
+            )
+        )
 
     def _most_expensive(self, conditional: text.Instruction, count: float) -> None:
         """Adds the branch that sends the most bytes; among equal ones, the one with the most FLOPs."""
@@ -99,6 +131,7 @@ class _Reader:
             branches.append((sent, branch.flops, len(branches), branch))
         *_, branch = max(branches)
         self.collectives += branch.collectives
+        self.kernels += branch.kernels
         self.flops += branch.flops
         self.endless += branch.endless
 
@@ -116,7 +149,7 @@ class _Reader:
             self.collectives[index] = dataclasses.replace(self.collectives[index], overlapped=True)
             return
         arrays = [a for name in instruction.operands for a in computation.by_name[name].arrays]
-        size = sum(math.prod(shape) * _bits(dtype) for dtype, shape in arrays) // 8
+        size = sum(math.prod(shape) * kernels.bits(dtype) for dtype, shape in arrays) // 8
         axes, group = self._spans(kind, instruction)
         if group == 1 or not arrays:
             return
@@ -168,13 +201,6 @@ def _spans(replica_groups: str, axes: tuple[tuple[str, int], ...]) -> tuple[tupl
     return groups.spanned_axes(
         devices, dict(axes)
     ), num_devices if devices is None else devices.shape[1]
-
-
-def _bits(dtype: str) -> int:
-    if dtype == "pred":
-        return 8
-    match = re.match(r"[a-z]+(\d+)", dtype)
-    return int(match[1]) if match else 0  # a token has none
 
 
 def _with_metadata(
