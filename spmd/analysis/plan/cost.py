@@ -137,18 +137,11 @@ def estimate(
         collectives = comms.step_collectives(facts, layout, weights)
     memory = memory or memories.on_chip(memories.step_memory(facts, layout), facts, layout, chip)
     work = step_work(facts, layout, chip)
-    seconds = {
-        "matmuls": work.matmuls,
-        "elementwise": work.elementwise,
-        "update": update_seconds(facts, layout, memory, chip),
-    }
     # The text of a pipeline does not say in which ticks a stage works.
-    counted = program is not None and bool(program.cycles) and chip.clock and layout.stages == 1
-    if counted:
-        assert program
+    if program is not None and program.cycles and chip.clock and layout.stages == 1:
         seconds = compiled_seconds(program, work, chip)
-    elif facts.tables:
-        seconds["lookups"] = lookup_seconds(facts.tables, facts.batch_size, layout, chip)
+    else:
+        seconds = estimated_seconds(facts, layout, memory, work, chip)
     networks, ticking = network_seconds(collectives, levels, work)
     if layout.stages > 1:
         busy = work.matmuls + work.elementwise + ticking
@@ -169,6 +162,20 @@ def estimate(
     )
 
 
+def estimated_seconds(
+    facts: Facts, layout: Layout, memory: EstimatedMemory, work: Work, chip: Chip
+) -> dict[str, float]:
+    """Seconds of a step's computation in closed form, by part."""
+    seconds = {
+        "matmuls": work.matmuls,
+        "elementwise": work.elementwise,
+        "update": update_seconds(facts, layout, memory, chip),
+    }
+    if facts.tables:
+        seconds["lookups"] = lookup_seconds(facts.tables, facts.batch_size, layout, chip)
+    return seconds
+
+
 def compiled_seconds(program: hlo.CompiledProgram, work: Work, chip: Chip) -> dict[str, float]:
     """Seconds of a compiled program's computation, by part.
 
@@ -176,8 +183,11 @@ def compiled_seconds(program: hlo.CompiledProgram, work: Work, chip: Chip) -> di
     gathers: what else the compiler does not count, by its bytes.
     """
     pallas = [each for each in program.kernels if each.op.endswith(PALLAS)]
-    rest = [each for each in program.kernels if each.cycles < 0 and each not in pallas]
-    moved = sum(each.bytes * each.count for each in rest)
+    moved = sum(
+        each.bytes * each.count
+        for each in program.kernels
+        if each.cycles < 0 and not each.op.endswith(PALLAS)
+    )
     return {
         "counted kernels": program.cycles / chip.clock,
         "uncounted kernels": work.kernels if pallas else 0.0,
