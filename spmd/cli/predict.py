@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,9 +51,13 @@ def run(name: str, words: Sequence[str]) -> int:
     step = None if options.step < 0 else options.step
     snapshot = exp.restore(step, same=("tokenizer",), other_data=True)
     data = snapshot.program.data
-    source = _source(exp, data, options.split)
+    split = _split(exp, data, options.split)
+    source = data.open_all() if split == "all" else data.open_checked(split)
+    restored = _undo(data, source, split) if not path.suffix else None
     is_writer = not agree.has_peers() or agree.is_first()
-    with _writer(path) if is_writer else contextlib.nullcontext(lambda rows: None) as write:
+    with (
+        _writer(path, restored) if is_writer else contextlib.nullcontext(lambda rows: None) as write
+    ):
         start = 0
         for outputs in snapshot.predictions(source):
             columns = columns_of(outputs, start, source)
@@ -88,14 +93,26 @@ def columns_of(outputs: Any, start: int, source: Any = None) -> dict[str, Any]:
     return own | {**columns}
 
 
-def _source(exp: Any, data: Any, split: str) -> Any:
-    """The examples of a split; data: as the run has it, with the names of the classes."""
+def _split(exp: Any, data: Any, split: str) -> Any:
+    """The split to predict; data: as the run has it, with the names of the classes."""
     from spmd.train import rundir
 
-    if split == "auto":
-        trained_on = rundir.read_identity(rundir.locate(exp.run.dir, exp.name)).get("data.path")
-        split = "eval" if getattr(data, "path", None) == trained_on else "all"
-    return data.open_all() if split == "all" else data.open_checked(split)
+    if split != "auto":
+        return split
+    trained_on = rundir.read_identity(rundir.locate(exp.run.dir, exp.name)).get("data.path")
+    return "eval" if getattr(data, "path", None) == trained_on else "all"
+
+
+def _undo(data: Any, source: Any, split: Any) -> Callable[[int, np.ndarray], np.ndarray]:
+    """A function that brings the mask of an example to the size of its image's file."""
+    from spmd.data import undo
+
+    transforms = data.transforms_of("train" if split == "train" else "eval")
+    undo.check_undoable(transforms)
+    if not hasattr(source, "name_of"):  # no files
+        return lambda number, mask: mask
+    image = lambda number: source.take(np.array([number]))["image"][0]
+    return lambda number, mask: undo.undo(mask, image(number), transforms)
 
 
 def _named(source: Any, rows: np.ndarray) -> dict[str, Any]:
@@ -130,11 +147,15 @@ def _classified(data: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that appends columns; the file appears under its name once it is complete."""
+def _writer(path: Path, restored: Any) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that appends columns; the file appears under its name once it is complete.
+
+    restored: of a folder of masks, as _undo returns it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        forms = {".parquet": _parquet, ".jsonl": _json_lines, "": _masks}
+        masks = functools.partial(_masks, restored=restored)
+        forms = {".parquet": _parquet, ".jsonl": _json_lines, "": masks}
         with forms[path.suffix](partial) as write:
             yield write
         os.replace(partial, path)
@@ -146,8 +167,8 @@ def _writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 @contextlib.contextmanager
-def _masks(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """PNG files of the likeliest class of each pixel, by the names of the images."""
+def _masks(folder: Path, restored: Any) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """PNG files of the likeliest class of each pixel, by the names of the images and at their size."""
     from PIL import Image
 
     folder.mkdir()
@@ -159,11 +180,13 @@ def _masks(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             f"--out is a folder for masks, and the model's output is {output.dtype}{list(output.shape)}: it"
             f" takes logits [N, H, W, classes]; name a {' or '.join(FORMATS)} file",
         )
-        names = columns.get("file", columns[NUMBER])
-        for name, mask in zip(names.tolist(), output.argmax(-1), strict=True):
+        numbers = columns[NUMBER].tolist()
+        names = columns.get("file", columns[NUMBER]).tolist()
+        masks = output.argmax(-1).astype(np.uint8)
+        for number, name, mask in zip(numbers, names, masks, strict=True):
             file = (folder / str(name)).with_suffix(".png")
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask.astype(np.uint8)).save(file)
+            Image.fromarray(restored(number, mask)).save(file)
 
     yield write
 

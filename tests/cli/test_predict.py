@@ -125,4 +125,4 @@ def test_masks_of_a_folder_of_images(run_main, tmp_path):
     for i in range(24, 30):
         got = np.asarray(Image.open(tmp_path / f"masks/sub/{i}.png"))
         truth = np.asarray(Image.open(tmp_path / f"truth/{i}.png"))
-        assert got.shape == (8, 8) and (got == truth[::2, ::2]).mean() > 0.95
+        assert got.shape == truth.shape and (got == truth).mean() > 0.95
