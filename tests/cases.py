@@ -48,6 +48,10 @@ MODELS["encoder"] = dataclasses.replace(MODELS["lm"], mask="full", position="lea
 MODELS["texts"] = Encoder(
     vocab=64, length=16, classes=10, layers=2, embed=32, heads=4, mlp=64, dropout=0.1, bias=False
 )
+# BERT's heads: tokens hidden, tokens tagged; packed texts, token types, the pooler, pairs of neighbours.
+MODELS["masked"] = dataclasses.replace(MODELS["texts"], classes=0, types=3, output="vocab")
+MODELS["tagged"] = dataclasses.replace(MODELS["texts"], types=3, output="tokens")
+MODELS["pooled"] = dataclasses.replace(MODELS["texts"], types=3, pool="tanh", bigrams=64)
 MODELS["windowed"] = dataclasses.replace(MODELS["lm"], mask="full", window=(3,))
 MODELS["pattern"] = dataclasses.replace(MODELS["lm"], layers=4, window=(3, 0))
 MODELS["sliding"] = dataclasses.replace(MODELS["lm"], window=(3,))
@@ -108,7 +112,7 @@ MODELS["towers"] = TwoTower(users=40, items=60, dim=8, hidden=(16,))
 MODELS["dlrm"] = DLRM(ids=(40, 60), numbers=3, dim=8, bottom=(8,), top=(16, 8), placement="rows")
 MODELS["dlrm_bins"] = dataclasses.replace(MODELS["dlrm"], placement="tables")
 MODELS["sasrec"] = SASRec(items=60, length=8, embed=16, layers=2, dropout=0.1, bias=False)
-TASKS = {
+TASKS: dict[Any, tasks.Task] = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
     ResNet: tasks.Classification(),
@@ -118,6 +122,8 @@ TASKS = {
     Segmenter: tasks.Segmentation(),
     Transformer: tasks.LanguageModel(z_loss=1e-2, chunks=2),
     Encoder: tasks.TextClassification(label_smoothing=0.1),
+    "vocab": tasks.MaskedLanguageModel(z_loss=1e-2, chunks=2),
+    "tokens": tasks.TokenTagging(label_smoothing=0.1),
     EncoderDecoder: tasks.Translation(z_loss=1e-2, chunks=2),
     MatrixFactorization: tasks.RatingPrediction(),
     TwoTower: tasks.Retrieval(learned=True),
@@ -350,6 +356,24 @@ def texts_at(step: int) -> dict[str, np.ndarray]:
     return texts | {name: labels[name] for name in ("example_id", "weight")}
 
 
+def packed_at(step: int) -> dict[str, np.ndarray]:
+    """Rows of packed texts with token types, some tokens tagged and some hidden."""
+    batch, rng = tokens_at(step), np.random.default_rng([step, 3])
+    tokens, shape = batch["tokens"], batch["tokens"].shape
+    counted = (rng.random(shape) < 0.3) & (batch["segments"] > 0)
+    return batch | {
+        "types": rng.integers(0, 3, shape).astype(np.int32),
+        "tags": np.where(counted, tokens % 10, -100).astype(np.int32),
+        "targets": np.where(counted, tokens, -1).astype(np.int32),
+    }
+
+
+def task_of(model):
+    """The task that a model is trained with."""
+    output = getattr(model, "output", "")
+    return TASKS[output if output in TASKS else type(model)]
+
+
 def masks_at(step: int) -> dict[str, np.ndarray]:
     """Images with masks of three classes, some of whose pixels are unlabelled."""
     mask = np.random.default_rng(step + 1000).integers(-1, 3, (BATCH, 8, 8))
@@ -386,7 +410,7 @@ def data_of(model):
     if isinstance(model, EncoderDecoder):
         return pairs_at
     if isinstance(model, Encoder):
-        return texts_at
+        return texts_at if model.output == "text" else packed_at
     if isinstance(model, UNet | Segmenter):
         return masks_at
     return tokens_at if isinstance(model, Transformer) else batch_at
@@ -394,7 +418,7 @@ def data_of(model):
 
 def parts_for(model, cut, *, accumulate=1, dtype="float32", optimizer=None, privacy=None):
     optimizer = optimizer or optim.AdamW(learning_rate=3e-3, clip_norm=1.0, warmup_steps=3)
-    task = TASKS[type(model)].build(model, dtype)
+    task = task_of(model).build(model, dtype)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     tx = optimizer.transformation(STEPS, optim.decay_mask(params, task.dims), task.dims)
     abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in data_of(model)(0).items()}

@@ -12,6 +12,7 @@ from spmd.core.values import number
 from spmd.data.augment import Crop, Flip, Mixup
 from spmd.data.color import ColorJitter, Normalize
 from spmd.data.erasing import CutMix, RandomErasing
+from spmd.data.hiding import DropTokens, MaskTokens
 from spmd.data.randaugment import RandAugment
 from spmd.data.resizing import CentralCrop, CropOrPad, Decode, RandomCrop, RandomResizedCrop, Resize
 from spmd.data.transform import Transform
@@ -19,6 +20,7 @@ from spmd.data.transform import Transform
 _CLASSES = (
     *(Decode, Resize, CropOrPad, CentralCrop, RandomCrop, RandomResizedCrop),
     *(Crop, Flip, ColorJitter, RandAugment, RandomErasing, Normalize, Mixup, CutMix),
+    *(MaskTokens, DropTokens),
 )
 TRANSFORMS: dict[str, type[Transform]] = {cls.name: cls for cls in _CLASSES}
 

@@ -20,7 +20,7 @@ from spmd.tasks.objective import (
 from spmd.tasks.recommendation import NextItem, RatingPrediction, Retrieval
 from spmd.tasks.regression import Regression
 from spmd.tasks.segmentation import Segmentation
-from spmd.tasks.texts import TextClassification
+from spmd.tasks.texts import MaskedLanguageModel, TextClassification, TokenTagging
 from spmd.tasks.translation import Translation
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Combine",
     "FrozenModel",
     "LanguageModel",
+    "MaskedLanguageModel",
     "MetricSums",
     "MultiLabel",
     "NextItem",
@@ -46,6 +47,7 @@ __all__ = [
     "Sums",
     "Task",
     "TextClassification",
+    "TokenTagging",
     "Translation",
     "is_frozen",
 ]

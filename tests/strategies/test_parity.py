@@ -295,6 +295,8 @@ PRIVATE_LAYOUTS = [*LANGUAGE, "psum2_tensor2", "psum2x2_fsdp2"]
 LANGUAGE += ["local8", "powersgd4", "local_powersgd4x2x2"]  # blocks stacked in three dims and more
 LANGUAGE += [name for name in LAYOUTS if "context" in name or "2_tensor2" in name]
 FULL = ("encoder", "pairs")
+HEADS = ("masked", "tagged", "pooled")
+HEADED = ("dp8", "fsdp8", "tensor2", "sequence2x2", "context2x2x2", "psum2_context2")
 FAMILIES = ("sliding", "gemma", "olmo")
 DECODED = ("dp8", "fsdp8", "tensor2", "sequence2x2", "context2", "context2x2x2", "psum2_context2")
 ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", "local2_context2")
@@ -321,13 +323,14 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             *((layout, name, "ring", "float64") for layout in DECODED for name in FAMILIES),
             ("context2", "gemma", "ulysses", "float64"),
             *((layout, "texts", "ring", "float64") for layout in (*ENCODED, "fsdp8")),
+            *((layout, name, "ring", "float64") for layout in HEADED for name in HEADS),
         ],
         gate=[
             ("context2x2x2", "gemma", "ring", "float64"),
             ("sequence2x2", "lm", "ring", "float64"),
             ("context2x2x2", "vit", "ring", "float64"),
             ("context2", "segmenter", "ring", "float64"),
-            ("context2x2x2", "texts", "ring", "float64"),
+            ("context2x2x2", "masked", "ring", "float64"),
         ],
     ),
 )
@@ -411,7 +414,7 @@ PIPELINED += [
 ]
 PIPELINED += [(f"stage2{rest}", "pairs", "ring", "float64") for rest in ("_fsdp2x2", "_psum2")]
 PIPELINED += [
-    ("stage2", name, "ring", "float64") for name in ("pattern", "vit", "texts", *FAMILIES)
+    ("stage2", name, "ring", "float64") for name in ("pattern", "vit", "texts", *HEADS, *FAMILIES)
 ]
 PIPELINED += [("stage2_context2", "vit", "ring", "float64")]
 PIPELINED += [("stage2_context2", n, "ring", "float64") for n in ("pattern", "gemma")]

@@ -62,7 +62,7 @@ def parts_of(name, sizes, microbatches, kind="1f1b", virtual=2):
     num = int(np.prod(list(sizes.values())))
     model = MODELS[name] if isinstance(name, str) else name
     return base.Parts(
-        task=TASKS[type(model)].build(model, "float64"),
+        task=cases.task_of(model).build(model, "float64"),
         tx=None,
         rate=None,
         mesh=mesh.make(MeshConfig(**{"data": 1} | sizes), jax.devices()[:num]),

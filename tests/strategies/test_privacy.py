@@ -25,7 +25,7 @@ from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import AllReduce, Compression, Federated, Local, StrategyConfig, privacy
 from spmd.strategies.grads import direct
 from spmd.strategies.privacy import Mechanism, Poisson, Privacy
-from tests.cases import LAYOUTS, MODELS, TASKS, batch_at, data_of, parts_for
+from tests.cases import LAYOUTS, MODELS, batch_at, data_of, parts_for, task_of
 from tests.marks import slow_but
 
 MECHANISM = Mechanism(
@@ -46,7 +46,7 @@ MECHANISM = Mechanism(
 def test_gradient_is_that_of_a_loop_over_examples(name, dtype, accumulate):
     with jax.enable_x64(dtype == "float64"):
         model = MODELS[name]
-        task = TASKS[type(model)].build(model, dtype)
+        task = task_of(model).build(model, dtype)
         params, state = task.init(jax.random.key(0))
         batch, key = data_of(model)(3), jax.random.key(7)
         one = jax.jit(jax.grad(task.loss, has_aux=True))

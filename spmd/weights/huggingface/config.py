@@ -11,7 +11,7 @@ from typing import Any
 
 from spmd.core.fields import closest
 from spmd.models.transformer import Transformer
-from spmd.weights.huggingface import rope, vision
+from spmd.weights.huggingface import others, rope
 from spmd.weights.huggingface.families import DEFAULTS, FAMILIES, Family, value_of
 from spmd.weights.huggingface.fields import HARMLESS, NULLABLE, SAME, SUPPORTED
 
@@ -20,8 +20,8 @@ APART = {"architectures", "sliding_window", "layer_types", *rope.FIELDS}  # comp
 
 def build_config(model: Any, family: str, dtype: str) -> dict[str, Any]:
     """The fields of config.json that determine the output of the model, as transformers reads them."""
-    if family in vision.FAMILIES:
-        return vision.build_config(model, dtype)
+    if family in others.FAMILIES:
+        return others.FAMILIES[family].build_config(model, dtype)
     row = FAMILIES[family]
     fields = {
         "model_type": family,
@@ -51,8 +51,8 @@ def find_differences(model: Any, family: str, foreign: Mapping[str, Any]) -> lis
         return [f"model_type: {foreign['model_type']} in config.json, {family} in the model"]
     fields = {name: value for name, value in foreign.items() if value is not None}
     nulls = dict.fromkeys(NULLABLE & foreign.keys() - fields.keys())
-    if family in vision.FAMILIES:
-        values = {**vision.DEFAULTS[family], **fields}
+    if family in others.FAMILIES:
+        values = {**others.FAMILIES[family].DEFAULTS[family], **fields}
         return [
             *_compare_sizes(build_config(model, family, ""), fields, values),
             *(

@@ -47,6 +47,7 @@ HARMLESS = frozenset(
 # Fields with the values that the model computes; any other value is another function.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "position_embedding_type": ("absolute",),
     "attention_bias": (False,),
     "is_encoder_decoder": (False,),
     "mlp_bias": (False,),

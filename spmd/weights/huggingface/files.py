@@ -50,7 +50,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"init.from: {file} is no JSON object: {error}") from None
 
 
-def read_tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]:
+def read_tensors(path: Path, family: str, model: Any = None) -> tuple[dict[str, StoredTensor], str]:
     """The tensors of a directory by full name, from the headers of its files, and a note on unused files.
 
     `model.safetensors` has precedence over an index and its parts, as in transformers. ValueError when a file
@@ -61,7 +61,8 @@ def read_tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]
     origins: dict[str, str] = {}  # full name -> where, for a message
     for file in files:
         for name, entry in _read_header(path / file):
-            if name.endswith(names.UNREAD):
+            full = names.full_name(name, family)
+            if names.is_aside(model, family, full):
                 continue
             check(
                 listed.get(name, file) == file,
@@ -73,7 +74,6 @@ def read_tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]
                 f"init.from: {path / file} holds {name}, which {path / INDEX} does not name: remove the"
                 " file that is wrong, or write the index anew",
             )
-            full = full_name(name, family)
             check(
                 full not in origins,
                 f"init.from: {path} holds {full} twice: {origins.get(full)} and {name} in {file}; remove one",
@@ -81,19 +81,14 @@ def read_tensors(path: Path, family: str) -> tuple[dict[str, StoredTensor], str]
             origins[full] = f"{name} in {file}"
             tensors[full] = entry
     missing = sorted(listed.keys() - {s.rpartition(" in ")[0] for s in origins.values()})
-    missing = [name for name in missing if not name.endswith(names.UNREAD)]
+    is_aside = lambda name: names.is_aside(model, family, names.full_name(name, family))
+    missing = [name for name in missing if not is_aside(name)]
     check(
         not missing,
         f"init.from: {path / INDEX} says that {', '.join(missing[:3])} is in"
         f" {', '.join(sorted({listed[name] for name in missing[:3]}))}, which does not hold it",
     )
     return tensors, note
-
-
-def full_name(name: str, family: str) -> str:
-    """The name of a tensor with its prefix, which base models lack."""
-    prefix = names.PREFIX[family]
-    return name if name.startswith((prefix, *names.HEADS)) else prefix + name
 
 
 def _choose_files(path: Path) -> tuple[list[str], dict[str, str], str]:

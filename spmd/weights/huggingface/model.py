@@ -11,7 +11,7 @@ from typing import Any
 from spmd.core.explain import InputError
 from spmd.models.moe import Experts
 from spmd.models.transformer import Transformer
-from spmd.weights.huggingface import config, files, rope
+from spmd.weights.huggingface import config, files, others, rope
 from spmd.weights.huggingface.families import FAMILIES, FREE
 
 
@@ -112,6 +112,11 @@ def _unknown_family(foreign: Mapping[str, Any]) -> str:
     known = f"known are {', '.join(FAMILIES)}"
     if not name:
         return f"it has no model_type; {known}"
+    if name in others.FAMILIES:
+        return (
+            f"the family {name!r} is read into the model that an experiment names"
+            f" ({' or '.join(others.models_of(name))}), and this one builds decoders; {known}"
+        )
     if foreign.get("auto_map"):
         return f"model_type {name!r} comes with code of its own (auto_map), which is not executed; {known}"
     (closest,) = difflib.get_close_matches(name, FAMILIES, 1, 0.0)

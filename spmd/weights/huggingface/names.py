@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spmd.core.fields import check
-from spmd.models.resnet import ResNet
 from spmd.models.transformer import Transformer
-from spmd.models.vit import ViT
-from spmd.weights.huggingface import families, vision
+from spmd.weights.huggingface import bert, families, others
 from spmd.weights.huggingface.families import FAMILIES
 from spmd.weights.huggingface.layout import COLUMNS, ROWS, VECTOR, Part, Tensor, single
 
@@ -29,8 +27,8 @@ UNREAD = (
 
 def tensors(model: Any, family: str) -> Iterator[Tensor]:
     """All tensors of a model, in the order of their layers."""
-    if family in vision.FAMILIES:
-        yield from vision.tensors(model)
+    if family in others.FAMILIES:
+        yield from others.FAMILIES[family].tensors(model)
     else:
         yield from _language(model, family)
 
@@ -130,14 +128,30 @@ def family_of(model: Any, preferred: str = "") -> str:
     Raises:
         ValueError: it belongs to none; with the fields that do not fit.
     """
+    if isinstance(model, Transformer):
+        return families.family_of(model, preferred)
+    kinds = [kind.__name__ for kind in (Transformer, *others.MODELS)]
     check(
-        isinstance(model, Transformer | ResNet | ViT),
-        "Hugging Face weights are those of the models Transformer, ResNet and ViT, not of"
+        isinstance(model, tuple(others.MODELS)),
+        f"Hugging Face weights are those of the models {', '.join(kinds[:-1])} and {kinds[-1]}, not of"
         f" {type(model).__name__}",
     )
-    if not isinstance(model, Transformer):
-        return vision.family_of(model)
-    return families.family_of(model, preferred)
+    return next(m for kind, m in others.MODELS.items() if isinstance(model, kind)).family_of(model)
+
+
+def full_name(name: str, family: str) -> str:
+    """The name of a tensor with its prefix, which base models lack."""
+    if family == "bert":
+        return bert.full_name(name)
+    prefix = PREFIX.get(family, "")
+    return name if name.startswith((prefix, *HEADS)) else prefix + name
+
+
+def is_aside(model: Any, family: str, name: str) -> bool:
+    """Whether a tensor of the files, by its full name, holds nothing of the model, and is not read."""
+    if family == "bert":
+        return bert.is_aside(model, name)
+    return name.endswith(UNREAD)
 
 
 def stored_shape(model: Any, array: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ class Weights(NamedTuple):
         return arrays
 
     def _stored_names(self, stored: Any) -> dict[str, str]:
-        return {files.full_name(name, self.family): name for name in stored}
+        return {names.full_name(name, self.family): name for name in stored}
 
     def _wanted_tensors(self, wanted: Mapping[str, Any]) -> list[layout.Tensor]:
         """The tensors of which an array is wanted."""
@@ -141,7 +141,7 @@ def find(path: Path, model: Any) -> Weights:
     except ImportError:
         raise ValueError(f"init.from={path} holds safetensors: pip install safetensors") from None
     del safetensors
-    tensors, note = files.read_tensors(path, family)
+    tensors, note = files.read_tensors(path, family, model)
     lines = config.find_differences(model, family, foreign) if file.exists() else []
     check(
         not lines,
