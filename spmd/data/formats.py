@@ -14,12 +14,13 @@ from spmd.core.fields import check, closest
 
 FORMATS = ("auto", "text", "jsonl")
 LINES = (".jsonl", ".ndjson", ".json")
+TABLE = ".parquet"
 PLAIN = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 # Formats that are not read, and how to convert them.
 OTHERS = {
     ".csv": "a table: convert it to .jsonl, a record on each line",
     ".tsv": "a table: convert it to .jsonl, a record on each line",
-    ".parquet": "Parquet: convert it to .jsonl (in pandas: to_json(..., orient='records', lines=True))",
+    ".parquet": "Parquet: give it the suffix .parquet, uncompressed",
     ".arrow": "Arrow: convert it to .jsonl, a record on each line",
     ".feather": "Arrow: convert it to .jsonl, a record on each line",
     ".avro": "Avro: convert it to .jsonl, a record on each line",
@@ -75,8 +76,8 @@ class Format(NamedTuple):
 def list_supported() -> str:
     """Supported suffixes, for messages."""
     return (
-        f"text ({', '.join(PLAIN)}) and JSON lines ({', '.join(LINES)}), each also with .gz; for another"
-        " suffix say which it is with --data.format text or --data.format jsonl"
+        f"text ({', '.join(PLAIN)}) and JSON lines ({', '.join(LINES)}), each also with .gz, and {TABLE}; for"
+        " another suffix say which it is with --data.format text or --data.format jsonl"
     )
 
 
@@ -89,6 +90,9 @@ def recognise(file: str, form: str = "auto") -> Format:
     gzipped = suffixes[-1:] == [".gz"]
     suffix = (suffixes[:-1] if gzipped else suffixes)[-1:]
     suffix = suffix[0] if suffix else ""
+    if suffix == TABLE and not gzipped:
+        check(form == "auto", f"{file} is Parquet by its name: leave out --data.format {form}")
+        return Format(lines=True, gzip=False)
     if suffix in OTHERS and not (form != "auto" and suffix in TEXTUAL):
         raise ValueError(f"{file} is not read: {OTHERS[suffix]}. What works: {list_supported()}")
     recognised = suffix in LINES + PLAIN
@@ -123,9 +127,12 @@ def _check_head(file: str, gzipped: bool, head: bytes) -> None:
 def read(file: str, form: Format, field: str, offset: int) -> Iterator[Piece]:
     """The documents of a file; offset: bytes of the input before it.
 
-    A document that is not UTF-8 or JSON is bad. ValueError for a file that cannot be read to its end, since
-    its number of documents is unknown.
+    A document that is not UTF-8 or JSON, or a row without text, is bad. ValueError for a file that cannot be
+    read to its end, since its number of documents is unknown.
     """
+    if is_table(file):
+        yield from _read_table(file, field, offset)
+        return
     position = _Position()
     try:
         with open(file, "rb") as raw:
@@ -144,6 +151,45 @@ def read(file: str, form: Format, field: str, offset: int) -> Iterator[Piece]:
         ) from None
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror or error}") from None
+
+
+def is_table(file: str) -> bool:
+    """Whether a file is Parquet by its name."""
+    return file.lower().endswith(TABLE)
+
+
+def _read_table(file: str, field: str, offset: int) -> Iterator[Piece]:
+    """The texts of a column of Parquet, a document for each row."""
+    import pyarrow as pa
+
+    from spmd.data.tables.parquet import open_file
+
+    table, row = open_file(file), 0
+    types = {column.name: column.type for column in table.schema_arrow}
+    check(
+        field in types,
+        f"{file}: no column {field!r} (data.field).{closest(field, types)} It has: {', '.join(types)}",
+    )
+    of_values = lambda t: t.value_type if pa.types.is_dictionary(t) else t
+    texts = {n for n, t in types.items() if str(of_values(t)).removeprefix("large_") == "string"}
+    check(
+        field in texts,
+        f"{file}: the column {field!r} (data.field) is {types[field]}, not text."
+        + (f" Columns with text: {', '.join(sorted(texts))}" if texts else ""),
+    )
+    size, num_rows = Path(file).stat().st_size, max(table.metadata.num_rows, 1)
+    try:
+        for batch in table.iter_batches(2**12, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                done = offset + size * row // num_rows
+                missing = f"{file}, row {row}: the column {field!r} (data.field) is empty"
+                yield Piece(text or "", True, True, done, missing if text is None else "")
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} is damaged behind row {row} ({' '.join(str(error).split())[:150]}): copy it anew, or"
+            " leave it out"
+        ) from None
 
 
 class _Position:

@@ -10,6 +10,8 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,17 +196,20 @@ def text(root, *names, **kwargs):
     return Text(files=tuple(str(root / n) for n in names), **(given | kwargs))
 
 
-def test_files_lines_and_compressed_files_are_documents(tmp_path):
+def test_files_lines_rows_and_compressed_files_are_documents(tmp_path):
     said = ["one", "zwei\r\nzwölf", "", "trois \U0001f600"]
     lines = "".join(json.dumps({"text": t, "n": 1}) + "\n\n" for t in said)
     (tmp_path / "b.jsonl").write_text(lines)
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    column = pa.array(said).dictionary_encode()
+    table = pa.table({"n": range(len(said)), "text": column})
+    pq.write_table(table, tmp_path / "d.parquet", row_group_size=3)
     (tmp_path / "a.txt").write_bytes(b"ein\r\nText")
     (tmp_path / "empty.txt").write_text("")
-    config = text(tmp_path, "*.txt", "*.jsonl*", eval_files=(str(tmp_path / "a.txt"),))
+    config = text(tmp_path, "*.txt", "*.jsonl*", "*.parquet", eval_files=(str(tmp_path / "a.txt"),))
     tokens, starts = everything(config)
     encode = lambda t: [*t.encode("utf-8", "surrogatepass"), 255]
-    want = [encode(t) for t in ("ein\r\nText", *2 * ("one", "zwei\r\nzwölf", said[3]))]
+    want = [encode(t) for t in ("ein\r\nText", *3 * ("one", "zwei\r\nzwölf", said[3]))]
     assert np.split(tokens, starts[1:].tolist())[0].tolist() == want[0]
     assert [x.tolist() for x in np.split(tokens, starts[1:])] == want
     assert tokens.dtype == np.uint16
@@ -354,6 +359,24 @@ def test_a_file_tokenizer_that_begins_documents(bpe, tmp_path):
 # ---- mistakes
 
 MISTAKES = {
+    "column": (
+        {"files": ("a.parquet",), "field": "txt"},
+        r"no column 'txt' \(data.field\).*It has: n, text",
+    ),
+    "column of numbers": (
+        {"files": ("a.parquet",), "field": "n"},
+        r"the column 'n' \(data.field\) is int64, not text. Columns with text: text",
+    ),
+    "empty row": ({"files": ("a.parquet",)}, "a.parquet, row 2: the column 'text' .* is empty"),
+    "torn table": (
+        {"files": ("torn.parquet",)},
+        "torn.parquet is no Parquet file that can be read",
+    ),
+    "not Parquet": (
+        {"files": ("a.parquet",), "format": "jsonl"},
+        "is Parquet by its name: leave out --data.format jsonl",
+    ),
+    "other suffix": ({"files": ("table.txt",)}, "no text by its first bytes, but Parquet: give it"),
     "nothing": ({}, "no text is named; give --data.files"),
     "both": ({"files": ("a.txt",), "name": "digits"}, "give one of them"),
     "no match": ({"files": ("no*.txt",)}, r"no file matches data.files='no\*.txt'"),
@@ -418,6 +441,9 @@ def test_mistakes(case, tmp_path, monkeypatch):
     Path("list.jsonl").write_text('["one"]\n')
     Path("number.jsonl").write_text('{"text": 1}\n')
     Path("latin.txt").write_bytes(b"\xe4\xf6\xfc")
+    pq.write_table(pa.table({"n": [1, 2], "text": ["one", None]}), "a.parquet")
+    Path("torn.parquet").write_bytes(Path("a.parquet").read_bytes()[:-9])
+    Path("table.txt").write_bytes(Path("a.parquet").read_bytes())
     Path("torn.txt.gz").write_bytes(gzip.compress(POEM.encode() * 9)[:60])
     kwargs, message = MISTAKES[case]
     given = {"files": ("a.txt",)} if kwargs else {}

@@ -94,7 +94,7 @@ class Text(Sequences):
     """Text of files or of a TFDS set."""
 
     files: tuple[str, ...] = located(())
-    """Text or JSONL files, .gz too, or globs in quotes; a line of a .jsonl file is a document, or a file."""
+    """Text, JSONL or Parquet files, or globs in quotes; a line, a row or a text file is a document."""
     eval_files: tuple[str, ...] = located(())
     """Files to evaluate on; without any, eval_fraction."""
     format: Literal["auto", "text", "jsonl"] = "auto"
@@ -106,7 +106,7 @@ class Text(Sequences):
     eval_split: str = ""
     """TFDS split to evaluate on; empty is eval_fraction."""
     field: str = "text"
-    """Field of the JSONL files, or feature of the TFDS set, that holds the text."""
+    """Field of JSONL files, column of Parquet files, or feature of the TFDS set, that holds the text."""
     eval_fraction: float = 0.1
     """Fraction of the tokens, at the end, for evaluation where no other text is named for it."""
 

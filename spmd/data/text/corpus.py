@@ -54,7 +54,8 @@ class Tokens(NamedTuple):
 def file_documents(
     globs: Sequence[str], field: str, option: str, form: str = "auto", cache_dir: str = ""
 ) -> Documents:
-    """Documents of the files that match `globs`: the lines of JSONL files, and each text file.
+    """Documents of the files that match `globs`: the lines of JSONL files, the rows of
+    Parquet files, and each text file.
 
     form: data.format. ValueError where a pattern matches no file, and for a file in an unknown format.
     """
@@ -95,8 +96,8 @@ def matching_files(globs: Sequence[str], option: str) -> list[str]:
         matches = [m for m in matches if os.path.isfile(m)]
         check(
             bool(matches),
-            f"no file matches {option}={pattern!r} (looked from {os.getcwd()}); give text or JSONL"
-            " files or globs, in quotes",
+            f"no file matches {option}={pattern!r} (looked from {os.getcwd()}); give text, JSONL"
+            " or Parquet files or globs, in quotes",
         )
         for match in matches:
             files.setdefault(os.path.realpath(match), match)
