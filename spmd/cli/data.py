@@ -64,7 +64,7 @@ def run(name: str, words: Sequence[str]) -> int:
         return 0
     data = exp.data.found()
     if action == "check":
-        return _check(data)
+        return _check(data, getattr(exp.model, "classes", 0))
     _show(data)
     if out is not None:
         _draw_grid(data, exp.seed, out)
@@ -200,15 +200,18 @@ def _draw_grid(data: Any, seed: int, out: Path) -> None:
     print(f"{out}: {GRID} training examples after their transforms")
 
 
-def _check(data: Any) -> int:
-    """Print the findings about each split; 1 where records are bad, or in both splits."""
+def _check(data: Any, classes: Any) -> int:
+    """Print the findings about each split; 1 where records are bad, or in both splits.
+
+    classes: of the model, where it has a number of them.
+    """
     from spmd.data import checking
 
     check(
         not isinstance(data, Sequences),
         "run.py data check reads the records of images, tables and arrays; a text has none",
     )
-    checker, num_bad = checking.Checker(data), 0
+    checker, num_bad = checking.Checker(data, classes if isinstance(classes, int) else 0), 0
     for split in ("train", "eval"):
         report = checker.check(split, data.open_checked(split))
         num_bad += len(report.bad)

@@ -38,10 +38,13 @@ class Report:
 
 
 class Checker:
-    """Reads splits one after the other; duplicates are found within a split and between them."""
+    """Reads splits one after the other; duplicates are found within a split and between them.
 
-    def __init__(self, data: DataConfig):
-        self._data = data
+    classes: of the model; a mask with others is bad. 0 takes all.
+    """
+
+    def __init__(self, data: DataConfig, classes: int = 0):
+        self._data, self._classes = data, classes
         self._seen: dict[bytes, tuple[str, str]] = {}  # digest -> (split, name)
         self.between: list[tuple[str, str]] = []
 
@@ -100,6 +103,12 @@ class Checker:
                     report.sizes = _range(report.sizes, size)
                 else:
                     values, counts = np.unique(pixels, return_counts=True)
+                    if self._classes and values[-1] >= self._classes:
+                        problems.setdefault(
+                            row,
+                            f"{name!r} holds {values[-1]}, and the classes of the model (model.classes) are"
+                            f" 0 to {self._classes - 1}",
+                        )
                     report.masks.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         return problems
 

@@ -59,6 +59,13 @@ def _column(table: dict[str, list[Any]], name: str, option: str, path: str) -> l
         f"{path}: column {name!r} is empty in {len(missing)} of {len(table[name])} rows, first in row"
         f" {missing[0] + 1 if missing else 0}; fill it in, or remove these rows",
     )
+    nested = [i for i, x in enumerate(table[name]) if isinstance(x, dict | list | bytes)]
+    kind = "bytes" if nested and isinstance(table[name][nested[0]], bytes) else "nested"
+    check(
+        not nested,
+        f"{path}: column {name!r} ({option}) is {kind} in row {nested[0] + 1 if nested else 0}; it must hold"
+        " text or numbers: flatten it. Images within Parquet are read by Table (docs/data.md)",
+    )
     return table[name]
 
 
