@@ -16,7 +16,7 @@ from spmd.data.resizing import CropOrPad, Decode, RandomCrop
 from spmd.models.unet import UNet
 from spmd.optim import AdamW
 from spmd.tasks import Segmentation
-from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
+from spmd.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
 PAIR = ("image", "mask")
 
@@ -38,4 +38,5 @@ def config() -> Experiment:
         train=TrainConfig(steps=240),
         eval=EvalConfig(every=120),
         checkpoint=CheckpointConfig(best="eval/dice"),
+        log=LogConfig(pictures=8),
     )

@@ -26,7 +26,7 @@ from spmd.models.resnet import ResNet
 from spmd.models.wide_resnet import WideResNet
 from spmd.optim import SGD, Muon
 from spmd.tasks import Classification
-from spmd.train import TrainConfig
+from spmd.train import LogConfig, TrainConfig
 
 
 def config(model: Literal["resnet20", "wrn28_10"] = "resnet20") -> Experiment:
@@ -45,4 +45,5 @@ def config(model: Literal["resnet20", "wrn28_10"] = "resnet20") -> Experiment:
         if small
         else SGD(learning_rate=0.1, schedule="step", drops=(0.5, 0.75), weight_decay=0.005),
         train=TrainConfig(epochs=8 if small else 300),
+        log=LogConfig(pictures=16),
     )

@@ -14,7 +14,7 @@ from spmd.data.idx import Idx
 from spmd.models.vit import ViT
 from spmd.optim import AdamW
 from spmd.tasks import Classification
-from spmd.train import TrainConfig
+from spmd.train import LogConfig, TrainConfig
 
 
 def config() -> Experiment:
@@ -27,4 +27,5 @@ def config() -> Experiment:
         data=Idx(batch_size=128, eval_batch_size=500, transforms=(Crop(2), Flip())),
         optimizer=AdamW(learning_rate=0.002, warmup_steps=200),
         train=TrainConfig(epochs=5),
+        log=LogConfig(pictures=16),
     )

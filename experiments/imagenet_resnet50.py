@@ -14,13 +14,10 @@ Another batch size scales the rate by itself; warm up for 5 epochs: --data.batch
 --optimizer.warmup-steps 782.
 """
 
-from typing import Literal
-
 from spmd import Experiment
-from spmd.data import TFDS, DataConfig
 from spmd.data.augment import Flip
 from spmd.data.color import Normalize
-from spmd.data.images import Images
+from spmd.data.imagenet import Kind, imagenet
 from spmd.data.resizing import CentralCrop, Decode, RandomResizedCrop
 from spmd.models.resnet import ResNet
 from spmd.optim import SGD
@@ -31,12 +28,12 @@ TRAIN = (Decode(), RandomResizedCrop(224), Flip(), Normalize())
 EVAL = (Decode(), CentralCrop(224), Normalize())
 
 
-def config(data: Literal["tfds", "folder"] = "tfds") -> Experiment:
+def config(data: Kind = "tfds") -> Experiment:
     """25,557,032 parameters; the last scale of each block is zero at first, norms and biases do not decay."""
     return Experiment(
         model=ResNet(depth=50, classes=1000, dtype="bfloat16"),
         task=Classification(),
-        data=imagenet(data),
+        data=imagenet(data, TRAIN, EVAL),
         optimizer=SGD(
             learning_rate=0.1,
             base_batch_size=256,
@@ -50,12 +47,3 @@ def config(data: Literal["tfds", "folder"] = "tfds") -> Experiment:
         eval=EvalConfig(every=5000),
         checkpoint=CheckpointConfig(every=5000),
     )
-
-
-def imagenet(data: str) -> DataConfig:
-    """The prepared set, or a folder."""
-    common = {"batch_size": 1024, "transforms": TRAIN, "eval_transforms": EVAL}
-    if data == "folder":
-        return Images(**common)
-    features = {"image": ((), "bytes"), "label": ((), "int32")}
-    return TFDS(name="imagenet2012", eval_split="validation", features=features, **common)

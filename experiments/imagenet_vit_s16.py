@@ -11,13 +11,10 @@ after 300 (--train.epochs 300). It was not run to its end here. Theirs trains on
 (--data.train-split "train[:99%]") and has bfloat16 first moments.
 """
 
-from typing import Literal
-
 from spmd import Experiment
-from spmd.data import TFDS, DataConfig
 from spmd.data.augment import Flip, Mixup
 from spmd.data.color import Normalize
-from spmd.data.images import Images
+from spmd.data.imagenet import Kind, imagenet
 from spmd.data.randaugment import RandAugment
 from spmd.data.resizing import CentralCrop, Decode, RandomResizedCrop
 from spmd.models.vit import ViT
@@ -30,7 +27,7 @@ TRAIN = (Decode(), RandomResizedCrop(224, 0.05), Flip(), RandAugment(2, 10), SCA
 EVAL = (Decode(), CentralCrop(224), SCALED)
 
 
-def config(data: Literal["tfds", "folder"] = "tfds") -> Experiment:
+def config(data: Kind = "tfds") -> Experiment:
     """21,974,632 parameters: positions are fixed, and the head takes the mean of the patches."""
     return Experiment(
         model=ViT(
@@ -44,7 +41,7 @@ def config(data: Literal["tfds", "folder"] = "tfds") -> Experiment:
             dtype="bfloat16",
         ),
         task=Classification(),
-        data=imagenet(data),
+        data=imagenet(data, TRAIN, EVAL),
         optimizer=AdamW(
             learning_rate=1e-3,
             b2=0.999,
@@ -57,12 +54,3 @@ def config(data: Literal["tfds", "folder"] = "tfds") -> Experiment:
         eval=EvalConfig(every=5000),
         checkpoint=CheckpointConfig(every=5000),
     )
-
-
-def imagenet(data: str) -> DataConfig:
-    """The prepared set, or a folder."""
-    common = {"batch_size": 1024, "transforms": TRAIN, "eval_transforms": EVAL}
-    if data == "folder":
-        return Images(**common)
-    features = {"image": ((), "bytes"), "label": ((), "int32")}
-    return TFDS(name="imagenet2012", eval_split="validation", features=features, **common)

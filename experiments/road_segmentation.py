@@ -15,7 +15,7 @@ from spmd.data.resizing import Decode, Resize
 from spmd.models.unet import UNet
 from spmd.optim import AdamW
 from spmd.tasks import Segmentation
-from spmd.train import CheckpointConfig, EvalConfig, TrainConfig
+from spmd.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
 PAIR = ("image", "mask")
 
@@ -37,4 +37,5 @@ def config() -> Experiment:
         train=TrainConfig(epochs=8),
         eval=EvalConfig(every=100),
         checkpoint=CheckpointConfig(best="eval/miou"),
+        log=LogConfig(pictures=8),
     )

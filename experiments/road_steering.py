@@ -24,7 +24,7 @@ from spmd.models.layers import ConvConfig, ConvNorm, Dense
 from spmd.models.layers.initial import zeros
 from spmd.optim import AdamW
 from spmd.tasks import Regression
-from spmd.train import CheckpointConfig, TrainConfig
+from spmd.train import CheckpointConfig, LogConfig, TrainConfig
 
 SCALE = 0.05  # of the linear path, whose many inputs would otherwise move it too fast
 
@@ -96,4 +96,5 @@ def config() -> Experiment:
         optimizer=AdamW(learning_rate=0.003, warmup_steps=20),
         train=TrainConfig(epochs=40),
         checkpoint=CheckpointConfig(best="eval/rmse", best_is="lowest"),
+        log=LogConfig(pictures=16),
     )

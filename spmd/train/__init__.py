@@ -96,7 +96,7 @@ class LogConfig:
     """Write which examples each step was trained on: examples-PROCESS.jsonl."""
     pictures: int = free(0)
     """Evaluation examples drawn beside their predictions, of tasks on images: RUN/pictures/STEP.png, and in
-    TensorBoard; the same ones at each evaluation. 0 draws none."""
+    TensorBoard and Weights & Biases; the same ones at each evaluation. 0 draws none."""
     wandb: str = free("")
     """Project of Weights & Biases to send metrics to as well (pip install wandb; honours WANDB_MODE)."""
     profile: str = free("")

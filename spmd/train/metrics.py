@@ -20,6 +20,7 @@ from spmd.runtime import agree
 from spmd.train import LogConfig
 from spmd.train.tracker import Tracker
 
+_PICTURE = "eval/predictions"  # the name of a picture in TensorBoard and Weights & Biases
 _EVERY = 30.0  # seconds between writes to an object store
 
 
@@ -176,14 +177,16 @@ class Writer:
             self.flush()
 
     def picture(self, step: int, png: bytes) -> None:
-        """Write a picture of predictions, pictures/STEP.png and an event; nothing where it is empty."""
+        """Write a picture of predictions, pictures/STEP.png and events; nothing where it is empty."""
         if not png or self._lines is None:
             return
         folder = self._directory / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{step:08}.png").write_bytes(png)
         if self._events is not None:
-            self._events.file_writer.add_summary(_summary({}, {"eval/predictions": png}), step)
+            self._events.file_writer.add_summary(_summary({}, {_PICTURE: png}), step)
+        if self._tracker is not None:
+            self._tracker.picture(step, _PICTURE, png)
 
     def flush(self) -> None:
         """Send new lines and events to an object store; on a disk they are written already."""

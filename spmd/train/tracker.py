@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -35,7 +36,8 @@ class Tracker:
 
     def __init__(self, directory: epath.Path, project: str, config: dict[str, Any]):
         check_installed(project)
-        wandb: Any = importlib.import_module("wandb")
+        self._wandb: Any = importlib.import_module("wandb")
+        wandb = self._wandb
         local = not is_remote(directory)
         try:
             self._run = wandb.init(
@@ -58,6 +60,13 @@ class Tracker:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Sends the metrics of a step."""
         self._run.log({"step": step} | metrics)
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Send a picture of a step."""
+        from PIL import Image
+
+        with Image.open(io.BytesIO(png)) as image:
+            self._run.log({"step": step, name: self._wandb.Image(image)})
 
     def close(self) -> None:
         """Send the remaining metrics."""

@@ -72,11 +72,16 @@ def configs(root, cache):
 
 @pytest.mark.gate
 @pytest.mark.skipif(bool(NEEDS), reason=f"needs: pip install {' '.join(NEEDS)}")
-def test_examples_of_a_bucket_are_those_of_the_files(bucket, tmp_path):
+def test_examples_of_a_bucket_are_those_of_the_files(bucket, tmp_path, monkeypatch):
     write(tmp_path / "disk")
     for path in (tmp_path / "disk").rglob("*"):
         if path.is_file():
             bucket.put(f"mine/{path.relative_to(tmp_path / 'disk')}", path.read_bytes())
+    listed = []
+    find = files.bucket().find
+    monkeypatch.setattr(
+        files.bucket(), "find", lambda *args, **more: listed.append(args) or find(*args, **more)
+    )
     local = configs(tmp_path / "disk", tmp_path / "cache")
     for name, remote in configs("gs://bucket/mine", tmp_path / "other").items():
         want, got = local[name].found(), remote.found()
@@ -91,5 +96,6 @@ def test_examples_of_a_bucket_are_those_of_the_files(bucket, tmp_path):
         source = got.open("train")
         entries = got.content("train", functools.partial(lambda x: x, source))
         assert entries and all(e.digest for e in entries)
+    assert len(listed) == 1  # the folder of classes, for its names, both splits and the fingerprint
     with pytest.raises(ValueError, match="there is nothing in the bucket"):
         Images(path="gs://bucket/gone", transforms=HOW, eval_transforms=HOW).found()

@@ -28,13 +28,26 @@ HOW = registry.parse(
     "decode,random_resized_crop:16:0.3,flip,crop:2,color_jitter,randaugment,random_erasing,normalize,cutmix"
 )
 EVAL = registry.parse("decode,central_crop:16,normalize")
-MIXED = registry.parse("decode,resize:20,central_crop:12:0.8,flip,mixup:0.4")
+MIXED = registry.parse(
+    "decode,resize:20,central_crop:12:0.8,crop_or_pad:14:11,random_crop:12,flip,mixup:0.4"
+)
+
+PAIRED = registry.parse(
+    "decode,random_resized_crop:16:0.3:image+mask,crop:2:image+mask,flip:image+mask,random_erasing:1:image"
+)
 
 
 def jpeg(i):
     rng, file = np.random.default_rng(i), io.BytesIO()
     pixels = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
     Image.fromarray(pixels).resize((40 + i % 7, 30 + i % 5)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def mask(i):
+    """A mask of classes for the image."""
+    file, rng = io.BytesIO(), np.random.default_rng(i)
+    Image.fromarray(rng.integers(0, 3, (30 + i % 5, 40 + i % 7)).astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -47,6 +60,17 @@ def of_folder(root, **more):
         (root / f"c{i % 3}").mkdir(parents=True, exist_ok=True)
         (root / f"c{i % 3}/{i}.jpg").write_bytes(jpeg(i))
     return Images(path=str(root), **more)
+
+
+def of_pairs(root, **more):
+    """Images and masks, which move together."""
+    for i in range(NUM):
+        for kind, data in (("image", jpeg(i)), ("mask", mask(i))):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            (root / f"{kind}/{i}.png").write_bytes(data)
+    eval_transforms = registry.parse("decode,resize:16:16:image+mask")
+    more |= {"transforms": PAIRED, "eval_transforms": eval_transforms}
+    return Images(path=str(root), target="mask", **more)
 
 
 def of_index(root, **more):
@@ -117,6 +141,7 @@ def of_mixture(root, **more):
 FORMATS = {
     "folder": of_folder,
     "index": of_index,
+    "pairs": of_pairs,
     "parquet": lambda root, **more: of_table(root, "parquet", **more),
     "arrow": lambda root, **more: of_table(root, "arrow", **more),
     "csv": lambda root, **more: of_text_table(root, "csv", **more),
@@ -142,6 +167,10 @@ def batches(config, start, stop, of=(0, 1)):
             transform=config.pipeline("train", source, 5),
         )
     )
+
+
+def test_every_transform_is_among_them():
+    assert {t.name for t in (*HOW, *MIXED, *PAIRED)} == registry.TRANSFORMS.keys()
 
 
 @pytest.mark.parametrize("how", ["crops", "blends"])

@@ -50,6 +50,10 @@ def test_a_folder_of_images_on_two_then_one_then_four_processes(start_group, run
     whole = run_cli(*RUN, "--run.dir", "whole", "--simulate", 4)
     assert whole.returncode == 0, whole.stderr
     assert examples(tmp_path / "elastic") == examples(tmp_path / "whole")
+    # Process 0 draws predictions of examples that all of them computed.
+    sheets = [tmp_path / f"{d}/pictures/{STEPS:08}.png" for d in ("whole", "elastic")]
+    sizes = [Image.open(sheet).size for sheet in sheets]
+    assert sizes[0] == sizes[1]
     results = [
         json.loads((tmp_path / d / "summary.json").read_text())["metrics"]["eval/loss"]
         for d in ("whole", "elastic")
