@@ -24,12 +24,12 @@ def config() -> Experiment:
         task=NextItem(),
         data=HistoryLog(length=LENGTH, stride=LENGTH, batch_size=32, eval_batch_size=512),
         optimizer=AdamW(learning_rate=2e-3, weight_decay=0.01, clip_norm=1.0, warmup_steps=20),
-        train=TrainConfig(epochs=3),
-        eval=EvalConfig(every=100),
+        train=TrainConfig(epochs=20),
+        eval=EvalConfig(every=150),
         evaluations=(
             FullRanking(name="validation"),
             FullRanking(name="test", part="test"),
             FullRanking(name="unmasked", part="test", masked=False),  # as RecBole evaluates
         ),
-        checkpoint=CheckpointConfig(every=100, best="eval/validation/ndcg@10"),
+        checkpoint=CheckpointConfig(every=150, best="eval/validation/ndcg@10"),
     )

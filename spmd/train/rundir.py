@@ -14,7 +14,7 @@ from etils import epath
 
 from spmd.core import paths, values
 from spmd.core.storage import check_usable, is_remote, json_text, list_directory, write_atomically
-from spmd.train import lock, renamed
+from spmd.train import lock, long_lists, renamed
 
 
 def _write(path: epath.Path, value: Any) -> None:
@@ -95,8 +95,8 @@ def inspect(
 
 
 def _is_temporary(name: str) -> bool:
-    """Whether a file is no part of a run: the lock, or a file that a killed process was writing."""
-    return name in lock.FILES or name.endswith(".part")
+    """Whether a file makes no run: the lock, lists beside config.json, what a killed process was writing."""
+    return name in (*lock.FILES, long_lists.FILE) or name.endswith(".part")
 
 
 def holds_run(path: epath.Path) -> bool:
@@ -129,15 +129,18 @@ def write_config(
     identity: dict[str, Any],
     amended: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write config.json.
+    """Write config.json, and its long lists beside it.
 
     Args:
       config: the resolved configuration as JSON types.
       identity: flat identity fields.
       amended: `{"step": ..., "changes": {field: [before, after]}}`, in their order.
     """
-    text = {"experiment": name, "identity": identity, "config": config}
+    lists: dict[str, Any] = {}
+    short = [long_lists.separate(part, lists) for part in (identity, config)]
+    text = {"experiment": name, "identity": short[0], "config": short[1]}
     with translate_write_errors(path):
+        long_lists.write(path, lists)
         _write(path / "config.json", text | ({"amended": [*amended]} if amended else {}))
 
 
@@ -179,7 +182,7 @@ def read_identity(path: epath.Path) -> dict[str, Any]:
     """The identity in config.json; ValueError where there is none."""
     file = path / "config.json"
     try:
-        return {**json.loads(file.read_text())["identity"]}
+        return long_lists.restore(path, {**json.loads(file.read_text())["identity"]})
     except (ValueError, KeyError, TypeError):
         raise Refused(
             f"{file} is not a run's configuration; choose another directory with"
