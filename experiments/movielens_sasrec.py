@@ -1,9 +1,9 @@
 """SASRec (Kang and McAuley 2018): the next film of a user, by a softmax over all films.
 
-python run.py --experiment movielens_sasrec    # 2 minutes on 2 busy cores; expect eval/test/hit@10 0.307
+python run.py --experiment movielens_sasrec    # 2 CPU minutes; after 3 epochs eval/test/hit@10 is 0.307
 
-The log is generated. MovieLens 100K: --data.files ml-100k/u.data --data.titles ml-100k/u.item; expect 0.129,
-the mean of five seeds.
+The log is generated. MovieLens 100K: --data.files ml-100k/u.data --data.titles ml-100k/u.item; expect 0.191,
+and 0.122 with the films before among the candidates (eval/unmasked/hit@10), the means of four seeds.
 """
 
 from spmd import Experiment

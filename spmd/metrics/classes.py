@@ -89,7 +89,7 @@ class Confusion(Metric):
         matrix = jnp.zeros(classes**2, jnp.int32).at[cell.reshape(-1)].add(counted.reshape(-1))
         return {"matrix": matrix.reshape(classes, classes)}
 
-    def compute(self, sums: Mapping[str, np.ndarray]) -> Values:
+    def compute(self, sums: Mapping[str, np.ndarray]) -> float | Values | None:
         """Means over the classes that occur."""
         matrix = np.asarray(sums["matrix"], np.float64)
         both, labels, predictions = np.diag(matrix), matrix.sum(1), matrix.sum(0)
@@ -119,7 +119,7 @@ class MacroF1(Confusion):
 
     name: str = "macro_f1"
 
-    def compute(self, sums: Mapping[str, np.ndarray]) -> Values:
+    def compute(self, sums: Mapping[str, np.ndarray]) -> float | Values | None:
         """The mean: F1 of a class is its Dice coefficient."""
         values = super().compute(sums)
         assert isinstance(values, dict)

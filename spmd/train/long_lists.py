@@ -1,4 +1,4 @@
-"""Long lists of a run's configuration, a vocabulary say, in a file beside config.json, which stays readable."""
+"""Long lists of a run, a vocabulary say, in a file beside config.json, which stays readable."""
 
 from __future__ import annotations
 

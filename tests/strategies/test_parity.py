@@ -64,7 +64,7 @@ class Trajectory(NamedTuple):
 
     @property
     def norms(self) -> dict[str, float]:
-        return {name: np.linalg.norm(leaf) for name, leaf in self.leaves.items()}
+        return {name: float(np.linalg.norm(leaf)) for name, leaf in self.leaves.items()}
 
     def params(self) -> dict[str, np.ndarray]:
         """Parameters, and the tables with the state of their optimizer."""
@@ -171,7 +171,8 @@ def update_of(optimizer, name):
     """The jitted update of one device."""
     one = mesh.make(MeshConfig(), jax.devices()[:1])
     tx = parts_for(MODELS[name], one, dtype="float64", optimizer=optimizer).tx
-    return jax.jit(lambda *args: update.apply_gradients(tx, *args, lambda: jax.random.key(0)))
+    key = lambda: jax.random.key(0)
+    return jax.jit(lambda g, state, p: update.apply_gradients(tx, g, state, p, key))
 
 
 def optimizer_of(strategy):
@@ -596,7 +597,7 @@ def test_scanned_steps_equal_single_steps(strategy):
     cut = mesh.make(MeshConfig(), jax.devices()[:4])
     config = optim.AdamW(learning_rate=3e-3, clip_norm=1.0, ema=0.9)
     built = strategy.build(parts_for(MODELS["mlp"], cut, optimizer=config))
-    single = built.init(jax.random.key(0))
+    single, metrics = built.init(jax.random.key(0)), dict[str, Any]()
     for step in range(4):
         single, metrics = built.step(single, jax.device_put(batch_at(step), built.batch_shardings))
     many = base.scanned(built)
