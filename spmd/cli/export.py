@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from spmd.core.fields import check
 from spmd.experiment import registry
+
+if TYPE_CHECKING:
+    from spmd.experiment.base import Experiment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +19,7 @@ class ExportOptions:
     """Options of `run.py export`."""
 
     to: str = ""
-    """New directory for config.json and *.safetensors."""
+    """New directory for config.json, *.safetensors and the files of the tokenizer."""
     step: int = -1
     """Step of the checkpoint; -1 is the newest."""
 
@@ -32,6 +37,23 @@ def run(name: str, words: Sequence[str]) -> int:
     snapshot = exp.restore(None if options.step < 0 else options.step, same=())
     check(not agree.has_peers(), "run.py export runs in one process")
     model = derive(exp, rundir.read_identity(rundir.locate(exp.run.dir, exp.name))).model
-    files = write.write(options.to, model, *snapshot.program.task.plain(*snapshot.variables))
+    tokens, beside = _tokenizer(exp, model)
+    variables = snapshot.program.task.plain(*snapshot.variables)
+    files = write.write(options.to, model, *variables, tokens=tokens, beside=beside)
     print(f"step {snapshot.step} is in {options.to}: config.json, {', '.join(files)}")
     return 0
+
+
+def _tokenizer(exp: Experiment, model: Any) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+    """(fields of config.json about special tokens, the tokenizer's files); none of data that have none."""
+    from spmd.data import DataConfig
+    from spmd.data.text import handoff
+
+    if type(exp.data).open_tokenizer is DataConfig.open_tokenizer:
+        return {}, {}
+    try:
+        tokenizer = exp.data.open_tokenizer()
+    except ValueError as error:  # weights can be exported where the text is not
+        print(f"note: no tokenizer is written: {error}", file=sys.stderr)
+        return {}, {}
+    return handoff.token_ids(tokenizer), handoff.transformers_files(tokenizer, model.length)

@@ -202,7 +202,8 @@ class Experiment:
         train = dataclasses.replace(
             self.train, steps=UNREAD_STEPS, accumulate=1, noise_scale=False, pipeline="1f1b"
         )
-        return dataclasses.replace(self, train=train, privacy=Privacy())
+        log = dataclasses.replace(self.log, layers=False)
+        return dataclasses.replace(self, train=train, log=log, privacy=Privacy())
 
     def restore(
         self,

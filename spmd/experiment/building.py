@@ -152,6 +152,7 @@ def strategy_parts(
         skip=exp.train.nonfinite == "skip",
         privacy=mechanism,
         noise_scale=exp.train.noise_scale,
+        layers=exp.log.every if exp.log.layers else 0,
         knobs=exp.optimizer.knobs(examples) if has_knobs(exp.optimizer) else {},
         rows=exp.optimizer.rows,
         row_rates=optim.row_rates(exp.optimizer.groups, task.tables),

@@ -34,6 +34,8 @@ WATCHED_GRADIENTS = (
     "grads/"  # prefix of the gradients among the metrics of a step that verify watches
 )
 
+LAYERS = "layers"  # the metric that holds norms by layer, [kinds, layers]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Parts(NamedTuple):
     skip: a step with a non-finite loss or gradient changes nothing; without it the run must end there.
     privacy: clips the gradient of each example, and adds noise to their sum; None is off.
     noise_scale: measures what the gradient noise scale is told from.
+    layers: steps between two measurements of the norms of each layer; 0 is off.
     knobs: scalars of the optimizer that are arguments of the step. rows: optimizer of sparse tables.
     row_rates: factors of their learning rate, by table; absent is 1.
     """
@@ -102,6 +105,7 @@ class Parts(NamedTuple):
     skip: bool = False
     privacy: Mechanism | None = None
     noise_scale: bool = False
+    layers: int = 0
     knobs: Mapping[str, float] = MappingProxyType({})
     rows: RowWise = RowWise()
     row_rates: Mapping[str, float] = MappingProxyType({})
@@ -109,7 +113,8 @@ class Parts(NamedTuple):
 
 def weighed_names(metrics: Iterable[str]) -> list[str]:
     """Names of the metrics that metrics[WEIGHTS] weighs, in its order: all scalars, sorted."""
-    return sorted(n for n in metrics if n != WEIGHTS and not n.startswith(WATCHED_GRADIENTS))
+    apart = (WEIGHTS, LAYERS)
+    return sorted(n for n in metrics if n not in apart and not n.startswith(WATCHED_GRADIENTS))
 
 
 def widen(params: PyTree) -> PyTree:

@@ -89,6 +89,10 @@ def build(parts: base.Parts, num_replicas: int, outer: Outer) -> base.Strategy:
     """
     check_fits(parts, num_replicas)
     check(
+        not parts.layers,
+        "log.layers measures the update of one model, and replicas have one each; leave it off",
+    )
+    check(
         not parts.noise_scale,
         "train.noise_scale compares the gradients of parts of a batch with that of the whole, which replicas"
         " that go their own ways never take; use --strategy auto, allreduce or server",

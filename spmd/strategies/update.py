@@ -13,7 +13,7 @@ import optax
 from spmd.core import narrow, tree
 from spmd.parallel import scope
 from spmd.parallel.sparse import Pulled
-from spmd.strategies import base, tables
+from spmd.strategies import base, layers, tables
 from spmd.strategies.grads import direct
 
 PyTree = Any
@@ -62,10 +62,10 @@ def update_state(
         finite &= tables.all_finite(gradients.rows)
         metrics["lookup_rounds"] = pulled.rounds.astype(jnp.float32)
     metrics["finite"] = finite.astype(jnp.float32)
-    metrics = add_weights(metrics, sums, finite)
     params, opt_state = apply_gradients(
         parts.tx, grads, state.opt_state, state.params, lambda: base.step_key(state)
     )
+    metrics = add_weights(metrics, sums, finite) | measure_layers(parts, state, grads, params)
     new = dataclasses.replace(
         state,
         params=params,
@@ -121,6 +121,38 @@ def add_weights(metrics: base.Metrics, sums: PyTree, counts: jax.Array) -> base.
         for name in base.weighed_names(metrics)
     ]
     return metrics | {base.WEIGHTS: jnp.where(counts, jnp.stack(weights), 0)}
+
+
+def measure_layers(
+    parts: base.Parts, state: base.TrainState, grads: PyTree, params: PyTree
+) -> base.Metrics:
+    """Norms of each layer [kinds, layers], of gradient, new parameters and update, in a step that is logged.
+
+    Others give UNMEASURED, without a pass over the arrays. {} where they are off.
+
+    Args:
+        parts: as of every strategy.
+        state: before the step.
+        grads: the gradient of all examples, before clipping.
+        params: after the step.
+    """
+    if not parts.layers:
+        return {}
+    dims = parts.task.dims
+
+    def measure() -> jax.Array:
+        subtract = lambda new, old: (
+            new.astype(tree.at_least_float32(new.dtype))
+            - old.astype(tree.at_least_float32(old.dtype))
+        )
+        return layers.layer_norms(
+            (grads, params, jax.tree.map(subtract, params, state.params)), dims
+        )
+
+    shape = jax.eval_shape(measure)
+    due = (state.step + 1) % jnp.int32(parts.layers) == 0
+    skip = lambda: jnp.full(shape.shape, layers.UNMEASURED, shape.dtype)
+    return {base.LAYERS: jax.lax.cond(due, measure, skip)}
 
 
 def apply_gradients(

@@ -94,6 +94,8 @@ class LogConfig:
     """Write TensorBoard events too."""
     examples: bool = free(False)
     """Write which examples each step was trained on: examples-PROCESS.jsonl."""
+    layers: bool = free(False)
+    """Write the norms of each layer's gradient, parameters and update with each line of metrics."""
     pictures: int = free(0)
     """Evaluation examples drawn beside their predictions, of tasks on images: RUN/pictures/STEP.png, and in
     TensorBoard and Weights & Biases; the same ones at each evaluation. 0 draws none."""

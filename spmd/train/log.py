@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from spmd.runtime.stop import Votes
-from spmd.strategies import base
+from spmd.strategies import base, layers
 from spmd.train import LogConfig, progress
 from spmd.train.metrics import Writer
 
@@ -91,6 +91,8 @@ class Log:
         nonfinite: str,
         step: int,
         votes: Votes | None = None,
+        layer_names: Sequence[str] = (),
+        consumed: Callable[[int], Mapping[str, float]] | None = None,
     ):
         self._writer, self._bar, self._every = writer, bar, config.every
         self._stop_on_nonfinite = nonfinite == "stop"
@@ -98,6 +100,8 @@ class Log:
         self._window: list[dict[str, np.ndarray]] = []
         self._reported = step
         self._votes = votes
+        self._layer_names, self._consumed = layer_names, consumed
+        self._layers: list[jax.Array] = []  # of the window, on the devices
         self.last = writer.last
 
     def add(self, step: int, metrics: base.Metrics, in_flight: int) -> None:
@@ -113,6 +117,9 @@ class Log:
 
     def _fetch(self) -> None:
         step, device = self._pending.popleft()
+        if base.LAYERS in device:  # stays there until a line is written
+            device = dict(device)
+            self._layers.append(device.pop(base.LAYERS))
         # Not jax.device_get, which takes ten times as long for a few scalars.
         host = {k: np.atleast_1d(np.asarray(v)) for k, v in device.items()}
         host[base.WEIGHTS] = np.atleast_2d(host[base.WEIGHTS])
@@ -142,6 +149,25 @@ class Log:
         ):  # else below what these steps can tell
             values["train/noise_scale"] = max(noise / signal, 0.0)
         values["train/skipped_steps"] = float((columns["finite"] == 0).sum())
+        values |= self._layer_norms()
+        if self._consumed is not None:
+            values |= self._consumed(step)
         self.last = values
         self._reported = step
         self._writer.write(step, values | self._bar.report(step, values))
+
+    def _layer_norms(self) -> dict[str, float]:
+        """`layers/blocks/3/gradient_norm` and the others, of the newest step that measured them."""
+        arrays, self._layers = self._layers, []
+        for array in reversed(arrays):
+            # [kinds, layers], or of each step of the dispatch
+            for norms in reversed(
+                np.asarray(array).reshape(-1, len(layers.KINDS), array.shape[-1])
+            ):
+                if not (norms == layers.UNMEASURED).all():
+                    return {
+                        f"layers/{name}/{kind}": float(norms[i, g])
+                        for i, kind in enumerate(layers.KINDS)
+                        for g, name in enumerate(self._layer_names)
+                    }
+        return {}

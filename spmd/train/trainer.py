@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from spmd.hardware import flops
 from spmd.runtime import RuntimeConfig, agree
 from spmd.runtime.stop import Stop, Votes
 from spmd.runtime.watchdog import Watchdog
-from spmd.strategies import base
+from spmd.strategies import base, layers
 from spmd.train import (
     CheckpointConfig,
     EvalConfig,
@@ -183,10 +183,20 @@ class Trainer:
         self.bar = progress.Bar(program.num_steps, step, program.examples, program.mesh, untimed)
         self.closing.callback(self.bar.close)
         nonfinite = settings.train.nonfinite
-        self.logs = Log(self.writer, self.bar, settings.log, nonfinite, step, self.votes)
+        names = layers.layer_names(program.abstract_state().params, program.task.dims)
+        more = {"layer_names": names, "consumed": self._consumed()}
+        self.logs = Log(self.writer, self.bar, settings.log, nonfinite, step, self.votes, **more)
         epoch = max(1, round(len(program.source) / program.examples))
         self.eval_every = settings.evals.every or epoch
         self.save_every = settings.checkpoint.every or epoch
+
+    def _consumed(self) -> Callable[[int], Mapping[str, float]] | None:
+        """Metrics by step of what each part of the data has given; None of data without parts."""
+        program = self.program
+        of_source = getattr(program.source, "consumed", None)
+        if of_source is None or program.privacy or program.order(program.source) is not None:
+            return None  # the examples are drawn in another order
+        return lambda step: of_source(step * program.examples)
 
     # ---- steps
 

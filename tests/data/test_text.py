@@ -155,6 +155,37 @@ def test_a_mixture_reads_each_part_by_its_share_and_in_epochs_of_its_own(files):
         assert (epochs[0] != epochs[1]).any()
 
 
+def test_weights_of_a_mixture_by_step(files):
+    """At step 5 the shares change, at step 9 one part ends; the order is one function of the position."""
+    shares = [(0, (0.5, 0.3, 0.2)), (50, (0.2, 0.2, 0.6)), (90, (0, 1, 3))]
+    schedule = ((5, shares[1][1]), (9, shares[2][1]))
+    source = mixture(files, schedule=schedule, batch_size=10).open("train")
+    sizes = [len(p) for p in source.parts]
+    ids = stream(source, 40)["example_id"]
+    which = np.searchsorted(np.cumsum(sizes), ids, side="right")
+    for (start, weights), (end, _) in zip(shares, [*shares[1:], (400, ())], strict=True):
+        for n in range(1, end - start + 1):
+            counts = np.bincount(which[start : start + n], minlength=3)
+            assert np.abs(counts - np.array(weights) / sum(weights) * n).max() < 1
+    for k, size in enumerate(sizes):  # epochs go on where the shares change
+        mine = ids[which == k] - sum(sizes[:k])
+        epochs = mine[: len(mine) // size * size].reshape(-1, size)
+        assert (np.sort(epochs, axis=1) == np.arange(size)).all()
+    np.testing.assert_array_equal(stream(source, 40, start=7)["example_id"], ids[70:])
+    for position in (1, 49, 50, 51, 90, 333):
+        consumed = source.consumed(position)
+        counts = [consumed[f"data/part_{k}/tokens"] / 8 for k in range(3)]
+        assert counts == [*np.bincount(which[:position], minlength=3)]
+    for bad, message in (
+        (((5, (1, 1, 1)), (5, (1, 1, 2))), "must ascend"),
+        (((5, (1, 1)),), "one number for each of the 3 parts"),
+        (((5, (0, 0, 0)),), "one of them more than 0"),
+        (((5, (1, 1, 1.00001)),), "fewer digits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mixture(files, schedule=bad)
+
+
 def test_the_rows_of_a_mixture_are_those_of_its_parts(files):
     source = mixture(files).open("train")
     batch = source.take(np.arange(len(source)))

@@ -17,7 +17,7 @@ import tyro
 
 from spmd.core.fields import check, free, located
 from spmd.data import TFDS, DataConfig, Features, Split
-from spmd.data.mixing import check_weights
+from spmd.data.mixing import Schedule, TurnsByStep, check_schedule, check_weights
 from spmd.data.text.tokenized import check_vocab
 
 if TYPE_CHECKING:
@@ -227,10 +227,14 @@ class Mixture(Sequences):
     """The texts; sequence_length, tokenizer, end, stride, cache_dir and skip_bad are those of the mixture."""
     weights: tuple[float, ...]
     """Share of the examples for each part; they need not add up to one."""
+    schedule: tyro.conf.Suppress[Schedule] = ()
+    """Other weights from later steps on: ((first step, weights), ...); 0 leaves a part out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weights(self.weights, len(self.parts))
+        check_schedule(self.schedule, len(self.parts))
+        TurnsByStep(self.weights, self.schedule, self.batch_size)  # refuses shares of many digits
         check(
             self.tokenizer != "chars" or len(self.parts) == 1,
             "data.tokenizer=chars has one vocabulary for one text; a mixture needs bytes or a file",
@@ -255,7 +259,8 @@ class Mixture(Sequences):
         from spmd.data.cache import BadRecords
         from spmd.data.text.windows import Mixed
 
-        source = Mixed([text.open(split) for text in self.texts()], self.weights)
+        turns = TurnsByStep(self.weights, self.schedule, self.batch_size)
+        source = Mixed([text.open(split) for text in self.texts()], turns)
         bad = BadRecords(self.skip_bad)
         for reason in source.skipped:
             bad.add(reason)

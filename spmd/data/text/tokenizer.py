@@ -168,6 +168,7 @@ class FromFile:
             tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
+        self.path = str(file)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         affixes = tokenizer.encode("").ids  # tokens that the file's post-processor adds to a text

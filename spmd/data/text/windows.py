@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from spmd.core.fields import check
-from spmd.data.mixing import MixedOrder, Turns
+from spmd.data.mixing import MixedOrder, TurnsByStep
 
 
 class Windows:
@@ -90,10 +90,20 @@ def slice_tokens(
 class Mixed:
     """Concatenated sources, read in turn by weight: see `order`."""
 
-    def __init__(self, parts: Sequence[Windows], weights: Sequence[float]):
+    def __init__(self, parts: Sequence[Windows], turns: TurnsByStep):
         self.parts = parts
         self._ends_K = np.cumsum([len(p) for p in parts])
-        self._turns = Turns(weights)
+        self._turns = turns
+
+    def consumed(self, position: int) -> dict[str, float]:
+        """Tokens, epochs and share of each part in the examples of training before a position."""
+        values: dict[str, float] = {}
+        shares = self._turns.shares(max(position - 1, 0))
+        for k, (part, num) in enumerate(zip(self.parts, self._turns.counts(position), strict=True)):
+            values[f"data/part_{k}/tokens"] = float(num * part.length)
+            values[f"data/part_{k}/epochs"] = float(num / len(part))
+            values[f"data/part_{k}/share"] = float(shares[k])
+        return values
 
     @property
     def skipped(self) -> tuple[str, ...]:

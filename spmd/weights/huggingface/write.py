@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ SHARD = 2 * 2**30  # bytes of a file, and of the host's memory that writing need
 
 
 def write(
-    directory: str, model: Any, params: Any, state: Any = None, *, shard: int = SHARD
+    directory: str,
+    model: Any,
+    params: Any,
+    state: Any = None,
+    *,
+    shard: int = SHARD,
+    tokens: Mapping[str, Any] = {},
+    beside: Mapping[str, bytes] = {},
 ) -> list[str]:
     """Write config.json and safetensors of at most `shard` bytes (or one tensor); returns the file names.
 
@@ -34,6 +42,8 @@ def write(
         params: its parameters.
         state: its model state, as running statistics.
         shard: bytes of a file.
+        tokens: fields of config.json about special tokens.
+        beside: further files, as those of a tokenizer: {name: content}.
     """
     family = names.family_of(model)
     path = Path(os.path.abspath(os.path.expanduser(directory)))
@@ -53,21 +63,23 @@ def write(
         for i, tensors in enumerate(shards, 1):
             numbered = f"model-{i:05}-of-{len(shards):05}.safetensors"
             file = numbered if len(shards) > 1 else "model.safetensors"
-            content = {t.name: _tensor(t, model, leaves) for t in tensors}
-            save_file(content, part / file, metadata={"format": "pt"})
-            file_of |= dict.fromkeys(content, file)
+            arrays = {t.name: _tensor(t, model, leaves) for t in tensors}
+            save_file(arrays, part / file, metadata={"format": "pt"})
+            file_of |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": file_of}
             (part / INDEX).write_text(json_text(index, indent=1) + "\n")
         dtype = str(jax.tree.leaves(params)[0].dtype)
-        fields = config.build_config(model, family, dtype)
+        fields = config.build_config(model, family, dtype) | dict(tokens)
+        for name, content in beside.items():
+            (part / name).write_bytes(content)
         (part / "config.json").write_text(json_text(fields, indent=1) + "\n")
         part.rename(path)
     except OSError as error:
         raise ValueError(f"--to {directory}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return sorted({*file_of.values()})
+    return [*sorted({*file_of.values()}), *sorted(beside)]
 
 
 def _shards(model: Any, family: str, leaves: Any, limit: int) -> list[list[layout.Tensor]]:
