@@ -225,6 +225,16 @@ class Experiment:
         check((path / "config.json").exists(), f"no run in {path}; train first, or give --run.dir")
         return derive(self, rundir.read_identity(path))._restore(path, step, same, other_data)
 
+    def initial(self) -> Snapshot:
+        """The initial state on this mesh, without a run: random, or the weights of `init.from`."""
+        from spmd.experiment.derive import derive
+        from spmd.train.snapshot import Snapshot
+
+        exp = derive(self)
+        program = exp._for_reading().build(source=(), training=False)
+        exp.data.check_model(exp.model)
+        return Snapshot(program, program.init())
+
     def _restore(
         self, path: epath.Path, step: int | None, same: Sequence[str], other_data: bool
     ) -> Snapshot:
