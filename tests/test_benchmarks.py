@@ -20,6 +20,8 @@ TITLES = {
     "input_pipeline": ["steps per item"],
     "input_tables": ["arrow", "parquet"],
     "road_baselines": ["mIoU by colour", "RMSE of a constant", "RMSE of ridge regression"],
+    "translate_peers": ["rows/s", "padding"],
+    "translate_scores": ["copy the source: BLEU", "ours, mean of 1: BLEU"],
     "unet_peers": ["intensity alone: Dice grey", "PyTorch"],
     "top_k": ["same rows: yes"],
     "sparse_tables": ["caches overwritten", "rows / jnp.take and optax"],
