@@ -106,6 +106,7 @@ def run(name: str, words: Sequence[str]) -> int:
 
 def _translate(exp: Experiment, data: Pairs, options: SampleOptions) -> int:
     """Print the translations of the prompts, or of the lines of standard input, a line each."""
+    from spmd.runtime import agree
     from spmd.train.beam import BeamSearch
     from spmd.train.sample import Choice
     from spmd.train.translate import Decoding
@@ -121,9 +122,11 @@ def _translate(exp: Experiment, data: Pairs, options: SampleOptions) -> int:
         **({"extra": options.tokens} if options.tokens else {}),
     )
     snapshot = exp.restore(None if options.step < 0 else options.step, same=("tokenizer",))
-    texts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
+    # Of several processes only the first has the user's standard input and output.
+    read = lambda: [line.rstrip("\n") for line in sys.stdin]
+    texts = options.prompt or agree.from_first(read, "lines of standard input")
     for text in translate_texts(snapshot, data, texts, decoding):
-        print(text)
+        agree.say(text)
     return 0
 
 

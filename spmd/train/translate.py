@@ -22,7 +22,7 @@ from spmd.train.beam import BeamSearch, search
 from spmd.train.sample import Choice
 from spmd.train.snapshot import Snapshot
 
-SHORTEST = 8  # tokens of the shortest batch; others are powers of two
+SHORTEST = 16  # tokens of the shortest batch; others are powers of two
 
 
 class Hypothesis(NamedTuple):
@@ -114,8 +114,8 @@ def _batches(sources: Sequence[np.ndarray], decoding: Decoding, ways: int) -> It
         numbers = np.flatnonzero(length_N == length)
         for start in range(0, len(numbers), decoding.batch_size):
             chosen = numbers[start : start + decoding.batch_size]
-            # Few shapes are compiled: rows are rounded up to a power of two, or a whole batch.
-            rows = min(decoding.batch_size, 1 << (len(chosen) - 1).bit_length())
+            # Few shapes are compiled: rows are a whole batch, or a power of two where there is no more.
+            rows = min(decoding.batch_size, 1 << (len(numbers) - 1).bit_length())
             rows = -(-rows // ways) * ways
             source_BS = np.full((rows, int(length)), -1, np.int32)
             limit_B, number_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)

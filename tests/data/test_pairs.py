@@ -134,6 +134,35 @@ def test_mistakes(tmp_path, name, monkeypatch):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+COMMANDS = {
+    "empty target": ("bad.jsonl", "", "record 1 of bad: the column 'de' is empty"),
+    "longer": ("long.jsonl", "", "has no pair of at most data.source_length=48"),
+    "vocabulary": ("p.jsonl", "--data.tokenizer bpe:600 --model.vocab 300", "--model.vocab"),
+    "lengths": ("p.en", "--data.target-files p.de --data.eval-target-files p.de", "59 lines"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_mistakes_at_the_command(tmp_path, name, monkeypatch, capsys):
+    """One line, exit code 2, nothing trained."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    (tmp_path / "p.de").write_text("b\n" * 59)
+    (tmp_path / "bad.jsonl").write_text('{"en": "a", "de": " "}')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"en": "x" * 99, "de": "b"}))
+    file, words, message = COMMANDS[name]
+    command = f"--experiment translate_help --data.files {file} --data.eval-files {file} {words}"
+    columns = ["--data.source-column", "en", "--data.target-column", "de"]
+    capsys.readouterr()
+    bytes_ = [] if "bpe" in words else ["--data.tokenizer", "bytes"]
+    options = [*columns, *bytes_, "--data.cache-dir", "cache", "--run.dir", "run"]
+    assert main([*command.split(), *options]) == 2
+    said = capsys.readouterr()
+    errors = [line for line in said.err.splitlines() if not line.endswith("data.target_length=48")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    assert "Traceback" not in said.err and "step" not in said.out
+
+
 def test_bad_and_long_pairs_are_counted(tmp_path, capsys):
     lines = [
         '{"en": "a", "de": "b"}',
