@@ -30,8 +30,10 @@ def test_one_run_over_two_starts(run_cli, tmp_path):
     first, second = sorted((tmp_path / "out/wandb").glob(f"offline-run-*-{own}/*.wandb"))
     for file, accuracy in ((first, b"eval/accuracy"), (second, b"train/loss")):
         assert accuracy in file.read_bytes() and b"trials" in file.read_bytes()
-    media = list((tmp_path / "out/wandb").glob("*/files/media/images/eval/predictions*.png"))
-    assert len(media) == 2
+    drawn = {Image.open(p).tobytes() for p in (tmp_path / "out/pictures").iterdir()}
+    for file in (first, second):
+        sent = list(file.parent.glob("files/media/images/eval/predictions*.png"))
+        assert sent and {Image.open(p).tobytes() for p in sent} <= drawn
     written = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert not [p for p in written if key.encode() in p.read_bytes()]
     assert key not in done.stdout + done.stderr
