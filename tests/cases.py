@@ -80,6 +80,11 @@ MODELS["olmo"] = dataclasses.replace(
 MODELS["pairs"] = EncoderDecoder(
     vocab=64, encoder_layers=2, layers=2, embed=32, heads=4, kv_heads=2, mlp=64, dropout=0.1
 )
+# T5: relative bias, no scaling, ReLU.
+MODELS["t5"] = dataclasses.replace(
+    MODELS["pairs"], kv_heads=4, position="relative", buckets=8, distance=12, score_width=1,
+    activation="relu", head_scale=True,
+)  # fmt: skip
 # Shared experts, the loss by sequence and the offsets: both kinds of balance at once.
 MODELS["moe"] = dataclasses.replace(
     MODELS["lm"], experts=Experts(num=8, top_k=2, shared=1, bias_rate=0.01)
@@ -112,7 +117,7 @@ MODELS["towers"] = TwoTower(users=40, items=60, dim=8, hidden=(16,))
 MODELS["dlrm"] = DLRM(ids=(40, 60), numbers=3, dim=8, bottom=(8,), top=(16, 8), placement="rows")
 MODELS["dlrm_bins"] = dataclasses.replace(MODELS["dlrm"], placement="tables")
 MODELS["sasrec"] = SASRec(items=60, length=8, embed=16, layers=2, dropout=0.1, bias=False)
-TASKS: dict[Any, tasks.Task] = {
+TASKS: dict[Any, Any] = {
     CNN: tasks.Classification(label_smoothing=0.1),
     MLP: tasks.Classification(label_smoothing=0.1),
     ResNet: tasks.Classification(),

@@ -48,7 +48,7 @@ class BlockConfig:
     norm_offset: float = 0.0
     """Added to the scales of norms, which start at 1 - offset (Gemma: 1)."""
     activation: Activation = "swiglu"
-    """Gated by SiLU or GELU (Shazeer 2020), GELU in its tanh form (GPT-2), or by erf (BERT, ViT)."""
+    """Gated by SiLU or GELU (Shazeer 2020), GELU in its tanh form (GPT-2) or by erf (BERT), or ReLU (T5)."""
     bias: bool = False
     """Biases in linear layers and in LayerNorm."""
     qkv_bias: bool = False

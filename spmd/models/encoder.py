@@ -15,7 +15,7 @@ from jax import Array
 from spmd.core import tree
 from spmd.core.fields import check, free
 from spmd.models.attention.positions import TokenPositions, positions_or_default, token_positions
-from spmd.models.feed_forward import Activation
+from spmd.models.feed_forward import Activation, activated
 from spmd.models.layers import Dense, Dropout, Embedding
 from spmd.models.layers.activations import Saved, matmul_input, residual
 from spmd.models.layers.embedding import vocab_logits
@@ -217,11 +217,6 @@ class TextEncoder(StackedBlocks):
 
 
 HASH = 2654435761  # Knuth's multiplier, odd: pairs are spread over the rows
-
-
-def activated(name: Activation, x: Array) -> Array:
-    """x after the activation of a layer without a gate."""
-    return jax.nn.gelu(x, approximate=name == "gelu")
 
 
 def _mean(x_BTD: Array, chosen_BT: Array) -> Array:

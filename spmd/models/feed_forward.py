@@ -12,8 +12,23 @@ from flax import nnx
 from spmd.models.layers import Linear
 from spmd.models.layers.activations import activation as named
 
-Activation = Literal["swiglu", "geglu", "gelu", "gelu_exact"]
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu"]
 GATED: tuple[Activation, ...] = ("swiglu", "geglu")
+
+
+def activated(name: Activation, x: jax.Array) -> jax.Array:
+    """x after the activation of a layer without a gate.
+
+    Args:
+        name: relu, gelu in its tanh form, or gelu_exact.
+        x: [..., F].
+
+    Returns:
+        [..., F].
+    """
+    if name == "relu":
+        return jax.nn.relu(x)
+    return jax.nn.gelu(x, approximate=name == "gelu")
 
 
 class FeedForward(nnx.Module):
@@ -25,7 +40,7 @@ class FeedForward(nnx.Module):
         width: F of the hidden layer.
         layers: how many are stacked.
         activation: swiglu, gated by SiLU; geglu, by GELU in its tanh form; gelu in this form; gelu_exact, by
-            the error function.
+            the error function; relu.
         bias: whether the linear layers have biases.
         std: standard deviation of the initial kernels; 0 is 1 / sqrt(fan-in).
         residual_gain: factor on that of the projection back to the residual stream.
@@ -55,7 +70,7 @@ class FeedForward(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         y_BTF = named("up", self.up(x_BTD), "mlp")
         if self.gate is None:
-            return self.down(jax.nn.gelu(y_BTF, approximate=self.activation == "gelu"))
+            return self.down(activated(self.activation, y_BTF))
         gate_BTF = named("gate", self.gate(x_BTD), "mlp")
         if self.activation == "geglu":
             return self.down(jax.nn.gelu(gate_BTF, approximate=True) * y_BTF)

@@ -325,6 +325,7 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             ("context2", "gemma", "ulysses", "float64"),
             *((layout, "texts", "ring", "float64") for layout in (*ENCODED, "fsdp8")),
             *((layout, name, "ring", "float64") for layout in HEADED for name in HEADS),
+            *((layout, "t5", "ulysses", "float64") for layout in HEADED),
         ],
         gate=[
             ("context2x2x2", "gemma", "ring", "float64"),
@@ -417,6 +418,7 @@ PIPELINED += [(f"stage2{rest}", "pairs", "ring", "float64") for rest in ("_fsdp2
 PIPELINED += [
     ("stage2", name, "ring", "float64") for name in ("pattern", "vit", "texts", *HEADS, *FAMILIES)
 ]
+PIPELINED += [(f"stage2{rest}", "t5", "ulysses", "float64") for rest in ("_fsdp2x2", "_psum2")]
 PIPELINED += [("stage2_context2", "vit", "ring", "float64")]
 PIPELINED += [("stage2_context2", n, "ring", "float64") for n in ("pattern", "gemma")]
 PIPELINED += [(f"stage2{rest}", "lm", "ring", "float32") for rest in ("", "_context2", "_psum2")]

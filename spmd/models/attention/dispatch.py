@@ -93,7 +93,7 @@ def _attend_local(
     (batch, time), keys = q_BTHK.shape[:2], k_BSGK.shape[1]
     may_be_empty = mask.may_be_empty(time, keys)
     if implementation == "xla":
-        options = {"scale": scale, "softcap": softcap, "bias_HTS": bias_HTS}
+        options = {"scale": scale, "softcap": softcap, "bias": bias_HTS}
         visible_BTS = mask.visible(batch, time, keys)
         return attend_xla(q_BTHK, k_BSGK, v_BSGK, visible_BTS, **options, may_be_empty=may_be_empty)
     if implementation == "splash":

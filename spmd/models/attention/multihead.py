@@ -7,11 +7,12 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from spmd.core.fields import check
 from spmd.models.attention.cache import Cache, update_cache
-from spmd.models.attention.dispatch import Context, Implementation, attend
+from spmd.models.attention.dispatch import Bias, Context, Implementation, attend
 from spmd.models.attention.mask import Mask
 from spmd.models.attention.positions import TokenPositions, rotate
 from spmd.models.attention.xla import attend_cached
@@ -121,7 +122,8 @@ class Attention(nnx.Module):
         k_BTGK = activation("key", k_BTGK, "kv_heads", "head_dim")
         v_BTGK = activation("value", v_BTGK, "kv_heads", "head_dim")
         if cache is None:
-            y_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, self._mask(positions, window))
+            mask, bias = self._mask(positions, window), positions.bias
+            y_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, mask, bias and bias.of_row)
         else:
             check(
                 self.mask == "causal",
@@ -131,6 +133,11 @@ class Attention(nnx.Module):
             cache = update_cache(cache, k_BTGK, v_BTGK, positions.positions_BT)
             options = {"window": window, "scale": self.scale, "softcap": self.softcap}
             keys, values = cache["key"], cache["value"]
+            if positions.bias is not None:
+                slots_S = jnp.arange(keys.shape[1], dtype=jnp.int32)
+                options["bias"] = positions.bias.between(
+                    positions.positions_BT[:, :, None], slots_S.reshape(1, 1, -1)
+                )
             y_BTHK = attend_cached(q_BTHK, keys, values, positions.positions_BT, **options)
         return self.out(activation("attended", y_BTHK, "heads", "head_dim")), cache
 
@@ -178,7 +185,12 @@ class Attention(nnx.Module):
         return {"key": k_BSGK, "value": v_BSGK}
 
     def _attend(
-        self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, mask: Mask
+        self,
+        q_BTHK: jax.Array,
+        k_BSGK: jax.Array,
+        v_BSGK: jax.Array,
+        mask: Mask,
+        bias: Bias | None = None,
     ) -> jax.Array:
         return attend(
             q_BTHK,
@@ -187,6 +199,7 @@ class Attention(nnx.Module):
             mask,
             scale=self.scale,
             softcap=self.softcap,
+            bias=bias,
             implementation=self.implementation,
             context=self.context,
         )

@@ -73,12 +73,14 @@ class TokenPositions(NamedTuple):
     positions_BT: index of each token in its document, -1 for padding while decoding. segments_BT: number of
     each token's document in its row, 0 for padding; None is one document for each row. angles: rotary angles;
     None without rotary positions. window_angles: those of blocks with a window; None where they are the same.
+    bias: a relative.RelativeBias that is added to the scores; None without.
     """
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None
     angles: Angles | None
     window_angles: Angles | None = None
+    bias: Any = None
 
     def angles_of(self, window: int) -> Angles | None:
         """The angles of a block with this window; 0 is none."""

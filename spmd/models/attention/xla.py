@@ -19,7 +19,7 @@ def attend_xla(
     *,
     scale: float,
     softcap: float = 0.0,
-    bias_HTS: jax.Array | None = None,
+    bias: jax.Array | None = None,
     may_be_empty: bool = False,
 ) -> jax.Array:
     """softmax(scale q k^T) v over the keys where visible is True (None: all): [B, T, H, K].
@@ -34,7 +34,7 @@ def attend_xla(
         visible_BTS: True where a query sees a key.
         scale: factor on the scores.
         softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
-        bias_HTS: [H or 1, T, S], added to the scores.
+        bias: [H or 1, T, S] or [B, H or 1, T, S], added to the scores.
         may_be_empty: whether some query sees no key, so that its output must be set to 0.
 
     Returns:
@@ -47,9 +47,10 @@ def attend_xla(
     scores = contract("btgrk,bsgk->bgrts", dtype, q_BTGRK, k_BSGK) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    if bias_HTS is not None:
-        groups = (kv_heads, heads // kv_heads) if bias_HTS.shape[0] > 1 else (1, 1)
-        scores += bias_HTS.reshape(1, *groups, *bias_HTS.shape[1:]).astype(dtype)
+    if bias is not None:
+        *rows, num, queries, keys = bias.shape
+        groups = (kv_heads, heads // kv_heads) if num > 1 else (1, 1)
+        scores += bias.reshape(*(rows or [1]), *groups, queries, keys).astype(dtype)
     if visible_BTS is not None:
         scores = jnp.where(visible_BTS[:, None, None], scores, jnp.finfo(dtype).min)
     shares = jax.nn.softmax(scores).astype(q_BTHK.dtype)
@@ -67,6 +68,7 @@ def attend_cached(
     window: int = 0,
     scale: float,
     softcap: float = 0.0,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Attention [B, T, H, K] to a cache whose slot s holds position s, up to each query's own position.
 
@@ -78,6 +80,7 @@ def attend_cached(
         window: only the latest keys, that many; 0 is all.
         scale: factor on the scores.
         softcap: scaled scores become cap * tanh(scores / cap); 0 is off.
+        bias: [B, H or 1, T, S], added to the scores.
 
     Returns:
         [B, T, H, K].
@@ -86,4 +89,5 @@ def attend_cached(
     visible_BTS = slots_11S <= positions_BT[:, :, None]
     if window:
         visible_BTS &= slots_11S > positions_BT[:, :, None] - window
-    return attend_xla(q_BTHK, k_BSGK, v_BSGK, visible_BTS, scale=scale, softcap=softcap)
+    options = {"scale": scale, "softcap": softcap, "bias": bias}
+    return attend_xla(q_BTHK, k_BSGK, v_BSGK, visible_BTS, **options)

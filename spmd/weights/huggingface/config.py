@@ -52,6 +52,7 @@ def find_differences(model: Any, family: str, foreign: Mapping[str, Any]) -> lis
     fields = {name: value for name, value in foreign.items() if value is not None}
     nulls = dict.fromkeys(NULLABLE & foreign.keys() - fields.keys())
     if family in others.FAMILIES:
+        fields = getattr(others.FAMILIES[family], "normalised", dict)(fields)
         values = {**others.FAMILIES[family].DEFAULTS[family], **fields}
         return [
             *_compare_sizes(build_config(model, family, ""), fields, values),
@@ -180,6 +181,7 @@ def _compare_others(model: Any, family: str, fields: Mapping[str, Any]) -> Itera
         *APART,
         *(row.aliases.values() if row else ()),
         *(row.ignored if row else ()),
+        *getattr(others.FAMILIES.get(family), "IGNORED", ()),
     }
     for name, value in sorted(fields.items()):
         if name == "architectures":

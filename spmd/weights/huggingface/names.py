@@ -7,7 +7,7 @@ from typing import Any
 
 from spmd.core.fields import check
 from spmd.models.transformer import Transformer
-from spmd.weights.huggingface import bert, families, others
+from spmd.weights.huggingface import bert, families, others, t5
 from spmd.weights.huggingface.families import FAMILIES
 from spmd.weights.huggingface.layout import COLUMNS, ROWS, VECTOR, Part, Tensor, single
 
@@ -151,6 +151,8 @@ def is_aside(model: Any, family: str, name: str) -> bool:
     """Whether a tensor of the files, by its full name, holds nothing of the model, and is not read."""
     if family == "bert":
         return bert.is_aside(model, name)
+    if family == "t5":
+        return t5.is_aside(model, name)
     return name.endswith(UNREAD)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from spmd.models.encoder import Encoder
+from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.resnet import ResNet
 from spmd.models.vit import ViT
-from spmd.weights.huggingface import bert, vision
+from spmd.weights.huggingface import bert, t5, vision
 
-MODELS: dict[type, Any] = {ResNet: vision, ViT: vision, Encoder: bert}
+MODELS: dict[type, Any] = {ResNet: vision, ViT: vision, Encoder: bert, EncoderDecoder: t5}
 FAMILIES: dict[str, Any] = {name: m for m in MODELS.values() for name in m.FAMILIES}
 
 
