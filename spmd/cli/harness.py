@@ -227,14 +227,13 @@ def find_code(path: Path, yaml: Any) -> Iterator[str]:
     known = importlib.import_module("lm_eval.api.registry").metric_registry
 
     def visit(node: Any) -> Iterator[str]:
-        if node.tag.startswith("!"):
+        if node.tag.startswith("!") or ":python/" in node.tag:
             yield f"{node.tag} {node.value if isinstance(node.value, str) else ''}".strip()
         if isinstance(node, yaml.SequenceNode):
             for each in node.value:
                 yield from visit(each)
-        if not isinstance(node, yaml.MappingNode):
-            return
-        for key, value in node.value:
+        pairs: Any = node.value if isinstance(node, yaml.MappingNode) else ()
+        for key, value in pairs:
             yield from visit(value)
             text = str(value.value)
             if key.value in CODE and text.lower() not in ("false", "null", ""):
@@ -262,7 +261,7 @@ def _beside(path: Path, files: Any) -> Any:
 
 def _sandbox_templates() -> None:
     """Let the harness render templates without access to Python's internals."""
-    utils = importlib.import_module("lm_eval.utils")
+    utils: Any = importlib.import_module("lm_eval.utils")
     sandbox = importlib.import_module("jinja2.sandbox")
     undefined = importlib.import_module("jinja2").StrictUndefined
     env = sandbox.SandboxedEnvironment(undefined=undefined, keep_trailing_newline=True)

@@ -132,6 +132,7 @@ def test_task_files_may_not_name_code(documents, tmp_path):
     for line, named in (
         ("process_docs: !function evil.run", "!function evil.run"),
         ("include: worse.yaml", "!function evil.run"),
+        ("doc_to_text: !!python/name:os.system", "python/name:os.system"),
         ("metric_list: [{metric: ./evil.py}]", "metric: ./evil.py"),
         ("dataset_kwargs: {trust_remote_code: true}", "trust_remote_code: true"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ def examples():
 
 
 def experiment(model=MODEL, **more):
-    features = dict.fromkeys(("tokens", "targets"), ((TIME,), "int32"))
+    features: Any = dict.fromkeys(("tokens", "targets"), ((TIME,), "int32"))
     data = Arrays(train=examples, eval=examples, batch_size=8, features=features)
     fields = {"model": model, "task": LanguageModel(), "data": data, "name": "tiny"}
     fields |= {"optimizer": SGD(learning_rate=RATE, momentum=0.0, schedule="constant")}
