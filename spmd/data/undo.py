@@ -8,7 +8,6 @@ import numpy as np
 
 from spmd.core.fields import check
 from spmd.data import decode as decoding
-from spmd.data.decode import Box
 from spmd.data.resizing import CentralCrop, CropOrPad, Decode, RandomCrop, Resize, Resizing
 from spmd.data.transform import Draws, Transform
 
@@ -48,11 +47,13 @@ def undo(mask_HW: np.ndarray, data: bytes, transforms: Sequence[Transform]) -> n
             sides = each.size()
     for each, before in reversed(steps):
         box = each.boxes(np.array([before], np.int64), Draws(0, 0, np.zeros(1, np.int64)))[0]
-        mask_HW = _placed(mask_HW, each, before, tuple(int(n) for n in box))
+        mask_HW = _placed(mask_HW, each, before, box.tolist())
     return mask_HW
 
 
-def _placed(mask: np.ndarray, by: Resizing, sides: tuple[int, int], box: Box) -> np.ndarray:
+def _placed(
+    mask: np.ndarray, by: Resizing, sides: tuple[int, int], box: Sequence[int]
+) -> np.ndarray:
     """The mask of a box, in its place in the image."""
     top, left, height, width = box
     if isinstance(by, CropOrPad):  # the box lies in the middle of the margins
