@@ -44,6 +44,21 @@ MODELS = {
         vocab=64, length=16, layers=2, embed=32, heads=4, kv_heads=2, mlp=64, dropout=0.1, tied=True
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preferring(Transformer):
+    """A decoder that learns preferences, beside a frozen copy of itself."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Student(Transformer):
+    """A decoder that learns from a frozen teacher."""
+
+
+SMALL: Any = {"vocab": 64, "length": 16, "embed": 32, "heads": 4, "kv_heads": 2, "mlp": 64}
+MODELS["preferring"] = Preferring(**SMALL, layers=2, dropout=0.1)
+MODELS["student"] = Student(**SMALL, layers=2, dropout=0.1, tied=True)
 MODELS["encoder"] = dataclasses.replace(MODELS["lm"], mask="full", position="learned")
 MODELS["texts"] = Encoder(
     vocab=64, length=16, classes=10, layers=2, embed=32, heads=4, mlp=64, dropout=0.1, bias=False
@@ -130,6 +145,13 @@ TASKS: dict[Any, Any] = {
     "vocab": tasks.MaskedLanguageModel(z_loss=1e-2, chunks=2),
     "tokens": tasks.TokenTagging(label_smoothing=0.1),
     EncoderDecoder: tasks.Translation(z_loss=1e-2, chunks=2),
+    Preferring: tasks.DPO(label_smoothing=0.1, beta=0.5, chunks=2),
+    Student: tasks.Distillation(
+        teacher=tasks.FrozenModel(model=Transformer(**SMALL, layers=1)),
+        temperature=2.0,
+        z_loss=1e-2,
+        chunks=2,
+    ),
     MatrixFactorization: tasks.RatingPrediction(),
     TwoTower: tasks.Retrieval(learned=True),
     DLRM: tasks.ClickPrediction(),
@@ -379,6 +401,18 @@ def task_of(model):
     return TASKS[output if output in TASKS else type(model)]
 
 
+def preferences_at(step: int) -> dict[str, np.ndarray]:
+    """Rows with two answers, the same tokens before both, of uneven length."""
+    batch, rng = tokens_at(step), np.random.default_rng([step, 3])
+    first, second = rng.integers(3, 8, (2, BATCH, 1))
+    time = np.arange(16)
+    segments = np.where(time < first, 1, np.where(time < first + second, 2, 0))
+    positions = np.where(segments == 2, time - first, np.where(segments == 1, time, 0))
+    targets = np.where((segments > 0) & (positions > 0), (batch["tokens"] + 1) % 64, -1)
+    found = {"segments": segments, "positions": positions, "targets": targets}
+    return batch | {name: x.astype(np.int32) for name, x in found.items()}
+
+
 def masks_at(step: int) -> dict[str, np.ndarray]:
     """Images with masks of three classes, some of whose pixels are unlabelled."""
     mask = np.random.default_rng(step + 1000).integers(-1, 3, (BATCH, 8, 8))
@@ -414,6 +448,8 @@ def data_of(model):
         return events_at
     if isinstance(model, EncoderDecoder):
         return pairs_at
+    if isinstance(model, Preferring):
+        return preferences_at
     if isinstance(model, Encoder):
         return texts_at if model.output == "text" else packed_at
     if isinstance(model, UNet | Segmenter):

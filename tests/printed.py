@@ -52,6 +52,9 @@ SLOW = (
     "plan --experiment llama3_8b --target v5p:4x4x4 --search --best 3 --html search.html",
     "plan --experiment clicks --target v5e:2x4",
     "--experiment criteo_dlrm",
+    "--experiment sft --init.from",
+    "--experiment dpo",
+    "--experiment distill",
 )
 # Of the first page, what `make test` leaves out: more than some seconds, or as another command does.
 LONG = (
@@ -229,6 +232,8 @@ def prepare(page: str, directory: Path) -> None:
     if page == "docs/chat.md":
         chats.write_checkpoint(directory / "LLAMA")
         chats.write_records(directory)
+        (directory / "TEXT").mkdir()
+        (directory / "TEXT/words.txt").write_text("several words, and more of them\n" * 200)
     if page == "docs/finetune.md":
         import spmd
         from spmd.weights.huggingface import write

@@ -2,7 +2,8 @@
 
 `def config(model: Literal["resnet", "vit"] = "resnet")` makes one file of several experiments, whose fields
 differ together. The default is taken without the word. A parameter `init_from: str` has the value of the
-field `--init.from`: the file builds its experiment from what that directory says.
+field `--init.from`: the file builds its experiment from what that directory says. So has `task_teacher_from`
+that of `--task.teacher.from`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any, Literal
 
 from spmd.core.fields import check, closest
 
-START = "init.from"  # a field too, so its word stays among the others
+STARTS = ("init.from", "task.teacher.from")  # fields too, so their words stay among the others
 
 
 def choices_of(config: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
     """The values of each parameter of a config() that is a Literal of words, the default first; none for
-    START, which takes any.
+    those of STARTS, which take any.
     """
     hints = typing.get_type_hints(config)
     found = {}
@@ -28,8 +29,9 @@ def choices_of(config: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
         is_literal = typing.get_origin(hints.get(name)) is Literal and parameter.default in values
         if is_literal and all(isinstance(value, str) for value in values):
             found[name] = (parameter.default, *(v for v in values if v != parameter.default))
-        if name == argument(START) and hints.get(name) is str:
-            found[START] = ()
+        for start in STARTS:
+            if name == argument(start) and hints.get(name) is str:
+                found[start] = ()
     return found
 
 
@@ -52,10 +54,10 @@ def split(
             continue
         value = value if equals else next(rest, "")
         known = choices[name]
-        if name == START:
+        if name in STARTS:
             others += [flag, value]
         check(
-            name == START or value in known,
+            name in STARTS or value in known,
             f"{flag} {value}: choose one of {', '.join(known)}.{closest(value, known)}",
         )
         chosen[name] = value

@@ -4,6 +4,7 @@ from spmd.tasks.base import FrozenModel, Task
 from spmd.tasks.classification import Classification
 from spmd.tasks.clicks import ClickPrediction
 from spmd.tasks.combine import Combine, PCGrad
+from spmd.tasks.distillation import Distillation
 from spmd.tasks.language import LanguageModel
 from spmd.tasks.multi_label import MultiLabel
 from spmd.tasks.objective import (
@@ -17,6 +18,7 @@ from spmd.tasks.objective import (
     Sums,
     is_frozen,
 )
+from spmd.tasks.preference import DPO
 from spmd.tasks.recommendation import NextItem, RatingPrediction, Retrieval
 from spmd.tasks.regression import Regression
 from spmd.tasks.segmentation import Segmentation
@@ -24,12 +26,14 @@ from spmd.tasks.texts import MaskedLanguageModel, TextClassification, TokenTaggi
 from spmd.tasks.translation import Translation
 
 __all__ = [
+    "DPO",
     "FROZEN",
     "VARIABLES",
     "Batch",
     "Classification",
     "ClickPrediction",
     "Combine",
+    "Distillation",
     "FrozenModel",
     "LanguageModel",
     "MaskedLanguageModel",

@@ -7,11 +7,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from flax import nnx
 
 from spmd.core import batches
@@ -28,10 +29,16 @@ from spmd.tasks.tracing import Tracer
 class FrozenModel:
     """A model that a task reads and does not train: a teacher, a reference policy."""
 
-    model: Any
-    """Config of the model, as an experiment's."""
-    from_: str = ""
+    model: tyro.conf.Suppress[Any] = None
+    """Config of the model, as an experiment's; None is the trained model as it starts."""
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""
     """Weights, as init.from: a run's directory, one step of it, or safetensors; without, random ones."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.model is not None or not self.from_,
+            f"from={self.from_!r}: a frozen model that is the trained one as it starts has its weights",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +103,16 @@ class Task:
     def variables(self, rngs: nnx.Rngs) -> dict[str, jax.Array]:
         """Trained parameters of the task itself (a temperature, uncertainty weights), replicated."""
         return {}
+
+    def read_frozen(self, name: str, model: Any, batch: Batch) -> Any:
+        """The outputs of a frozen model, in `values` as batch["frozen/NAME"]; by default of `inputs`.
+
+        Args:
+            name: of the model.
+            model: called with inputs.
+            batch: the features.
+        """
+        return model(*self.inputs(batch))
 
     def ranges(self, batch: Any, outputs: Any, model: Any) -> dict[str, Ids]:
         """The range of each feature that holds indices; ValueError for shapes that the task does not take.

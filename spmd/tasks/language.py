@@ -95,16 +95,16 @@ class LanguageModel(Task):
         )
 
         @jax.checkpoint
-        def sums_of_chunk(x_BTD, target_BT, counted):
-            part = {**batch, "targets": target_BT}
-            return self.sums_of(model.logits(x_BTD), part, counted, train=train)
+        def sums_of_chunk(x_BTD, part, counted):
+            return self.sums_of(model.logits(x_BTD), {**batch, **part}, counted, train=train)
 
         def add(sums, chunk):
             return jax.tree.map(jnp.add, sums, sums_of_chunk(*chunk)), None
 
         x_BTD = model.hidden(*self.inputs(batch)) if hidden is None else hidden
         split = lambda x: jnp.moveaxis(x.reshape(len(x), -1, self.chunks, *x.shape[2:]), 2, 0)
-        chunks = jax.tree.map(split, (x_BTD, batch["targets"], self.counted(batch)))
+        parts = {n: x for n, x in batch.items() if n == "targets" or n.startswith("frozen/")}
+        chunks = jax.tree.map(split, (x_BTD, parts, self.counted(batch)))
         shapes = jax.eval_shape(sums_of_chunk, *jax.tree.map(lambda x: x[0], chunks))
         zeros = scope.mark_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
         return jax.lax.scan(add, zeros, chunks)[0]

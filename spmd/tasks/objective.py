@@ -79,6 +79,7 @@ class Objective(NamedTuple):
       replicated.
     plain: (params, model_state) -> those of the model itself, where more, or something else, is trained.
     combine: how the gradients of the loss terms become one; None adds the terms before the backward pass.
+    initial: the frozen models that are the trained one as it starts.
     tables: the sparse tables of the model; what they give a batch is read as batch["rows/FEATURE"].
     row_dtype: type of their rows.
     staged: () -> the loss in parts; ValueError, by name, for a model that is no stack of layers.
@@ -99,6 +100,7 @@ class Objective(NamedTuple):
     ranges: Callable[[Any, Any], dict[str, Ids]] = lambda batch, outputs: {}
     plain: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, state: (params, state)
     combine: Combine | None = None
+    initial: tuple[str, ...] = ()
     tables: Mapping[str, SparseTable] = MappingProxyType({})
     row_dtype: Any = jnp.float32
     staged: Callable[[], Staged] = _unstaged

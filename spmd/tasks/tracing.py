@@ -19,7 +19,7 @@ from spmd.metrics import Mean
 from spmd.models.functional import functionalize
 from spmd.parallel import scope
 from spmd.parallel.tables import id_ranges
-from spmd.tasks.bound import BoundModel, cast_inputs, sum_notes, training, without
+from spmd.tasks.bound import BoundModel, sum_notes, training, without
 from spmd.tasks.objective import (
     FROZEN,
     VARIABLES,
@@ -49,7 +49,9 @@ class Tracer:
         self.param_dtype = param_dtype
         self.coefficients = task.coefficients(model)
         self.tables = getattr(model, "tables", {})
-        self.frozen = {name: functionalize(f.model, param_dtype) for name, f in task.frozen.items()}
+        models = {name: f.model or model for name, f in task.frozen.items()}
+        self.frozen = {name: functionalize(m, param_dtype) for name, m in models.items()}
+        self.initial = tuple(name for name, f in task.frozen.items() if f.model is None)
         check(
             bool(self.coefficients),
             f"task {type(task).__name__}: coefficients() names no loss term: {{'loss': 1.0}} is the default",
@@ -89,12 +91,14 @@ class Tracer:
             plain=self.plain,
             staged=self.staged,
             combine=self.task.combine,
+            initial=self.initial,
             tables=self.tables,
             row_dtype=self.real,
         )
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         params, state = self.net.init(key)
+        start = {"params": params, "model_state": state}
         fresh = lambda name: jax.random.fold_in(key, zlib.crc32(name.encode()))
         variables = self.task.variables(nnx.Rngs(fresh(VARIABLES)))
         if variables:
@@ -102,7 +106,7 @@ class Tracer:
             params |= {VARIABLES: {k: v.astype(self.param_dtype) for k, v in variables.items()}}
         for name, net in self.frozen.items():
             both = dict(zip(("params", "model_state"), net.init(fresh(name)), strict=True))
-            state |= {f"{FROZEN}/{name}": both}
+            state = state | {f"{FROZEN}/{name}": start if name in self.initial else both}
         return params, state
 
     def plain(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
@@ -172,8 +176,9 @@ class Tracer:
         for name, net in self.frozen.items():
             if f"{FROZEN}/{name}" in state:
                 part = scope.mark_varying(state[f"{FROZEN}/{name}"])  # as the trained ones are
-                inputs = cast_inputs(self.task.inputs(batch), self.real)
-                run = lambda module, inputs=inputs: module(*inputs)
+                run = lambda module, name=name: self.task.read_frozen(
+                    name, self._bound(module), batch
+                )
                 output = net.evaluate(part["params"], part["model_state"], run)
                 outputs[f"{FROZEN}/{name}"] = jax.lax.stop_gradient(output)
         return outputs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import string
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,8 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
         f"init.freeze={' '.join(config.freeze)} leaves no parameter to train",
     )
     scale = (config.lora_alpha or config.lora) / max(config.lora, 1)
+    # The trained model as it starts is its base: no second copy of the parameters.
+    based = tuple(f"{FROZEN}/{name}" for name in task.initial) if config.lora else ()
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         params, state = task.init(key)
@@ -73,16 +75,19 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
             adapter_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             pair = _draw_adapter(adapter_key, shape, config.lora, leaves[name].dtype)
             trained = _insert(trained, _leaf_path(params, name), pair)
-        return trained, state | {FROZEN: _pick(params, frozen.__contains__)}
+        return trained, _drop_copies(state, based) | {FROZEN: _pick(params, frozen.__contains__)}
 
     def join(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         model_state = {k: v for k, v in state.items() if k != FROZEN}
+        model_state = _share_base(model_state, based, state[FROZEN])
         return _join(params, state[FROZEN], matrices, scale), model_state
 
     def loss(params, state, batch, step_key, scale):
-        frozen_state = state | {FROZEN: scope.mark_varying(state[FROZEN])}  # typed as trained ones
-        total, (sums, new) = task.loss(*join(params, frozen_state), batch, step_key, scale)
-        return total, (sums, new | {FROZEN: state[FROZEN]})
+        varying = state | {FROZEN: scope.mark_varying(state[FROZEN])}  # typed as trained ones
+        joined, model_state = join(params, varying)
+        shared = _share_base(model_state, based, state[FROZEN])  # typed by the task
+        total, (sums, new) = task.loss(joined, shared, batch, step_key, scale)
+        return total, (sums, _drop_copies(new, based) | {FROZEN: state[FROZEN]})
 
     def dims_of(name: str) -> tuple[Any, ...] | None:
         return task.dims.get(name)
@@ -92,7 +97,7 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
         dims={n: dims_of(n) for n in shapes if n not in frozen}
         | _adapter_dims(matrices, task.dims),
         state_dims={
-            **task.state_dims,
+            **_drop_dims(task.state_dims, based),
             **{f"{FROZEN}/{n}": dims_of(n) for n in shapes if n in frozen},
         },
         loss=loss,
@@ -102,6 +107,22 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
         call=lambda p, s, fn: task.call(*join(p, s), fn),
         staged=_refuse_stages,
     )
+
+
+def _drop_copies(state: PyTree, based: Sequence[str]) -> PyTree:
+    """A model state without the parameters of frozen models that are the base of the adapters."""
+    return state | {name: {k: v for k, v in state[name].items() if k != "params"} for name in based}
+
+
+def _share_base(state: PyTree, based: Sequence[str], base: PyTree) -> PyTree:
+    """A model state in which these frozen models have the parameters of the base."""
+    return state | {name: state[name] | {"params": base} for name in based}
+
+
+def _drop_dims(dims: Mapping[str, Any], based: Sequence[str]) -> dict[str, Any]:
+    """The dims of a model state without those parameters."""
+    dropped = tuple(f"{name}/params/" for name in based)
+    return {name: of for name, of in dims.items() if not name.startswith(dropped)}
 
 
 def _refuse_stages() -> Any:

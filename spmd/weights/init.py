@@ -51,14 +51,20 @@ def load_weights(config: InitConfig, task: Any, model: Any, program: Program, st
         names = _model_names(program, task.frozen)
         state = _load(config, model, program, state, names)
     for name, frozen in task.frozen.items():
-        if frozen.from_:
+        # The trained model as it starts: the same weights again.
+        start = InitConfig(from_=config.from_, skip=config.skip)
+        source = start if frozen.model is None else InitConfig(from_=frozen.from_)
+        if source.from_:
             prefix = f"model_state/{FROZEN}/{name}/"
             names = {
                 array.removeprefix(prefix): array
                 for array in tree.named_leaves(program.abstract_state())
                 if array.startswith(prefix)
             }
-            state = _load(InitConfig(from_=frozen.from_), frozen.model, program, state, names)
+            if any(
+                array.startswith("params/") for array in names
+            ):  # else it is the base of adapters
+                state = _load(source, frozen.model or model, program, state, names)
     return state
 
 

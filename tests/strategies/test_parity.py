@@ -299,6 +299,18 @@ FULL = ("encoder", "pairs")
 HEADS = ("masked", "tagged", "pooled")
 HEADED = ("dp8", "fsdp8", "tensor2", "sequence2x2", "context2x2x2", "psum2_context2")
 FAMILIES = ("sliding", "gemma", "olmo")
+TUNED = ("preferring", "student")  # beside a frozen model
+BESIDE = (
+    "dp8",
+    "fsdp8",
+    "hsdp2x4",
+    "zero1_2x4",
+    "tensor2",
+    "sequence2x2",
+    "context2x2x2",
+    "psum2x4",
+)
+BESIDE += ("server2x4", "psum2_tensor2", "local4x2x2")
 DECODED = ("dp8", "fsdp8", "tensor2", "sequence2x2", "context2", "context2x2x2", "psum2_context2")
 ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", "local2_context2")
 
@@ -326,6 +338,7 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             *((layout, "texts", "ring", "float64") for layout in (*ENCODED, "fsdp8")),
             *((layout, name, "ring", "float64") for layout in HEADED for name in HEADS),
             *((layout, "t5", "ulysses", "float64") for layout in HEADED),
+            *((layout, name, "ring", "float64") for layout in BESIDE for name in TUNED),
         ],
         gate=[
             ("context2x2x2", "gemma", "ring", "float64"),
@@ -333,6 +346,7 @@ ENCODED = ("context2", "context4", "context2x2x2", "tensor2", "psum2_context2", 
             ("context2x2x2", "vit", "ring", "float64"),
             ("context2", "segmenter", "ring", "float64"),
             ("context2x2x2", "masked", "ring", "float64"),
+            ("tensor2", "preferring", "ring", "float64"),
         ],
     ),
 )
