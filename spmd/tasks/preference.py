@@ -97,6 +97,9 @@ class DPO(LanguageModel):
             model: with methods hidden and logits.
             batch: the features.
             hidden: the input of model.logits, where a pipeline has computed it.
+
+        Returns:
+            [B, T].
         """
         check(
             hasattr(model, "hidden") and hasattr(model, "logits"),
@@ -150,6 +153,9 @@ def rewards(
         batch: with those of the reference as frozen/reference, and segments.
         beta: the factor.
         kind: which answer, or the chosen one minus the rejected one.
+
+    Returns:
+        [B].
     """
     ratio_BT = scores_BT - batch["frozen/reference"].astype(scores_BT.dtype)
     segments_BT = batch["segments"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import string
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from spmd.core import narrow, tree
 from spmd.core.fields import check, match_names
 from spmd.parallel import scope
 from spmd.tasks import FROZEN, VARIABLES, Objective
+from spmd.weights import quantized
 from spmd.weights.config import InitConfig
 
 PyTree = Any
@@ -55,15 +56,10 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
     check(FROZEN not in state, f"the model has a state of its own named {FROZEN!r}; rename it")
     shapes = tree.named_leaves(abstract)
     matrices = _adapted_matrices(shapes, task.dims, config) if config.lora else {}
-    if config.lora:
-        frozen = {name for name in shapes if not name.startswith(f"{VARIABLES}/")}
-    else:
-        frozen = set(match_names(shapes, config.freeze, "init.freeze"))
-    check(
-        bool(matrices) or len(frozen) < len(shapes),
-        f"init.freeze={' '.join(config.freeze)} leaves no parameter to train",
-    )
+    frozen = _frozen_names(shapes, config)
     scale = (config.lora_alpha or config.lora) / max(config.lora, 1)
+    axes = _stored_axes(shapes, task.dims) if config.quantize != "none" else {}
+    dtypes = {name: shapes[name].dtype for name in axes}
     # The trained model as it starts is its base: no second copy of the parameters.
     based = tuple(f"{FROZEN}/{name}" for name in task.initial) if config.lora else ()
 
@@ -75,17 +71,20 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
             adapter_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             pair = _draw_adapter(adapter_key, shape, config.lora, leaves[name].dtype)
             trained = _insert(trained, _leaf_path(params, name), pair)
-        return trained, _drop_copies(state, based) | {FROZEN: _pick(params, frozen.__contains__)}
+        base = quantized.store(_pick(params, frozen.__contains__), axes)
+        return trained, _drop_copies(state, based) | {FROZEN: base}
 
     def join(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         model_state = {k: v for k, v in state.items() if k != FROZEN}
-        model_state = _share_base(model_state, based, state[FROZEN])
-        return _join(params, state[FROZEN], matrices, scale), model_state
+        base = quantized.restore(state[FROZEN], dtypes)
+        model_state = _share_base(model_state, based, base)
+        return _join(params, base, matrices, scale), model_state
 
     def loss(params, state, batch, step_key, scale):
         varying = state | {FROZEN: scope.mark_varying(state[FROZEN])}  # typed as trained ones
         joined, model_state = join(params, varying)
-        shared = _share_base(model_state, based, state[FROZEN])  # typed by the task
+        base = quantized.restore(state[FROZEN], dtypes) if based else {}
+        shared = _share_base(model_state, based, base)  # typed by the task
         total, (sums, new) = task.loss(joined, shared, batch, step_key, scale)
         return total, (sums, _drop_copies(new, based) | {FROZEN: state[FROZEN]})
 
@@ -96,10 +95,7 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
         init=init,
         dims={n: dims_of(n) for n in shapes if n not in frozen}
         | _adapter_dims(matrices, task.dims),
-        state_dims={
-            **_drop_dims(task.state_dims, based),
-            **{f"{FROZEN}/{n}": dims_of(n) for n in shapes if n in frozen},
-        },
+        state_dims=_drop_dims(task.state_dims, based) | _base_dims(task.dims, frozen, axes),
         loss=loss,
         plain=lambda p, s: task.plain(*join(p, s)),
         evaluate=lambda p, s, batch: task.evaluate(*join(p, s), batch),
@@ -107,6 +103,25 @@ def adapt(task: Objective, config: InitConfig) -> Objective:
         call=lambda p, s, fn: task.call(*join(p, s), fn),
         staged=_refuse_stages,
     )
+
+
+def _frozen_names(shapes: Mapping[str, Any], config: InitConfig) -> set[str]:
+    """The parameters that are not trained; ValueError where none would be."""
+    if config.lora:
+        return {name for name in shapes if not name.startswith(f"{VARIABLES}/")}
+    frozen = set(match_names(shapes, config.freeze, "init.freeze"))
+    check(
+        len(frozen) < len(shapes),
+        f"init.freeze={' '.join(config.freeze)} leaves no parameter to train",
+    )
+    return frozen
+
+
+def _stored_axes(shapes: Mapping[str, Any], dims: optim.Dims) -> dict[str, tuple[int, ...]]:
+    """Name -> input dims of the matrices that are stored in int8: the hidden ones."""
+    hidden = {n: of for n in shapes if (of := dims.get(n)) and optim.is_hidden_matrix(of)}
+    check(bool(hidden), "init.quantize: the model has no hidden matrix with logical dims to store")
+    return {name: optim.matrix_axes(of)[0] for name, of in hidden.items()}
 
 
 def _drop_copies(state: PyTree, based: Sequence[str]) -> PyTree:
@@ -117,6 +132,16 @@ def _drop_copies(state: PyTree, based: Sequence[str]) -> PyTree:
 def _share_base(state: PyTree, based: Sequence[str], base: PyTree) -> PyTree:
     """A model state in which these frozen models have the parameters of the base."""
     return state | {name: state[name] | {"params": base} for name in based}
+
+
+def _base_dims(
+    dims: optim.Dims, frozen: Collection[str], axes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """The dims of the base in the model state, by the name of each array there."""
+    found = {f"{FROZEN}/{n}": dims.get(n) for n in frozen if n not in axes}
+    for name, of in axes.items():
+        found |= quantized.stored_dims(f"{FROZEN}/{name}", dims.get(name), of)
+    return found
 
 
 def _drop_dims(dims: Mapping[str, Any], based: Sequence[str]) -> dict[str, Any]:

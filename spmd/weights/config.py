@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -32,7 +32,15 @@ class InitConfig:
     lora_match: tuple[str, ...] = ()
     """Patterns of matrices with adapters; empty: all but embeddings, heads and first layers."""
 
+    quantize: Literal["none", "int8"] = "none"
+    """Type in which frozen hidden matrices under adapters are stored (QLoRA's storage): int8 has a scale for
+    each output."""
+
     def __post_init__(self) -> None:
+        check(
+            self.quantize == "none" or bool(self.lora),
+            f"init.quantize={self.quantize} stores the frozen matrices under adapters: give init.lora",
+        )
         check(self.lora >= 0, f"init.lora={self.lora} must not be negative")
         check(self.lora_alpha >= 0, f"init.lora_alpha={self.lora_alpha} must not be negative")
         check(

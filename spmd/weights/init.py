@@ -23,12 +23,14 @@ from spmd.tasks import FROZEN, VARIABLES, is_frozen
 from spmd.train.checkpoint import reading, steps
 from spmd.train.program import Program
 from spmd.weights import adapters as adapt
+from spmd.weights import quantized
 from spmd.weights.config import InitConfig
 from spmd.weights.huggingface import files, read
 
 T = TypeVar("T")
 # `params/layers/1/kernel` or `model_state/norm/mean` of the unadapted model -> shape, dtype, sharding
 Wanted = dict[str, jax.ShapeDtypeStruct]
+STORED = (f"/{quantized.VALUES}", f"/{quantized.SCALE}")
 
 
 def load_weights(config: InitConfig, task: Any, model: Any, program: Program, state: Any) -> Any:
@@ -88,7 +90,7 @@ def _load(
         old[state_names[name]].delete()
     leaves = _call_together(lambda: source.read(wanted))
     agree.say(f"starting from {source.about}")
-    new = {state_names[name]: leaf for name, leaf in leaves.items()}
+    new = _stored({state_names[name]: leaf for name, leaf in leaves.items()}, old)
     put = lambda prefix, part: tree.map_named(lambda n, x: new.get(f"{prefix}/{n}", x), part)
     state = dataclasses.replace(state, model_state=put("model_state", state.model_state))
     return program.strategy.with_params(state, put("params", state.params))
@@ -98,12 +100,34 @@ def _wanted(program: Program, state_names: dict[str, str]) -> Wanted:
     """Shapes and shardings of the arrays that `state_names` lists."""
     abstract = tree.named_leaves(program.abstract_state())
     shardings = tree.named_leaves(program.strategy.state_shardings)
+    dtype_of = lambda place: abstract.get(_scale_of(place), abstract[place]).dtype
     return {
         name: jax.ShapeDtypeStruct(
-            abstract[place].shape, abstract[place].dtype, sharding=shardings[place]
+            abstract[place].shape, dtype_of(place), sharding=shardings[place]
         )
         for name, place in state_names.items()
     }
+
+
+def _scale_of(place: str) -> str:
+    """The scales of a matrix whose int8 values are at `place`; no name for other arrays."""
+    return place.removesuffix(STORED[0]) + STORED[1] if place.endswith(STORED[0]) else ""
+
+
+def _stored(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Arrays by their place in the state, those of matrices in int8 as values and scales."""
+    stored = {}
+    for place, array in new.items():
+        if (scale := _scale_of(place)) in old:
+            axes = quantized.shared_axes(array, old[scale])
+            pair = (array.sharding, old[scale].sharding)
+            make = jax.jit(
+                lambda x, axes=axes: tuple(quantized.quantize(x, axes).values()), out_shardings=pair
+            )
+            stored[place], stored[scale] = make(array)
+        else:
+            stored[place] = array
+    return stored
 
 
 def _model_names(program: Program, frozen_models: Any) -> dict[str, str]:
@@ -121,6 +145,10 @@ def _model_names(program: Program, frozen_models: Any) -> dict[str, str]:
         if part not in ("params", "model_state") or is_adapter or name.startswith(others):
             continue
         inner = rest.removeprefix(f"{FROZEN}/")
+        if inner != rest and inner.endswith(STORED):  # of a matrix in int8: its values stand for it
+            if inner.endswith(STORED[0]):
+                names[f"params/{inner.removesuffix(STORED[0])}"] = name
+            continue
         names[name if inner == rest else f"params/{inner}"] = name
     return names
 
@@ -304,6 +332,11 @@ def _open_run(directory: str, path: epath.Path) -> StoredRun:
 
     facts = agree.from_first(look, "looking at init.from")
     stored = {k: (tuple(shape), dtype) for k, (shape, dtype) in facts["stored"].items()}
+    check(
+        not any(name.endswith(f".{quantized.VALUES}") for name in stored),
+        f"init.from: {facts['path']} holds matrices in int8 (init.quantize): export it first, and give the"
+        " directory of the export",
+    )
     ema = any(name.startswith("ema.") for name in stored)
     adapters = any(name.split(".")[-1] in adapt.ADAPTERS for name in stored)
     notes = [*["moving average"] * ema, *["adapters merged"] * adapters]

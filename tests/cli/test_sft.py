@@ -56,7 +56,7 @@ def files(tmp_path):
 
 
 def test_a_directory_learns_conversations_and_answers(files, run_main, tmp_path, monkeypatch):
-    done = run_main(*WORDS, "--train.steps", 2)
+    done = run_main(*WORDS, "--train.steps", 2, "--init.quantize", "int8")
     assert done.returncode == 0, done.stderr
     assert (
         "of 20 conversations are longer than data.sequence_length=256 and left out" in done.stderr
@@ -72,13 +72,40 @@ def test_a_directory_learns_conversations_and_answers(files, run_main, tmp_path,
         generate(snapshot, rows, **how),
     ][1]
     monkeypatch.setattr(sample, "generate", record)
-    chat = ("sample", *WORDS, "--chat", "--tokens", 4, "--temperature", 0)
+    chat = (
+        "sample",
+        *WORDS,
+        "--init.quantize",
+        "int8",
+        "--chat",
+        "--tokens",
+        4,
+        "--temperature",
+        0,
+    )
     done = run_main(*chat)
     assert done.returncode == 0, done.stderr
     assert len(prompts) == 3 and len(prompts[2]) > len(prompts[1]) + 4
     np.testing.assert_array_equal(prompts[0], prompts[1])  # begun anew
     np.testing.assert_array_equal(prompts[2][: len(prompts[1])], prompts[1])  # the turns before it
     assert len(set(done.stdout.rstrip("\n").split("\n")[-3:-1])) == 1  # the same answer twice
+
+
+def test_int8_is_made_of_the_weights_of_a_directory(files, run_main, tmp_path, monkeypatch):
+    import spmd
+
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS[2:], "--init.quantize"]
+    exact, stored = (spmd.load("sft", [*words, kind]).init() for kind in ("none", "int8"))
+    place = "model_state/frozen/blocks/mlp/up/kernel"
+    kernel, found = np.asarray(exact.arrays[place]), stored.arrays
+    values, scale = (np.asarray(found[f"{place}/{part}"]) for part in ("int8", "int8_scale"))
+    largest = np.abs(kernel).max(1, keepdims=True)
+    np.testing.assert_allclose(scale, largest / 127, rtol=1e-6)
+    assert (np.abs(values * scale - kernel) <= largest / 254 * (1 + 1e-5)).all()
+    table = "model_state/frozen/embed/table"
+    np.testing.assert_array_equal(found[table], exact.arrays[table])
+    assert f"{place}/lora_a" not in found and found[f"{place}/int8"].dtype == np.int8
 
 
 def test_mistakes_are_one_line(files, run_main, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -12,13 +14,17 @@ from spmd.models.transformer import Transformer
 from spmd.parallel import mesh
 from spmd.parallel.mesh import MeshConfig
 from spmd.strategies import Auto, base
-from spmd.tasks import DPO, Distillation, FrozenModel
-from spmd.weights import adapters
+from spmd.tasks import DPO, Distillation, FrozenModel, LanguageModel
+from spmd.weights import adapters, quantized
 from spmd.weights.config import InitConfig
 from tests.cases import SMALL, preferences_at
 from tests.marks import slow_but
 
 MODEL = Transformer(**SMALL, layers=2)
+
+
+def batch_at(step) -> dict[str, Any]:
+    return {**preferences_at(step)}
 
 
 def log_softmax(x):
@@ -30,7 +36,7 @@ def log_softmax(x):
 
 
 def test_the_loss_of_preferences_is_that_of_the_paper():
-    rng, batch = np.random.default_rng(0), preferences_at(0)
+    rng, batch = np.random.default_rng(0), batch_at(0)
     scores, reference = -rng.random((2, 32, 16)).astype(np.float32)
     task = DPO(beta=0.3, label_smoothing=0.2)
     counted = lambda x, segment: np.where((batch["segments"] == segment), x, 0).sum(1)
@@ -49,7 +55,7 @@ def test_the_loss_of_preferences_is_that_of_the_paper():
 
 
 def test_the_loss_of_distillation_is_that_of_the_paper():
-    rng, batch = np.random.default_rng(0), preferences_at(0)
+    rng, batch = np.random.default_rng(0), batch_at(0)
     student, teacher = 3 * rng.normal(size=(2, 32, 16, 8)).astype(np.float32)
     student[..., 7] = teacher[..., 7] = np.finfo(np.float32).min  # pads a vocabulary of 7
     batch["targets"] = batch["targets"] % 7
@@ -64,13 +70,13 @@ def test_the_loss_of_distillation_is_that_of_the_paper():
     assert task.coefficients(MODEL) == {"cross_entropy": 0.25, "kl": 0.75}
 
 
-def step_of(task, model, config, lora=0, *, rows=32, length=16):
+def step_of(task, model, config, lora=0, *, rows=32, length=16, quantize="none"):
     """(objective, strategy, abstract state, abstract batch) of a training on some mesh."""
-    objective = adapters.adapt(task.build(model), InitConfig(lora=lora))
+    objective = adapters.adapt(task.build(model), InitConfig(lora=lora, quantize=quantize))
     params, _ = jax.eval_shape(objective.init, jax.random.key(0))
     optimizer = optim.AdamW(learning_rate=1e-2, schedule="constant")
     tokens = jax.ShapeDtypeStruct((rows, length), "int32")
-    batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), tokens)
+    batch: Any = dict.fromkeys(("tokens", "targets", "segments", "positions"), tokens)
     batch |= {
         n: jax.ShapeDtypeStruct((rows,), t)
         for n, t in (("weight", "float32"), ("example_id", "int32"))
@@ -96,7 +102,7 @@ def test_the_reference_of_adapters_is_their_base(devices):
     first = jax.device_get(state.model_state)
     losses = []
     for step in range(3):
-        state, metrics = strategy.step(state, preferences_at(step))
+        state, metrics = strategy.step(state, batch_at(step))
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(2), rel=1e-5)  # the model is its reference
     assert losses[2] != losses[0]
@@ -105,8 +111,8 @@ def test_the_reference_of_adapters_is_their_base(devices):
     params, base_state = strategy.eval_variables(state)
     merged, _ = objective.plain(params, base_state)
     reference = {"frozen/reference": {"params": base_state["frozen"], "model_state": {}}}
-    want = DPO().build(MODEL).evaluate(merged, reference, preferences_at(9))
-    got = objective.evaluate(params, base_state, preferences_at(9))
+    want = DPO().build(MODEL).evaluate(merged, reference, batch_at(9))
+    got = objective.evaluate(params, base_state, batch_at(9))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
@@ -143,7 +149,50 @@ def test_memory_is_that_of_the_closed_form(kind, layout, devices):
     task, lora, numbers = MEMORY[kind]
     config = SHARDED[layout]
     _, strategy, state, batch = step_of(task, LARGE, config, lora, rows=8, length=32)
-    memory = strategy.step.lower(state, batch).compile().memory_analysis()
+    memory: Any = strategy.step.lower(state, batch).compile().memory_analysis()
     want = 4 * numbers / (config.fsdp * config.tensor)
     want += 4 * 8 * 32 * 4 / config.fsdp
     assert memory.argument_size_in_bytes == pytest.approx(want, rel=0.05)
+
+
+def test_int8_is_within_half_a_scale():
+    """Exactly: values are integers of 127 steps, each output has its scale, and zeros stay."""
+    kernel = np.random.default_rng(0).normal(size=(3, 16, 2, 8)).astype(np.float32)
+    kernel *= 10.0 ** np.arange(3).reshape(3, 1, 1, 1)
+    kernel[0, :, 0, 0] = 0
+    stored = quantized.quantize(jax.numpy.asarray(kernel), (1,))
+    values, scale = np.asarray(stored["int8"]), np.asarray(stored["int8_scale"])
+    assert values.dtype == np.int8 and scale.shape == (3, 1, 2, 8)
+    found = np.asarray(quantized.dequantize(stored, np.float32))
+    np.testing.assert_array_equal(found, values.astype(np.float32) * scale)
+    largest = np.abs(kernel).max(1, keepdims=True)
+    assert (np.abs(found - kernel) <= largest / 254 * (1 + 1e-5)).all()
+    assert (np.abs(values).max(1) == 127).sum() == 3 * 2 * 8 - 1 and not found[0, :, 0, 0].any()
+    assert quantized.shared_axes(values, scale) == (1,)
+
+
+def test_int8_computes_with_the_matrices_that_it_stores(devices):
+    """The state's memory by the closed form; the forward pass is that of the dequantised matrices."""
+    config = MeshConfig(data=1, fsdp=8)
+    options = {"rows": 8, "length": 32, "quantize": "int8"}
+    objective, strategy, state, batch = step_of(LanguageModel(), LARGE, config, 4, **options)
+    memory: Any = strategy.step.lower(state, batch).compile().memory_analysis()
+    matrices = num_params(LARGE) - 2 * 1024 * 128
+    scales = 4 * 2 * (4 * 128 + 2 * 512 + 128)
+    tables, adapted = 4 * 2 * 1024 * 128, 3 * 4 * 4 * 2 * (4 * 256 + 3 * 640)
+    want = (matrices + scales + tables + adapted + 4 * 8 * 32 * 4) / 8
+    assert memory.argument_size_in_bytes == pytest.approx(want, rel=0.05)
+    params, model_state = jax.jit(objective.init)(jax.random.key(0))
+    plain, _ = LanguageModel().build(LARGE).init(jax.random.key(0))
+    merged, _ = objective.plain(params, model_state)  # adapters add 0 at first
+    for name, leaf in tree.named_leaves(merged).items():
+        kernel = np.asarray(tree.named_leaves(plain)[name])
+        if name.startswith("blocks/") and leaf.ndim > 2:
+            assert 0 < np.abs(leaf - kernel).max() <= np.abs(kernel).max() / 254 * 1.001, name
+        else:
+            np.testing.assert_allclose(leaf, kernel, rtol=1e-5, atol=1e-7, err_msg=name)
+    tokens = {"tokens": jax.numpy.arange(32, dtype="int32")[None]}
+    got = objective.predict(params, model_state, tokens)
+    np.testing.assert_array_equal(got, LanguageModel().build(LARGE).predict(merged, {}, tokens))
+    exact = LanguageModel().build(LARGE).predict(plain, {}, tokens)
+    assert 0 < np.abs(got - exact).max() < 0.05 * np.abs(exact).max()
