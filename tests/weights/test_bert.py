@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -14,14 +13,10 @@ import pytest
 from spmd.core import tree
 from spmd.models.encoder import Encoder
 from spmd.models.functional import functionalize
-from spmd.parallel import mesh, sharding
 from spmd.weights.huggingface import bert, config, names, read, write
 from spmd.weights.huggingface import model as directory_model
+from tests.foreign import drawn, needs_transformers, read_onto_a_mesh, wanted_of
 
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
-    reason="needs requirements/peers.txt",
-)
 TINY = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -55,34 +50,6 @@ BASE |= {"transformers_version": "4.6.0.dev0", "type_vocab_size": 2, "use_cache"
 draws = np.random.default_rng(0)
 TOKENS, TYPES = draws.integers(0, 60, (3, 16)), draws.integers(0, 2, (3, 16))
 COUNTED = (np.arange(16) < np.array([[16], [9], [1]])).astype(np.int32)
-
-
-def wanted_of(model):
-    """Shapes and shardings of the arrays on eight devices."""
-    cut, net = (
-        mesh.make(mesh.MeshConfig(data=1, fsdp=4, tensor=2), jax.devices()),
-        functionalize(model),
-    )
-    params, _ = jax.eval_shape(net.init, jax.random.key(0))
-    placed = sharding.param_shardings(params, net.dims, cut, fsdp=True)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params, placed
-    )
-
-
-def read_onto_a_mesh(path, model):
-    source, wanted = read.find(path, model), wanted_of(model)
-    named = tree.named_leaves({"params": wanted})
-    source.check(named)
-    got = source.read(named)
-    return tree.map_named(lambda name, _: got[f"params/{name}"], wanted)
-
-
-def arrays_of(model):
-    """Parameters whose every value is drawn: zeros and ones would fit any array."""
-    rng = np.random.default_rng(1)
-    shapes, _ = jax.eval_shape(functionalize(model).init, jax.random.key(0))
-    return jax.tree.map(lambda x: rng.normal(0.1, 0.3, x.shape).astype(np.float32), shapes)
 
 
 def logits_of_ours(model, params):
@@ -134,7 +101,7 @@ def test_logits_both_ways(head, tmp_path, devices):
 @pytest.mark.parametrize("head", HEADS)
 def test_written_and_read_onto_a_mesh(head, tmp_path, devices):
     model = bert.from_fields(TINY, **HEADS[head])
-    params = arrays_of(model)
+    params = drawn(model, 0.3)
     write.write(str(tmp_path / "out"), model, params, shard=20_000)
     got = tree.named_leaves(read_onto_a_mesh(tmp_path / "out", model))
     for name, leaf in tree.named_leaves(params).items():
@@ -165,7 +132,7 @@ def test_the_files_of_2018(tmp_path, devices):
     from safetensors.numpy import load_file, save_file
 
     model = bert.from_fields(TINY, **HEADS["vocab"])
-    params = arrays_of(model)
+    params = drawn(model, 0.3)
     write.write(str(tmp_path / "out"), model, params)
     file = tmp_path / "out/model.safetensors"
     old = {".weight": ".gamma", ".bias": ".beta"}
@@ -210,7 +177,7 @@ def test_the_files_of_2018(tmp_path, devices):
 )
 def test_another_function_is_refused_by_name(fields, message, tmp_path):
     model = bert.from_fields(TINY, **HEADS["vocab"])
-    write.write(str(tmp_path / "out"), model, arrays_of(model))
+    write.write(str(tmp_path / "out"), model, drawn(model, 0.3))
     file = tmp_path / "out/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     with pytest.raises(ValueError, match=message):

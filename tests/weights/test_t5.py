@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -15,13 +14,9 @@ from spmd.core import tree
 from spmd.models.attention.relative import bucket_of_distance
 from spmd.models.encoder_decoder import EncoderDecoder
 from spmd.models.functional import functionalize
-from spmd.parallel import mesh, sharding
 from spmd.weights.huggingface import config, names, read, t5, write
+from tests.foreign import drawn, needs_transformers, read_onto_a_mesh
 
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None,
-    reason="needs requirements/peers.txt",
-)
 TINY = {
     "vocab_size": 60,
     "d_model": 32,
@@ -40,32 +35,6 @@ KINDS = {
 draws = np.random.default_rng(0)
 SOURCE, TARGET = draws.integers(0, 60, (3, 20)), draws.integers(0, 60, (3, 16))
 COUNTED = (np.arange(20) < np.array([[20], [9], [3]])).astype(np.int32)
-
-
-def wanted_of(model):
-    """Shapes and shardings of the arrays on eight devices."""
-    cut = mesh.make(mesh.MeshConfig(data=1, fsdp=4, tensor=2), jax.devices())
-    net = functionalize(model)
-    params, _ = jax.eval_shape(net.init, jax.random.key(0))
-    placed = sharding.param_shardings(params, net.dims, cut, fsdp=True)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params, placed
-    )
-
-
-def read_onto_a_mesh(path, model):
-    source, wanted = read.find(path, model), wanted_of(model)
-    named = tree.named_leaves({"params": wanted})
-    source.check(named)
-    got = source.read(named)
-    return tree.map_named(lambda name, _: got[f"params/{name}"], wanted)
-
-
-def arrays_of(model):
-    """Parameters whose every value is drawn: zeros and ones would fit any array."""
-    rng = np.random.default_rng(1)
-    shapes, _ = jax.eval_shape(functionalize(model).init, jax.random.key(0))
-    return jax.tree.map(lambda x: rng.normal(0.1, 0.2, x.shape).astype(np.float32), shapes)
 
 
 def call(model, params, run):
@@ -117,7 +86,7 @@ def test_logits_both_ways(kind, tmp_path, devices):
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_read_onto_a_mesh_and_decoded_with_a_cache(kind, tmp_path, devices):
     model = t5.from_fields(TINY | KINDS[kind])
-    params = arrays_of(model)
+    params = drawn(model, 0.2)
     write.write(str(tmp_path / "out"), model, params, shard=20_000)
     got = tree.named_leaves(read_onto_a_mesh(tmp_path / "out", model))
     for name, leaf in tree.named_leaves(params).items():
@@ -179,7 +148,7 @@ def test_buckets_of_distances():
 )
 def test_another_function_is_refused_by_name(fields, message, tmp_path):
     model = t5.from_fields(TINY | KINDS["tied relu"])
-    write.write(str(tmp_path / "out"), model, arrays_of(model))
+    write.write(str(tmp_path / "out"), model, drawn(model, 0.2))
     file = tmp_path / "out/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     with pytest.raises(ValueError, match=message):
