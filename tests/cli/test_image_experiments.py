@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from spmd.cli import main
+from tests.marks import slow_but
 
 
 def idx(root):
@@ -61,7 +62,7 @@ SMALL = {
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_but(("brain_unet",), SMALL))
 def test_two_steps_on_generated_files(name, tmp_path, monkeypatch):
     write, words, metric = SMALL[name]
     monkeypatch.chdir(tmp_path)

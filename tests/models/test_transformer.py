@@ -222,7 +222,7 @@ def test_a_stage_holds_whole_periods():
         execute.check_layers(both, 2, 1)
 
 
-@pytest.mark.parametrize("layers", slow_but((), (4, 5), gate=(5,)))
+@pytest.mark.parametrize("layers", slow_but((), (4, 5)))
 def test_a_pattern_of_unlike_blocks_in_any_form(layers):
     """Experts in every second block, dense ones between; a window pattern beside it; remat; unrolled."""
     experts = Experts(num=4, top_k=2, every=2)
