@@ -304,7 +304,7 @@ TABLE |= {
     "text_surrogate": (T + "--data.files surrogate.jsonl", "surrogate.jsonl, line 1: half of a surrogate"),
     "text_null": (T + "--data.files null.jsonl", "null.jsonl, line 1: the field 'text' (data.field) is null"),
     "text_field": (T + "--data.files field.jsonl", "Did you mean 'txt'? It has: txt"),
-    "text_format": (T + "--data.files table.parquet", "table.parquet is not read: Parquet: convert it"),
+    "text_format": (T + "--data.files text.tar", "text.tar is not read: an archive: unpack it"),
     "text_utf16": (T + "--data.files utf16.txt", "utf16.txt is UTF-16 text: convert it"),
     "text_empty": (T + "--data.files void.txt", "0 tokens, too few to fill a sequence"),
     "text_damaged": (T + "--data.files torn.txt.gz", "torn.txt.gz is damaged near line 1"),

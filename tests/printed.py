@@ -54,6 +54,15 @@ SLOW = (
     "--experiment criteo_dlrm",
     "--experiment sft --init.from",
     "--experiment dpo",
+    "--experiment translate_help",
+    "eval --experiment translate_help",
+    "sample --experiment translate_help",
+    "sample --experiment sft",
+    "eval --experiment hf",
+    "sample --experiment hf",
+    "--experiment topics",
+    "--experiment sft",
+    "--experiment hf --init.from LLAMA --data.files",
     "--experiment distill",
 )
 # Of the first page, what `make test` leaves out: more than some seconds, or as another command does.

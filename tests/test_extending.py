@@ -38,12 +38,17 @@ def test_every_recipe_is_listed_and_short():
         assert text.count("\n") <= 60, f"{name}.py has {text.count(chr(10))} lines"
 
 
-IN_THE_GATE_ONLY = {"ratings"}
+IN_THE_GATE_ONLY = {"segmentation"}
+LONG = {"ratings", "encoder"}
 
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=pytest.mark.gate) if name in IN_THE_GATE_ONLY else name
+        pytest.param(
+            name,
+            marks=[pytest.mark.gate] * (name in IN_THE_GATE_ONLY)
+            + [pytest.mark.slow] * (name in LONG),
+        )
         for name in REACHED
     ]
 )

@@ -58,7 +58,8 @@ def described(name: str) -> dict:
 
 @pytest.mark.parametrize("name", [*files.available(), *VARIANTS])
 def test_golden(name, request):
-    text = json.dumps(described(name), indent=1) + "\n"
+    with jax.enable_x64(False):  # whatever a test before it left
+        text = json.dumps(described(name), indent=1) + "\n"
     file = GOLDEN / f"{name}.json"
     if request.config.getoption("--update"):
         GOLDEN.mkdir(exist_ok=True)

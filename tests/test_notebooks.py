@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.command import HARDWARE, REPOSITORY, ROOT, STRICT
+from tests.marks import slow_but
 
 if TYPE_CHECKING:  # the gate collects this file where only the default run is installed
     from nbformat import NotebookNode
@@ -100,8 +101,12 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.gate
-@FILES
+IN_THE_GATE = [path for path in NOTEBOOKS if path.stem[:2] in ("01", "03")]
+
+
+@pytest.mark.parametrize(
+    "file", slow_but([], NOTEBOOKS, gate=IN_THE_GATE), ids=lambda path: path.stem
+)
 def test_runs_from_top_to_bottom(file, tmp_path, update):
     done = execute(file, tmp_path)
     check_final(done, file.stem)

@@ -77,8 +77,10 @@ def _dispatch(argv: Sequence[str]) -> int:
     if "--list" in words:
         from spmd.experiment import files
 
-        for name, path in files.available().items():
-            print(f"{name:16}{files.summary_line(path)}")
+        found = files.available()
+        width = max(map(len, found), default=0)
+        for name, path in found.items():
+            print(f"{name:{width}}  {files.summary_line(path)}")
         return 0
     if command in WITHOUT_EXPERIMENT and not {"--help", "-h"} & set(words):
         return importlib.import_module(f"spmd.cli.{command}").run(words)

@@ -44,7 +44,7 @@ def words(name: str, more: str = "") -> list[str]:
 @pytest.mark.parametrize(
     ("name", "layout"),
     slow_but(
-        {("movielens_two_tower", MESHES[1]), ("movielens_sasrec", MESHES[1])},
+        {("movielens_two_tower", MESHES[1])},
         [(name, layout) for name in SMALL for layout in MESHES],
     ),
 )

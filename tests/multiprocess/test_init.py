@@ -27,8 +27,8 @@ def weights(tmp_path_factory):
     return directory
 
 
-@pytest.mark.gate
-@pytest.mark.parametrize("kind", [pytest.param("run", marks=pytest.mark.slow), "safetensors"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["run", "safetensors"])
 def test_two_processes_start_as_one(start_group, weights, tmp_path, kind):
     states = []
     for num in (1, 2):

@@ -67,8 +67,14 @@ def norm_of(name, arrays):
 
 @pytest.mark.parametrize(
     "model",
-    [MODEL, dataclasses.replace(MODEL, experts=Experts(num=2, every=2))],
-    ids=["alike", "in turn"],
+    [
+        pytest.param(MODEL, id="alike"),
+        pytest.param(
+            dataclasses.replace(MODEL, experts=Experts(num=2, every=2)),
+            id="in turn",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_norms_are_those_of_numpy_on_every_mesh(model, devices):
     ((_, _, unmeasured), (before, after, norms)), program = steps_of(experiment(model), 1)

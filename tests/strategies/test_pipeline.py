@@ -173,12 +173,7 @@ OTHERS += [("lm", kind, "context2") for kind in ("gpipe", "interleaved")]
 OTHERS += [("moe", kind, "expert2") for kind in ("gpipe", "interleaved")]
 
 
-BESIDE_IN_THE_GATE = [("pairs", "1f1b", "fsdp_tensor")]
-
-
-@pytest.mark.parametrize(
-    "name,kind,beside", slow_but([("mlp", "1f1b", "fsdp")], OTHERS, gate=BESIDE_IN_THE_GATE)
-)
+@pytest.mark.parametrize("name,kind,beside", slow_but([("mlp", "1f1b", "fsdp")], OTHERS))
 def test_beside_other_axes(name, kind, beside):
     assert_same(gradients(name, BESIDE[beside], 4, kind), one_device(name, 4))
 
