@@ -39,7 +39,7 @@ def plain(text):
     return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
 
 
-@pytest.mark.gate
+@pytest.mark.slow
 def test_stops_together_and_resumes(mpirun, tmp_path):
     lines = tmp_path / "runs/digits/metrics.jsonl"
     first, end = mpirun(), time.monotonic() + 200

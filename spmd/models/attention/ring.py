@@ -126,10 +126,10 @@ def from_zigzag(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 class _Places(NamedTuple):
-    """Where tokens are: segments [B, c]; with a window also the index in the row, and the first one seen."""
+    """Where tokens are: segments [B, c]; with a window also the place in the row, and the first one seen."""
 
     segments: jax.Array
-    index: jax.Array | None = None
+    at: jax.Array | None = None
     first: jax.Array | None = None
 
 
@@ -262,6 +262,6 @@ def _at(parts: Any, index: int) -> Any:
 def _mask(query: _Places, key: _Places, *, causal: bool = False) -> jax.Array:
     """[B, t, s] of two chunks; causal: it is the same chunk."""
     seen = segment_mask(query.segments, key.segments)
-    if query.first is not None and key.index is not None:
-        seen &= key.index[:, None, :] >= query.first[:, :, None]
+    if query.first is not None and key.at is not None:
+        seen &= key.at[:, None, :] >= query.first[:, :, None]
     return seen & causal_mask(query.segments.shape[1]) if causal else seen
