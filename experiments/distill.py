@@ -13,7 +13,7 @@ import dataclasses
 import os
 
 from spmd import Experiment
-from spmd.data.text import Text
+from spmd.data.text.embedded import TextOrEmbedded
 from spmd.models.transformer import Transformer
 from spmd.optim import AdamW
 from spmd.tasks import Distillation, FrozenModel
@@ -23,17 +23,6 @@ from spmd.weights.huggingface.model import from_directory
 TINY = Transformer(
     vocab=256, length=128, layers=4, embed=64, heads=4, kv_heads=2, mlp=192, tied=True
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesOrEmbedded(Text):
-    """Files, where some are given, in place of the embedded text."""
-
-    def __post_init__(self) -> None:
-        if self.files and self.name == "stdlib_source":
-            object.__setattr__(self, "name", "")
-            object.__setattr__(self, "eval_split", "")
-        super().__post_init__()
 
 
 def config(task_teacher_from: str = "", init_from: str = "") -> Experiment:
@@ -47,7 +36,7 @@ def config(task_teacher_from: str = "", init_from: str = "") -> Experiment:
     return Experiment(
         model=student,
         task=Distillation(teacher=FrozenModel(model=teacher), temperature=2.0, weight=0.9),
-        data=FilesOrEmbedded(
+        data=TextOrEmbedded(
             name="stdlib_source",
             eval_split="test[:5]",
             tokenizer=tokenizer,

@@ -9,11 +9,10 @@ tiny Llama of random weights learns bytes; without files the text is the embedde
 Cost: 3 times the forward pass of DIR's model on 4096 tokens a step.
 """
 
-import dataclasses
 import os
 
 from spmd import Experiment
-from spmd.data.text import Text
+from spmd.data.text.embedded import TextOrEmbedded
 from spmd.models.transformer import Transformer
 from spmd.optim import AdamW
 from spmd.tasks import LanguageModel
@@ -23,17 +22,6 @@ from spmd.weights.huggingface.model import from_directory
 TINY = Transformer(
     vocab=256, length=128, layers=2, embed=64, heads=4, kv_heads=2, mlp=192, tied=True
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextOrEmbedded(Text):
-    """Files, where some are given, in place of the embedded text."""
-
-    def __post_init__(self) -> None:
-        if self.files and self.name == "stdlib_source":
-            object.__setattr__(self, "name", "")
-            object.__setattr__(self, "eval_split", "")
-        super().__post_init__()
 
 
 def config(init_from: str = "") -> Experiment:

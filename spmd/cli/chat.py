@@ -27,6 +27,7 @@ def answer_lines(exp: Experiment, options: SampleOptions) -> int:
     import numpy as np
 
     from spmd.cli.sample import stream
+    from spmd.runtime import agree
 
     data = exp.data
     check(
@@ -42,7 +43,12 @@ def answer_lines(exp: Experiment, options: SampleOptions) -> int:
     template = data.open_template(tokenizer)
     answer = _answers(exp, options, tokenizer, template)
     messages: list[dict[str, str]] = []
-    for line in _lines():
+    # Of several processes the first reads all lines at once: the others do not wait for a person.
+    several = agree.has_peers()
+    lines = (
+        agree.from_first(lambda: [*_lines()], "lines of standard input") if several else _lines()
+    )
+    for line in lines:
         if not line.strip():
             messages = []
             continue
@@ -52,8 +58,9 @@ def answer_lines(exp: Experiment, options: SampleOptions) -> int:
         parts = []
         for text in stream(tokenizer, answer(prompt), prompt):
             parts.append(text)
-            print(text, end="", flush=True)
-        print(flush=True)
+            if agree.is_first():
+                print(text, end="", flush=True)
+        agree.say("")
         messages.append({"role": "assistant", "content": "".join(parts)})
     return 0
 

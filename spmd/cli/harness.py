@@ -21,7 +21,7 @@ from spmd.data.text.tokenizer import Tokenizer
 from spmd.train import rundir
 from spmd.train.judge import Scorer, complete
 from spmd.train.metrics import Writer, read_lines
-from spmd.train.sample import Choice
+from spmd.train.sample import Choice, Steps
 from spmd.train.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class HarnessModel:
         super().__init__()
         self._snapshot, self._tokenizer = snapshot, tokenizer
         self._scorer = Scorer(snapshot, length, rows)
+        self._steps = dict[Choice, Steps]()  # compiled
 
     @property
     def eot_token_id(self) -> int:
@@ -138,7 +139,11 @@ class HarnessModel:
             top_k=int(settings.get("top_k", 0)),
             top_p=float(settings.get("top_p", 1.0)),
         )
+        if choice not in self._steps:
+            vocab = self._tokenizer.vocab_size
+            self._steps[choice] = Steps(self._snapshot, choice, 0, vocab)
         kwargs: Any = {"num_tokens": num, "choice": choice, "until": until}
+        kwargs["steps"] = self._steps[choice]
         return complete(self._snapshot, self._tokenizer, prompts, **kwargs)
 
 

@@ -109,9 +109,10 @@ def _undo(data: Any, source: Any, split: Any) -> Callable[[int, np.ndarray], np.
 
     transforms = data.transforms_of("train" if split == "train" else "eval")
     undo.check_undoable(transforms)
-    if not hasattr(source, "name_of"):  # no files
+    feature = undo.encoded_image(transforms, data.features)
+    if not feature:
         return lambda number, mask: mask
-    image = lambda number: source.take(np.array([number]))["image"][0]
+    image = lambda number: source.take(np.array([number]))[feature][0]
     return lambda number, mask: undo.undo(mask, image(number), transforms)
 
 

@@ -48,6 +48,26 @@ def build(cache: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         shutil.rmtree(part, ignore_errors=True)
 
 
+def open_records(
+    cache: Path, write: Callable[[Path], dict[str, Any]], skip_bad: int
+) -> dict[str, Any]:
+    """The facts of a cache of records, which is built where it is missing.
+
+    Args:
+        cache: its directory.
+        write: as of `build`; `bad` among its facts are the reasons of the bad records.
+        skip_bad: how many of them may pass; the run that built it may have had another limit.
+
+    Raises:
+        ValueError: more are bad: it names the first beyond the limit.
+    """
+    facts = read_facts(cache) or build(cache, write)
+    bad = BadRecords(skip_bad)
+    for reason in facts["bad"]:
+        bad.add(reason)
+    return facts
+
+
 class BadRecords:
     """Bad records of a data set: `limit` of them may pass, one more is a ValueError that names it."""
 

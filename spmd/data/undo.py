@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spmd.core.fields import check
 from spmd.data import decode as decoding
+from spmd.data import ragged
 from spmd.data.resizing import CentralCrop, CropOrPad, Decode, RandomCrop, Resize, Resizing
 from spmd.data.transform import Draws, Transform
+
+if TYPE_CHECKING:
+    from spmd.data import Features
 
 UNSEEN = 255  # of pixels that a crop left out
 
@@ -25,6 +30,20 @@ def check_undoable(transforms: Sequence[Transform]) -> None:
         )
 
 
+def encoded_image(transforms: Sequence[Transform], features: Features) -> str:
+    """The feature whose files the masks belong to; "" where images are not decoded from files.
+
+    Args:
+        transforms: those of the split.
+        features: of the source, before them.
+    """
+    encoded = [name for name, (_, dtype) in features.items() if dtype == ragged.BYTES]
+    for each in transforms:
+        if isinstance(each, Decode):
+            return next((name for name, c in each.channels_of(encoded).items() if c), "")
+    return ""
+
+
 def undo(mask_HW: np.ndarray, data: bytes, transforms: Sequence[Transform]) -> np.ndarray:
     """A mask at the size of its image.
 
@@ -37,8 +56,6 @@ def undo(mask_HW: np.ndarray, data: bytes, transforms: Sequence[Transform]) -> n
         Classes at the size of the image, upright by its EXIF rotation: each pixel the class of the nearest
         one that the model saw, UNSEEN where it saw none.
     """
-    if not any(isinstance(each, Decode) for each in transforms):
-        return mask_HW
     header = decoding.read_header(data, 1)
     sides, steps = (header.height, header.width), list[tuple[Resizing, tuple[int, int]]]()
     for each in transforms:

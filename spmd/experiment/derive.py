@@ -29,8 +29,7 @@ def derive(
       ValueError: the model has model.classes=0, and the data no classes.
     """
     data, model = exp.data, exp.model
-    # A masked language model has no classes.
-    unknown = getattr(model, "classes", None) == 0 and getattr(model, "output", "") != "vocab"
+    unknown = getattr(model, "classes", None) == 0 and getattr(model, "has_classes", True)
     unsized = [name for name in data.sizes if getattr(model, name, None) == 0]
     named = getattr(data, "path", "") or getattr(data, "files", ())
     if recorded is not None:

@@ -64,14 +64,14 @@ class Encoder(StackedConfig):
 
     def __post_init__(self) -> None:
         for name in ("vocab", "length", "classes", "layers"):
-            least = int(name != "classes" or self.output != "vocab")
+            least = int(name != "classes" or self.has_classes)
             value = getattr(self, name)
             check(value >= least, f"model.{name}={value} must be at least {least}")
         for name in ("types", "bigrams"):
             value = getattr(self, name)
             check(value >= 0, f"model.{name}={value} must not be negative")
         check(
-            not self.classes or self.output != "vocab",
+            not self.classes or self.has_classes,
             f"model.classes={self.classes}: with model.output=vocab logits are of tokens; leave it at 0",
         )
         check(
@@ -81,6 +81,11 @@ class Encoder(StackedConfig):
         )
         super().__post_init__()
         check(self.mask == "full", "model.mask: an encoder sees both sides; leave it at full")
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether logits are of classes; those of a masked language model are of tokens."""
+        return self.output != "vocab"
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The module, with initial weights."""

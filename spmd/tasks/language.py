@@ -88,11 +88,6 @@ class LanguageModel(Task):
             f"task.chunks={self.chunks} needs a model with methods hidden and logits, as"
             " spmd.models.transformer has them; use task.chunks=1",
         )
-        time = feature(batch, "targets").shape[1]
-        check(
-            time % self.chunks == 0,
-            f"task.chunks={self.chunks} does not divide the {time} tokens of a sequence",
-        )
 
         @jax.checkpoint
         def sums_of_chunk(x_BTD, part, counted):
@@ -102,9 +97,9 @@ class LanguageModel(Task):
             return jax.tree.map(jnp.add, sums, sums_of_chunk(*chunk)), None
 
         x_BTD = model.hidden(*self.inputs(batch)) if hidden is None else hidden
-        split = lambda x: jnp.moveaxis(x.reshape(len(x), -1, self.chunks, *x.shape[2:]), 2, 0)
         parts = {n: x for n, x in batch.items() if n == "targets" or n.startswith("frozen/")}
-        chunks = jax.tree.map(split, (x_BTD, parts, self.counted(batch)))
+        whole = (x_BTD, parts, self.counted(batch))
+        chunks = losses.split_time(whole, self.chunks, feature(batch, "targets").shape[1])
         shapes = jax.eval_shape(sums_of_chunk, *jax.tree.map(lambda x: x[0], chunks))
         zeros = scope.mark_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
         return jax.lax.scan(add, zeros, chunks)[0]

@@ -129,3 +129,24 @@ class TokenAccuracy(Mean):
     def values(self, outputs: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """[B, T] 1 where the target leads."""
         return token_losses(outputs, batches.wide_indices(batch["targets"])).right_BT
+
+
+def split_time(arrays: Any, chunks: int, time: int) -> Any:
+    """Chunks of arrays whose logits are computed one after the other.
+
+    Args:
+        arrays: a tree of [B, T, ...].
+        chunks: M, task.chunks.
+        time: T.
+
+    Returns:
+        The tree of [M, B, T / M, ...]; chunk m has tokens m, m + M, ...
+
+    Raises:
+        ValueError: M does not divide T.
+    """
+    check(
+        time % chunks == 0, f"task.chunks={chunks} does not divide the {time} tokens of a sequence"
+    )
+    part = lambda x: jnp.moveaxis(x.reshape(len(x), -1, chunks, *x.shape[2:]), 2, 0)
+    return jax.tree.map(part, arrays)

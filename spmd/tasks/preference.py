@@ -115,14 +115,8 @@ class DPO(LanguageModel):
 
         if self.chunks == 1:
             return score(x_BTD, target_BT)
-        time = target_BT.shape[1]
-        check(
-            time % self.chunks == 0,
-            f"task.chunks={self.chunks} does not divide the {time} tokens of a sequence",
-        )
-        split = lambda x: jnp.moveaxis(x.reshape(len(x), -1, self.chunks, *x.shape[2:]), 2, 0)
         each = jax.checkpoint(score)
-        chunks = (split(x_BTD), split(target_BT))
+        chunks = losses.split_time((x_BTD, target_BT), self.chunks, target_BT.shape[1])
         _, scores_MBt = jax.lax.scan(lambda _, chunk: (None, each(*chunk)), None, chunks)
         return jnp.moveaxis(scores_MBt, 0, 2).reshape(target_BT.shape)
 

@@ -101,6 +101,7 @@ def complete(
     num_tokens: int,
     choice: sample.Choice,
     until: Sequence[str],
+    steps: sample.Steps | None = None,
 ) -> list[str]:
     """The text that continues each prompt, up to the first of `until`, which is left out.
 
@@ -111,18 +112,20 @@ def complete(
         num_tokens: most tokens to generate.
         choice: how they are drawn.
         until: texts that end a continuation.
+        steps: compiled ones of earlier calls with the same choice.
     """
     columns: list[np.ndarray] = []
     texts = [""] * len(prompts)
-    steps = sample.generate(
+    generated = sample.generate(
         snapshot,
         prompts,
         num_tokens=num_tokens,
         choice=choice,
         end=tokenizer.end,
         vocab=tokenizer.vocab_size,
+        steps=steps,
     )
-    for column in steps:
+    for column in generated:
         columns.append(column)
         if len(columns) % 8 == 0 or len(columns) == num_tokens:
             texts = [_text(tokenizer, columns, row) for row in range(len(prompts))]

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from spmd.core.fields import check
 from spmd.core.storage import json_text, write_atomically
 
 FILE = "lists.json"
@@ -31,8 +32,7 @@ def separate(value: Any, lists: dict[str, Any], name: str = "") -> Any:
     if not isinstance(value, list | tuple) or len(text := json_text(value)) < LONG:
         return value
     lists[name] = value
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return {"file": FILE, "values": len(value), "digest": digest}
+    return {"file": FILE, "values": len(value), "digest": _digest(text)}
 
 
 def write(path: epath.Path, lists: Mapping[str, Any]) -> None:
@@ -59,7 +59,14 @@ def restore(path: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         lists = json.loads((path / FILE).read_text())
     except FileNotFoundError:
         raise ValueError(f"{path / FILE} is missing") from None
+    for name in names:
+        same = _digest(json_text(lists[name])) == fields[name]["digest"]
+        check(same, f"{path / FILE}: {name} is not what config.json says")
     return {**fields, **{name: lists[name] for name in names}}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_reference(value: Any) -> bool:

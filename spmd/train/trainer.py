@@ -183,8 +183,10 @@ class Trainer:
         self.bar = progress.Bar(program.num_steps, step, program.examples, program.mesh, untimed)
         self.closing.callback(self.bar.close)
         nonfinite = settings.train.nonfinite
-        names = layers.layer_names(program.abstract_state().params, program.task.dims)
-        more = {"layer_names": names, "consumed": self._consumed()}
+        more: dict[str, Any] = {"consumed": self._consumed()}
+        if settings.log.layers:
+            shapes = program.abstract_state().params
+            more["layer_names"] = layers.layer_names(shapes, program.task.dims)
         self.logs = Log(self.writer, self.bar, settings.log, nonfinite, step, self.votes, **more)
         epoch = max(1, round(len(program.source) / program.examples))
         self.eval_every = settings.evals.every or epoch

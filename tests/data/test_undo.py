@@ -50,3 +50,10 @@ def test_a_mask_lies_where_it_was(transforms, seen):
 def test_a_random_cut_is_refused():
     with pytest.raises(ValueError, match="random_crop cuts at random"):
         undo.check_undoable((Decode(), RandomCrop(8, images=BOTH)))
+
+
+def test_the_image_is_the_decoded_feature():
+    features = {"mask": ((), "bytes"), "photo": ((), "bytes"), "label": ((), "int32")}
+    assert undo.encoded_image((Decode(), Resize(8, images=("photo", "mask"))), features) == "photo"
+    assert undo.encoded_image((), features) == ""
+    assert undo.encoded_image((Decode(masks=("mask", "photo")),), features) == ""

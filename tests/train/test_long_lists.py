@@ -31,6 +31,10 @@ def test_long_lists_are_kept_beside_config_json_and_compared_in_full(tmp_path):
     (path / "config.json").unlink()
     assert rundir.inspect(path, FIELDS, fresh=False) == {}
     rundir.write_config(path, "x", config, FIELDS)
+    lists = (path / long_lists.FILE).read_text()
+    (path / long_lists.FILE).write_text(lists.replace("user-7", "user-8", 1))
+    with pytest.raises(ValueError, match=r"config\.json is not a run's configuration"):
+        rundir.read_identity(path)
     (path / long_lists.FILE).unlink()
     with pytest.raises(ValueError, match=r"config\.json is not a run's configuration"):
         rundir.read_identity(path)

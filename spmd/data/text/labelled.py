@@ -76,10 +76,7 @@ class LabelledTexts(TokenizedRecords):
                 np.save(part / f"{name}.npy", array)
             return {"bad": bad.reasons}
 
-        facts = caches.read_facts(cache) or caches.build(cache, write)
-        bad = caches.BadRecords(self.skip_bad)
-        for reason in facts["bad"]:  # the run that built it may have had another limit
-            bad.add(reason)
+        caches.open_records(cache, write, self.skip_bad)
         arrays = {name: np.load(cache / f"{name}.npy") for name in self.features}
         return ArraySource(arrays, self.features)
 

@@ -33,6 +33,12 @@ class Ragged:
     tokens: np.ndarray
     starts: np.ndarray
 
+    @classmethod
+    def load(cls, folder: Path, name: str) -> Ragged:
+        """Those of NAME.npy and NAME_starts.npy."""
+        load = lambda stem: np.load(folder / f"{stem}.npy", allow_pickle=False)
+        return cls(load(name), load(f"{name}_starts"))
+
     def __getitem__(self, index: int) -> np.ndarray:
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
@@ -123,18 +129,11 @@ def open_pairs(
     digest = hashlib.sha256(repr(about).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     cache = Path(cache_root(cache_dir)) / "pairs" / f"{records.name}-{digest}"
     write = lambda part: _write(part, records, columns, tokenizer, lengths, packed, skip_bad)
-    facts = caches.read_facts(cache) or caches.build(cache, write)
-    bad = caches.BadRecords(skip_bad)
-    for reason in facts["bad"]:  # the run that built it may have had another limit
-        bad.add(reason)
-    load = lambda name: Ragged(
-        np.load(cache / f"{name}.npy", allow_pickle=False),
-        np.load(cache / f"{name}_starts.npy", allow_pickle=False),
-    )
-    source, target = (load(name) for name in SIDES)
+    facts = caches.open_records(cache, write, skip_bad)
+    source, target, rows = (Ragged.load(cache, name) for name in (*SIDES, "rows"))
     assert tokenizer.end is not None
     return PackedPairs(
-        (source, target), load("rows"), lengths, tokenizer.end, bad.reasons, facts["longer"]
+        (source, target), rows, lengths, tokenizer.end, facts["bad"], facts["longer"]
     )
 
 

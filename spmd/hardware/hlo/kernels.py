@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from spmd.hardware.hlo.text import Computation, Instruction
 
@@ -153,18 +153,20 @@ def rank(kernels: Iterable[Kernel]) -> list[Kernel]:
         groups[each.op, origin, each.cycles >= 0].append(each)
     merged = []
     for same in groups.values():
-        count = sum(each.count for each in same)
-        mean = lambda field, same=same, count=count: (
-            sum(getattr(each, field) * each.count for each in same) / max(count, 1e-30)
-        )
         longest = max(same, key=lambda each: each.step_cycles)
         merged.append(
             dataclasses.replace(
                 longest,
-                cycles=round(mean("cycles")),
-                flops=mean("flops"),
-                bytes=round(mean("bytes")),
-                count=count,
+                cycles=round(_mean(same, "cycles")),
+                flops=_mean(same, "flops"),
+                bytes=round(_mean(same, "bytes")),
+                count=sum(each.count for each in same),
             )
         )
     return sorted(merged, key=lambda each: (-each.step_cycles, -each.bytes * each.count))
+
+
+def _mean(kernels: Sequence[Kernel], field: str) -> float:
+    """Mean of a field over the executions."""
+    total = sum(getattr(each, field) * each.count for each in kernels)
+    return total / max(sum(each.count for each in kernels), 1e-30)

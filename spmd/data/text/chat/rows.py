@@ -101,13 +101,10 @@ def open_rows(
     digest = hashlib.sha256(repr(about).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     cache = Path(cache_root(cache_dir)) / "chats" / f"{records.name}-{digest}"
     write = lambda part: _write(part, records, read, length, packed, cut, skip_bad)
-    facts = caches.read_facts(cache) or caches.build(cache, write)
-    bad = caches.BadRecords(skip_bad)
-    for reason in facts["bad"]:  # the run that built it may have had another limit
-        bad.add(reason)
-    load = lambda name: np.load(cache / f"{name}.npy", allow_pickle=False)
-    tokens, rows = (Ragged(load(name), load(f"{name}_starts")) for name in ("tokens", "rows"))
-    return PackedSequences(tokens, load("counts"), rows, length, facts)
+    facts = caches.open_records(cache, write, skip_bad)
+    tokens, rows = (Ragged.load(cache, name) for name in ("tokens", "rows"))
+    counts = np.load(cache / "counts.npy", allow_pickle=False)
+    return PackedSequences(tokens, counts, rows, length, facts)
 
 
 def _write(
